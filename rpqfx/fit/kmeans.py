@@ -1,0 +1,70 @@
+"""Lloyd's k-means in blocks, deterministic by seed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Distances that are alive at a time.
+_BLOCK_ELEMENTS = 2**24
+
+
+def kmeans(points: Tensor, entries: int, *, steps: int = 10, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Clusters points by squared Euclidean distance (Lloyd, "Least Squares Quantization in PCM", 1982).
+
+    Starts from distinct random points. Entries that lose all their points move to the points that are worst served,
+    all at once. With as many entries as distinct points the result is exact.
+
+    Args:
+        points: ``[N, d]``, floating.
+        entries: ``K``.
+        steps: Lloyd steps at most; stops early where no code changes.
+        seed: Of the start.
+
+    Returns:
+        ``centres [K, d]`` and ``codes [N]`` int64.
+    """
+    generator = torch.Generator(points.device).manual_seed(seed)
+    distinct = torch.unique(points, dim=0)
+    start = torch.randperm(len(distinct), generator=generator, device=points.device)[:entries]
+    centres = distinct[start]
+    if len(distinct) <= entries:  # exact; what is left over repeats the first entry
+        centres = torch.cat([centres, centres[:1].expand(entries - len(distinct), -1)])
+        return centres, nearest(points, centres)[0]
+    codes, distances = nearest(points, centres)
+    for _ in range(steps):
+        centres = _means(points, codes, centres, distances)
+        before = codes
+        codes, distances = nearest(points, centres)
+        if torch.equal(codes, before):
+            break
+    return centres, codes
+
+
+def nearest(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest centre of each point, in blocks.
+
+    Args:
+        points: ``[N, d]``.
+        centres: ``[K, d]``.
+
+    Returns:
+        ``codes [N]`` int64 and squared ``distances [N]``.
+    """
+    norms = centres.square().sum(1)
+    codes, distances = [], []
+    for block in points.split(max(1, _BLOCK_ELEMENTS // len(centres))):
+        scores = torch.addmm(norms, block, centres.t(), alpha=-2)
+        low, code = scores.min(1)
+        codes.append(code)
+        distances.append((low + block.square().sum(1)).clamp_min(0))
+    return torch.cat(codes), torch.cat(distances)
+
+
+def _means(points: Tensor, codes: Tensor, centres: Tensor, distances: Tensor) -> Tensor:
+    counts = torch.bincount(codes, minlength=len(centres))
+    sums = torch.zeros_like(centres).index_add_(0, codes, points)
+    means = sums / counts.clamp_min(1)[:, None]
+    empty = (counts == 0).nonzero()[:, 0]
+    means[empty] = points[distances.topk(len(empty)).indices]
+    return means

@@ -1,0 +1,33 @@
+"""Layers whose weights are held in codebooks."""
+
+from rpqfx.nn.attention import RPQMultiheadAttention
+from rpqfx.nn.bilinear import RPQBilinear
+from rpqfx.nn.conv import (
+    RPQConv1d,
+    RPQConv2d,
+    RPQConv3d,
+    RPQConvTranspose1d,
+    RPQConvTranspose2d,
+    RPQConvTranspose3d,
+)
+from rpqfx.nn.embedding import RPQEmbedding, RPQEmbeddingBag
+from rpqfx.nn.linear import RPQLinear
+from rpqfx.nn.virtual import VirtualWeight
+from rpqfx.nn.weight import Layout, RPQWeight
+
+__all__ = [
+    "Layout",
+    "RPQBilinear",
+    "RPQConv1d",
+    "RPQConv2d",
+    "RPQConv3d",
+    "RPQConvTranspose1d",
+    "RPQConvTranspose2d",
+    "RPQConvTranspose3d",
+    "RPQEmbedding",
+    "RPQEmbeddingBag",
+    "RPQLinear",
+    "RPQMultiheadAttention",
+    "RPQWeight",
+    "VirtualWeight",
+]

@@ -1,0 +1,185 @@
+"""RPQMultiheadAttention."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from rpqfx.errors import InputError
+from rpqfx.nn.backed import expanded, register_layer, weight_of
+from rpqfx.nn.layer import RPQLayer, Split, apply_linear
+from rpqfx.nn.linear import RPQLinear
+
+
+class RPQMultiheadAttention(RPQLayer, nn.MultiheadAttention):
+    """Attention with several heads, as ``torch.nn.MultiheadAttention``, with all four projections in codebooks.
+
+    Further arguments are those of :class:`RPQLayer`; they hold for each projection.
+
+    Args:
+        embed_dim: Width of queries and of the result.
+        num_heads: Heads; divides ``embed_dim``.
+        dropout: Of the attention weights, in training.
+        bias: Whether projections have a bias.
+        add_bias_kv: Whether a trained key and value are appended.
+        add_zero_attn: Whether a zero key and value are appended.
+        kdim: Width of keys, ``embed_dim`` if left out.
+        vdim: Width of values, ``embed_dim`` if left out.
+        batch_first: Whether inputs are ``[B, L, E]`` rather than ``[L, B, E]``.
+        device: Where the tensors go.
+        dtype: Of codebooks and biases.
+
+    Raises:
+        SpecError: If the codebooks do not fit a weight.
+    """
+
+    _dense = nn.MultiheadAttention
+    _weights = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+    in_proj_weight = expanded("in_proj_weight")  # type: ignore[assignment]
+    q_proj_weight = expanded("q_proj_weight")  # type: ignore[assignment]
+    k_proj_weight = expanded("k_proj_weight")  # type: ignore[assignment]
+    v_proj_weight = expanded("v_proj_weight")  # type: ignore[assignment]
+
+    @classmethod
+    def _splits(cls) -> bool:
+        return True
+
+    def _hold(self, dense: nn.Module, split: Split, options: dict[str, Any]) -> None:
+        super()._hold(dense, split, options)
+        out = RPQLinear.__new__(RPQLinear)
+        nn.Module.__init__(out)
+        out._hold(dense.out_proj, split, options)  # type: ignore[arg-type]
+        self.out_proj = out  # type: ignore[assignment]
+
+    @classmethod
+    def from_dense(cls, dense: nn.Module, **options: Any) -> RPQMultiheadAttention:
+        """As :meth:`RPQLayer.from_dense`, output projection included."""
+        made = super().from_dense(dense, **options)
+        plain = nn.Linear.__new__(nn.Linear)  # torch's own subclass of Linear, which only marks it for quantisation
+        plain.__dict__ = dict(made.out_proj.__dict__)
+        made.out_proj = RPQLinear.from_dense(plain, **options)  # type: ignore[assignment]
+        return made
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws all projections anew; biases become zero, the appended key and value as torch.nn draws them."""
+        super().reset_parameters()
+        if isinstance(self.out_proj, RPQLinear):
+            self.out_proj.reset_parameters()
+        for bias in (self.in_proj_bias, self.out_proj.bias):
+            if bias is not None:
+                bias.zero_()
+        for extra in (self.bias_k, self.bias_v):
+            if extra is not None:
+                nn.init.xavier_normal_(extra)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Arguments, masks and results as ``torch.nn.MultiheadAttention.forward``.
+
+        Raises:
+            InputError: If ``is_causal`` is given without the mask it describes.
+        """
+        if is_causal and attn_mask is None:
+            raise InputError("is_causal=True says what attn_mask is; pass that mask too, as for torch.nn")
+        batched = query.dim() == 3
+        q, k, v = self._project(query, key, value)
+        if not batched:
+            q, k, v = q[None], k[None], v[None]
+        elif not self.batch_first:
+            q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
+        q, k, v, mask = self._append(q, k, v, self._mask(q, key_padding_mask, attn_mask, batched))
+        rate = self.dropout if self.training else 0.0
+        weights = None
+        if need_weights:
+            scores = torch.matmul(q / math.sqrt(self.head_dim), k.transpose(-1, -2))
+            weights = F.dropout(torch.softmax(scores if mask is None else scores + mask, -1), rate)
+            out = torch.matmul(weights, v)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, mask, rate)
+        out = self.out_proj(rearrange(out, "b h l e -> b l (h e)"))
+        if batched:
+            out = out if self.batch_first else out.transpose(0, 1)
+        else:
+            out = out[0]
+        if weights is not None:
+            weights = weights.mean(1) if average_attn_weights else weights
+            weights = weights if batched else weights[0]
+        return out, weights
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        width = self.embed_dim
+        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        if not self._qkv_same_embed_dim:
+            names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+            inputs = zip(names, (query, key, value), biases, strict=True)
+            q, k, v = (apply_linear(self, name, x, bias) for name, x, bias in inputs)
+            return q, k, v
+        if query is key and key is value:
+            q, k, v = apply_linear(self, "in_proj_weight", query, self.in_proj_bias).chunk(3, -1)
+            return q, k, v
+        rows = [slice(i * width, (i + 1) * width) for i in range(3)]
+        held = weight_of(self, "in_proj_weight")
+        if held is not None and held.layout.transposed:  # columns serve all rows at once
+            parts = [held.linear(x, None, r) for x, r in zip((query, key, value), rows, strict=True)]
+            q, k, v = (p if b is None else p + b.to(p.dtype) for p, b in zip(parts, biases, strict=True))
+            return q, k, v
+        inputs = zip((query, key, value), biases, rows, strict=True)
+        q, k, v = (apply_linear(self, "in_proj_weight", x, bias, r) for x, bias, r in inputs)
+        return q, k, v
+
+    def _mask(
+        self, q: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None, batched: bool
+    ) -> Tensor | None:
+        """Both masks as one to be added to the scores ``[B, H, L, S]``."""
+
+        def added(mask: Tensor) -> Tensor:
+            if mask.dtype != torch.bool:
+                return mask.to(q.dtype)
+            return torch.zeros_like(mask, dtype=q.dtype).masked_fill(mask, float("-inf"))
+
+        total = None
+        if attn_mask is not None:
+            total = added(attn_mask)
+            if total.dim() == 3:
+                total = rearrange(total, "(b h) l s -> b h l s", h=self.num_heads)
+            else:
+                total = total[None, None]
+        if key_padding_mask is not None:
+            padding = added(key_padding_mask if batched else key_padding_mask[None])[:, None, None]
+            total = padding if total is None else total + padding
+        return total
+
+    def _append(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Splits heads; appends the trained and the zero key and value, which no mask hides."""
+        extra = 0
+        if self.bias_k is not None and self.bias_v is not None:
+            k = torch.cat([k, self.bias_k.expand(k.shape[0], -1, -1).to(k.dtype)], 1)
+            v = torch.cat([v, self.bias_v.expand(v.shape[0], -1, -1).to(v.dtype)], 1)
+            extra += 1
+        if self.add_zero_attn:
+            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+            extra += 1
+        if mask is not None and extra:
+            mask = F.pad(mask, (0, extra))
+        q, k, v = (rearrange(x, "b l (h e) -> b h l e", h=self.num_heads) for x in (q, k, v))
+        return q, k, v, mask
+
+
+register_layer(nn.MultiheadAttention, RPQMultiheadAttention)

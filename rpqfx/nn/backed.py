@@ -1,0 +1,136 @@
+"""Modules whose Parameters are held in codebooks, under their own names.
+
+Backing a Parameter ``weight`` of a module moves it into a child :class:`RPQWeight` named ``weight_rpq`` and gives
+the module a class on which ``weight`` is a property. Everything else of the module stays as it was: the object
+itself, hooks, flags, attributes, methods. For the torch.nn layers that class is the RPQ layer (``Linear`` becomes
+:class:`RPQLinear`); for any other module it is a subclass made on the spot, on which reading the Parameter gives a
+:class:`VirtualWeight`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from rpqfx.errors import RewriteError
+from rpqfx.nn.virtual import VirtualWeight
+from rpqfx.nn.weight import RPQWeight
+
+SUFFIX = "_rpq"
+
+
+class Backed(nn.Module):
+    """Base of every module that holds at least one Parameter in codebooks."""
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Refuses to lay a dense Parameter over one that is held in codebooks."""
+        if name + SUFFIX in self.__dict__.get("_modules", {}):
+            raise RewriteError(
+                f"{type(self).__name__}.{name} is held in codebooks and cannot be assigned; "
+                f"train or load {name}{SUFFIX}, or build the layer anew with from_dense"
+            )
+        super().register_parameter(name, param)
+
+
+def weight_of(module: nn.Module, name: str) -> RPQWeight | None:
+    """The codebooks that hold a module's Parameter, or None where it is dense.
+
+    Args:
+        module: Any module.
+        name: Of the Parameter.
+    """
+    found = module._modules.get(name + SUFFIX)
+    return found if isinstance(found, RPQWeight) else None
+
+
+def backed_weights(module: nn.Module) -> dict[str, RPQWeight]:
+    """Every Parameter of a module itself that is held in codebooks, by the Parameter's name."""
+    return {
+        name.removesuffix(SUFFIX): child
+        for name, child in module._modules.items()
+        if name.endswith(SUFFIX) and isinstance(child, RPQWeight)
+    }
+
+
+def expanded(name: str) -> property:
+    """A property that reads a Parameter wherever it is held, as a plain tensor made anew at each read."""
+
+    def read(self: nn.Module) -> Any:
+        weight = weight_of(self, name)
+        return self._parameters[name] if weight is None else weight()
+
+    return property(read, doc=f"``{name}``, expanded from its codebooks at each read.")
+
+
+def _virtual(name: str) -> property:
+    def read(self: nn.Module) -> VirtualWeight:
+        return VirtualWeight(self._modules[name + SUFFIX])
+
+    return property(read, doc=f"``{name}``, held in codebooks.")
+
+
+_LAYERS: dict[type[nn.Module], type[Backed]] = {}
+
+
+def register_layer(dense: type[nn.Module], layer: type[Backed]) -> None:
+    """Makes ``layer`` what a module of exactly class ``dense`` becomes when it is backed."""
+    _LAYERS[dense] = layer
+
+
+def layer_for(dense: type[nn.Module]) -> type[Backed] | None:
+    """The RPQ layer that stands for exactly this class, if there is one."""
+    return _LAYERS.get(dense)
+
+
+def back(module: nn.Module, weights: Mapping[str, RPQWeight]) -> None:
+    """Moves Parameters of a module into codebooks, in place.
+
+    Args:
+        module: Any module.
+        weights: The codebooks by Parameter name.
+
+    Raises:
+        RewriteError: If the module has no such Parameter, or its class cannot be extended.
+    """
+    for name in weights:
+        if module._parameters.get(name) is None:
+            raise RewriteError(f"{type(module).__name__} has no Parameter {name!r} of its own to hold in codebooks")
+        if name + SUFFIX in module.__dict__ or hasattr(type(module), name + SUFFIX):
+            raise RewriteError(f"{type(module).__name__} already has an attribute {name + SUFFIX!r}")
+    before = type(module)
+    names = tuple(sorted({*backed_weights(module), *weights}))
+    base = getattr(before, "_rpq_base", before)
+    target = before if isinstance(module, tuple(_LAYERS.values())) else layer_for(base) or _backed_class(base, names)
+    try:
+        module.__class__ = target
+    except TypeError as error:
+        raise RewriteError(f"{before.__name__} cannot take on codebook-held Parameters: {error}") from error
+    for name, weight in weights.items():
+        del module._parameters[name]
+        module._modules[name + SUFFIX] = weight
+
+
+class _Foreign(Backed):
+    """Base of the classes made on the spot; pickles as the class it extends and the names it holds."""
+
+    _rpq_base: type[nn.Module]
+    _rpq_names: tuple[str, ...]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced = super().__reduce_ex__(protocol)
+        return (_new, (self._rpq_base, self._rpq_names), *reduced[2:])
+
+
+@functools.cache
+def _backed_class(base: type[nn.Module], names: tuple[str, ...]) -> type[Backed]:
+    body: dict[str, Any] = {name: _virtual(name) for name in names}
+    body |= {"_rpq_base": base, "_rpq_names": names, "__module__": base.__module__, "__doc__": base.__doc__}
+    return type(base.__name__, (_Foreign, base), body)
+
+
+def _new(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    made = _backed_class(base, names)
+    return made.__new__(made)

@@ -1,0 +1,45 @@
+"""RPQBilinear."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from rpqfx.nn.backed import expanded, register_layer
+from rpqfx.nn.layer import RPQLayer, Split, apply_linear
+from rpqfx.nn.weight import Layout
+
+
+class RPQBilinear(RPQLayer, nn.Bilinear):
+    """``y = x1 @ A @ x2 + b``, as ``torch.nn.Bilinear``, with ``A`` held in codebooks.
+
+    ``A [out, in1, in2]`` is seen as ``out * in1`` vectors of length ``in2``: one product with the codebooks gives
+    ``A @ x2``, and a dot with ``x1`` does the rest. Further arguments are those of :class:`RPQLayer`.
+
+    Args:
+        in1_features: Width of the first input.
+        in2_features: Width of the second input.
+        out_features: Width of the output.
+        bias: Whether there is a bias.
+        device: Where the tensors go.
+        dtype: Of codebooks and bias.
+
+    Raises:
+        SpecError: If the codebooks do not fit the weight.
+    """
+
+    _dense = nn.Bilinear
+    weight = expanded("weight")  # type: ignore[assignment]
+
+    @classmethod
+    def layout(cls, dense: nn.Module, name: str, split: Split = "row") -> Layout:
+        """``[out * in1, in2]``, vectors along rows or columns."""
+        return Layout(tuple(getattr(dense, name).shape), lead=2, transposed=split == "column")
+
+    def forward(self, input1: Tensor, input2: Tensor) -> Tensor:
+        """``[..., in1_features]`` and ``[..., in2_features]`` to ``[..., out_features]``."""
+        part = apply_linear(self, "weight", input2, None).unflatten(-1, (self.out_features, self.in1_features))
+        y = (part * input1[..., None, :]).sum(-1)
+        return y if self.bias is None else y + self.bias
+
+
+register_layer(nn.Bilinear, RPQBilinear)

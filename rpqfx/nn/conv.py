@@ -1,0 +1,105 @@
+"""Convolutions: one engine, six classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rpqfx.nn.backed import expanded, register_layer, weight_of
+from rpqfx.nn.layer import RPQLayer
+from rpqfx.nn.weight import RPQWeight
+
+
+class _Conv(RPQLayer):
+    """A convolution whose vectors are its filters, ``[out_channels, in_channels/groups * prod(kernel_size)]``."""
+
+    weight = expanded("weight")
+
+    def forward(self: Any, input: Tensor) -> Tensor:
+        """``[B, C, *spatial]`` or ``[C, *spatial]``, as the dense layer."""
+        padding = self.padding
+        if self.padding_mode != "zeros" or isinstance(padding, str):
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode)
+            padding = (0,) * len(self.stride)
+        return _held(self).conv(input, self.bias, self.stride, padding, self.dilation, self.groups)
+
+
+class _ConvTranspose(RPQLayer):
+    """A transposed convolution whose vectors are ``[in_channels, out_channels/groups * prod(kernel_size)]``."""
+
+    weight = expanded("weight")
+
+    def forward(self: Any, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """``[B, C, *spatial]`` or ``[C, *spatial]``, as the dense layer."""
+        spatial = len(self.stride)
+        rest = self._output_padding(
+            input, output_size, self.stride, self.padding, self.kernel_size, spatial, self.dilation
+        )
+        return _held(self).conv(
+            input, self.bias, self.stride, self.padding, self.dilation, self.groups, True, tuple(rest)
+        )
+
+
+def _held(layer: nn.Module) -> RPQWeight:
+    held = weight_of(layer, "weight")
+    assert held is not None
+    return held
+
+
+_ARGUMENTS = """
+
+    Takes every argument of ``torch.nn.{name}`` (stride, padding by number or name, dilation, groups, every padding
+    mode{more}) and those of :class:`RPQLayer`. The vectors that share codebooks are its {vectors}.
+
+    Raises:
+        SpecError: If the codebooks do not fit the weight.
+    """
+
+
+class RPQConv1d(_Conv, nn.Conv1d):
+    __doc__ = "A convolution over sequences, as ``torch.nn.Conv1d``." + _ARGUMENTS.format(
+        name="Conv1d", more="", vectors="filters"
+    )
+    _dense = nn.Conv1d
+
+
+class RPQConv2d(_Conv, nn.Conv2d):
+    __doc__ = "A convolution over images, as ``torch.nn.Conv2d``." + _ARGUMENTS.format(
+        name="Conv2d", more="", vectors="filters"
+    )
+    _dense = nn.Conv2d
+
+
+class RPQConv3d(_Conv, nn.Conv3d):
+    __doc__ = "A convolution over volumes, as ``torch.nn.Conv3d``." + _ARGUMENTS.format(
+        name="Conv3d", more="", vectors="filters"
+    )
+    _dense = nn.Conv3d
+
+
+class RPQConvTranspose1d(_ConvTranspose, nn.ConvTranspose1d):
+    __doc__ = "A transposed convolution over sequences, as ``torch.nn.ConvTranspose1d``." + _ARGUMENTS.format(
+        name="ConvTranspose1d", more=", output_padding", vectors="input channels' filters"
+    )
+    _dense = nn.ConvTranspose1d
+
+
+class RPQConvTranspose2d(_ConvTranspose, nn.ConvTranspose2d):
+    __doc__ = "A transposed convolution over images, as ``torch.nn.ConvTranspose2d``." + _ARGUMENTS.format(
+        name="ConvTranspose2d", more=", output_padding", vectors="input channels' filters"
+    )
+    _dense = nn.ConvTranspose2d
+
+
+class RPQConvTranspose3d(_ConvTranspose, nn.ConvTranspose3d):
+    __doc__ = "A transposed convolution over volumes, as ``torch.nn.ConvTranspose3d``." + _ARGUMENTS.format(
+        name="ConvTranspose3d", more=", output_padding", vectors="input channels' filters"
+    )
+    _dense = nn.ConvTranspose3d
+
+
+for _layer in (RPQConv1d, RPQConv2d, RPQConv3d, RPQConvTranspose1d, RPQConvTranspose2d, RPQConvTranspose3d):
+    register_layer(_layer._dense, _layer)

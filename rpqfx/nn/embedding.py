@@ -1,0 +1,110 @@
+"""RPQEmbedding and RPQEmbeddingBag."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rpqfx.nn.backed import expanded, register_layer, weight_of
+from rpqfx.nn.layer import RPQLayer
+from rpqfx.ops import scale_grad
+
+
+class RPQEmbedding(RPQLayer, nn.Embedding):
+    """A table of embeddings, as ``torch.nn.Embedding``, whose rows are put together from codebooks when asked for.
+
+    ``padding_idx`` is a row that is zero and stays zero. ``max_norm`` shrinks the rows that are looked up, not the
+    ones that are stored. ``sparse`` gives the codebooks a sparse gradient. Further arguments are those of
+    :class:`RPQLayer`.
+
+    Args:
+        num_embeddings: Rows.
+        embedding_dim: Width of a row.
+        padding_idx: A row of zeros, without a gradient.
+        max_norm: Rows with a larger norm are shrunk to it.
+        norm_type: ``p`` of that norm.
+        scale_grad_by_freq: Divide each row's gradient by its number of uses in the batch.
+        sparse: Sparse gradient.
+        device: Where the tensors go.
+        dtype: Of the codebooks.
+
+    Raises:
+        SpecError: If the codebooks do not fit the table.
+    """
+
+    _dense = nn.Embedding
+    weight = expanded("weight")  # type: ignore[assignment]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Integer ids of any shape to ``[*ids.shape, embedding_dim]``."""
+        return _rows(self, input)
+
+
+class RPQEmbeddingBag(RPQLayer, nn.EmbeddingBag):
+    """Sums, means or maxima of bags of embeddings, as ``torch.nn.EmbeddingBag``.
+
+    Costs the rows in the bags, whatever the table's size. Further arguments are those of :class:`RPQLayer`.
+
+    Args:
+        num_embeddings: Rows.
+        embedding_dim: Width of a row.
+        max_norm: Rows with a larger norm are shrunk to it.
+        norm_type: ``p`` of that norm.
+        scale_grad_by_freq: Divide each row's gradient by its number of uses in the batch.
+        mode: ``"sum"``, ``"mean"`` or ``"max"``.
+        sparse: Sparse gradient.
+        include_last_offset: Whether the last offset is the end of the last bag.
+        padding_idx: A row of zeros that bags do not count.
+        device: Where the tensors go.
+        dtype: Of the codebooks.
+
+    Raises:
+        SpecError: If the codebooks do not fit the table.
+    """
+
+    _dense = nn.EmbeddingBag
+    weight = expanded("weight")  # type: ignore[assignment]
+
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        """Bags ``[B, L]``, or ``[T]`` with ``offsets [B]``, to ``[B, embedding_dim]``."""
+        flat = input.reshape(-1)
+        rows = _rows(self, flat)
+        place = torch.arange(flat.shape[0], device=input.device, dtype=torch.int64)
+        padding = None
+        if self.padding_idx is not None:  # every padded place points to one more row, which bags leave out
+            padding = flat.shape[0]
+            rows = torch.cat([rows, torch.zeros_like(rows[:1]) if padding else rows.new_zeros(1, self.embedding_dim)])
+            place = place.masked_fill(flat == self.padding_idx, padding)
+        return F.embedding_bag(
+            place.view(input.shape),
+            rows,
+            None if offsets is None else offsets.long(),
+            scale_grad_by_freq=self.scale_grad_by_freq,
+            mode=self.mode,
+            per_sample_weights=per_sample_weights,
+            include_last_offset=self.include_last_offset,
+            padding_idx=padding,
+        )
+
+
+def _rows(layer: RPQEmbedding | RPQEmbeddingBag, ids: Tensor) -> Tensor:
+    """The rows that a table's own options make of ``ids``."""
+    held = weight_of(layer, "weight")
+    assert held is not None
+    rows = held.lookup(ids, layer.sparse)
+    if layer.scale_grad_by_freq:
+        uses = torch.zeros(layer.num_embeddings, device=ids.device, dtype=rows.dtype)
+        flat = ids.reshape(-1).long()
+        uses = uses.scatter_add(0, flat, torch.ones_like(flat, dtype=rows.dtype))
+        rows = scale_grad(rows, 1 / uses[ids.long()][..., None])
+    if layer.max_norm is not None:  # the dense layer shrinks its weight in place, outside of autograd
+        fixed = rows.detach()
+        norms = fixed.norm(p=layer.norm_type, dim=-1, keepdim=True)
+        shrink = torch.where(norms > layer.max_norm, layer.max_norm / (norms + 1e-7), torch.ones_like(norms))
+        rows = fixed * shrink + (rows - fixed)
+    return rows
+
+
+register_layer(nn.Embedding, RPQEmbedding)
+register_layer(nn.EmbeddingBag, RPQEmbeddingBag)

@@ -1,0 +1,219 @@
+"""What every RPQ layer shares: how it is built, converted from a dense layer, and initialised.
+
+An RPQ layer subclasses its torch.nn namesake, so ``isinstance`` and every attribute still hold; only its weight is
+elsewhere. It is built by building the namesake on the meta device and backing its weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from typing import Any, ClassVar, Literal, Self, TypedDict, Unpack
+
+import torch
+from torch import Tensor, nn
+
+from rpqfx.codebook import CodebookSpec, GradScale
+from rpqfx.errors import InputError, SpecError
+from rpqfx.nn.backed import Backed, back, backed_weights, weight_of
+from rpqfx.nn.weight import Layout, RPQWeight
+
+Split = Literal["row", "column"]
+
+
+class CodebookOptions(TypedDict, total=False):
+    """How a layer's weight is held (see :meth:`rpqfx.codebook.CodebookSpec.make`)."""
+
+    codebook_dim: int | None
+    codebooks: int | None
+    bits: int | None
+    stages: int
+    sharing: Literal["own", "layer"]
+    scale: bool
+    signs: bool
+    grad_scale: GradScale
+
+
+class RPQLayer(Backed):
+    """Base of the layers.
+
+    Every constructor takes the arguments of its torch.nn namesake, in its order, and by keyword:
+
+    Args:
+        codebook_dim: Length ``d`` of a sub-vector; left out, the divisor nearest to 64.
+        codebooks: Number ``M`` of sub-vectors instead.
+        bits: ``log2`` of the entries of a codebook, 1 to 16; left out, 8 or what the layer has vectors for.
+        stages: Residual stages.
+        sharing: One codebook a sub-vector (``"own"``) or one for the layer (``"layer"``).
+        scale: A trainable factor for each vector.
+        signs: A random fixed sign for each use of an entry.
+        grad_scale: How gradients of vectors that share an entry are gathered: ``"sum"``, ``"sqrt"``, ``"mean"``.
+        split: Whether vectors lie along the weight's rows or columns (matrices only).
+
+    Raises:
+        SpecError: If the codebooks do not fit the weight.
+    """
+
+    _dense: ClassVar[type[nn.Module]]
+    _weights: ClassVar[tuple[str, ...]] = ("weight",)
+
+    def __init__(self, *args: Any, split: Split = "row", **kwargs: Any) -> None:
+        nn.Module.__init__(self)
+        options = {name: kwargs.pop(name) for name in CodebookOptions.__annotations__ if name in kwargs}
+        arguments = inspect.signature(self._dense).bind(*args, **kwargs).arguments
+        device = arguments.pop("device", None)
+        self._hold(self._dense(**arguments, device="meta"), split, options)
+        self._materialise(device or torch.get_default_device())
+        self.reset_parameters()
+
+    def _hold(self, dense: nn.Module, split: Split, options: dict[str, Any]) -> None:
+        """Takes over a dense layer's attributes and backs its weights, on its device."""
+        self.__dict__.update(dense.__dict__)
+        weights = {}
+        for name in self._weights:
+            tensor = self._parameters.get(name)
+            if tensor is None:
+                continue
+            layout = self.layout(dense, name, split)
+            spec = CodebookSpec.make(layout.num_vectors, layout.dim, **options)
+            std = initial_std(dense, name)
+            weights[name] = RPQWeight(spec, layout, std=std, device=tensor.device, dtype=tensor.dtype)
+        back(self, weights)
+
+    def _materialise(self, device: torch.device | str) -> None:
+        self.to_empty(device=device)
+
+    @classmethod
+    def layout(cls, dense: nn.Module, name: str, split: Split = "row") -> Layout:
+        """How a Parameter of the dense layer is seen as vectors.
+
+        Args:
+            dense: The dense layer.
+            name: Of its Parameter.
+            split: Vectors along rows or columns.
+
+        Raises:
+            SpecError: If this layer's vectors can only be rows and ``split`` says otherwise.
+        """
+        shape = tuple(getattr(dense, name).shape)
+        if split == "column" and not cls._splits():
+            raise SpecError(f"{cls.__name__}'s vectors are the rows of its weight; split='column' does not apply")
+        return Layout(shape, transposed=split == "column", zero_vector=getattr(dense, "padding_idx", None))
+
+    @classmethod
+    def _splits(cls) -> bool:
+        return False
+
+    @classmethod
+    def from_dense(
+        cls,
+        dense: nn.Module,
+        *,
+        init: Literal["fit", "random"] = "fit",
+        split: Split = "row",
+        steps: int = 10,
+        seed: int = 0,
+        **options: Unpack[CodebookOptions],
+    ) -> Self:
+        """The layer that stands for a dense one; the dense layer is left alone and shares nothing with it.
+
+        Args:
+            dense: A module of exactly the torch.nn class.
+            init: Codebooks fitted to the weight by k-means (``"fit"``) or drawn with its standard deviation.
+            split: Vectors along rows or columns.
+            steps: Lloyd steps at most.
+            seed: Of the fit.
+            **options: As in the constructor.
+
+        Raises:
+            InputError: If ``dense`` is of another class.
+            SpecError: If the codebooks do not fit the weight.
+        """
+        if type(dense) is not cls._dense:
+            raise InputError(
+                f"{cls.__name__}.from_dense takes a {cls._dense.__name__}, got {type(dense).__name__}; "
+                "rpqfx.rpqify rewrites modules of any class"
+            )
+        weights = {}
+        for name in cls._weights:
+            tensor = dense._parameters.get(name)
+            if tensor is None:
+                continue
+            layout = cls.layout(dense, name, split)
+            spec = CodebookSpec.make(layout.num_vectors, layout.dim, **options)
+            weights[name] = (
+                RPQWeight.from_dense(tensor, spec, layout, steps=steps, seed=seed)
+                if init == "fit"
+                else random_weight(dense, name, spec, layout)
+            )
+        memo: dict[int, Any] = {id(dense._parameters[name]): dense._parameters[name] for name in weights}
+        made = copy.deepcopy(dense, memo)
+        back(made, weights)
+        return made  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws the layer anew, with the standard deviation of its torch.nn namesake's own initialisation."""
+        for name, weight in backed_weights(self).items():
+            weight.std = initial_std(self, name)
+            weight.reset_parameters()
+        bias = self._parameters.get("bias")
+        if bias is not None:  # torch.nn draws both from the same uniform interval
+            bound = math.sqrt(3) * initial_std(self, "weight")
+            bias.uniform_(-bound, bound)
+
+
+def random_weight(module: nn.Module, name: str, spec: CodebookSpec, layout: Layout) -> RPQWeight:
+    """Random codebooks with the standard deviation of a module's Parameter, on its device.
+
+    Args:
+        module: The owner.
+        name: Of the Parameter.
+        spec: Shape of the codebooks.
+        layout: How the Parameter is seen as vectors.
+    """
+    tensor = module._parameters[name]
+    assert tensor is not None
+    std = initial_std(module, name)
+    if not tensor.is_meta and tensor.numel() > 1:
+        measured = float(tensor.detach().float().std())
+        std = measured if math.isfinite(measured) and measured > 0 else std
+    weight = RPQWeight(spec, layout, std=std, device=tensor.device, dtype=tensor.dtype)
+    return weight.requires_grad_(tensor.requires_grad)
+
+
+def initial_std(module: nn.Module, name: str) -> float:
+    """Standard deviation that torch.nn's own initialisation gives a Parameter.
+
+    Args:
+        module: The owner: a torch.nn layer, an RPQ layer, or any other module (which counts as linear).
+        name: Of the Parameter.
+    """
+    held = weight_of(module, name)
+    shape = held.layout.shape if held is not None else tuple(module._parameters[name].shape)  # type: ignore[union-attr]
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return 1.0
+    if isinstance(module, nn.MultiheadAttention):  # xavier_uniform_
+        return math.sqrt(2 / (shape[0] + shape[1]))
+    if isinstance(module, nn.Bilinear):  # uniform within 1 / sqrt(in1_features)
+        return 1 / math.sqrt(3 * shape[1])
+    return 1 / math.sqrt(3 * max(1, math.prod(shape[1:])))  # uniform within 1 / sqrt(fan_in)
+
+
+def apply_linear(module: nn.Module, name: str, x: Tensor, bias: Tensor | None, rows: slice | None = None) -> Tensor:
+    """``x @ W.T + bias`` with a module's Parameter, or some of its rows, wherever it is held.
+
+    Args:
+        module: The owner.
+        name: Of the Parameter.
+        x: ``[..., in]``.
+        bias: Of the rows in use.
+        rows: Rows of the Parameter; all if left out.
+    """
+    held = weight_of(module, name)
+    if held is not None:
+        return held.linear(x, bias, rows)
+    dense = module._parameters[name]
+    assert dense is not None
+    return nn.functional.linear(x, dense if rows is None else dense[rows], bias)

@@ -1,0 +1,41 @@
+"""RPQLinear."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from rpqfx.nn.backed import expanded, register_layer
+from rpqfx.nn.layer import RPQLayer, apply_linear
+
+
+class RPQLinear(RPQLayer, nn.Linear):
+    """``y = x @ W.T + b``, as ``torch.nn.Linear``, with ``W`` held in codebooks.
+
+    ``split="row"`` cuts the rows of ``W`` (one for each output) into sub-vectors, ``split="column"`` its columns
+    (one for each input). The smaller of ``in_features`` and ``out_features`` as the vectors' length makes the
+    smaller layer. Further arguments are those of :class:`RPQLayer`.
+
+    Args:
+        in_features: Width of the input.
+        out_features: Width of the output.
+        bias: Whether there is a bias.
+        device: Where the tensors go.
+        dtype: Of codebooks and bias.
+
+    Raises:
+        SpecError: If the codebooks do not fit the weight.
+    """
+
+    _dense = nn.Linear
+    weight = expanded("weight")  # type: ignore[assignment]
+
+    @classmethod
+    def _splits(cls) -> bool:
+        return True
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[..., in_features]`` to ``[..., out_features]``."""
+        return apply_linear(self, "weight", input, self.bias)
+
+
+register_layer(nn.Linear, RPQLinear)

@@ -1,0 +1,324 @@
+"""The codebook-held tensor as a module: codebooks, codes, and the ways a layer uses them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rpqfx import ops
+from rpqfx.codebook import CodebookSpec, pack_signs
+from rpqfx.errors import CodeError, InputError, SpecError
+from rpqfx.fit import fit_codebooks
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a tensor is seen as ``N`` vectors of length ``D``.
+
+    The tensor is first a matrix ``[rows, cols]``: its first ``lead`` axes by the others. Its vectors are the rows,
+    or with ``transposed`` the columns.
+
+    Args:
+        shape: Of the tensor.
+        lead: Axes that make the rows.
+        transposed: Whether the vectors are the columns.
+        zero_vector: A vector that is zero and stays zero (an embedding's ``padding_idx``).
+    """
+
+    shape: tuple[int, ...]
+    lead: int = 1
+    transposed: bool = False
+    zero_vector: int | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows of the matrix."""
+        return math.prod(self.shape[: self.lead])
+
+    @property
+    def cols(self) -> int:
+        """Columns of the matrix."""
+        return math.prod(self.shape[self.lead :])
+
+    @property
+    def num_vectors(self) -> int:
+        """``N``."""
+        return self.cols if self.transposed else self.rows
+
+    @property
+    def dim(self) -> int:
+        """``D``."""
+        return self.rows if self.transposed else self.cols
+
+    def to_vectors(self, tensor: Tensor) -> Tensor:
+        """The tensor as ``[N, D]``."""
+        matrix = tensor.reshape(self.rows, self.cols)
+        return matrix.t() if self.transposed else matrix
+
+    def to_tensor(self, vectors: Tensor) -> Tensor:
+        """``[N, D]`` as the tensor."""
+        return (vectors.t() if self.transposed else vectors).reshape(self.shape)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {**asdict(self), "shape": list(self.shape)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Layout:
+        """The inverse of :meth:`to_dict`."""
+        return cls(**{**values, "shape": tuple(values["shape"])})
+
+
+class RPQWeight(nn.Module):
+    """A tensor held in codebooks; calling it gives the tensor, or some of its rows.
+
+    Tensors: ``codebooks [R, G, K, d]`` (Parameter), ``codes [R, M, N]`` (buffer, the narrowest integer), and where
+    the spec has them ``scale [N]`` (Parameter) and ``signs [R, M, ceil(N/8)]`` (buffer, uint8, eight signs a byte).
+
+    Example:
+        >>> spec = CodebookSpec.make(9216, 9216, codebook_dim=128, bits=8)
+        >>> RPQWeight(spec)().shape
+        torch.Size([9216, 9216])
+
+    Args:
+        spec: Shape of the codebooks.
+        layout: How the tensor is seen as vectors; the matrix ``[N, D]`` if left out.
+        std: Standard deviation of the tensor that :meth:`reset_parameters` draws.
+        device: Where the tensors go.
+        dtype: Of codebooks and scale, floating.
+
+    Raises:
+        SpecError: If spec and layout disagree.
+        InputError: If the dtype is not a real floating one.
+    """
+
+    codebooks: nn.Parameter
+    codes: Tensor
+    scale: nn.Parameter | None
+    signs: Tensor | None
+
+    def __init__(
+        self,
+        spec: CodebookSpec,
+        layout: Layout | None = None,
+        *,
+        std: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        layout = layout or Layout((spec.num_vectors, spec.dim))
+        if (layout.num_vectors, layout.dim) != (spec.num_vectors, spec.dim):
+            raise SpecError(
+                f"the spec has {spec.num_vectors} vectors of length {spec.dim}, "
+                f"the tensor {layout.num_vectors} of length {layout.dim}"
+            )
+        dtype = dtype or torch.get_default_dtype()
+        if not dtype.is_floating_point:
+            raise InputError(f"codebooks are floating point, got {dtype}")
+        self.spec, self.layout, self.std = spec, layout, std
+        self.codebooks = nn.Parameter(torch.empty(spec.codebooks_shape, device=device, dtype=dtype))
+        self.register_buffer("codes", torch.empty(spec.codes_shape, device=device, dtype=spec.code_dtype))
+        scale = torch.empty(spec.num_vectors, device=device, dtype=dtype) if spec.scale else None
+        self.register_parameter("scale", None if scale is None else nn.Parameter(scale))
+        signs = torch.empty(spec.signs_shape, device=device, dtype=torch.uint8) if spec.signs else None
+        self.register_buffer("signs", signs)
+        self.reset_parameters()
+
+    @classmethod
+    def from_dense(
+        cls, tensor: Tensor, spec: CodebookSpec, layout: Layout | None = None, *, steps: int = 10, seed: int = 0
+    ) -> RPQWeight:
+        """Codebooks fitted to a tensor by k-means (:func:`rpqfx.fit.fit_codebooks`).
+
+        Args:
+            tensor: Of the layout's shape; finite.
+            spec: Shape of the codebooks.
+            layout: How the tensor is seen as vectors.
+            steps: Lloyd steps at most.
+            seed: Of the k-means starts.
+
+        Raises:
+            InputError: If the tensor is not real, floating and finite.
+        """
+        if not tensor.is_floating_point():
+            raise InputError(f"only real floating tensors can be fitted, got {tensor.dtype}")
+        layout = layout or Layout(tuple(tensor.shape))
+        std = float(tensor.detach().float().std()) if tensor.numel() > 1 else 1.0
+        if not math.isfinite(std):
+            raise InputError("the tensor has infinite or NaN elements; mend or skip it before fitting codebooks")
+        with torch.device("meta"):
+            weight = cls(spec, layout, std=std, dtype=tensor.dtype)
+        fit = fit_codebooks(layout.to_vectors(tensor.detach()), spec, steps=steps, seed=seed)
+        weight.codebooks = nn.Parameter(fit.codebooks, requires_grad=tensor.requires_grad)
+        weight.codes = fit.codes
+        weight.signs = fit.signs
+        if fit.scale is not None:
+            weight.scale = nn.Parameter(fit.scale, requires_grad=tensor.requires_grad)
+        return weight
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws codebooks whose tensor has standard deviation ``std``, and balanced codes.
+
+        Gathering preserves variance, and stages add theirs, so entries are drawn with ``std / sqrt(R)``. Codes of a
+        sub-vector are a shuffled repetition of 0..K-1: every entry serves as many vectors as any other, and with
+        ``K = N`` the layer is exactly as free as a dense one.
+        """
+        if self.codebooks.is_meta:
+            return
+        self.codebooks.normal_(0, self.std / math.sqrt(self.spec.stages))
+        for stage in self.codes:
+            for codes in stage:
+                codes.copy_(torch.randperm(self.spec.num_vectors, device=codes.device) % self.spec.entries)
+        if self.scale is not None:
+            self.scale.fill_(1)
+        if self.signs is not None:
+            self.signs.copy_(pack_signs(torch.rand(self.codes.shape, device=self.codes.device) < 0.5))
+
+    @property
+    def tensors(self) -> ops.Tensors:
+        """The stored tensors, as the operations take them."""
+        return ops.Tensors(self.codebooks, self.codes, self.scale, self.signs)
+
+    def forward(self, ids: Tensor | None = None) -> Tensor:
+        """The tensor, or rows of it.
+
+        Args:
+            ids: Integer rows of any shape, or None for all.
+
+        Returns:
+            The tensor in its layout's shape, or ``[*ids.shape, cols]``.
+        """
+        if ids is not None:
+            return self.lookup(ids)
+        vectors = ops.expand(self.tensors, self.spec.grad_factor)
+        return self.layout.to_tensor(self._zero(vectors, 0))
+
+    def lookup(self, ids: Tensor, sparse: bool = False) -> Tensor:
+        """Rows of the matrix ``[rows, cols]``.
+
+        Args:
+            ids: Integer rows of any shape.
+            sparse: Whether the codebooks' gradient is a sparse tensor.
+
+        Returns:
+            ``[*ids.shape, cols]``.
+
+        Raises:
+            InputError: If ``ids`` are not integers.
+        """
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise InputError(f"rows are looked up by integers, got {ids.dtype}")
+        if self.layout.transposed:
+            return self().reshape(self.layout.rows, self.layout.cols)[ids.long()]
+        rows = ops.lookup(ids.long(), self.tensors, self.spec.grad_factor, sparse)
+        if self.layout.zero_vector is None:
+            return rows
+        return rows.masked_fill((ids == self.layout.zero_vector)[..., None], 0)
+
+    def linear(self, x: Tensor, bias: Tensor | None = None, rows: slice | None = None) -> Tensor:
+        """``x @ matrix.T + bias``, as a linear layer whose weight is the matrix ``[rows, cols]``.
+
+        Args:
+            x: ``[..., cols]``.
+            bias: ``[rows]`` or None.
+            rows: Use these rows of the matrix only (``bias`` then belongs to them).
+
+        Returns:
+            ``[..., rows]``.
+
+        Raises:
+            InputError: If width or dtype of ``x`` do not fit.
+        """
+        if self.layout.transposed:
+            y = ops.linear_t(self._zero(x, -1), self.tensors, self.spec.grad_factor)
+            y = y if rows is None else y[..., rows]
+        else:
+            some = self.tensors if rows is None else self.tensors.vectors(rows)
+            y = self._zero(ops.linear(x, some, self.spec.grad_factor), -1)
+        return y if bias is None else y + bias.to(y.dtype)
+
+    def linear_t(self, y: Tensor) -> Tensor:
+        """``y @ matrix``.
+
+        Args:
+            y: ``[..., rows]``.
+
+        Returns:
+            ``[..., cols]``.
+
+        Raises:
+            InputError: If width or dtype of ``y`` do not fit.
+        """
+        if self.layout.transposed:
+            return self._zero(ops.linear(y, self.tensors, self.spec.grad_factor), -1)
+        return ops.linear_t(self._zero(y, -1), self.tensors, self.spec.grad_factor)
+
+    def conv(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        stride: tuple[int, ...],
+        padding: tuple[int, ...],
+        dilation: tuple[int, ...],
+        groups: int,
+        transposed: bool = False,
+        output_padding: tuple[int, ...] | None = None,
+    ) -> Tensor:
+        """A convolution (or a transposed one) whose weight is the tensor.
+
+        Args:
+            x: ``[B, C, *spatial]`` or ``[C, *spatial]``.
+            bias: One number a channel of the result, or None.
+            stride: Per spatial axis, as the rest.
+            padding: Zeros added on both sides.
+            dilation: Spacing of the taps.
+            groups: Channel groups.
+            transposed: Whether it is a transposed convolution.
+            output_padding: Of a transposed convolution.
+
+        Returns:
+            As the dense convolution.
+
+        Raises:
+            InputError: If channels or dtype of ``x`` do not fit.
+        """
+        if self.layout.transposed or self.layout.lead != 1:
+            raise SpecError("a convolution's vectors are its filters (rows of its weight)")
+        y = ops.conv(
+            x, self.tensors, self.layout.shape, stride=stride, padding=padding, dilation=dilation, groups=groups,
+            transposed=transposed, output_padding=output_padding, grad_factor=self.spec.grad_factor,
+        )  # fmt: skip
+        return y if bias is None else y + bias.to(y.dtype).view(-1, *[1] * len(stride))
+
+    def extra_repr(self) -> str:
+        """The numbers of the spec."""
+        spec = self.spec
+        text = f"N={spec.num_vectors}, D={spec.dim}, M={spec.sub_vectors}, d={spec.codebook_dim}, K={spec.entries}"
+        text += f", R={spec.stages}" if spec.stages > 1 else ""
+        text += f", G={spec.books}" if spec.books != spec.sub_vectors else ""
+        flags = [name for name in ("scale", "signs") if getattr(spec, name)]
+        return ", ".join([text, *flags, *(["columns"] if self.layout.transposed else [])])
+
+    def _zero(self, x: Tensor, axis: int) -> Tensor:
+        """``x`` with the zero vector's element of an axis over vectors set to zero."""
+        if self.layout.zero_vector is None:
+            return x
+        zeros = torch.zeros_like(x.select(axis, 0))
+        return torch.select_scatter(x, zeros, axis, self.layout.zero_vector)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        codes = state_dict.get(prefix + "codes")
+        if codes is not None and not codes.is_meta and codes.numel():
+            low, high = int(codes.long().min()), int(codes.long().max())
+            if low < 0 or high >= self.spec.entries:
+                raise CodeError(
+                    f"{prefix}codes holds {low} to {high}, but the codebook has {self.spec.entries} entries "
+                    f"(0 to {self.spec.entries - 1}); the file is of another model or damaged"
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)

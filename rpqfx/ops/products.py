@@ -1,0 +1,148 @@
+"""The differentiable operations that layers are made of.
+
+Every function takes the four tensors of :mod:`rpqfx.codebook` as one :class:`Tensors`, picks a plan, follows
+autocast as the dense operation does, and saves nothing of weight size for backward.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rpqfx import codebook
+from rpqfx.errors import InputError
+from rpqfx.ops.forms import Contract, Conv, Form, Matmul
+from rpqfx.ops.functions import Expand, Left, Out
+from rpqfx.ops.plan import contracts
+
+
+class Tensors(NamedTuple):
+    """The stored tensors of one matrix (axes as in :mod:`rpqfx.codebook`).
+
+    Args:
+        codebooks: ``[R, G, K, d]``.
+        codes: ``[R, M, N]``.
+        scale: ``[N]`` or None.
+        signs: ``[R, M, ceil(N/8)]`` or None.
+    """
+
+    codebooks: Tensor
+    codes: Tensor
+    scale: Tensor | None = None
+    signs: Tensor | None = None
+
+    def vectors(self, index: Tensor | slice) -> Tensors:
+        """The same matrix, with some of its vectors only (``index`` in one dimension)."""
+        signs = self.signs
+        if signs is not None:
+            signs = codebook.pack_signs(codebook.unpack_signs(signs, self.codes.shape[-1])[..., index])
+        scale = None if self.scale is None else self.scale[index]
+        return Tensors(self.codebooks, self.codes[..., index], scale, signs)
+
+
+def expand(weight: Tensors, grad_factor: float = 1.0) -> Tensor:
+    """The matrix ``[N, D]`` (see :func:`rpqfx.codebook.expand`)."""
+    return Expand.apply(_slow(weight.codebooks, grad_factor), weight.scale, weight.codes, weight.signs, False)
+
+
+def lookup(ids: Tensor, weight: Tensors, grad_factor: float = 1.0, sparse: bool = False) -> Tensor:
+    """Rows ``[*ids.shape, D]``; ``sparse`` asks for a sparse gradient of the codebooks."""
+    some = weight.vectors(ids.reshape(-1))
+    rows = Expand.apply(_slow(some.codebooks, grad_factor), some.scale, some.codes, some.signs, sparse)
+    return rows.reshape(*ids.shape, rows.shape[-1])
+
+
+def linear(x: Tensor, weight: Tensors, grad_factor: float = 1.0) -> Tensor:
+    """``x @ W.T``: ``[..., D]`` to ``[..., N]``."""
+    x, books, scale = _prepare(x, weight, weight.codes.shape[1] * weight.codebooks.shape[3])
+    y = Out.apply(_form(x, weight), x, _slow(books, grad_factor), weight.codes, weight.signs)
+    return y if scale is None else y * scale
+
+
+def linear_t(y: Tensor, weight: Tensors, grad_factor: float = 1.0) -> Tensor:
+    """``y @ W``: ``[..., N]`` to ``[..., D]``."""
+    y, books, scale = _prepare(y, weight, weight.codes.shape[2])
+    y = y if scale is None else y * scale
+    return Left.apply(_form(y, weight), y, _slow(books, grad_factor), weight.codes, weight.signs)
+
+
+def conv(
+    x: Tensor,
+    weight: Tensors,
+    weight_shape: tuple[int, ...],
+    *,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+    transposed: bool = False,
+    output_padding: tuple[int, ...] | None = None,
+    grad_factor: float = 1.0,
+) -> Tensor:
+    """A convolution whose filters are the vectors (of a transposed one: its input channels').
+
+    Args:
+        x: ``[B, C, *spatial]`` or, without a batch, ``[C, *spatial]``.
+        weight: Its tensors; ``N`` is ``weight_shape[0]``.
+        weight_shape: Of the dense weight.
+        stride: Per spatial axis, as the rest.
+        padding: Zeros added on both sides.
+        dilation: Spacing of the filter's taps.
+        groups: Channel groups.
+        transposed: Whether it is a transposed convolution.
+        output_padding: Of a transposed convolution.
+        grad_factor: What the gradient of the codebooks is multiplied by.
+
+    Returns:
+        As the dense convolution.
+    """
+    channels = weight_shape[0] if transposed else weight_shape[1] * groups
+    x, books, scale = _prepare(x, weight, channels, axis=-1 - len(stride))
+    if x.dim() == len(stride) + 1:
+        return conv(
+            x[None], weight, weight_shape, stride=stride, padding=padding, dilation=dilation, groups=groups,
+            transposed=transposed, output_padding=output_padding, grad_factor=grad_factor,
+        )[0]  # fmt: skip
+    per_channel = None if scale is None else scale.view(-1, *[1] * len(stride))
+    if transposed and per_channel is not None:
+        x = x * per_channel
+    form = Conv(
+        books.shape[1], books.shape[2], weight_shape, tuple(x.shape[2:]), stride, padding, dilation, transposed,
+        output_padding or (0,) * len(stride), groups,
+    )  # fmt: skip
+    y = Out.apply(form, x, _slow(books, grad_factor), weight.codes, weight.signs)
+    return y if transposed or per_channel is None else y * per_channel
+
+
+def scale_grad(x: Tensor, factor: Tensor | float) -> Tensor:
+    """``x``, to the last bit, with its gradient multiplied by ``factor`` (broadcast over ``x``)."""
+    fixed = x.detach()
+    return fixed + (x - fixed) * factor
+
+
+def _slow(codebooks: Tensor, grad_factor: float) -> Tensor:
+    return codebooks if grad_factor == 1.0 else scale_grad(codebooks, grad_factor)
+
+
+def _form(x: Tensor, weight: Tensors) -> Form:
+    shape = weight.codebooks.shape
+    kind = Contract if contracts(shape, weight.codes.shape, x.numel() // x.shape[-1], x.device) else Matmul
+    return kind(shape[1], shape[2])
+
+
+def _prepare(x: Tensor, weight: Tensors, width: int, axis: int = -1) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Checks the input; casts as autocast would for the dense operation."""
+    books, scale = weight.codebooks, weight.scale
+    if x.dim() < -axis or x.shape[axis] != width:
+        raise InputError(f"expected {width} features in dimension {axis} of the input, got shape {tuple(x.shape)}")
+    if x.is_complex():
+        raise InputError(f"codebooks hold real numbers, got {x.dtype} input; pass its real and imaginary parts apart")
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and torch.float64 not in (x.dtype, books.dtype):
+        dtype = torch.get_autocast_dtype(kind)
+        return x.to(dtype), books.to(dtype), None if scale is None else scale.to(dtype)
+    if x.dtype != books.dtype:
+        raise InputError(f"the input is {x.dtype} and the codebooks are {books.dtype}; convert one with .to(dtype)")
+    return x, books, scale
