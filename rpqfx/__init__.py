@@ -1,0 +1,32 @@
+"""Rewrite a PyTorch model so that its weights live in codebooks, and use them straight from there."""
+
+from rpqfx import errors, graph, nn
+from rpqfx._api import rpqify
+from rpqfx.codebook import CodebookSpec
+from rpqfx.errors import RPQError
+from rpqfx.materialize import materialize
+from rpqfx.policy import Hold, Policy, Rule, Skip
+from rpqfx.report import Report, report
+from rpqfx.serialize import load, save
+from rpqfx.site import Site
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CodebookSpec",
+    "Hold",
+    "Policy",
+    "RPQError",
+    "Report",
+    "Rule",
+    "Site",
+    "Skip",
+    "errors",
+    "graph",
+    "load",
+    "materialize",
+    "nn",
+    "report",
+    "rpqify",
+    "save",
+]

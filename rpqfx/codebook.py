@@ -133,7 +133,7 @@ class CodebookSpec:
             if codebooks < 1 or dim % codebooks:
                 near = dim // nearest_divisor(dim, max(1, dim // max(1, codebooks)))
                 raise SpecError(
-                    f"{codebooks} codebooks do not divide the vector length {dim}; the nearest count that does is {near}"
+                    f"{codebooks} codebooks do not divide the vector length {dim}; the nearest count that does: {near}"
                 )
             codebook_dim = dim // codebooks
         if codebook_dim is None:
@@ -343,7 +343,8 @@ def contract_t(
         bins = rearrange(_bins(block, codes, books.shape[2], spread), "r (g s) k b -> r g s k b", g=books.shape[1])
         x = torch.einsum("rgskb,rgkd->bgsd", bins, books)
         out.append(rearrange(x, "b g s d -> b (g s d)").to(y.dtype))
-    return (out[0] if len(out) == 1 else torch.cat(out)).reshape(*y.shape[:-1], -1)
+    dim = codes.shape[1] * codebooks.shape[3]
+    return (out[0] if len(out) == 1 else torch.cat(out)).reshape(*y.shape[:-1], dim)
 
 
 # ------------------------------------------------------------------------------------------- their gradients
@@ -377,9 +378,7 @@ def accumulate(x: Tensor, y: Tensor, codes: Tensor, books: int, entries: int, si
     return _unfold_signs(total, signs).to(x.dtype)
 
 
-def collect(
-    grad: Tensor, codes: Tensor, books: int, entries: int, signs: Tensor | None = None
-) -> Tensor:
+def collect(grad: Tensor, codes: Tensor, books: int, entries: int, signs: Tensor | None = None) -> Tensor:
     """The adjoint of :func:`expand`: sums the gradient of every use of an entry.
 
     Args:
@@ -403,9 +402,7 @@ def collect(
     return _unfold_signs(total.view(like.shape), signs).to(grad.dtype)
 
 
-def collect_sparse(
-    grad: Tensor, codes: Tensor, books: int, entries: int, signs: Tensor | None = None
-) -> Tensor:
+def collect_sparse(grad: Tensor, codes: Tensor, books: int, entries: int, signs: Tensor | None = None) -> Tensor:
     """:func:`collect` as a sparse tensor that lists only the entries in use.
 
     Args:
@@ -441,8 +438,9 @@ def pack_signs(minus: Tensor) -> Tensor:
         ``[..., ceil(N/8)]`` uint8, the first sign in the lowest bit.
     """
     padded = F.pad(minus.to(torch.uint8), (0, -minus.shape[-1] % 8))
-    weights = torch.bitwise_left_shift(torch.ones_like(padded[..., :8]), _bit_positions(minus.device))
-    return (rearrange(padded, "... (byte bit) -> ... byte bit", bit=8) * weights[..., None, :]).sum(-1, dtype=torch.uint8)
+    positions = _bit_positions(minus.device)
+    weights = torch.bitwise_left_shift(torch.ones_like(positions), positions)
+    return (rearrange(padded, "... (byte bit) -> ... byte bit", bit=8) * weights).sum(-1, dtype=torch.uint8)
 
 
 def unpack_signs(signs: Tensor, num_vectors: int) -> Tensor:

@@ -25,12 +25,11 @@ def kmeans(points: Tensor, entries: int, *, steps: int = 10, seed: int = 0) -> t
         ``centres [K, d]`` and ``codes [N]`` int64.
     """
     generator = torch.Generator(points.device).manual_seed(seed)
-    distinct = torch.unique(points, dim=0)
+    distinct, which = torch.unique(points, dim=0, return_inverse=True)
+    if len(distinct) <= entries:  # exact; what is left over repeats the first entry
+        return torch.cat([distinct, distinct[:1].expand(entries - len(distinct), -1)]), which
     start = torch.randperm(len(distinct), generator=generator, device=points.device)[:entries]
     centres = distinct[start]
-    if len(distinct) <= entries:  # exact; what is left over repeats the first entry
-        centres = torch.cat([centres, centres[:1].expand(entries - len(distinct), -1)])
-        return centres, nearest(points, centres)[0]
     codes, distances = nearest(points, centres)
     for _ in range(steps):
         centres = _means(points, codes, centres, distances)
@@ -51,9 +50,12 @@ def nearest(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         ``codes [N]`` int64 and squared ``distances [N]``.
     """
+    shift = centres.mean(0)  # distances far from the origin would cancel
+    centres = centres - shift
     norms = centres.square().sum(1)
     codes, distances = [], []
     for block in points.split(max(1, _BLOCK_ELEMENTS // len(centres))):
+        block = block - shift
         scores = torch.addmm(norms, block, centres.t(), alpha=-2)
         low, code = scores.min(1)
         codes.append(code)

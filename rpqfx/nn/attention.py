@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from rpqfx.errors import InputError
-from rpqfx.nn.backed import expanded, register_layer, weight_of
+from rpqfx.nn.backed import expanded, register_layer
 from rpqfx.nn.layer import RPQLayer, Split, apply_linear
 from rpqfx.nn.linear import RPQLinear
 
@@ -40,10 +40,10 @@ class RPQMultiheadAttention(RPQLayer, nn.MultiheadAttention):
 
     _dense = nn.MultiheadAttention
     _weights = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-    in_proj_weight = expanded("in_proj_weight")  # type: ignore[assignment]
-    q_proj_weight = expanded("q_proj_weight")  # type: ignore[assignment]
-    k_proj_weight = expanded("k_proj_weight")  # type: ignore[assignment]
-    v_proj_weight = expanded("v_proj_weight")  # type: ignore[assignment]
+    in_proj_weight = expanded("in_proj_weight")
+    q_proj_weight = expanded("q_proj_weight")
+    k_proj_weight = expanded("k_proj_weight")
+    v_proj_weight = expanded("v_proj_weight")
 
     @classmethod
     def _splits(cls) -> bool:
@@ -132,14 +132,11 @@ class RPQMultiheadAttention(RPQLayer, nn.MultiheadAttention):
         if query is key and key is value:
             q, k, v = apply_linear(self, "in_proj_weight", query, self.in_proj_bias).chunk(3, -1)
             return q, k, v
-        rows = [slice(i * width, (i + 1) * width) for i in range(3)]
-        held = weight_of(self, "in_proj_weight")
-        if held is not None and held.layout.transposed:  # columns serve all rows at once
-            parts = [held.linear(x, None, r) for x, r in zip((query, key, value), rows, strict=True)]
-            q, k, v = (p if b is None else p + b.to(p.dtype) for p, b in zip(parts, biases, strict=True))
-            return q, k, v
-        inputs = zip((query, key, value), biases, rows, strict=True)
-        q, k, v = (apply_linear(self, "in_proj_weight", x, bias, r) for x, bias, r in inputs)
+        parts = []
+        for i, (x, bias) in enumerate(zip((query, key, value), biases, strict=True)):
+            rows = slice(i * width, (i + 1) * width)
+            parts.append(apply_linear(self, "in_proj_weight", x, bias, rows))
+        q, k, v = parts
         return q, k, v
 
     def _mask(

@@ -9,7 +9,6 @@ itself, hooks, flags, attributes, methods. For the torch.nn layers that class is
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -67,7 +66,9 @@ def expanded(name: str) -> property:
 
 def _virtual(name: str) -> property:
     def read(self: nn.Module) -> VirtualWeight:
-        return VirtualWeight(self._modules[name + SUFFIX])
+        weight = weight_of(self, name)
+        assert weight is not None
+        return VirtualWeight(weight)
 
     return property(read, doc=f"``{name}``, held in codebooks.")
 
@@ -113,6 +114,9 @@ def back(module: nn.Module, weights: Mapping[str, RPQWeight]) -> None:
         module._modules[name + SUFFIX] = weight
 
 
+_FOREIGN: dict[tuple[type[nn.Module], tuple[str, ...]], type[Backed]] = {}
+
+
 class _Foreign(Backed):
     """Base of the classes made on the spot; pickles as the class it extends and the names it holds."""
 
@@ -124,11 +128,14 @@ class _Foreign(Backed):
         return (_new, (self._rpq_base, self._rpq_names), *reduced[2:])
 
 
-@functools.cache
 def _backed_class(base: type[nn.Module], names: tuple[str, ...]) -> type[Backed]:
+    """One class for each base and names, so that equal modules are of one class."""
+    if (base, names) in _FOREIGN:
+        return _FOREIGN[base, names]
     body: dict[str, Any] = {name: _virtual(name) for name in names}
     body |= {"_rpq_base": base, "_rpq_names": names, "__module__": base.__module__, "__doc__": base.__doc__}
-    return type(base.__name__, (_Foreign, base), body)
+    _FOREIGN[base, names] = type(base.__name__, (_Foreign, base), body)
+    return _FOREIGN[base, names]
 
 
 def _new(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:

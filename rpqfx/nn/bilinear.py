@@ -28,7 +28,7 @@ class RPQBilinear(RPQLayer, nn.Bilinear):
     """
 
     _dense = nn.Bilinear
-    weight = expanded("weight")  # type: ignore[assignment]
+    weight = expanded("weight")
 
     @classmethod
     def layout(cls, dense: nn.Module, name: str, split: Split = "row") -> Layout:

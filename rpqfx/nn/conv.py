@@ -49,55 +49,39 @@ def _held(layer: nn.Module) -> RPQWeight:
     return held
 
 
-_ARGUMENTS = """
-
-    Takes every argument of ``torch.nn.{name}`` (stride, padding by number or name, dilation, groups, every padding
-    mode{more}) and those of :class:`RPQLayer`. The vectors that share codebooks are its {vectors}.
-
-    Raises:
-        SpecError: If the codebooks do not fit the weight.
-    """
-
-
 class RPQConv1d(_Conv, nn.Conv1d):
-    __doc__ = "A convolution over sequences, as ``torch.nn.Conv1d``." + _ARGUMENTS.format(
-        name="Conv1d", more="", vectors="filters"
-    )
+    """A convolution over sequences: the arguments of ``torch.nn.Conv1d`` and of ``RPQLayer``."""
+
     _dense = nn.Conv1d
 
 
 class RPQConv2d(_Conv, nn.Conv2d):
-    __doc__ = "A convolution over images, as ``torch.nn.Conv2d``." + _ARGUMENTS.format(
-        name="Conv2d", more="", vectors="filters"
-    )
+    """A convolution over images: the arguments of ``torch.nn.Conv2d`` and of ``RPQLayer``."""
+
     _dense = nn.Conv2d
 
 
 class RPQConv3d(_Conv, nn.Conv3d):
-    __doc__ = "A convolution over volumes, as ``torch.nn.Conv3d``." + _ARGUMENTS.format(
-        name="Conv3d", more="", vectors="filters"
-    )
+    """A convolution over volumes: the arguments of ``torch.nn.Conv3d`` and of ``RPQLayer``."""
+
     _dense = nn.Conv3d
 
 
 class RPQConvTranspose1d(_ConvTranspose, nn.ConvTranspose1d):
-    __doc__ = "A transposed convolution over sequences, as ``torch.nn.ConvTranspose1d``." + _ARGUMENTS.format(
-        name="ConvTranspose1d", more=", output_padding", vectors="input channels' filters"
-    )
+    """A transposed convolution over sequences: the arguments of ``torch.nn.ConvTranspose1d`` and of ``RPQLayer``."""
+
     _dense = nn.ConvTranspose1d
 
 
 class RPQConvTranspose2d(_ConvTranspose, nn.ConvTranspose2d):
-    __doc__ = "A transposed convolution over images, as ``torch.nn.ConvTranspose2d``." + _ARGUMENTS.format(
-        name="ConvTranspose2d", more=", output_padding", vectors="input channels' filters"
-    )
+    """A transposed convolution over images: the arguments of ``torch.nn.ConvTranspose2d`` and of ``RPQLayer``."""
+
     _dense = nn.ConvTranspose2d
 
 
 class RPQConvTranspose3d(_ConvTranspose, nn.ConvTranspose3d):
-    __doc__ = "A transposed convolution over volumes, as ``torch.nn.ConvTranspose3d``." + _ARGUMENTS.format(
-        name="ConvTranspose3d", more=", output_padding", vectors="input channels' filters"
-    )
+    """A transposed convolution over volumes: the arguments of ``torch.nn.ConvTranspose3d`` and of ``RPQLayer``."""
+
     _dense = nn.ConvTranspose3d
 
 

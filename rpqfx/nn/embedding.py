@@ -34,7 +34,7 @@ class RPQEmbedding(RPQLayer, nn.Embedding):
     """
 
     _dense = nn.Embedding
-    weight = expanded("weight")  # type: ignore[assignment]
+    weight = expanded("weight")
 
     def forward(self, input: Tensor) -> Tensor:
         """Integer ids of any shape to ``[*ids.shape, embedding_dim]``."""
@@ -64,7 +64,7 @@ class RPQEmbeddingBag(RPQLayer, nn.EmbeddingBag):
     """
 
     _dense = nn.EmbeddingBag
-    weight = expanded("weight")  # type: ignore[assignment]
+    weight = expanded("weight")
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """Bags ``[B, L]``, or ``[T]`` with ``offsets [B]``, to ``[B, embedding_dim]``."""

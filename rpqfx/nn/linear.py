@@ -27,7 +27,7 @@ class RPQLinear(RPQLayer, nn.Linear):
     """
 
     _dense = nn.Linear
-    weight = expanded("weight")  # type: ignore[assignment]
+    weight = expanded("weight")
 
     @classmethod
     def _splits(cls) -> bool:
@@ -39,3 +39,5 @@ class RPQLinear(RPQLayer, nn.Linear):
 
 
 register_layer(nn.Linear, RPQLinear)
+# The output projection of nn.MultiheadAttention: a Linear that only marks itself for torch's quantisation.
+register_layer(nn.modules.linear.NonDynamicallyQuantizableLinear, RPQLinear)

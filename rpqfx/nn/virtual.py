@@ -26,8 +26,6 @@ class VirtualWeight:
         flipped: Whether this is the transpose of a two-dimensional tensor.
     """
 
-    __slots__ = ("_flipped", "_weight")
-
     def __init__(self, weight: RPQWeight, flipped: bool = False) -> None:
         self._weight = weight
         self._flipped = flipped
@@ -129,7 +127,15 @@ class VirtualWeight:
             return self.expand_dense().to(*args, **kwargs)
         return self
 
+    def __matmul__(self, other: Any) -> Any:
+        return VirtualWeight.__torch_function__(torch.matmul, (), (self, other))
+
+    def __rmatmul__(self, other: Any) -> Any:
+        return VirtualWeight.__torch_function__(torch.matmul, (), (other, self))
+
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # asked for by copying, pickling and compilers, before there is anything to expand
+            raise AttributeError(name)
         return getattr(self.expand_dense(), name)
 
 
@@ -140,10 +146,9 @@ def _operator(name: str) -> Callable[..., Any]:
     return apply
 
 
-for _name in (
-    "add radd sub rsub mul rmul truediv rtruediv floordiv mod pow rpow neg pos abs invert and or xor "
-    "lt le gt ge eq ne getitem iter bool float int"
-).split():
+_ARITHMETIC = ("add", "sub", "mul", "truediv", "pow")
+_OTHERS = ("floordiv", "mod", "neg", "pos", "abs", "lt", "le", "gt", "ge", "eq", "ne", "getitem", "iter")
+for _name in (*_ARITHMETIC, *(f"r{name}" for name in _ARITHMETIC), *_OTHERS):
     setattr(VirtualWeight, f"__{_name}__", _operator(f"__{_name}__"))
 VirtualWeight.__hash__ = object.__hash__  # type: ignore[method-assign]
 
@@ -218,7 +223,9 @@ def _conv(spatial: int, transposed: bool) -> Callable[..., Any]:
         value = (value,) if isinstance(value, int) else tuple(value)
         return value * spatial if len(value) == 1 else value
 
-    def run(input: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, rest: Any, groups: int) -> Any:
+    def run(
+        input: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, rest: Any, groups: int
+    ) -> Any:
         if not isinstance(weight, VirtualWeight) or weight._weight.layout.transposed or isinstance(padding, str):
             return NotImplemented
         if isinstance(input, VirtualWeight) or weight._weight.layout.lead != 1:
@@ -268,15 +275,3 @@ _SERVED: dict[Any, Callable[..., Any]] = {
     torch.Tensor.addmm: _addmm,
     torch.einsum: _einsum,
 }
-
-
-def _matmul_operator(self: VirtualWeight, other: Any) -> Any:
-    return torch.matmul(self, other)  # type: ignore[call-overload]
-
-
-def _rmatmul_operator(self: VirtualWeight, other: Any) -> Any:
-    return torch.matmul(other, self)  # type: ignore[call-overload]
-
-
-VirtualWeight.__matmul__ = _matmul_operator  # type: ignore[attr-defined]
-VirtualWeight.__rmatmul__ = _rmatmul_operator  # type: ignore[attr-defined]

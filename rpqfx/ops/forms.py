@@ -113,9 +113,12 @@ class Conv:
     def left(self, y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
         weight = self._weight(codebooks, codes, signs)
         rest = self._adjoint_padding(y.shape[2:])
-        return torch.convolution(
+        x = torch.convolution(
             y, weight, None, self.stride, self.padding, self.dilation, not self.transposed, rest, self.groups
         )
+        for axis, size in enumerate(self.input_size, 2):  # an output padding past the stride leaves more than x had
+            x = x.narrow(axis, 0, size)
+        return x
 
     def book(self, x: Tensor, y: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
         weight = x.new_empty(()).expand(self.weight_shape)

@@ -114,9 +114,7 @@ class Expand(_Mapped):
     """``codebook.expand``; ``sparse`` asks for a sparse gradient of the codebooks."""
 
     @staticmethod
-    def forward(
-        codebooks: Tensor, scale: Tensor | None, codes: Tensor, signs: Tensor | None, sparse: bool
-    ) -> Tensor:
+    def forward(codebooks: Tensor, scale: Tensor | None, codes: Tensor, signs: Tensor | None, sparse: bool) -> Tensor:
         return codebook.expand(codebooks, codes, scale, signs)
 
     @staticmethod

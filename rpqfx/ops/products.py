@@ -139,6 +139,8 @@ def _prepare(x: Tensor, weight: Tensors, width: int, axis: int = -1) -> tuple[Te
         raise InputError(f"expected {width} features in dimension {axis} of the input, got shape {tuple(x.shape)}")
     if x.is_complex():
         raise InputError(f"codebooks hold real numbers, got {x.dtype} input; pass its real and imaginary parts apart")
+    if not x.is_floating_point():
+        raise InputError(f"expected floating-point input, got {x.dtype}; ids are for lookup")
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and torch.float64 not in (x.dtype, books.dtype):
         dtype = torch.get_autocast_dtype(kind)

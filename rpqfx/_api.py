@@ -1,0 +1,133 @@
+"""rpqify: capture, decide, rewrite, in one call."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten
+
+from rpqfx.errors import InputError, RewriteError
+from rpqfx.graph.capture import capture, evaluating
+from rpqfx.graph.match import find_sites, is_rewritten
+from rpqfx.graph.rewrite import Progress, parameter_at, rewrite
+from rpqfx.graph.whole import whole_graph
+from rpqfx.nn.backed import backed_weights
+from rpqfx.policy import Decide, Hold, Policy, decide_all
+from rpqfx.report import attach_records, attached_records, dense_bytes
+from rpqfx.site import Site
+
+
+def rpqify(
+    model: nn.Module,
+    policy: Policy | Decide,
+    *,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    inplace: bool = False,
+    as_graph: bool = False,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> nn.Module:
+    """Rewrites a model so that its weights live in codebooks.
+
+    Every Linear, Embedding, convolution, Bilinear and MultiheadAttention, and every Parameter that a module uses in
+    a product, a convolution or a lookup of its own, is held as a policy says. Classes, names, hooks, flags, methods
+    and ties stay. What is not rewritten stays exactly as it was; [`report`][rpqfx.report.report] says why.
+
+    Args:
+        model: Any module, on any device. On the meta device nothing is allocated;
+            [`materialize`][rpqfx.materialize.materialize] does that later.
+        policy: A [`Policy`][rpqfx.policy.Policy], or a callable from a site to a spec or a skip.
+        example_inputs: Positional inputs of one call. With them the rewritten model is run beside the dense one that
+            holds the expanded weights, and lazy modules take their shapes.
+        example_kwargs: Keyword inputs of that call.
+        inplace: Rewrite ``model`` itself. Otherwise it is left untouched, and the result shares no tensor with it.
+        as_graph: Return one whole ``torch.fx.GraphModule``, codebook layers as leaf nodes.
+        seed: Of fits. Random codebooks are drawn from torch's global generator.
+        progress: Called with (done, total, site name) after each site.
+
+    Returns:
+        The rewritten model, of the same class (a GraphModule with ``as_graph``), in the same mode.
+
+    Raises:
+        InputError: If ``model`` is not a module.
+        RewriteError: If the model already holds weights in codebooks, cannot be copied, or (with example inputs) does
+            not compute what the dense model with the expanded weights does.
+        PolicyError: If the policy rewrites nothing, or cannot be followed.
+        CaptureError: If a lazy module has never run, or ``as_graph`` cannot capture the model.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"rpqify takes a torch.nn.Module, got {type(model).__name__}")
+    if is_rewritten(model):
+        raise RewriteError(
+            "this model already holds weights in codebooks; start from the dense model, with one policy whose rules "
+            "say what differs from layer to layer"
+        )
+    runs = example_inputs is not None or example_kwargs is not None
+    if runs and not inplace:  # a run may leave traces (shapes of lazy modules, caches): it is made on the copy
+        model, inplace = _copied(model, ()), True
+    captured = capture(model, example_inputs, example_kwargs)
+    sites = find_sites(captured)
+    others = dense_bytes(model) - sum(site.dense_bytes for site in sites)
+    decisions, notes = decide_all(policy, sites, others)
+    replaced = [site for site in sites if isinstance(decisions[site.name], Hold)]
+    if not inplace:
+        captured = dataclasses.replace(captured, model=_copied(model, replaced))
+    expected = _Expected(captured.model, example_inputs, example_kwargs) if runs else None
+    small = rewrite(captured, decisions, sites, seed=seed, progress=progress)
+    records, _ = attached_records(small) or ((), ())
+    attach_records(small, records, notes)
+    if expected is not None:
+        expected.check(small)
+    return whole_graph(small, example_inputs, example_kwargs) if as_graph else small
+
+
+def _copied(model: nn.Module, replaced: Sequence[Site]) -> nn.Module:
+    """A deep copy that does not copy the weights that are about to be replaced."""
+    memo: dict[int, Any] = {}
+    for site in replaced:
+        parameter = parameter_at(model, site.name)
+        memo[id(parameter)] = parameter
+    for module in model.modules():  # tensors that a hook computes (weight norm) have a history, which cannot be copied
+        for value in module.__dict__.values():
+            if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+                memo[id(value)] = value.detach().clone()
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise RewriteError(
+            f"the model cannot be copied ({type(error).__name__}: {error}); pass inplace=True to rewrite it itself"
+        ) from error
+
+
+class _Expected:
+    """What the dense model that holds the expanded weights returns, to be held against the rewritten one."""
+
+    def __init__(self, model: nn.Module, args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None) -> None:
+        self._dense = copy.deepcopy(model)
+        self._args, self._kwargs = tuple(args or ()), dict(kwargs or {})
+
+    @torch.no_grad()
+    def check(self, small: nn.Module) -> None:
+        """Raises RewriteError where the two differ."""
+        for path, module in small.named_modules():
+            for name, weight in backed_weights(module).items():
+                parameter_at(self._dense, f"{path}.{name}".lstrip(".")).copy_(weight())
+        with evaluating(small), evaluating(self._dense):
+            found, shape = tree_flatten(small(*self._args, **self._kwargs))
+            wanted, wanted_shape = tree_flatten(self._dense(*self._args, **self._kwargs))
+        same = shape == wanted_shape
+        for a, b in zip(found, wanted, strict=False):
+            if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.is_floating_point():
+                tolerance = 1e-4 if a.dtype in (torch.float32, torch.float64) else 5e-2
+                same &= bool(torch.allclose(a, b, rtol=tolerance, atol=tolerance * max(1.0, float(b.abs().max()))))
+        if not same:
+            raise RewriteError(
+                "on the example inputs the rewritten model does not compute what the dense model with the expanded "
+                "weights does; please report the model, and skip the layers that cause it with a Rule"
+            )

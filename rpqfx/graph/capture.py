@@ -1,0 +1,235 @@
+"""Step one: read a model, one fx graph per module.
+
+Each module's own forward is traced with its children as leaves, so what one module does (control flow on values, a
+call that fx cannot follow) never costs another. Graphs are read, never run in place of the module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import itertools
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import UninitializedParameter
+from torch.utils._pytree import tree_flatten
+
+from rpqfx.errors import CaptureError
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+
+@dataclass(frozen=True)
+class ModuleGraph:
+    """What is known of one module's forward.
+
+    Args:
+        graphs: Its fx graphs, children as leaves: in eval and in train mode, with every argument symbolic and with
+            those that have defaults at their defaults, as far as each can be traced. Empty for torch.nn's own layers
+            and for opaque modules.
+        opaque: Why its forward could not be read, or None.
+    """
+
+    graphs: tuple[fx.Graph, ...] = ()
+    opaque: str | None = None
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A model and what was read of it.
+
+    Args:
+        model: The model itself, not a copy.
+        graphs: By qualified module name; a module with several names is listed under its first.
+    """
+
+    model: nn.Module
+    graphs: Mapping[str, ModuleGraph]
+
+    @property
+    def opaque(self) -> dict[str, str]:
+        """Modules whose forward could not be read, with the reason."""
+        return {name: found.opaque for name, found in self.graphs.items() if found.opaque}
+
+
+class ModuleTracer(fx.Tracer):
+    """Traces one module's own forward: every child is a leaf, buffers stay symbolic."""
+
+    proxy_buffer_attributes = True
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Always."""
+        return True
+
+
+def capture(
+    model: nn.Module,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    leaves: tuple[type[nn.Module], ...] = (),
+) -> Captured:
+    """Reads a model.
+
+    No forward runs on data unless example inputs are given. With them the model runs once, in eval mode without
+    gradients: lazy modules take their shapes, and each graph is held against what its module returned; one that
+    differs is dropped and its module counts as opaque.
+
+    Args:
+        model: Any module; its state is as before when this returns (lazy modules with example inputs apart).
+        example_inputs: Positional inputs of one call.
+        example_kwargs: Keyword inputs of that call.
+        leaves: Classes whose forward is not to be read.
+
+    Returns:
+        The model with one graph for each module.
+
+    Raises:
+        CaptureError: If a lazy module has never run and there are no example inputs.
+    """
+    runs = example_inputs is not None or example_kwargs is not None
+    if not runs:
+        _refuse_lazy(model)
+    else:  # once before tracing, so that lazy modules have become ordinary ones
+        with evaluating(model):
+            model(*(example_inputs or ()), **(example_kwargs or {}))
+    graphs = {name: _read(module, leaves) for name, module in model.named_modules()}
+    if runs:
+        graphs = _checked(model, graphs, example_inputs or (), example_kwargs or {})
+    return Captured(model, graphs)
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, LazyModuleMixin) and any(
+            isinstance(p, UninitializedParameter) for p in module.parameters()
+        ):
+            raise CaptureError(
+                f"{name or 'the model'} is a {type(module).__name__} that has never run, so its shapes are unknown; "
+                "run the model once, or pass example_inputs"
+            )
+
+
+def _read(module: nn.Module, leaves: tuple[type[nn.Module], ...]) -> ModuleGraph:
+    if _is_builtin(module) or isinstance(module, leaves):
+        return ModuleGraph()
+    if isinstance(module, torch.jit.ScriptModule):
+        return ModuleGraph(opaque="it is a ScriptModule")
+    if type(module).forward is nn.Module.forward and "forward" not in module.__dict__:
+        return ModuleGraph(opaque="it has no forward")
+    graphs, errors = [], []
+    fixed = (None, _defaults(module)) if _defaults(module) else (None,)
+    for training, values in itertools.product((False, True), fixed):
+        try:
+            with _unchanged(module):
+                module.training = training
+                graphs.append(ModuleTracer().trace(module, values))
+        except Exception as error:  # a foreign forward may raise anything; whatever it is, the module is opaque
+            errors.append(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}".rstrip(": "))
+    return ModuleGraph(tuple(graphs)) if graphs else ModuleGraph(opaque=errors[0])
+
+
+def _is_builtin(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn") or isinstance(module, _CONTAINERS)
+
+
+def _defaults(module: nn.Module) -> dict[str, Any]:
+    parameters = inspect.signature(module.forward).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+
+
+@contextlib.contextmanager
+def _unchanged(module: nn.Module) -> Iterator[None]:
+    """Undoes what tracing a forward leaves behind: attributes it set, random numbers it drew, warnings."""
+    before = dict(module.__dict__)
+    held = {key: value.copy() for key, value in before.items() if isinstance(value, (dict, list, set))}
+    try:
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.no_grad():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        module.__dict__.clear()
+        module.__dict__.update(before)
+        for key, value in held.items():
+            before[key].clear()
+            before[key].extend(value) if isinstance(value, list) else before[key].update(value)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients, for a while."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _checked(
+    model: nn.Module, graphs: dict[str, ModuleGraph], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, ModuleGraph]:
+    """Runs the model and, in a hook of each module, its graph on the same inputs."""
+    checked = dict(graphs)
+    handles = []
+
+    def watch(name: str, traced: tuple[fx.Graph, ...]) -> Any:
+        def hook(module: nn.Module, inputs: Any, named: Any, output: Any) -> None:
+            with _silent(module):
+                same = any(_reproduces(fx.GraphModule(module, graph), inputs, named, output) for graph in traced)
+            if not same:
+                checked[name] = ModuleGraph(opaque="no graph of it reproduces its forward on the example inputs")
+
+        return hook
+
+    for name, module in model.named_modules():
+        if graphs[name].graphs:
+            handles.append(
+                module.register_forward_hook(watch(name, graphs[name].graphs), with_kwargs=True, prepend=True)
+            )
+    try:
+        with evaluating(model):
+            model(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return checked
+
+
+def _reproduces(graph: fx.GraphModule, args: Any, kwargs: Any, output: Any) -> bool:
+    try:
+        return _equal(graph.forward(*args, **kwargs), output)
+    except Exception:  # the graph does not even take these inputs
+        return False
+
+
+@contextlib.contextmanager
+def _silent(module: nn.Module) -> Iterator[None]:
+    """Keeps the hooks of a module's children from firing a second time."""
+    held = [(child, child._forward_hooks.copy()) for child in module.modules() if child is not module]
+    for child, _ in held:
+        child._forward_hooks.clear()
+    try:
+        yield
+    finally:
+        for child, hooks in held:
+            child._forward_hooks.update(hooks)
+
+
+def _equal(first: Any, second: Any) -> bool:
+    left, left_tree = tree_flatten(first)
+    right, right_tree = tree_flatten(second)
+    if left_tree != right_tree:
+        return False
+    return all(
+        torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True) if isinstance(a, torch.Tensor) else a == b
+        for a, b in zip(left, right, strict=True)
+    )

@@ -1,0 +1,187 @@
+"""Step three: replace, by the least intrusive means.
+
+A torch.nn layer becomes its RPQ namesake; any other module keeps its class, and its Parameter becomes a
+codebook-held one that it reads under the same name. Either way the module stays the same object, with its hooks,
+flags, attributes and methods, so nothing that refers to it has to be found and mended.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from rpqfx.codebook import CodebookSpec
+from rpqfx.errors import RewriteError
+from rpqfx.fit import fit_codebooks
+from rpqfx.graph.capture import Captured
+from rpqfx.nn import RPQLinear, RPQMultiheadAttention
+from rpqfx.nn.backed import back
+from rpqfx.nn.layer import random_weight
+from rpqfx.nn.weight import Layout, RPQWeight
+from rpqfx.policy import Hold, Skip
+from rpqfx.report import SiteRecord, attach_records
+from rpqfx.site import Site
+
+Progress = Callable[[int, int, str], None]
+
+
+def rewrite(
+    captured: Captured,
+    decisions: Mapping[str, Hold | Skip],
+    sites: Sequence[Site],
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> nn.Module:
+    """Carries out decisions on ``captured.model``, in place.
+
+    Everything is checked and every codebook is made before the model is touched: if anything is refused, the model
+    is as it was.
+
+    Args:
+        captured: The model that was read.
+        decisions: By site name.
+        sites: All sites of the model, for the record.
+        seed: Of fits.
+        progress: Called with (done, total, site name) after each site.
+
+    Returns:
+        ``captured.model``.
+
+    Raises:
+        RewriteError: If a decision names no site, or does not fit one.
+    """
+    by_name = {site.name: site for site in sites}
+    unknown = sorted(set(decisions) - set(by_name))
+    if unknown:
+        raise RewriteError(f"decisions for sites that the model does not have: {', '.join(unknown[:5])}")
+    held = {name: decision for name, decision in decisions.items() if isinstance(decision, Hold)}
+    made: dict[str, RPQWeight] = {}
+    errors: dict[str, float | None] = {}
+    for group in _groups(held).values():
+        weights = _make(captured.model, [(by_name[name], held[name]) for name in group], seed)
+        for name, weight in zip(group, weights, strict=True):
+            made[name], errors[name] = weight, _error(captured.model, by_name[name], held[name], weight)
+            if progress is not None:
+                progress(len(made), len(held), name)
+    for name, weight in made.items():
+        install(captured.model, by_name[name].names, weight)
+    records = [
+        SiteRecord.of(site, decisions.get(site.name, Skip("no decision")), errors.get(site.name)) for site in sites
+    ]
+    attach_records(captured.model, records)
+    return captured.model
+
+
+def install(model: nn.Module, names: Sequence[str], weight: RPQWeight) -> None:
+    """Puts one codebook-held tensor in the place of a Parameter, under all its names.
+
+    Args:
+        model: The model.
+        names: Qualified names of the Parameter.
+        weight: Its codebooks; the same object everywhere, so that what was tied stays tied.
+    """
+    done: set[int] = set()
+    for name in names:
+        path, _, attribute = name.rpartition(".")
+        owner = model.get_submodule(path)
+        if id(owner) not in done:
+            done.add(id(owner))
+            back(owner, {attribute: weight})
+        parent = model.get_submodule(path.rpartition(".")[0]) if path else model
+        if type(parent) is nn.MultiheadAttention and isinstance(parent.out_proj, RPQLinear):
+            parent.__class__ = RPQMultiheadAttention  # its forward calls out_proj rather than reading its weight
+
+
+def parameter_at(model: nn.Module, name: str) -> nn.Parameter:
+    """The dense Parameter of a qualified name."""
+    path, _, attribute = name.rpartition(".")
+    parameter = model.get_submodule(path)._parameters.get(attribute)
+    if parameter is None:
+        raise RewriteError(f"{name} is not a dense Parameter of the model any more")
+    return parameter
+
+
+def _groups(held: Mapping[str, Hold]) -> dict[object, list[str]]:
+    """Sites that share codebooks, together; every other site alone."""
+    groups: dict[object, list[str]] = defaultdict(list)
+    for name, hold in held.items():
+        key = name if hold.group is None else (hold.group, hold.spec.codebooks_shape)
+        groups[key].append(name)
+    return groups
+
+
+def _make(model: nn.Module, members: list[tuple[Site, Hold]], seed: int) -> list[RPQWeight]:
+    weights = []
+    for site, hold in members:
+        layout = _layout(site, hold)
+        path, _, attribute = site.name.rpartition(".")
+        owner = model.get_submodule(path)
+        parameter = parameter_at(model, site.name)
+        fitted = hold.init == "fit" and not parameter.is_meta
+        if fitted and not bool(torch.isfinite(parameter).all()):
+            raise RewriteError(f"{site.name} has infinite or NaN elements; mend it, or skip it with a Rule")
+        if fitted and len(members) == 1:
+            weight = RPQWeight.from_dense(parameter, hold.spec, layout, seed=seed)
+        else:
+            weight = random_weight(owner, attribute, hold.spec, layout)
+        weight.codebooks.__dict__.update(parameter.__dict__)
+        weights.append(weight)
+    if len(members) > 1:
+        _share(model, members, weights, seed)
+    return weights
+
+
+def _layout(site: Site, hold: Hold) -> Layout:
+    layout = site.layout(hold.split)
+    if (layout.num_vectors, layout.dim) != (hold.spec.num_vectors, hold.spec.dim):
+        raise RewriteError(
+            f"{site.name}: the decision has {hold.spec.num_vectors} vectors of length {hold.spec.dim}, the site "
+            f"{layout.num_vectors} of length {layout.dim} with split={hold.split!r}"
+        )
+    return layout
+
+
+def _share(model: nn.Module, members: list[tuple[Site, Hold]], weights: list[RPQWeight], seed: int) -> None:
+    """One set of codebooks for several weights; fitted ones are fitted to all of them together."""
+    first = weights[0]
+    specs = [hold.spec for _, hold in members]
+    parameters = [parameter_at(model, site.name) for site, _ in members]
+    dtypes = {(parameter.dtype, parameter.device) for parameter in parameters}
+    if len(dtypes) > 1:
+        names = ", ".join(site.name for site, _ in members)
+        raise RewriteError(f"{names} cannot share codebooks: their dtypes or devices differ")
+    for weight in weights[1:]:
+        weight.codebooks = first.codebooks
+    if members[0][1].init != "fit" or first.codebooks.is_meta:
+        return
+    whole = CodebookSpec(
+        sum(spec.num_vectors for spec in specs), specs[0].dim, specs[0].codebook_dim, specs[0].entries,
+        specs[0].stages, specs[0].books, specs[0].scale, False,
+    )  # fmt: skip
+    rows = [w.layout.to_vectors(p.detach()) for w, p in zip(weights, parameters, strict=True)]
+    fit = fit_codebooks(torch.cat(rows), whole, seed=seed)
+    with torch.no_grad():
+        first.codebooks.copy_(fit.codebooks)
+        sizes = [spec.num_vectors for spec in specs]
+        for weight, codes in zip(weights, fit.codes.split(sizes, -1), strict=True):
+            weight.codes.copy_(codes)
+            if weight.signs is not None:
+                weight.signs.zero_()
+        if fit.scale is not None:
+            for weight, scale in zip(weights, fit.scale.split(sizes), strict=True):
+                assert weight.scale is not None
+                weight.scale.copy_(scale)
+
+
+@torch.no_grad()
+def _error(model: nn.Module, site: Site, hold: Hold, weight: RPQWeight) -> float | None:
+    """Relative error of a fitted tensor, ``|W - W'| / |W|``; None where nothing was fitted."""
+    dense = parameter_at(model, site.name)
+    if hold.init != "fit" or dense.is_meta:
+        return None
+    norm = dense.float().norm()
+    return float((dense.float() - weight().float()).norm() / norm) if norm > 0 else 0.0

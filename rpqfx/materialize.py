@@ -1,0 +1,70 @@
+"""Giving a model that was rewritten on the meta device its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from rpqfx.errors import RewriteError
+from rpqfx.nn.backed import Backed
+from rpqfx.nn.weight import RPQWeight
+
+
+def materialize(
+    model: nn.Module, device: torch.device | str = "cpu", init: Callable[[nn.Module], None] | None = None
+) -> nn.Module:
+    """Allocates and initialises what is on the meta device, in place; no dense weight is ever made.
+
+    Codebooks and codes are drawn as [`RPQWeight.reset_parameters`][rpqfx.nn.RPQWeight.reset_parameters] says. Any
+    other module that owns a meta tensor is initialised by ``init``; left out, by its own ``reset_parameters``, or by
+    the model's ``_init_weights(module)`` where it has that (as transformers models do). Tensors that are already
+    somewhere stay as they are. Tied and shared tensors stay tied.
+
+    Args:
+        model: A model, wholly or partly on the meta device.
+        device: Where the tensors go.
+        init: Called with each module that owns a tensor that was on the meta device.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        RewriteError: If a module can not be initialised in any of these ways; nothing is allocated then.
+    """
+    owners = [(name, m) for name, m in model.named_modules() if _owns_meta(m)]
+    general = getattr(model, "_init_weights", None)
+    if init is None:
+        stuck = [name or type(m).__name__ for name, m in owners if not hasattr(m, "reset_parameters") and not general]
+        if stuck:
+            raise RewriteError(
+                f"these modules have no reset_parameters, so their tensors would stay without values: "
+                f"{', '.join(stuck[:5])}{' ...' if len(stuck) > 5 else ''}; pass init=, a function of a module"
+            )
+    made: dict[int, Tensor] = {}
+    for _, module in owners:
+        for group in (module._parameters, module._buffers):
+            for name, tensor in group.items():
+                if tensor is not None and tensor.is_meta:
+                    group[name] = made.setdefault(id(tensor), _allocate(tensor, device))
+    for _, module in owners:
+        if isinstance(module, RPQWeight):
+            module.reset_parameters()
+        elif init is not None:
+            init(module)
+        elif hasattr(module, "reset_parameters") and not (general and not isinstance(module, Backed)):
+            module.reset_parameters()
+        else:
+            general(module)  # type: ignore[misc]
+    return model
+
+
+def _owns_meta(module: nn.Module) -> bool:
+    tensors = [*module._parameters.values(), *module._buffers.values()]
+    return any(tensor is not None and tensor.is_meta for tensor in tensors)
+
+
+def _allocate(tensor: Tensor, device: torch.device | str) -> Tensor:
+    empty = torch.empty_like(tensor, device=device)
+    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty

@@ -1,0 +1,233 @@
+"""What happened at each site, why, and how many bytes it took before and takes now."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+from rpqfx.codebook import CodebookSpec
+from rpqfx.errors import RPQError
+from rpqfx.nn.backed import backed_weights
+from rpqfx.nn.weight import RPQWeight
+from rpqfx.policy import Hold, Skip
+from rpqfx.render import Table, size, to_html, to_markdown, to_text
+from rpqfx.site import Site
+
+_ATTRIBUTE = "_rpqfx_records"
+_HEAD = ("site", "kind", "N x D", "M", "d", "K", "before", "after", "note")
+
+
+@dataclass(frozen=True)
+class SiteRecord:
+    """One line of a report.
+
+    Args:
+        name: Qualified name of the Parameter.
+        names: All its names, where it is tied.
+        kind: Of the site.
+        module_type: Class name of its owner.
+        shape: Of the dense tensor.
+        spec: How it is held, or None where it was left alone.
+        split: ``"row"`` or ``"column"``.
+        init: ``"fit"`` or ``"random"``.
+        reason: Why it was left alone, or None.
+        error: Relative error of a fit, ``|W - W'| / |W|``.
+        before: Bytes of the dense tensor.
+        after: Bytes of the tensors that are there now.
+        shared: Bytes of codebooks that are counted with an earlier site.
+    """
+
+    name: str
+    names: tuple[str, ...]
+    kind: str
+    module_type: str
+    shape: tuple[int, ...]
+    spec: CodebookSpec | None = None
+    split: str | None = None
+    init: str | None = None
+    reason: str | None = None
+    error: float | None = None
+    before: int = 0
+    after: int = 0
+    shared: int = 0
+
+    @classmethod
+    def of(cls, site: Site, decision: Hold | Skip, error: float | None = None) -> SiteRecord:
+        """The record of a decision."""
+        base = cls(
+            name=site.name, names=site.names, kind=site.kind, module_type=site.module_type.__name__, shape=site.shape,
+            before=site.dense_bytes, after=site.dense_bytes,
+        )  # fmt: skip
+        if isinstance(decision, Skip):
+            return dataclasses.replace(base, reason=decision.reason)
+        return dataclasses.replace(base, spec=decision.spec, split=decision.split, init=decision.init, error=error)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Sites and totals of a model; ``str``, ``to_markdown`` and ``to_html`` show the same data.
+
+    Args:
+        sites: Every site, in the model's order.
+        before: Bytes of the whole dense model.
+        codebooks: Bytes of codebooks and scales, shared ones once.
+        codes: Bytes of codes and signs.
+        other: Bytes of everything else: biases, norms, buffers, weights left dense.
+        notes: Remarks, such as rules that matched nothing.
+    """
+
+    sites: tuple[SiteRecord, ...]
+    before: int
+    codebooks: int
+    codes: int
+    other: int
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def after(self) -> int:
+        """Bytes of the whole model now."""
+        return self.codebooks + self.codes + self.other
+
+    @property
+    def rewritten(self) -> tuple[SiteRecord, ...]:
+        """Sites that are held in codebooks."""
+        return tuple(site for site in self.sites if site.spec is not None)
+
+    @property
+    def skipped(self) -> tuple[SiteRecord, ...]:
+        """Sites that were left alone."""
+        return tuple(site for site in self.sites if site.spec is None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**dataclasses.asdict(self), "after": self.after}
+
+    def table(self) -> Table:
+        """The rows and totals that every form shows."""
+        return Table(_HEAD, [_row(site) for site in self.sites], _totals(self))
+
+    def __str__(self) -> str:
+        return to_text(self.table())
+
+    def to_markdown(self) -> str:
+        """A Markdown table with totals."""
+        return to_markdown(self.table())
+
+    def to_html(self) -> str:
+        """A self-contained HTML page: a bar for each layer, before and after."""
+        return to_html(self.table(), [(site.before, site.after, site.spec is not None) for site in self.sites])
+
+
+def attach_records(model: nn.Module, records: Sequence[SiteRecord], notes: Sequence[str] = ()) -> None:
+    """Keeps what a rewrite did with the model it did it to (plain values, copied and pickled with it)."""
+    model.__dict__[_ATTRIBUTE] = (tuple(records), tuple(notes))
+
+
+def attached_records(model: nn.Module) -> tuple[tuple[SiteRecord, ...], tuple[str, ...]] | None:
+    """What :func:`attach_records` kept, or None."""
+    return model.__dict__.get(_ATTRIBUTE)
+
+
+def report(model: nn.Module) -> Report:
+    """What is held in codebooks in a model, what was left alone and why, and the bytes of it all.
+
+    Bytes are counted from the tensors that are in the model now; a tensor with several names counts once.
+
+    Args:
+        model: A model that ``rpqify`` returned, or any that has RPQ layers.
+
+    Returns:
+        The report.
+
+    Raises:
+        RPQError: If nothing in the model is held in codebooks.
+    """
+    held = {
+        f"{path}.{name}".lstrip("."): weight
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name, weight in backed_weights(module).items()
+    }
+    if not held:
+        raise RPQError("nothing in this model is held in codebooks; pass the model that rpqify returned")
+    records, notes = attached_records(model) or (tuple(_found(model, held)), ())
+    seen: set[int] = set()
+    sites, codebooks, codes = [], 0, 0
+    for record in records:
+        weight = held.get(record.name)
+        if weight is None:
+            sites.append(record)
+            continue
+        floats = [t for t in (weight.codebooks, weight.scale) if t is not None]
+        integers = [t for t in (weight.codes, weight.signs) if t is not None]
+        new_floats, new_integers = _unseen(floats, seen), _unseen(integers, seen)
+        codebooks += new_floats
+        codes += new_integers
+        shared = sum(t.nbytes for t in floats) - new_floats
+        sites.append(dataclasses.replace(record, after=new_floats + new_integers, shared=shared))
+    other = _unseen([*model.parameters(), *model.buffers()], seen)
+    dense = sum(site.before for site in sites if site.spec is not None)
+    return Report(tuple(sites), dense + other, codebooks, codes, other, tuple(notes))
+
+
+def dense_bytes(model: nn.Module) -> int:
+    """Bytes of all Parameters and buffers of a model, each tensor once."""
+    return _unseen([*model.parameters(), *model.buffers()], set())
+
+
+def _unseen(tensors: Sequence[Tensor], seen: set[int]) -> int:
+    total = 0
+    for tensor in tensors:
+        if id(tensor) not in seen and not isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
+            seen.add(id(tensor))
+            total += tensor.nbytes
+    return total
+
+
+def _found(model: nn.Module, held: dict[str, RPQWeight]) -> Iterator[SiteRecord]:
+    """Records of RPQ layers that were built by hand."""
+    names: dict[int, list[str]] = {}
+    for name, weight in held.items():
+        names.setdefault(id(weight), []).append(name)
+    for all_names in names.values():
+        weight = held[all_names[0]]
+        owner = model.get_submodule(all_names[0].rpartition(".")[0])
+        shape = weight.layout.shape
+        yield SiteRecord(
+            name=all_names[0], names=tuple(all_names), kind="layer", module_type=type(owner).__name__, shape=shape,
+            spec=weight.spec, split="column" if weight.layout.transposed else "row",
+            before=weight.layout.rows * weight.layout.cols * weight.codebooks.element_size(),
+        )  # fmt: skip
+
+
+def _row(site: SiteRecord) -> tuple[str, ...]:
+    name = site.name if len(site.names) == 1 else f"{site.name} (= {', '.join(site.names[1:])})"
+    if site.spec is None:
+        shape = " x ".join(str(n) for n in site.shape)
+        return (name, site.kind, shape, "-", "-", "-", size(site.before), size(site.after), f"left: {site.reason}")
+    spec = site.spec
+    notes = [
+        "columns" if site.split == "column" else "",
+        f"{spec.stages} stages" if spec.stages > 1 else "",
+        f"{spec.books} shared codebook{'s' if spec.books != 1 else ''}" if spec.books != spec.sub_vectors else "",
+        f"{size(site.shared)} shared with earlier sites" if site.shared else "",
+        f"fit error {site.error:.3f}" if site.error is not None else "",
+    ]
+    shape = f"{spec.num_vectors} x {spec.dim}"
+    counts = (str(spec.sub_vectors), str(spec.codebook_dim), str(spec.entries))
+    return (name, site.kind, shape, *counts, size(site.before), size(site.after), ", ".join(n for n in notes if n))
+
+
+def _totals(report: Report) -> list[str]:
+    share = report.after / report.before if report.before else 1.0
+    return [
+        f"{len(report.rewritten)} of {len(report.sites)} sites in codebooks; "
+        f"{size(report.before)} before, {size(report.after)} after ({share:.1%})",
+        f"codebooks and scales {size(report.codebooks)}, codes and signs {size(report.codes)}, "
+        f"everything else {size(report.other)}",
+        *report.notes,
+    ]

@@ -1,0 +1,80 @@
+"""A place in a model where a weight could be held in codebooks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import nn
+
+from rpqfx.errors import SpecError
+from rpqfx.nn.layer import Split
+from rpqfx.nn.weight import Layout
+
+Kind = Literal["linear", "embedding", "embedding_bag", "conv", "conv_transpose", "bilinear", "attention", "parameter"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One tensor of a model, with all that a policy may want to know of it.
+
+    Args:
+        name: Qualified name of the Parameter, such as ``"blocks.0.fc.weight"``.
+        names: All its names, where it is tied.
+        kind: What it does; ``"parameter"`` where its module's forward could not be read.
+        module_type: Class of its owner.
+        shape: Of the Parameter.
+        dtype: Of the Parameter.
+        lead: Axes that make the rows of its matrix.
+        flipped: Whether its outputs are the matrix's columns (``x @ w``) rather than its rows (``x @ w.T``).
+        splits: Whether vectors may also lie along inputs.
+        zero_vector: A row that is zero and stays zero.
+        heads: Attention heads of its module, or of the model where the module has none.
+        uses: Where the model's graphs use it, in words.
+        blocked: Why it cannot be rewritten, or None.
+    """
+
+    name: str
+    names: tuple[str, ...]
+    kind: Kind
+    module_type: type[nn.Module]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    lead: int = 1
+    flipped: bool = False
+    splits: bool = False
+    zero_vector: int | None = None
+    heads: int | None = None
+    uses: tuple[str, ...] = field(default=(), compare=False)
+    blocked: str | None = None
+
+    @property
+    def module_names(self) -> tuple[str, ...]:
+        """Qualified names of its owners."""
+        return tuple(name.rpartition(".")[0] for name in self.names)
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the dense tensor."""
+        return self.numel * self.dtype.itemsize
+
+    def layout(self, split: Split = "row") -> Layout:
+        """How the tensor is seen as vectors.
+
+        Args:
+            split: ``"row"`` for one vector an output, ``"column"`` for one vector an input.
+
+        Raises:
+            SpecError: If this site's vectors can only lie along outputs.
+        """
+        if split == "column" and not self.splits:
+            raise SpecError(f"{self.name}: vectors of a {self.kind} lie along its outputs; use split='row'")
+        transposed = self.flipped != (split == "column")
+        return Layout(self.shape, self.lead, transposed, self.zero_vector)
