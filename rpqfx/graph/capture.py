@@ -107,9 +107,8 @@ def capture(
 
 def _refuse_lazy(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, LazyModuleMixin) and any(
-            isinstance(p, UninitializedParameter) for p in module.parameters()
-        ):
+        unknown = any(isinstance(p, UninitializedParameter) for p in module._parameters.values())
+        if unknown and isinstance(module, LazyModuleMixin):
             raise CaptureError(
                 f"{name or 'the model'} is a {type(module).__name__} that has never run, so its shapes are unknown; "
                 "run the model once, or pass example_inputs"
