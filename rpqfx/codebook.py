@@ -16,8 +16,8 @@ The stored tensors are ``codebooks [R, G, K, d]`` (floating), ``codes [R, M, N]`
 optional ones, ``scale [N]`` and ``signs [R, M, ceil(N/8)]`` (one bit each, a set bit means minus).
 
 With the matrix product written as the form ``sum_bn y[b,n] * x[b,:] . W[n,:]``, which is linear in ``x``, in ``y``
-and in the codebooks, its three partial derivatives are the three products of training: :func:`contract` (the
-layer), :func:`contract_t` (the gradient of its input) and :func:`accumulate` (the gradient of its codebooks). None
+and in the codebooks, its three partial derivatives are the three products of training: ``contract`` (the
+layer), ``contract_t`` (the gradient of its input) and ``accumulate`` (the gradient of its codebooks). None
 makes ``W``. This is asymmetric distance computation (Jegou, Douze, Schmid, "Product Quantization for Nearest
 Neighbor Search", 2011, section III) used as a layer.
 """
@@ -210,7 +210,7 @@ class CodebookSpec:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> CodebookSpec:
-        """The inverse of :meth:`to_dict`."""
+        """The inverse of ``to_dict``."""
         return cls(**values)
 
 
@@ -252,7 +252,7 @@ def expand(codebooks: Tensor, codes: Tensor, scale: Tensor | None = None, signs:
         codebooks: ``[R, G, K, d]``.
         codes: ``[R, M, N]``, integer.
         scale: ``[N]`` or None.
-        signs: ``[R, M, ceil(N/8)]`` uint8, packed by :func:`pack_signs`, or None.
+        signs: ``[R, M, ceil(N/8)]`` uint8, packed by ``pack_signs``, or None.
 
     Returns:
         ``W [N, D]``, of the codebooks' dtype.
@@ -284,8 +284,9 @@ def lookup(
         InputError: If the codebooks are complex.
     """
     flat = ids.reshape(-1)
-    bits = None if signs is None else pack_signs(unpack_signs(signs, codes.shape[-1])[..., flat])
-    rows = expand(codebooks, codes[..., flat], None if scale is None else scale[flat], bits)
+    bits = None if signs is None else pack_signs(unpack_signs(signs, codes.shape[-1]).index_select(-1, flat))
+    factors = None if scale is None else scale.index_select(0, flat)
+    rows = expand(codebooks, codes.index_select(-1, flat), factors, bits)
     return rows.reshape(*ids.shape, rows.shape[-1])
 
 
@@ -329,7 +330,7 @@ def contract_t(
         signs: Packed signs or None.
 
     Returns:
-        ``[..., D]``, at the cost of :func:`contract`, whose adjoint this is.
+        ``[..., D]``, at the cost of ``contract``, whose adjoint this is.
 
     Raises:
         InputError: If ``y`` or the codebooks are complex.
@@ -379,7 +380,7 @@ def accumulate(x: Tensor, y: Tensor, codes: Tensor, books: int, entries: int, si
 
 
 def collect(grad: Tensor, codes: Tensor, books: int, entries: int, signs: Tensor | None = None) -> Tensor:
-    """The adjoint of :func:`expand`: sums the gradient of every use of an entry.
+    """The adjoint of ``expand``: sums the gradient of every use of an entry.
 
     Args:
         grad: ``[N, D]``, the gradient of the rows that ``codes`` describe.
@@ -403,7 +404,7 @@ def collect(grad: Tensor, codes: Tensor, books: int, entries: int, signs: Tensor
 
 
 def collect_sparse(grad: Tensor, codes: Tensor, books: int, entries: int, signs: Tensor | None = None) -> Tensor:
-    """:func:`collect` as a sparse tensor that lists only the entries in use.
+    """``collect`` as a sparse tensor that lists only the entries in use.
 
     Args:
         grad: ``[N, D]``.
@@ -444,7 +445,7 @@ def pack_signs(minus: Tensor) -> Tensor:
 
 
 def unpack_signs(signs: Tensor, num_vectors: int) -> Tensor:
-    """The inverse of :func:`pack_signs`.
+    """The inverse of ``pack_signs``.
 
     Args:
         signs: ``[..., ceil(N/8)]`` uint8.
@@ -470,7 +471,7 @@ def _fold_signs(codebooks: Tensor, codes: Tensor, signs: Tensor | None) -> tuple
 
 
 def _unfold_signs(codebooks: Tensor, signs: Tensor | None) -> Tensor:
-    """The adjoint of :func:`_fold_signs` in the codebooks."""
+    """The adjoint of ``_fold_signs`` in the codebooks."""
     if signs is None:
         return codebooks
     plus, minus = codebooks.chunk(2, 2)
@@ -527,7 +528,7 @@ def _table(x: Tensor, codebooks: Tensor) -> Tensor:
 
 
 def _table_index(codes: Tensor, codebooks: Tensor) -> Tensor:
-    """``[n, (r m)]`` int32: the row of :func:`_table` that each code picks."""
+    """``[n, (r m)]`` int32: the row of ``_table`` that each code picks."""
     stages, books, entries, _ = codebooks.shape
     sub_vectors = codes.shape[1]
     share = sub_vectors // books

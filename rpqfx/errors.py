@@ -1,7 +1,7 @@
 """Everything that rpqfx raises on purpose.
 
 Each message says what was seen, what was expected and the likely next move. All kinds derive from
-:class:`RPQError`, so ``except rpqfx.RPQError`` catches whatever the library refuses, and each also derives
+``RPQError``, so ``except rpqfx.RPQError`` catches whatever the library refuses, and each also derives
 from the builtin that a caller would expect (``ValueError``, ``TypeError``, ...).
 """
 

@@ -129,7 +129,7 @@ def attach_records(model: nn.Module, records: Sequence[SiteRecord], notes: Seque
 
 
 def attached_records(model: nn.Module) -> tuple[tuple[SiteRecord, ...], tuple[str, ...]] | None:
-    """What :func:`attach_records` kept, or None."""
+    """What ``attach_records`` kept, or None."""
     return model.__dict__.get(_ATTRIBUTE)
 
 

@@ -13,7 +13,7 @@ from rpqfx.fit.kmeans import kmeans
 
 
 class Fit(NamedTuple):
-    """Codebooks and codes that approximate a matrix (axes as in :mod:`rpqfx.codebook`).
+    """Codebooks and codes that approximate a matrix (axes as in ``rpqfx.codebook``).
 
     Args:
         codebooks: ``[R, G, K, d]``.

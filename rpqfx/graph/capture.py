@@ -179,11 +179,18 @@ def _checked(
     """Runs the model and, in a hook of each module, its graph on the same inputs."""
     checked = dict(graphs)
     handles = []
+    rerun = False  # while a graph runs, its calls of children are not the model's own
 
     def watch(name: str, traced: tuple[fx.Graph, ...]) -> Any:
         def hook(module: nn.Module, inputs: Any, named: Any, output: Any) -> None:
-            with _silent(module):
+            nonlocal rerun
+            if rerun:
+                return
+            rerun = True
+            try:
                 same = any(_reproduces(fx.GraphModule(module, graph), inputs, named, output) for graph in traced)
+            finally:
+                rerun = False
             if not same:
                 checked[name] = ModuleGraph(opaque="no graph of it reproduces its forward on the example inputs")
 
@@ -208,19 +215,6 @@ def _reproduces(graph: fx.GraphModule, args: Any, kwargs: Any, output: Any) -> b
         return _equal(graph.forward(*args, **kwargs), output)
     except Exception:  # the graph does not even take these inputs
         return False
-
-
-@contextlib.contextmanager
-def _silent(module: nn.Module) -> Iterator[None]:
-    """Keeps the hooks of a module's children from firing a second time."""
-    held = [(child, child._forward_hooks.copy()) for child in module.modules() if child is not module]
-    for child, _ in held:
-        child._forward_hooks.clear()
-    try:
-        yield
-    finally:
-        for child, hooks in held:
-            child._forward_hooks.update(hooks)
 
 
 def _equal(first: Any, second: Any) -> bool:

@@ -11,13 +11,19 @@ from torch import fx, nn
 
 from rpqfx.errors import CaptureError
 from rpqfx.nn.backed import Backed
+from rpqfx.nn.virtual import VirtualWeight
+from rpqfx.nn.weight import RPQWeight
 
 
 class _WholeTracer(fx.Tracer):
     """Leaves: torch.nn's own layers and every module that holds codebooks."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, Backed) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, (Backed, RPQWeight)) or super().is_leaf_module(m, module_qualified_name)
+
+    def create_arg(self, a: Any) -> Any:
+        """A codebook-held Parameter of a traced module becomes a call of its codebooks."""
+        return super().create_arg(a.expand_dense() if isinstance(a, VirtualWeight) else a)
 
 
 def whole_graph(

@@ -19,7 +19,7 @@ from rpqfx.nn.linear import RPQLinear
 class RPQMultiheadAttention(RPQLayer, nn.MultiheadAttention):
     """Attention with several heads, as ``torch.nn.MultiheadAttention``, with all four projections in codebooks.
 
-    Further arguments are those of :class:`RPQLayer`; they hold for each projection.
+    Further arguments are those of ``RPQLayer``; they hold for each projection.
 
     Args:
         embed_dim: Width of queries and of the result.
@@ -58,7 +58,7 @@ class RPQMultiheadAttention(RPQLayer, nn.MultiheadAttention):
 
     @classmethod
     def from_dense(cls, dense: nn.Module, **options: Any) -> RPQMultiheadAttention:
-        """As :meth:`RPQLayer.from_dense`, output projection included."""
+        """As ``RPQLayer.from_dense``, output projection included."""
         made = super().from_dense(dense, **options)
         plain = nn.Linear.__new__(nn.Linear)  # torch's own subclass of Linear, which only marks it for quantisation
         plain.__dict__ = dict(made.out_proj.__dict__)
@@ -111,11 +111,11 @@ class RPQMultiheadAttention(RPQLayer, nn.MultiheadAttention):
             out = torch.matmul(weights, v)
         else:
             out = F.scaled_dot_product_attention(q, k, v, mask, rate)
-        out = self.out_proj(rearrange(out, "b h l e -> b l (h e)"))
+        out = self.out_proj(rearrange(out, "b h l e -> l b (h e)"))  # torch.nn's order in memory: dropout follows it
         if batched:
-            out = out if self.batch_first else out.transpose(0, 1)
+            out = out.transpose(0, 1) if self.batch_first else out
         else:
-            out = out[0]
+            out = out[:, 0]
         if weights is not None:
             weights = weights.mean(1) if average_attn_weights else weights
             weights = weights if batched else weights[0]

@@ -1,10 +1,10 @@
 """Modules whose Parameters are held in codebooks, under their own names.
 
-Backing a Parameter ``weight`` of a module moves it into a child :class:`RPQWeight` named ``weight_rpq`` and gives
+Backing a Parameter ``weight`` of a module moves it into a child ``RPQWeight`` named ``weight_rpq`` and gives
 the module a class on which ``weight`` is a property. Everything else of the module stays as it was: the object
 itself, hooks, flags, attributes, methods. For the torch.nn layers that class is the RPQ layer (``Linear`` becomes
-:class:`RPQLinear`); for any other module it is a subclass made on the spot, on which reading the Parameter gives a
-:class:`VirtualWeight`.
+``RPQLinear``); for any other module it is a subclass made on the spot, on which reading the Parameter gives a
+``VirtualWeight``.
 """
 
 from __future__ import annotations

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
+from rpqfx.errors import InputError
 from rpqfx.nn.backed import expanded, register_layer
 from rpqfx.nn.layer import RPQLayer, Split, apply_linear
 from rpqfx.nn.weight import Layout
@@ -13,7 +15,7 @@ class RPQBilinear(RPQLayer, nn.Bilinear):
     """``y = x1 @ A @ x2 + b``, as ``torch.nn.Bilinear``, with ``A`` held in codebooks.
 
     ``A [out, in1, in2]`` is seen as ``out * in1`` vectors of length ``in2``: one product with the codebooks gives
-    ``A @ x2``, and a dot with ``x1`` does the rest. Further arguments are those of :class:`RPQLayer`.
+    ``A @ x2``, and a dot with ``x1`` does the rest. Further arguments are those of ``RPQLayer``.
 
     Args:
         in1_features: Width of the first input.
@@ -36,7 +38,15 @@ class RPQBilinear(RPQLayer, nn.Bilinear):
         return Layout(tuple(getattr(dense, name).shape), lead=2, transposed=split == "column")
 
     def forward(self, input1: Tensor, input2: Tensor) -> Tensor:
-        """``[..., in1_features]`` and ``[..., in2_features]`` to ``[..., out_features]``."""
+        """``[..., in1_features]`` and ``[..., in2_features]`` to ``[..., out_features]``.
+
+        Raises:
+            InputError: If widths or dtypes of the inputs do not fit.
+        """
+        if input1.shape[-1] != self.in1_features:
+            raise InputError(f"expected {self.in1_features} features in input1, got shape {tuple(input1.shape)}")
+        if input1.dtype != input2.dtype and not torch.is_autocast_enabled(input1.device.type):
+            raise InputError(f"the inputs are {input1.dtype} and {input2.dtype}; convert one with .to(dtype)")
         part = apply_linear(self, "weight", input2, None).unflatten(-1, (self.out_features, self.in1_features))
         y = (part * input1[..., None, :]).sum(-1)
         return y if self.bias is None else y + self.bias

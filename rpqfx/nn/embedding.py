@@ -2,21 +2,43 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rpqfx.nn.backed import expanded, register_layer, weight_of
-from rpqfx.nn.layer import RPQLayer
+from rpqfx.nn.layer import CodebookOptions, RPQLayer
 from rpqfx.ops import scale_grad
 
 
-class RPQEmbedding(RPQLayer, nn.Embedding):
+class _Table(RPQLayer):
+    """A table whose vectors are its rows."""
+
+    weight = expanded("weight")
+
+    @classmethod
+    def from_pretrained(cls: Any, embeddings: Tensor, freeze: bool = True, *args: Any, **kwargs: Any) -> Any:
+        """As the dense layer's; further keywords are those of ``RPQLayer.from_dense``.
+
+        Args:
+            embeddings: The table, ``[num_embeddings, embedding_dim]``.
+            freeze: Whether the codebooks are not trained.
+            *args: As for the dense layer.
+            **kwargs: As for the dense layer and ``from_dense``.
+        """
+        ours = {*CodebookOptions.__annotations__, "init", "steps", "seed"} & kwargs.keys()
+        options = {name: kwargs.pop(name) for name in ours}
+        return cls.from_dense(cls._dense.from_pretrained(embeddings, freeze, *args, **kwargs), **options)
+
+
+class RPQEmbedding(_Table, nn.Embedding):
     """A table of embeddings, as ``torch.nn.Embedding``, whose rows are put together from codebooks when asked for.
 
     ``padding_idx`` is a row that is zero and stays zero. ``max_norm`` shrinks the rows that are looked up, not the
     ones that are stored. ``sparse`` gives the codebooks a sparse gradient. Further arguments are those of
-    :class:`RPQLayer`.
+    ``RPQLayer``.
 
     Args:
         num_embeddings: Rows.
@@ -41,10 +63,10 @@ class RPQEmbedding(RPQLayer, nn.Embedding):
         return _rows(self, input)
 
 
-class RPQEmbeddingBag(RPQLayer, nn.EmbeddingBag):
+class RPQEmbeddingBag(_Table, nn.EmbeddingBag):
     """Sums, means or maxima of bags of embeddings, as ``torch.nn.EmbeddingBag``.
 
-    Costs the rows in the bags, whatever the table's size. Further arguments are those of :class:`RPQLayer`.
+    Costs the rows in the bags, whatever the table's size. Further arguments are those of ``RPQLayer``.
 
     Args:
         num_embeddings: Rows.

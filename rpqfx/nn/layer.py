@@ -23,7 +23,7 @@ Split = Literal["row", "column"]
 
 
 class CodebookOptions(TypedDict, total=False):
-    """How a layer's weight is held (see :meth:`rpqfx.codebook.CodebookSpec.make`)."""
+    """How a layer's weight is held (see ``rpqfx.codebook.CodebookSpec.make``)."""
 
     codebook_dim: int | None
     codebooks: int | None

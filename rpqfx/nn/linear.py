@@ -13,7 +13,7 @@ class RPQLinear(RPQLayer, nn.Linear):
 
     ``split="row"`` cuts the rows of ``W`` (one for each output) into sub-vectors, ``split="column"`` its columns
     (one for each input). The smaller of ``in_features`` and ``out_features`` as the vectors' length makes the
-    smaller layer. Further arguments are those of :class:`RPQLayer`.
+    smaller layer. Further arguments are those of ``RPQLayer``.
 
     Args:
         in_features: Width of the input.

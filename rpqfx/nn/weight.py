@@ -69,7 +69,7 @@ class Layout:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Layout:
-        """The inverse of :meth:`to_dict`."""
+        """The inverse of ``to_dict``."""
         return cls(**{**values, "shape": tuple(values["shape"])})
 
 
@@ -87,7 +87,7 @@ class RPQWeight(nn.Module):
     Args:
         spec: Shape of the codebooks.
         layout: How the tensor is seen as vectors; the matrix ``[N, D]`` if left out.
-        std: Standard deviation of the tensor that :meth:`reset_parameters` draws.
+        std: Standard deviation of the tensor that ``reset_parameters`` draws.
         device: Where the tensors go.
         dtype: Of codebooks and scale, floating.
 
@@ -133,7 +133,7 @@ class RPQWeight(nn.Module):
     def from_dense(
         cls, tensor: Tensor, spec: CodebookSpec, layout: Layout | None = None, *, steps: int = 10, seed: int = 0
     ) -> RPQWeight:
-        """Codebooks fitted to a tensor by k-means (:func:`rpqfx.fit.fit_codebooks`).
+        """Codebooks fitted to a tensor by k-means (``rpqfx.fit.fit_codebooks``).
 
         Args:
             tensor: Of the layout's shape; finite.

@@ -1,15 +1,15 @@
 """Products that are linear in an input, in an output and in the codebooks.
 
 A form is ``sum y * out(x, W(codebooks))``. Its three partial derivatives are the three methods here: ``out`` (in
-``y``), ``left`` (in ``x``) and ``book`` (in the codebooks). :mod:`rpqfx.ops.functions` makes them differentiable
+``y``), ``left`` (in ``x``) and ``book`` (in the codebooks). ``rpqfx.ops.functions`` makes them differentiable
 any number of times from nothing else. Forms hold plain numbers only: tensors are always passed.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from rpqfx import codebook
 
 
 class Form(Protocol):
-    """What :mod:`rpqfx.ops.functions` needs of a product."""
+    """What ``rpqfx.ops.functions`` needs of a product."""
 
     @property
     def batched(self) -> bool:
@@ -62,14 +62,13 @@ class Matmul:
     batched = False
 
     def out(self, x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
-        return F.linear(x, codebook.expand(codebooks, codes, signs=signs))
+        return _matmul(x, codebooks, codes, signs)
 
     def left(self, y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
-        return torch.matmul(y, codebook.expand(codebooks, codes, signs=signs))
+        return _matmul_t(y, codebooks, codes, signs)
 
     def book(self, x: Tensor, y: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
-        weight = y.reshape(-1, y.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
-        return codebook.collect(weight, codes, self.books, self.entries, signs)
+        return _matmul_book(x, y, codes, signs, self.books, self.entries)
 
 
 @dataclass(frozen=True)
@@ -101,33 +100,23 @@ class Conv:
     groups: int
     batched = True
 
-    def _weight(self, codebooks: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
-        return codebook.expand(codebooks, codes, signs=signs).view(self.weight_shape)
-
     def out(self, x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
-        weight = self._weight(codebooks, codes, signs)
-        return torch.convolution(
-            x, weight, None, self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups
-        )
+        return _conv(
+            x, codebooks, codes, signs, self.weight_shape, self.stride, self.padding, self.dilation, self.transposed,
+            self.output_padding, self.groups,
+        )  # fmt: skip
 
     def left(self, y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
-        weight = self._weight(codebooks, codes, signs)
-        rest = self._adjoint_padding(y.shape[2:])
-        x = torch.convolution(
-            y, weight, None, self.stride, self.padding, self.dilation, not self.transposed, rest, self.groups
-        )
-        for axis, size in enumerate(self.input_size, 2):  # an output padding past the stride leaves more than x had
-            x = x.narrow(axis, 0, size)
-        return x
+        return _conv(
+            y, codebooks, codes, signs, self.weight_shape, self.stride, self.padding, self.dilation,
+            not self.transposed, self._adjoint_padding(y.shape[2:]), self.groups,
+        )  # fmt: skip
 
     def book(self, x: Tensor, y: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
-        weight = x.new_empty(()).expand(self.weight_shape)
-        _, grad, _ = torch.ops.aten.convolution_backward(
-            y, x, weight, None, self.stride, self.padding, self.dilation, self.transposed, self.output_padding,
-            self.groups, (False, True, False),
+        return _conv_book(
+            x, y, codes, signs, self.weight_shape, self.stride, self.padding, self.dilation, self.transposed,
+            self.output_padding, self.groups, self.books, self.entries,
         )  # fmt: skip
-        flat = grad.reshape(self.weight_shape[0], math.prod(self.weight_shape[1:]))
-        return codebook.collect(flat, codes, self.books, self.entries, signs)
 
     def _adjoint_padding(self, output_size: torch.Size) -> tuple[int, ...]:
         if self.transposed:
@@ -136,3 +125,75 @@ class Conv:
             self.input_size, output_size, self.stride, self.padding, self.dilation, self.weight_shape[2:], strict=True
         )
         return tuple(size - ((out - 1) * s - 2 * p + d * (k - 1) + 1) for size, out, s, p, d, k in sizes)
+
+
+# ------------------------------------------------------------- what expands a weight, as operators of their own
+
+
+def _opaque(name: str, schema: str, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``run``, which compiled training graphs see as one operator.
+
+    A compiler that saw the expansion would find it twice, in the forward and in the backward, merge the two and keep
+    the weight between them. Exported graphs are of aten operators alone, so that they need nothing of this library.
+    """
+    operator = torch.library.custom_op(f"rpqfx::{name}", run, mutates_args=(), schema=schema)
+    operator.register_fake(run)
+
+    def call(*args: Any) -> Tensor:
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            return operator(*args)
+        return run(*args)
+
+    return call
+
+
+def _run_matmul(x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
+    return F.linear(x, codebook.expand(codebooks, codes, signs=signs))
+
+
+def _run_matmul_t(y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
+    return torch.matmul(y, codebook.expand(codebooks, codes, signs=signs))
+
+
+def _run_matmul_book(x: Tensor, y: Tensor, codes: Tensor, signs: Tensor | None, books: int, entries: int) -> Tensor:
+    weight = y.reshape(-1, y.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+    return codebook.collect(weight, codes, books, entries, signs)
+
+
+def _run_conv(
+    x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None, weight_shape: Sequence[int],
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], transposed: bool,
+    output_padding: Sequence[int], groups: int,
+) -> Tensor:  # fmt: skip
+    weight = codebook.expand(codebooks, codes, signs=signs).view(tuple(weight_shape))
+    return torch.convolution(x, weight, None, stride, padding, dilation, transposed, output_padding, groups)
+
+
+def _run_conv_book(
+    x: Tensor, y: Tensor, codes: Tensor, signs: Tensor | None, weight_shape: Sequence[int], stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int], transposed: bool, output_padding: Sequence[int], groups: int,
+    books: int, entries: int,
+) -> Tensor:  # fmt: skip
+    weight = x.new_empty(()).expand(tuple(weight_shape))
+    _, grad, _ = torch.ops.aten.convolution_backward(
+        y, x, weight, None, stride, padding, dilation, transposed, output_padding, groups, (False, True, False)
+    )
+    return codebook.collect(grad.reshape(weight_shape[0], -1), codes, books, entries, signs)
+
+
+_HELD = "Tensor codebooks, Tensor codes, Tensor? signs"
+_GEOMETRY = (
+    "SymInt[] weight_shape, SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool transposed, "
+    "SymInt[] output_padding, SymInt groups"
+)
+_matmul = _opaque("matmul", f"(Tensor x, {_HELD}) -> Tensor", _run_matmul)
+_matmul_t = _opaque("matmul_t", f"(Tensor y, {_HELD}) -> Tensor", _run_matmul_t)
+_matmul_book = _opaque(
+    "matmul_book", "(Tensor x, Tensor y, Tensor codes, Tensor? signs, int books, int entries) -> Tensor",
+    _run_matmul_book,
+)  # fmt: skip
+_conv = _opaque("conv", f"(Tensor x, {_HELD}, {_GEOMETRY}) -> Tensor", _run_conv)
+_conv_book = _opaque(
+    "conv_book", f"(Tensor x, Tensor y, Tensor codes, Tensor? signs, {_GEOMETRY}, int books, int entries) -> Tensor",
+    _run_conv_book,
+)  # fmt: skip

@@ -1,8 +1,8 @@
 """Autograd that keeps the input, the codebooks and the codes, and never a matrix of weight size.
 
-:class:`Out`, :class:`Left` and :class:`Book` are the three partial derivatives of a form that is linear in each of
-its three arguments, so each one's backward is the other two, to every order. :class:`Expand` and
-:class:`Collect` are adjoint in the same way. Whatever a product expands is made again when a gradient needs it.
+``Out``, ``Left`` and ``Book`` are the three partial derivatives of a form that is linear in each of
+its three arguments, so each one's backward is the other two, to every order. ``Expand`` and
+``Collect`` are adjoint in the same way. Whatever a product expands is made again when a gradient needs it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class _Mapped(Function):
 
 
 class _Product(_Mapped):
-    """What :class:`Out` and :class:`Left` share: ``(form, tensor, codebooks, codes, signs)``."""
+    """What ``Out`` and ``Left`` share: ``(form, tensor, codebooks, codes, signs)``."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -143,7 +143,7 @@ class Expand(_Mapped):
 
 
 class Collect(_Mapped):
-    """``codebook.collect``: the gradient of :class:`Expand`."""
+    """``codebook.collect``: the gradient of ``Expand``."""
 
     @staticmethod
     def forward(grad: Tensor, codes: Tensor, signs: Tensor | None, books: int, entries: int) -> Tensor:

@@ -1,6 +1,6 @@
 """The differentiable operations that layers are made of.
 
-Every function takes the four tensors of :mod:`rpqfx.codebook` as one :class:`Tensors`, picks a plan, follows
+Every function takes the four tensors of ``rpqfx.codebook`` as one ``Tensors``, picks a plan, follows
 autocast as the dense operation does, and saves nothing of weight size for backward.
 """
 
@@ -19,7 +19,7 @@ from rpqfx.ops.plan import contracts
 
 
 class Tensors(NamedTuple):
-    """The stored tensors of one matrix (axes as in :mod:`rpqfx.codebook`).
+    """The stored tensors of one matrix (axes as in ``rpqfx.codebook``).
 
     Args:
         codebooks: ``[R, G, K, d]``.
@@ -34,16 +34,19 @@ class Tensors(NamedTuple):
     signs: Tensor | None = None
 
     def vectors(self, index: Tensor | slice) -> Tensors:
-        """The same matrix, with some of its vectors only (``index`` in one dimension)."""
+        """The same matrix, with some of its vectors only (``index`` in one dimension, none below zero)."""
+
+        def pick(x: Tensor) -> Tensor:
+            return x[..., index] if isinstance(index, slice) else x.index_select(-1, index)
+
         signs = self.signs
         if signs is not None:
-            signs = codebook.pack_signs(codebook.unpack_signs(signs, self.codes.shape[-1])[..., index])
-        scale = None if self.scale is None else self.scale[index]
-        return Tensors(self.codebooks, self.codes[..., index], scale, signs)
+            signs = codebook.pack_signs(pick(codebook.unpack_signs(signs, self.codes.shape[-1])))
+        return Tensors(self.codebooks, pick(self.codes), None if self.scale is None else pick(self.scale), signs)
 
 
 def expand(weight: Tensors, grad_factor: float = 1.0) -> Tensor:
-    """The matrix ``[N, D]`` (see :func:`rpqfx.codebook.expand`)."""
+    """The matrix ``[N, D]`` (see ``rpqfx.codebook.expand``)."""
     return Expand.apply(_slow(weight.codebooks, grad_factor), weight.scale, weight.codes, weight.signs, False)
 
 
