@@ -97,6 +97,9 @@ def _copied(model: nn.Module, replaced: Sequence[Site]) -> nn.Module:
         for value in module.__dict__.values():
             if isinstance(value, torch.Tensor) and value.grad_fn is not None:
                 memo[id(value)] = value.detach().clone()
+    for parameter in model.parameters():
+        if parameter.layout != torch.strided:  # nn.Parameter copies strided tensors only
+            memo[id(parameter)] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
@@ -109,7 +112,7 @@ class _Expected:
     """What the dense model that holds the expanded weights returns, to be held against the rewritten one."""
 
     def __init__(self, model: nn.Module, args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None) -> None:
-        self._dense = copy.deepcopy(model)
+        self._dense = _copied(model, ())
         self._args, self._kwargs = tuple(args or ()), dict(kwargs or {})
 
     @torch.no_grad()

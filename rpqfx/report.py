@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
@@ -184,8 +185,24 @@ def _unseen(tensors: Sequence[Tensor], seen: set[int]) -> int:
     for tensor in tensors:
         if id(tensor) not in seen and not isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
             seen.add(id(tensor))
-            total += tensor.nbytes
+            total += _nbytes(tensor)
     return total
+
+
+def _nbytes(tensor: Tensor) -> int:
+    """Bytes of a tensor's data; of a sparse one, of its indices and values."""
+    if tensor.layout == torch.strided:
+        return tensor.nbytes
+    names = {
+        torch.sparse_coo: ("_indices", "_values"),
+        torch.sparse_csr: ("crow_indices", "col_indices", "values"),
+        torch.sparse_bsr: ("crow_indices", "col_indices", "values"),
+        torch.sparse_csc: ("ccol_indices", "row_indices", "values"),
+        torch.sparse_bsc: ("ccol_indices", "row_indices", "values"),
+    }.get(tensor.layout)
+    if names is None:
+        return tensor.numel() * tensor.element_size()
+    return sum(getattr(tensor.detach(), name)().nbytes for name in names)
 
 
 def _found(model: nn.Module, held: dict[str, RPQWeight]) -> Iterator[SiteRecord]:

@@ -5,15 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Distances that are alive at a time.
-_BLOCK_ELEMENTS = 2**24
+# Distances that are alive at a time: few enough to stay in cache.
+_BLOCK_ELEMENTS = 2**20
+# Points an entry that Lloyd steps look at; the codes of all points are found once, at the end.
+_SAMPLES_PER_ENTRY = 256
+# Up to this many points the distinct ones are counted, which makes few of them exact.
+_COUNT_DISTINCT = 2**14
 
 
 def kmeans(points: Tensor, entries: int, *, steps: int = 10, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Clusters points by squared Euclidean distance (Lloyd, "Least Squares Quantization in PCM", 1982).
 
-    Starts from distinct random points. Entries that lose all their points move to the points that are worst served,
-    all at once. With as many entries as distinct points the result is exact.
+    Starts from random points (distinct ones, where they are few enough to count). Lloyd steps see a random sample of
+    256 points an entry where there are more. Entries that lose all their points move to the points that are worst
+    served, all at once. With as many entries as distinct points (and few points) the result is exact.
 
     Args:
         points: ``[N, d]``, floating.
@@ -25,19 +30,23 @@ def kmeans(points: Tensor, entries: int, *, steps: int = 10, seed: int = 0) -> t
         ``centres [K, d]`` and ``codes [N]`` int64.
     """
     generator = torch.Generator(points.device).manual_seed(seed)
-    distinct, which = torch.unique(points, dim=0, return_inverse=True)
-    if len(distinct) <= entries:  # exact; what is left over repeats the first entry
-        return torch.cat([distinct, distinct[:1].expand(entries - len(distinct), -1)]), which
-    start = torch.randperm(len(distinct), generator=generator, device=points.device)[:entries]
-    centres = distinct[start]
-    codes, distances = nearest(points, centres)
+    pool = torch.unique(points, dim=0) if len(points) <= _COUNT_DISTINCT else points
+    order = torch.randperm(len(pool), generator=generator, device=points.device)
+    centres = pool[order[:entries]]
+    if len(pool) <= entries:  # exact; what is left over repeats the first entry
+        centres = torch.cat([centres, centres[:1].expand(entries - len(pool), -1)])
+        return centres, nearest(points, centres)[0]
+    sample = points
+    if len(points) > entries * _SAMPLES_PER_ENTRY:
+        sample = points[order[: entries * _SAMPLES_PER_ENTRY]]
+    codes, distances = nearest(sample, centres)
     for _ in range(steps):
-        centres = _means(points, codes, centres, distances)
+        centres = _means(sample, codes, centres, distances)
         before = codes
-        codes, distances = nearest(points, centres)
+        codes, distances = nearest(sample, centres)
         if torch.equal(codes, before):
             break
-    return centres, codes
+    return centres, codes if sample is points else nearest(points, centres)[0]
 
 
 def nearest(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:

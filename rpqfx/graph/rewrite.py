@@ -18,7 +18,7 @@ from rpqfx.errors import RewriteError
 from rpqfx.fit import fit_codebooks
 from rpqfx.graph.capture import Captured
 from rpqfx.nn import RPQLinear, RPQMultiheadAttention
-from rpqfx.nn.backed import back
+from rpqfx.nn.backed import back, backed_as
 from rpqfx.nn.layer import random_weight
 from rpqfx.nn.weight import Layout, RPQWeight
 from rpqfx.policy import Hold, Skip
@@ -67,6 +67,7 @@ def rewrite(
             made[name], errors[name] = weight, _error(captured.model, by_name[name], held[name], weight)
             if progress is not None:
                 progress(len(made), len(held), name)
+    _check_owners(captured.model, [by_name[name] for name in made])
     for name, weight in made.items():
         install(captured.model, by_name[name].names, weight)
     records = [
@@ -94,6 +95,16 @@ def install(model: nn.Module, names: Sequence[str], weight: RPQWeight) -> None:
         parent = model.get_submodule(path.rpartition(".")[0]) if path else model
         if type(parent) is nn.MultiheadAttention and isinstance(parent.out_proj, RPQLinear):
             parent.__class__ = RPQMultiheadAttention  # its forward calls out_proj rather than reading its weight
+
+
+def _check_owners(model: nn.Module, sites: Sequence[Site]) -> None:
+    """Raises before anything is touched where a module cannot take on its codebooks."""
+    owned: dict[nn.Module, set[str]] = defaultdict(set)
+    for name in (name for site in sites for name in site.names):
+        path, _, attribute = name.rpartition(".")
+        owned[model.get_submodule(path)].add(attribute)
+    for module, names in owned.items():
+        backed_as(module, names)
 
 
 def parameter_at(model: nn.Module, name: str) -> nn.Parameter:

@@ -18,6 +18,16 @@ from rpqfx.nn.weight import RPQWeight
 class _WholeTracer(fx.Tracer):
     """Leaves: torch.nn's own layers and every module that holds codebooks."""
 
+    failed = ""  # innermost module whose forward raised
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        """As the base class; remembers where it went wrong."""
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.failed = self.failed or self.path_of_module(m)
+            raise
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, (Backed, RPQWeight)) or super().is_leaf_module(m, module_qualified_name)
 
@@ -65,9 +75,9 @@ def whole_graph(
         ) from error
 
 
-def _where(tracer: fx.Tracer, model: nn.Module, error: BaseException) -> str:
+def _where(tracer: _WholeTracer, model: nn.Module, error: BaseException) -> str:
     """The module that was being traced and the last line outside of torch."""
-    path = tracer.scope.module_path
+    path = tracer.failed
     owner = model.get_submodule(path)
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename.replace("\\", "/")]
     line = f" at {frames[-1].filename}:{frames[-1].lineno}" if len(frames) > 1 else ""

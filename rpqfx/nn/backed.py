@@ -9,7 +9,7 @@ itself, hooks, flags, attributes, methods. For the torch.nn layers that class is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -96,22 +96,38 @@ def back(module: nn.Module, weights: Mapping[str, RPQWeight]) -> None:
     Raises:
         RewriteError: If the module has no such Parameter, or its class cannot be extended.
     """
-    for name in weights:
+    module.__class__ = backed_as(module, weights)
+    for name, weight in weights.items():
+        del module._parameters[name]
+        module._modules[name + SUFFIX] = weight
+
+
+def backed_as(module: nn.Module, names: Iterable[str]) -> type[nn.Module]:
+    """The class that a module takes on when these Parameters of it are backed; the module stays as it is.
+
+    Args:
+        module: Any module.
+        names: Of Parameters of its own.
+
+    Raises:
+        RewriteError: If the module has no such Parameter, or its class cannot be extended.
+    """
+    for name in names:
         if module._parameters.get(name) is None:
             raise RewriteError(f"{type(module).__name__} has no Parameter {name!r} of its own to hold in codebooks")
         if name + SUFFIX in module.__dict__ or hasattr(type(module), name + SUFFIX):
             raise RewriteError(f"{type(module).__name__} already has an attribute {name + SUFFIX!r}")
     before = type(module)
-    names = tuple(sorted({*backed_weights(module), *weights}))
+    if isinstance(module, tuple(_LAYERS.values())):
+        return before
     base = getattr(before, "_rpq_base", before)
-    target = before if isinstance(module, tuple(_LAYERS.values())) else layer_for(base) or _backed_class(base, names)
     try:
-        module.__class__ = target
-    except TypeError as error:
+        target = layer_for(base) or _backed_class(base, tuple(sorted({*backed_weights(module), *names})))
+        module.__class__ = target  # some classes only refuse when it comes to it
+        module.__class__ = before
+    except Exception as error:  # extending a foreign class runs its own code
         raise RewriteError(f"{before.__name__} cannot take on codebook-held Parameters: {error}") from error
-    for name, weight in weights.items():
-        del module._parameters[name]
-        module._modules[name + SUFFIX] = weight
+    return target
 
 
 _FOREIGN: dict[tuple[type[nn.Module], tuple[str, ...]], type[Backed]] = {}

@@ -252,9 +252,13 @@ def _embedding(
     input: Any, weight: Any, padding_idx: int | None = None, max_norm: float | None = None, norm_type: float = 2.0,
     scale_grad_by_freq: bool = False, sparse: bool = False,
 ) -> Any:  # fmt: skip
-    if not _is_matrix(weight) or weight._flipped or not (padding_idx is None and max_norm is None):
+    if not _is_matrix(weight) or weight._flipped or max_norm is not None or scale_grad_by_freq:
         return NotImplemented
-    return NotImplemented if scale_grad_by_freq else weight._weight.lookup(input, sparse)
+    held = weight._weight
+    rows = held.lookup(input, sparse)
+    if padding_idx is None or padding_idx % held.layout.rows == held.layout.zero_vector:
+        return rows
+    return torch.where((input == padding_idx % held.layout.rows)[..., None], rows.detach(), rows)
 
 
 _SERVED: dict[Any, Callable[..., Any]] = {

@@ -107,10 +107,13 @@ class Conv:
         )  # fmt: skip
 
     def left(self, y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
-        return _conv(
+        x = _conv(
             y, codebooks, codes, signs, self.weight_shape, self.stride, self.padding, self.dilation,
             not self.transposed, self._adjoint_padding(y.shape[2:]), self.groups,
         )  # fmt: skip
+        for axis, size in enumerate(self.input_size, 2):  # an output padding past the stride leaves more than x had
+            x = x.narrow(axis, 0, size)
+        return x
 
     def book(self, x: Tensor, y: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
         return _conv_book(
