@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rpqfx.errors import RewriteError
-from rpqfx.nn.backed import Backed
+from rpqfx.nn.layer import RPQLayer
+from rpqfx.nn.virtual import initialising
 from rpqfx.nn.weight import RPQWeight
 
 
@@ -18,8 +20,8 @@ def materialize(
     """Allocates and initialises what is on the meta device, in place; no dense weight is ever made.
 
     Codebooks and codes are drawn as [`RPQWeight.reset_parameters`][rpqfx.nn.RPQWeight.reset_parameters] says. Any
-    other module that owns a meta tensor is initialised by ``init``; left out, by its own ``reset_parameters``, or by
-    the model's ``_init_weights(module)`` where it has that (as transformers models do). Tensors that are already
+    other module that owns a meta tensor is initialised by ``init``; left out, by the model's ``_init_weights(module)``
+    where it has that (as transformers models do), and else by its own ``reset_parameters``. Tensors that are already
     somewhere stay as they are. Tied and shared tensors stay tied.
 
     Args:
@@ -48,16 +50,29 @@ def materialize(
             for name, tensor in group.items():
                 if tensor is not None and tensor.is_meta:
                     group[name] = made.setdefault(id(tensor), _allocate(tensor, device))
-    for _, module in owners:
+    for _, module in owners:  # codebooks first: what reads them then finds valid codes
         if isinstance(module, RPQWeight):
             module.reset_parameters()
-        elif init is not None:
-            init(module)
-        elif hasattr(module, "reset_parameters") and not (general and not isinstance(module, Backed)):
-            module.reset_parameters()
-        else:
-            general(module)  # type: ignore[misc]
+    for _, module in owners:
+        if not isinstance(module, RPQWeight):
+            _initialise(module, init, general)
     return model
+
+
+def _initialise(
+    module: nn.Module, init: Callable[[nn.Module], None] | None, general: Callable[[nn.Module], None] | None
+) -> None:
+    """Gives a module's dense tensors their values; its codebooks have theirs."""
+    with initialising():
+        if init is not None:
+            init(module)
+        elif isinstance(module, RPQLayer):
+            module.reset_rest()
+        elif general is not None:
+            general(module)
+        else:
+            reset: Any = module.reset_parameters
+            reset()
 
 
 def _owns_meta(module: nn.Module) -> bool:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 
@@ -110,8 +110,13 @@ class Options:
         for name, values in allowed.items():
             if getattr(self, name) not in (None, *values):
                 raise PolicyError(f"{name} is one of {', '.join(values)}, got {getattr(self, name)!r}")
-        if isinstance(self.codebooks, str) and self.codebooks != "heads":
-            raise PolicyError(f"codebooks is a number or 'heads', got {self.codebooks!r}")
+        if self.codebooks not in (None, "heads") and (type(self.codebooks) is not int or self.codebooks < 1):
+            raise PolicyError(f"codebooks is a number from 1 or 'heads', got {self.codebooks!r}")
+        if self.min_size is not None and (type(self.min_size) is not int or self.min_size < 0):
+            raise PolicyError(f"min_size is a number of elements, got {self.min_size!r}")
+        for name in ("scale", "signs", "allow_growth"):
+            if getattr(self, name) not in (None, True, False):
+                raise PolicyError(f"{name} is True or False, got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +135,8 @@ class Rule(Options):
     def __init__(self, match: str | type[nn.Module] | Callable[[Site], bool], **options: Any) -> None:
         if isinstance(match, type):  # by name, so that a rule read from JSON equals the one that was written
             match = f"{_TYPE}{match.__module__}.{match.__qualname__}"
+        if not isinstance(match, str) and not callable(match):
+            raise PolicyError(f"a Rule matches by a glob, a module class or a predicate, got {match!r}")
         known = {field.name: field.default for field in dataclasses.fields(self)}
         wrong = sorted(set(options) - set(known))
         if wrong:
@@ -190,6 +197,12 @@ class Policy(Options):
         super().__post_init__()
         object.__setattr__(self, "rules", tuple(self.rules))
         object.__setattr__(self, "kinds", tuple(self.kinds))
+        for rule in self.rules:
+            if not isinstance(rule, Rule):
+                raise PolicyError(f"rules are Rule values, got {rule!r}")
+        for kind in self.kinds:
+            if kind not in get_args(Kind):
+                raise PolicyError(f"kinds are among {', '.join(get_args(Kind))}, got {kind!r}")
         if self.ratio is not None and self.total_bytes is not None:
             raise PolicyError("give ratio or total_bytes, not both")
         if self.ratio is not None and not 0 < self.ratio <= 1:
@@ -368,8 +381,11 @@ class Policy(Options):
         known = {field.name for field in dataclasses.fields(cls)}
         if wrong := sorted(set(values) - known):
             raise PolicyError(f"a policy has no option {wrong[0]!r}")
-        values["rules"] = tuple(Rule(**rule) for rule in values.get("rules", ()))
-        return cls(**values)
+        try:
+            values["rules"] = tuple(Rule(**rule) for rule in values.get("rules", ()))
+            return cls(**values)
+        except TypeError as error:
+            raise PolicyError(f"this JSON is not a policy: {error}") from error
 
 
 def decide_all(
@@ -480,7 +496,7 @@ def _differences(value: Options, default: Options) -> dict[str, Any]:
         item = getattr(value, field.name)
         if field.name == "rules":
             if item:
-                found["rules"] = [_differences(rule, Rule("")) for rule in item]
+                found["rules"] = [{"match": rule.match, **_differences(rule, Rule(""))} for rule in item]
         elif item != getattr(default, field.name):
             found[field.name] = list(item) if isinstance(item, tuple) else item
     return found

@@ -11,7 +11,7 @@ import ctypes
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -54,8 +54,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     manifest["checksum"] = _checksum(tensors)
     text = json.dumps(manifest)
     path = Path(path)
-    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    os.close(handle)
+    draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")  # made by the writer, with the usual permissions
     try:
         if path.suffix == _SAFETENSORS:
             metadata = {"format": "pt", FORMAT: text, f"{FORMAT}_seal": _seal(text)}
@@ -64,7 +63,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             torch.save({FORMAT: text, "seal": _seal(text), "tensors": tensors}, draft)
         os.replace(draft, path)
     except BaseException:
-        Path(draft).unlink(missing_ok=True)
+        draft.unlink(missing_ok=True)
         raise
 
 
@@ -98,7 +97,9 @@ def load(
     with torch.device(build_device):
         try:
             model = build()
-        except NotImplementedError as error:
+        except (NotImplementedError, RuntimeError) as error:
+            if "meta" not in str(error):  # build's own trouble
+                raise
             raise FormatError(
                 f"build() computes with tensor values, which the meta device has not ({error}); pass build_device='cpu'"
             ) from error
@@ -217,7 +218,8 @@ def _read_torch(path: Path) -> tuple[str, str, dict[str, Tensor]]:
     try:
         held = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever its reader of the day does
-        raise FormatError(f"{path} is truncated, altered or no rpqfx file: {str(error).splitlines()[0]}") from error
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise FormatError(f"{path} is truncated, altered or no rpqfx file: {why}") from error
     if not isinstance(held, dict) or FORMAT not in held or "tensors" not in held:
         raise FormatError(f"{path} is a torch file, but not one that rpqfx.save wrote")
     return held[FORMAT], held.get("seal", ""), held["tensors"]
@@ -271,7 +273,9 @@ def _assign(model: nn.Module, manifest: dict[str, Any], tensors: dict[str, Tenso
             before = group.get(attribute)
             if before is None and entry["kind"] != "attribute":
                 raise FormatError(f"{path} holds {name}, which the model that build() made has not")
-            fixed = SUFFIX not in name and entry["kind"] == "parameter"
+            # buffers that are not saved with a state dict may have grown since the model was built, as caches do
+            fixed = entry["kind"] == "parameter" or attribute not in module._non_persistent_buffers_set
+            fixed = fixed and SUFFIX not in name and entry["kind"] != "attribute"
             if isinstance(before, Tensor) and fixed and before.shape != tensor.shape:
                 raise FormatError(
                     f"{path} holds {name} of shape {tuple(tensor.shape)}, build() made it {tuple(before.shape)}"

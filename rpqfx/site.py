@@ -31,6 +31,7 @@ class Site:
         flipped: Whether its outputs are the matrix's columns (``x @ w``) rather than its rows (``x @ w.T``).
         splits: Whether vectors may also lie along inputs.
         zero_vector: A row that is zero and stays zero.
+        std: Standard deviation that the model's configuration gives its initial weights, where it says one.
         heads: Attention heads of its module, or of the model where the module has none.
         uses: Where the model's graphs use it, in words.
         blocked: Why it cannot be rewritten, or None.
@@ -46,6 +47,7 @@ class Site:
     flipped: bool = False
     splits: bool = False
     zero_vector: int | None = None
+    std: float | None = None
     heads: int | None = None
     uses: tuple[str, ...] = field(default=(), compare=False)
     blocked: str | None = None

@@ -8,7 +8,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +60,8 @@ def find_sites(captured: Captured) -> list[Site]:
     reads = _reads(captured)
     aliases = _storage_aliases(model)
     kept = _kept_elsewhere(model)
-    heads = _Heads(model)
+    heads = _Nearest(model, _heads)
+    stds = _Nearest(model, _initial_std)
     sites = []
     for places in owners.values():
         path, module, attribute, parameter = places[0]
@@ -82,6 +83,7 @@ def find_sites(captured: Captured) -> list[Site]:
                 flipped=role.flipped,
                 splits=not rows_only,
                 zero_vector=next((t.padding_idx for t in table if t.padding_idx is not None), None),
+                std=stds.of(path),
                 heads=heads.of(path),
                 uses=tuple(dict.fromkeys(use.words for use in found)),
                 blocked=blocked,
@@ -282,27 +284,40 @@ def is_rewritten(model: nn.Module) -> bool:
     return any(backed_weights(module) for module in model.modules())
 
 
-# ------------------------------------------------------------------------------------------------------ heads
+# -------------------------------------------------------------------------------------- what a model says itself
+
+T = TypeVar("T")
 
 
-class _Heads:
-    """The number of attention heads that belongs to a module, looked for in its ancestors, then in the model."""
+def _heads(module: nn.Module) -> int | None:
+    """Attention heads, by the names that libraries give them."""
+    for holder in (module, getattr(module, "config", None)):
+        for name in _HEADS:
+            value = getattr(holder, name, None)
+            if type(value) is int and value > 0:
+                return value
+    return None
 
-    def __init__(self, model: nn.Module) -> None:
-        self._known = {path: found for path, m in model.named_modules() if (found := self._in(m)) is not None}
+
+def _initial_std(module: nn.Module) -> float | None:
+    """Standard deviation of initial weights, as transformers' configurations give it."""
+    config = getattr(module, "config", None)
+    for name in ("initializer_range", "init_std"):
+        value = getattr(config, name, None)
+        if isinstance(value, float) and value > 0:
+            return value
+    return None
+
+
+class _Nearest(Generic[T]):
+    """What a module or its nearest ancestor says, or else what most modules of the model say."""
+
+    def __init__(self, model: nn.Module, ask: Callable[[nn.Module], T | None]) -> None:
+        self._known = {path: found for path, m in model.named_modules() if (found := ask(m)) is not None}
         common = Counter(self._known.values()).most_common(1)
         self._common = common[0][0] if common else None
 
-    @staticmethod
-    def _in(module: nn.Module) -> int | None:
-        for holder in (module, getattr(module, "config", None)):
-            for name in _HEADS:
-                value = getattr(holder, name, None)
-                if type(value) is int and value > 0:
-                    return value
-        return None
-
-    def of(self, path: str) -> int | None:
+    def of(self, path: str) -> T | None:
         while True:
             if path in self._known:
                 return self._known[path]

@@ -138,7 +138,7 @@ def _make(model: nn.Module, members: list[tuple[Site, Hold]], seed: int) -> list
         if fitted and len(members) == 1:
             weight = RPQWeight.from_dense(parameter, hold.spec, layout, seed=seed)
         else:
-            weight = random_weight(owner, attribute, hold.spec, layout)
+            weight = random_weight(owner, attribute, hold.spec, layout, site.std)
         weight.codebooks.__dict__.update(parameter.__dict__)
         weights.append(weight)
     if len(members) > 1:

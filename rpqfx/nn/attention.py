@@ -65,12 +65,15 @@ class RPQMultiheadAttention(RPQLayer, nn.MultiheadAttention):
         made.out_proj = RPQLinear.from_dense(plain, **options)  # type: ignore[assignment]
         return made
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws all projections anew; biases become zero, the appended key and value as torch.nn draws them."""
-        super().reset_parameters()
+        """Draws all projections anew, then the rest."""
         if isinstance(self.out_proj, RPQLinear):
             self.out_proj.reset_parameters()
+        super().reset_parameters()
+
+    @torch.no_grad()
+    def reset_rest(self) -> None:
+        """Biases become zero; the appended key and value are drawn as torch.nn draws them."""
         for bias in (self.in_proj_bias, self.out_proj.bias):
             if bias is not None:
                 bias.zero_()

@@ -44,11 +44,12 @@ class RPQLayer(Backed):
         codebook_dim: Length ``d`` of a sub-vector; left out, the divisor nearest to 64.
         codebooks: Number ``M`` of sub-vectors instead.
         bits: ``log2`` of the entries of a codebook, 1 to 16; left out, 8 or what the layer has vectors for.
-        stages: Residual stages.
-        sharing: One codebook a sub-vector (``"own"``) or one for the layer (``"layer"``).
-        scale: A trainable factor for each vector.
-        signs: A random fixed sign for each use of an entry.
-        grad_scale: How gradients of vectors that share an entry are gathered: ``"sum"``, ``"sqrt"``, ``"mean"``.
+        stages: Residual stages; 1 if left out.
+        sharing: One codebook a sub-vector (``"own"``, if left out) or one for the layer (``"layer"``).
+        scale: Whether each vector has a trainable factor; not if left out.
+        signs: Whether each use of an entry has a random fixed sign; not if left out.
+        grad_scale: How gradients of vectors that share an entry are gathered: ``"sum"`` (if left out), ``"sqrt"`` or
+            ``"mean"``.
         split: Whether vectors lie along the weight's rows or columns (matrices only).
 
     Raises:
@@ -158,13 +159,20 @@ class RPQLayer(Backed):
         for name, weight in backed_weights(self).items():
             weight.std = initial_std(self, name)
             weight.reset_parameters()
+        self.reset_rest()
+
+    @torch.no_grad()
+    def reset_rest(self) -> None:
+        """Draws what is not held in codebooks: the bias, from the interval from which torch.nn draws both."""
         bias = self._parameters.get("bias")
-        if bias is not None:  # torch.nn draws both from the same uniform interval
+        if bias is not None:
             bound = math.sqrt(3) * initial_std(self, "weight")
             bias.uniform_(-bound, bound)
 
 
-def random_weight(module: nn.Module, name: str, spec: CodebookSpec, layout: Layout) -> RPQWeight:
+def random_weight(
+    module: nn.Module, name: str, spec: CodebookSpec, layout: Layout, std: float | None = None
+) -> RPQWeight:
     """Random codebooks with the standard deviation of a module's Parameter, on its device.
 
     Args:
@@ -172,10 +180,11 @@ def random_weight(module: nn.Module, name: str, spec: CodebookSpec, layout: Layo
         name: Of the Parameter.
         spec: Shape of the codebooks.
         layout: How the Parameter is seen as vectors.
+        std: What a Parameter without values (on the meta device) would be drawn with; torch.nn's own if left out.
     """
     tensor = module._parameters[name]
     assert tensor is not None
-    std = initial_std(module, name)
+    std = initial_std(module, name) if std is None else std
     if not tensor.is_meta and tensor.numel() > 1:
         measured = float(tensor.detach().float().std())
         std = measured if math.isfinite(measured) and measured > 0 else std

@@ -8,14 +8,34 @@ and default argument of the module works as before (``docs/design/rewriting.md``
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rpqfx.errors import RewriteError
 from rpqfx.nn.weight import RPQWeight
+
+_initialising = False
+
+
+@contextlib.contextmanager
+def initialising() -> Iterator[None]:
+    """For a while, changing a virtual weight in place does nothing: its codebooks have been drawn already."""
+    global _initialising
+    before, _initialising = _initialising, True
+    try:
+        yield
+    finally:
+        _initialising = before
+
+
+def _changes(name: str) -> bool:
+    """Whether a torch function or method works in place, by torch's own convention."""
+    return name.endswith("_") and not name.endswith("__")
 
 
 class VirtualWeight:
@@ -35,6 +55,8 @@ class VirtualWeight:
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if args and isinstance(args[0], VirtualWeight) and _changes(getattr(func, "__name__", "")):
+            return args[0]._change(func.__name__)
         serve = _SERVED.get(func)
         if serve is not None:
             result = serve(*args, **kwargs)
@@ -117,6 +139,11 @@ class VirtualWeight:
             return self.t()
         return self.expand_dense().transpose(first, second)
 
+    @property
+    def data(self) -> VirtualWeight:
+        """Itself; what is changed in place through it is refused rather than lost."""
+        return self
+
     def contiguous(self) -> VirtualWeight:
         """Itself."""
         return self
@@ -136,7 +163,21 @@ class VirtualWeight:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):  # asked for by copying, pickling and compilers, before there is anything to expand
             raise AttributeError(name)
+        if _changes(name):
+            return lambda *args, **kwargs: self._change(name)
         return getattr(self.expand_dense(), name)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self._change("__setitem__")
+
+    def _change(self, name: str) -> VirtualWeight:
+        """Refuses to change in place what is made anew at each read, and would be lost."""
+        if _initialising:
+            return self
+        raise RewriteError(
+            f"{name} would change a weight that is held in codebooks and made anew at each read; "
+            "change its codebooks, or leave this layer dense with a Rule"
+        )
 
 
 def _operator(name: str) -> Callable[..., Any]:
@@ -226,10 +267,20 @@ def _conv(spatial: int, transposed: bool) -> Callable[..., Any]:
     def run(
         input: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, rest: Any, groups: int
     ) -> Any:
-        if not isinstance(weight, VirtualWeight) or weight._weight.layout.transposed or isinstance(padding, str):
+        if not isinstance(weight, VirtualWeight) or weight._weight.layout.transposed:
             return NotImplemented
         if isinstance(input, VirtualWeight) or weight._weight.layout.lead != 1:
             return NotImplemented
+        if isinstance(padding, str):
+            if padding == "same" and every(stride) != (1,) * spatial:
+                return NotImplemented  # torch's own error
+            if padding == "same":
+                taps = zip(every(dilation), weight.shape[2:], strict=True)
+                totals = [d * (k - 1) for d, k in taps]
+                input = F.pad(input, [side for t in reversed(totals) for side in (t // 2, t - t // 2)])
+            elif padding != "valid":
+                return NotImplemented
+            padding = 0
         return weight._weight.conv(
             input, bias, every(stride), every(padding), every(dilation), groups, transposed, every(rest)
         )

@@ -34,6 +34,11 @@ class Form(Protocol):
     def book(self, x: Tensor, y: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
         """Its derivative in the codebooks, applied to ``x`` and ``y``."""
 
+    def grads(
+        self, x: Tensor, y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """``left`` of ``y`` and ``book``, at once."""
+
 
 @dataclass(frozen=True)
 class Contract:
@@ -52,6 +57,11 @@ class Contract:
     def book(self, x: Tensor, y: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
         return codebook.accumulate(x, y, codes, self.books, self.entries, signs)
 
+    def grads(
+        self, x: Tensor, y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return codebook.contract_grads(x, y, codebooks, codes, signs)
+
 
 @dataclass(frozen=True)
 class Matmul:
@@ -69,6 +79,11 @@ class Matmul:
 
     def book(self, x: Tensor, y: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
         return _matmul_book(x, y, codes, signs, self.books, self.entries)
+
+    def grads(
+        self, x: Tensor, y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return self.left(y, codebooks, codes, signs), self.book(x, y, codes, signs)
 
 
 @dataclass(frozen=True)
@@ -120,6 +135,11 @@ class Conv:
             x, y, codes, signs, self.weight_shape, self.stride, self.padding, self.dilation, self.transposed,
             self.output_padding, self.groups, self.books, self.entries,
         )  # fmt: skip
+
+    def grads(
+        self, x: Tensor, y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return self.left(y, codebooks, codes, signs), self.book(x, y, codes, signs)
 
     def _adjoint_padding(self, output_size: torch.Size) -> tuple[int, ...]:
         if self.transposed:

@@ -21,7 +21,9 @@ class _Mapped(Function):
     """A Function whose vmap runs once a sample, unless a subclass knows better."""
 
     @classmethod
-    def _each(cls, size: int, in_dims: tuple[int | None, ...], args: tuple[Any, ...]) -> tuple[Tensor, int]:
+    def _each(cls, size: int, in_dims: tuple[int | None, ...], args: tuple[Any, ...]) -> tuple[Tensor, int | None]:
+        if all(dim is None for dim in in_dims):
+            return cls.apply(*args), None
         pick = [
             [arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True)]
             for i in range(size)
@@ -38,9 +40,9 @@ class _Product(_Mapped):
         ctx.save_for_backward(*inputs[1:])
 
     @classmethod
-    def _fold(cls, size: int, in_dims: tuple[int | None, ...], args: tuple[Any, ...]) -> tuple[Tensor, int]:
+    def _fold(cls, size: int, in_dims: tuple[int | None, ...], args: tuple[Any, ...]) -> tuple[Tensor, int | None]:
         form, x, *rest = args
-        if any(dim is not None for dim in in_dims[2:]):
+        if in_dims[1] is None or any(dim is not None for dim in in_dims[2:]):
             return cls._each(size, in_dims, args)
         x = x.movedim(in_dims[1], 0)
         if not form.batched:
@@ -58,12 +60,17 @@ class Out(_Product):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, codebooks, codes, signs = ctx.saved_tensors
-        grad_x = Left.apply(ctx.form, grad, codebooks, codes, signs) if ctx.needs_input_grad[1] else None
-        grad_books = Book.apply(ctx.form, x, grad, codes, signs) if ctx.needs_input_grad[2] else None
+        grad_x = grad_books = None
+        if ctx.needs_input_grad[1] and ctx.needs_input_grad[2]:
+            grad_x, grad_books = Grads.apply(ctx.form, x, grad, codebooks, codes, signs)
+        elif ctx.needs_input_grad[1]:
+            grad_x = Left.apply(ctx.form, grad, codebooks, codes, signs)
+        elif ctx.needs_input_grad[2]:
+            grad_books = Book.apply(ctx.form, x, grad, codes, signs)
         return None, grad_x, grad_books, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int | None]:
         return Out._fold(info.batch_size, in_dims, args)
 
 
@@ -82,7 +89,7 @@ class Left(_Product):
         return None, grad_y, grad_books, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int | None]:
         return Left._fold(info.batch_size, in_dims, args)
 
 
@@ -106,8 +113,44 @@ class Book(_Mapped):
         return None, grad_x, grad_y, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int | None]:
         return Book._each(info.batch_size, in_dims, args)
+
+
+class Grads(_Mapped):
+    """``form.grads``: both gradients of ``Out`` at once."""
+
+    @staticmethod
+    def forward(
+        form: Form, x: Tensor, y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return form.grads(x, y, codebooks, codes, signs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.form = inputs[0]
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad_left: Tensor, grad_book: Tensor) -> tuple[Any, ...]:
+        form = ctx.form
+        x, y, codebooks, codes, signs = ctx.saved_tensors
+        grad_x = Left.apply(form, y, grad_book, codes, signs) if ctx.needs_input_grad[1] else None
+        grad_y = grad_books = None
+        if ctx.needs_input_grad[2]:
+            grad_y = Out.apply(form, grad_left, codebooks, codes, signs) + Out.apply(form, x, grad_book, codes, signs)
+        if ctx.needs_input_grad[3]:
+            grad_books = Book.apply(form, grad_left, y, codes, signs)
+        return None, grad_x, grad_y, grad_books, None, None
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], *args: Any
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int | None, int | None]]:
+        form, x, y, codebooks, codes, signs = args
+        left = Left.vmap(info, (None, *in_dims[2:]), form, y, codebooks, codes, signs)
+        book = Book.vmap(info, (None, in_dims[1], in_dims[2], *in_dims[4:]), form, x, y, codes, signs)
+        return (left[0], book[0]), (left[1], book[1])
 
 
 class Expand(_Mapped):
@@ -138,7 +181,7 @@ class Expand(_Mapped):
         return grad_books, grad_scale, None, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int | None]:
         return Expand._each(info.batch_size, in_dims, args)
 
 
@@ -159,5 +202,5 @@ class Collect(_Mapped):
         return Expand.apply(grad, None, codes, signs, False), None, None, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int | None]:
         return Collect._each(info.batch_size, in_dims, args)

@@ -34,15 +34,8 @@ class Tensors(NamedTuple):
     signs: Tensor | None = None
 
     def vectors(self, index: Tensor | slice) -> Tensors:
-        """The same matrix, with some of its vectors only (``index`` in one dimension, none below zero)."""
-
-        def pick(x: Tensor) -> Tensor:
-            return x[..., index] if isinstance(index, slice) else x.index_select(-1, index)
-
-        signs = self.signs
-        if signs is not None:
-            signs = codebook.pack_signs(pick(codebook.unpack_signs(signs, self.codes.shape[-1])))
-        return Tensors(self.codebooks, pick(self.codes), None if self.scale is None else pick(self.scale), signs)
+        """The same matrix, with some of its vectors only (see ``codebook.select_vectors``)."""
+        return Tensors(self.codebooks, *codebook.select_vectors(index, self.codes, self.scale, self.signs))
 
 
 def expand(weight: Tensors, grad_factor: float = 1.0) -> Tensor:

@@ -1,0 +1,59 @@
+"""Signs of uses of entries, one bit each, and what they make of a codebook."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+
+def pack_signs(minus: Tensor) -> Tensor:
+    """Eight signs a byte.
+
+    Args:
+        minus: ``[..., N]`` bool, True for minus.
+
+    Returns:
+        ``[..., ceil(N/8)]`` uint8, the first sign in the lowest bit.
+    """
+    padded = F.pad(minus.to(torch.uint8), (0, -minus.shape[-1] % 8))
+    positions = _bit_positions(minus.device)
+    weights = torch.bitwise_left_shift(torch.ones_like(positions), positions)
+    return (rearrange(padded, "... (byte bit) -> ... byte bit", bit=8) * weights).sum(-1, dtype=torch.uint8)
+
+
+def unpack_signs(signs: Tensor, num_vectors: int) -> Tensor:
+    """The inverse of ``pack_signs``.
+
+    Args:
+        signs: ``[..., ceil(N/8)]`` uint8.
+        num_vectors: ``N``.
+
+    Returns:
+        ``[..., N]`` bool.
+    """
+    bits = torch.bitwise_right_shift(signs[..., None], _bit_positions(signs.device)) & 1
+    return rearrange(bits, "... byte bit -> ... (byte bit)")[..., :num_vectors].bool()
+
+
+def _bit_positions(device: torch.device) -> Tensor:
+    return torch.arange(8, dtype=torch.uint8, device=device)
+
+
+def fold_codebooks(codebooks: Tensor, signs: Tensor | None) -> Tensor:
+    """A signed codebook as a plain one that also lists each entry's negative: ``[R, G, 2K, d]``."""
+    return codebooks if signs is None else torch.cat([codebooks, -codebooks], 2)
+
+
+def unfold_codebooks(folded: Tensor, signs: Tensor | None) -> Tensor:
+    """The adjoint of ``fold_codebooks``."""
+    if signs is None:
+        return folded
+    plus, minus = folded.chunk(2, 2)
+    return plus - minus
+
+
+def fold_codes(codes: Tensor, entries: int, signs: Tensor | None) -> Tensor:
+    """The codes that go with ``fold_codebooks``: a minus picks the negative, ``K`` entries further on."""
+    return codes if signs is None else codes.int() + entries * unpack_signs(signs, codes.shape[-1])

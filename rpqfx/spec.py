@@ -1,0 +1,212 @@
+"""The shape of one codebook-held matrix, and the arithmetic of its sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from rpqfx.errors import SpecError
+
+MAX_ENTRIES = 65_536
+GradScale = Literal["sum", "sqrt", "mean"]
+
+
+@dataclass(frozen=True)
+class CodebookSpec:
+    """The shape of one codebook-held matrix.
+
+    Args:
+        num_vectors: ``N``, the number of vectors.
+        dim: ``D``, the length of a vector.
+        codebook_dim: ``d``, the length of a sub-vector. Divides ``dim``.
+        entries: ``K``, the entries of a codebook, 2 to 65,536.
+        stages: ``R``, residual stages that are summed.
+        books: ``G``, codebooks per stage. Divides the number of sub-vectors; ``None`` means one for each.
+        scale: Whether each vector has a trainable factor.
+        signs: Whether each use of an entry has a random, fixed sign (one bit).
+        grad_scale: How the gradients of the vectors that share an entry are gathered: their ``"sum"``, the sum
+            divided by the square root of their mean number (``"sqrt"``), or their ``"mean"``.
+
+    Raises:
+        SpecError: If a number is out of range or does not divide.
+    """
+
+    num_vectors: int
+    dim: int
+    codebook_dim: int
+    entries: int = 256
+    stages: int = 1
+    books: int | None = None
+    scale: bool = False
+    signs: bool = False
+    grad_scale: GradScale = "sum"
+
+    def __post_init__(self) -> None:
+        for name in ("num_vectors", "dim", "codebook_dim", "stages"):
+            if getattr(self, name) < 1:
+                raise SpecError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 2 <= self.entries <= MAX_ENTRIES:
+            raise SpecError(f"a codebook has 2 to {MAX_ENTRIES} entries (1 to 16 bits), got {self.entries}")
+        if self.dim % self.codebook_dim:
+            near = nearest_divisor(self.dim, self.codebook_dim)
+            raise SpecError(
+                f"codebook_dim {self.codebook_dim} does not divide the vector length {self.dim}; "
+                f"the nearest that does is {near} ({self.dim // near} codebooks)"
+            )
+        if self.books is None:
+            object.__setattr__(self, "books", self.sub_vectors)
+        if self.books < 1 or self.sub_vectors % self.books:  # type: ignore[operator]
+            raise SpecError(f"{self.books} codebooks cannot be shared evenly by {self.sub_vectors} sub-vectors")
+        if self.grad_scale not in ("sum", "sqrt", "mean"):
+            raise SpecError(f"grad_scale is 'sum', 'sqrt' or 'mean', got {self.grad_scale!r}")
+
+    @classmethod
+    def make(
+        cls,
+        num_vectors: int,
+        dim: int,
+        *,
+        codebook_dim: int | None = None,
+        codebooks: int | None = None,
+        bits: int | None = None,
+        stages: int = 1,
+        sharing: Literal["own", "layer"] = "own",
+        scale: bool = False,
+        signs: bool = False,
+        grad_scale: GradScale = "sum",
+    ) -> CodebookSpec:
+        """A spec from what a person says of a layer.
+
+        Args:
+            num_vectors: ``N``.
+            dim: ``D``.
+            codebook_dim: ``d``; left out, the divisor of ``dim`` nearest to 64.
+            codebooks: ``M`` instead of ``codebook_dim``.
+            bits: ``log2(K)``, 1 to 16; left out, 8 or as many as the layer has vectors for.
+            stages: ``R``.
+            sharing: One codebook for each sub-vector (``"own"``) or one for the layer (``"layer"``).
+            scale: As in the class.
+            signs: As in the class.
+            grad_scale: As in the class.
+
+        Raises:
+            SpecError: If both or neither of two exclusive numbers fit, something does not divide, or a codebook
+                would have more entries than sub-vectors to serve.
+        """
+        if codebook_dim is not None and codebooks is not None:
+            raise SpecError(f"give codebook_dim ({codebook_dim}) or codebooks ({codebooks}), not both")
+        if codebooks is not None:
+            if codebooks < 1 or dim % codebooks:
+                near = dim // nearest_divisor(dim, max(1, dim // max(1, codebooks)))
+                raise SpecError(
+                    f"{codebooks} codebooks do not divide the vector length {dim}; the nearest count that does: {near}"
+                )
+            codebook_dim = dim // codebooks
+        if codebook_dim is None:
+            codebook_dim = nearest_divisor(dim, 64)
+        served = num_vectors if sharing == "own" else num_vectors * dim // max(1, codebook_dim)
+        if bits is None:
+            bits = max(1, min(8, served.bit_length() - 1))
+        if not 1 <= bits <= 16:
+            raise SpecError(f"bits is 1 to 16 (2 to {MAX_ENTRIES} entries), got {bits}")
+        if 2**bits > max(2, served):
+            raise SpecError(
+                f"{2**bits} entries ({bits} bits) for {served} sub-vectors: a codebook larger than what it serves; "
+                f"use at most {max(1, served.bit_length() - 1)} bits or leave the layer dense"
+            )
+        books = None if sharing == "own" else 1
+        return cls(num_vectors, dim, codebook_dim, 2**bits, stages, books, scale, signs, grad_scale)
+
+    @property
+    def sub_vectors(self) -> int:
+        """``M``, the number of sub-vectors of a vector."""
+        return self.dim // self.codebook_dim
+
+    @property
+    def bits(self) -> int:
+        """Bits that one code takes, ``ceil(log2(K))``."""
+        return (self.entries - 1).bit_length()
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """The narrowest torch integer that holds the codes."""
+        return code_dtype(self.entries)
+
+    @property
+    def codebooks_shape(self) -> tuple[int, int, int, int]:
+        """``(R, G, K, d)``."""
+        return (self.stages, self.books or self.sub_vectors, self.entries, self.codebook_dim)
+
+    @property
+    def codes_shape(self) -> tuple[int, int, int]:
+        """``(R, M, N)``."""
+        return (self.stages, self.sub_vectors, self.num_vectors)
+
+    @property
+    def signs_shape(self) -> tuple[int, int, int]:
+        """``(R, M, ceil(N / 8))``."""
+        return (self.stages, self.sub_vectors, -(-self.num_vectors // 8))
+
+    @property
+    def users_per_entry(self) -> float:
+        """How many sub-vectors share one entry, on average: ``M * N / (G * K)``."""
+        return math.prod(self.codes_shape[1:]) / math.prod(self.codebooks_shape[1:3])
+
+    @property
+    def grad_factor(self) -> float:
+        """What the summed gradient of an entry is multiplied by (see ``grad_scale``)."""
+        power = {"sum": 0.0, "sqrt": 0.5, "mean": 1.0}[self.grad_scale]
+        return float(max(self.users_per_entry, 1.0) ** -power)
+
+    def stored_bytes(self, dtype: torch.dtype = torch.float32, *, codebooks: bool = True) -> int:
+        """Bytes of all stored tensors, with codebooks and scale in ``dtype``.
+
+        Args:
+            dtype: The floating dtype.
+            codebooks: Leave out the codebooks where False (they are counted with another layer that shares them).
+        """
+        total = math.prod(self.codes_shape) * self.code_dtype.itemsize
+        total += math.prod(self.codebooks_shape) * dtype.itemsize if codebooks else 0
+        total += self.num_vectors * dtype.itemsize if self.scale else 0
+        return total + (math.prod(self.signs_shape) if self.signs else 0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> CodebookSpec:
+        """The inverse of ``to_dict``."""
+        return cls(**values)
+
+
+def code_dtype(entries: int) -> torch.dtype:
+    """The narrowest torch integer that holds the codes of ``entries`` entries.
+
+    Args:
+        entries: ``K``.
+
+    Returns:
+        uint8, int16 or uint16 (int16 before uint16: more torch operators take it).
+    """
+    if entries <= 256:
+        return torch.uint8
+    return torch.int16 if entries <= 32_768 else torch.uint16
+
+
+def nearest_divisor(dim: int, target: int) -> int:
+    """The divisor of ``dim`` nearest to ``target`` on a log scale, the smaller of two equally near.
+
+    Args:
+        dim: The number to divide, at least 1.
+        target: The divisor asked for, at least 1.
+
+    Returns:
+        A divisor of ``dim``; always exists, since 1 and ``dim`` are divisors.
+    """
+    divisors = {d for i in range(1, math.isqrt(dim) + 1) if dim % i == 0 for d in (i, dim // i)}
+    return min(divisors, key=lambda d: (max(d, target) / min(d, target), d))

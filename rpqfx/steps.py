@@ -1,0 +1,91 @@
+"""The steps that the products of a codebook-held matrix are made of: tables, sums of gathers, bins, blocks.
+
+Axes as in ``rpqfx.codebook``; ``b`` is a row of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+# Elements of a table (or of bins) that are alive at a time: few enough to stay in cache and in memory that is mapped.
+TABLE_ELEMENTS = 2**20
+# Rows of a block at least: gathered rows are then long enough to add up fast.
+BLOCK_ROWS = 128
+# Up to this many rows a scatter into bins beats sorting the codes first (measured, CPU).
+SCATTER_ROWS = 48
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What terms of a dtype are summed in."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def blocks(rows: int, codes: Tensor, entries: int) -> list[slice]:
+    """Slices of a batch whose tables stay small; one slice where a compiler plans the memory."""
+    per_row = codes.shape[0] * codes.shape[1] * entries
+    if torch.compiler.is_compiling() or rows * per_row <= TABLE_ELEMENTS:
+        return [slice(None)]
+    size = max(BLOCK_ROWS, TABLE_ELEMENTS // per_row)
+    return [slice(first, first + size) for first in range(0, rows, size)]
+
+
+def entry_index(codes: Tensor, codebooks_shape: tuple[int, ...]) -> Tensor:
+    """``[R, M, N]`` int64: where each code's entry lies in ``codebooks.reshape(R*G*K, d)``."""
+    stages, books, entries, _ = codebooks_shape
+    sub_vectors = codes.shape[1]
+    book = torch.arange(sub_vectors, device=codes.device) // (sub_vectors // books)
+    book = book + books * torch.arange(stages, device=codes.device)[:, None]
+    return codes.long() + (book * entries)[..., None]
+
+
+def table(x: Tensor, codebooks: Tensor) -> Tensor:
+    """``[(g r k s), b]``: every sub-vector of ``x [b, D]`` dotted with every entry it could meet."""
+    stages, books, entries, d = codebooks.shape
+    left = rearrange(codebooks, "r g k d -> g (r k) d")
+    right = rearrange(x, "b (g s d) -> g d (s b)", g=books, d=d)
+    dots = torch.bmm(left, right).view(books * stages * entries * (x.shape[1] // (books * d)), x.shape[0])
+    return dots.to(sum_dtype(x.dtype))
+
+
+def table_index(codes: Tensor, codebooks: Tensor) -> Tensor:
+    """``[n, (r m)]`` int32: the row of ``table`` that each code picks."""
+    stages, books, entries, _ = codebooks.shape
+    sub_vectors = codes.shape[1]
+    share = sub_vectors // books
+    m = torch.arange(sub_vectors, device=codes.device, dtype=torch.int32)
+    r = torch.arange(stages, device=codes.device, dtype=torch.int32)[:, None]
+    first = ((m // share) * stages + r) * entries * share + m % share
+    return rearrange(codes.int() * share + first[..., None], "r m n -> n (r m)").contiguous()
+
+
+def gather_sum(dots: Tensor, index: Tensor) -> Tensor:
+    """``[b, n]``: sums the rows of a table that ``index [n, p]`` names."""
+    return F.embedding_bag(index, dots, mode="sum").t()
+
+
+def bins(y: Tensor, codes: Tensor, books: int, entries: int) -> Iterator[tuple[slice, Tensor]]:
+    """``y [B, n]`` summed over the vectors that use an entry, block by block of the batch.
+
+    Yields:
+        A slice of the batch, and its bins ``[r, g, s, k, b]``.
+    """
+    stages, sub_vectors, num_vectors = codes.shape
+    y = y.to(sum_dtype(y.dtype))
+    if y.shape[0] <= SCATTER_ROWS and not torch.compiler.is_compiling():
+        shape = (y.shape[0], stages * sub_vectors, num_vectors)
+        index = rearrange(codes.long(), "r m n -> (r m) n").expand(shape)
+        filled = y.new_zeros(*shape[:2], entries).scatter_add(2, index, y[:, None].expand(shape))
+        yield slice(None), rearrange(filled, "b (r g s) k -> r g s k b", r=stages, g=books)
+        return
+    codes = codes.int()  # sorting once serves every block; compiled graphs always sort, since they serve every batch
+    ones = torch.ones((), dtype=torch.int64, device=codes.device).expand(codes.shape)
+    counts = ones.new_zeros(stages, sub_vectors, entries).scatter_add(2, codes.long(), ones).reshape(-1)
+    order, first = codes.argsort(-1).reshape(-1), counts.cumsum(0) - counts
+    for part in blocks(y.shape[0], codes, entries):
+        filled = F.embedding_bag(order, y[part].t().contiguous(), first, mode="sum")
+        yield part, rearrange(filled, "(r g s k) b -> r g s k b", r=stages, g=books, k=entries)
