@@ -45,7 +45,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    def __init__(self, dim: int = 256, depth: int = 4, heads: int = 4) -> None:
+    def __init__(self, dim: int = 384, depth: int = 3, heads: int = 6) -> None:
         super().__init__()
         self.embed, self.place = nn.Embedding(256, dim), nn.Embedding(CONTEXT, dim)
         self.blocks = nn.Sequential(*(Block(dim, heads) for _ in range(depth)))
@@ -103,16 +103,16 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", default=os.environ.get("RPQFX_QUICK") == "1")
     parser.add_argument("--steps", type=int)
     arguments = parser.parse_args()
-    steps = arguments.steps or (60 if arguments.quick else 300)
+    steps = arguments.steps or (40 if arguments.quick else 200)
     torch.set_num_threads(2)
     training, validation = read_text()
 
     torch.manual_seed(0)
     dense = GPT()
-    small = rpqfx.rpqify(dense, rpqfx.Policy.from_scratch(codebook_dim=32, bits=6))
+    small = rpqfx.rpqify(dense, rpqfx.Policy.from_scratch(codebook_dim=64, bits=6))
     report = rpqfx.report(small)
     print(report, end="\n\n")
-    tiny = GPT(dim=64)
+    tiny = GPT(dim=96)
 
     speeds = {}
     for name, model, rate in (("dense", dense, 1e-3), ("codebooks", small, 4e-3), ("smaller dense", tiny, 4e-3)):

@@ -13,16 +13,19 @@ class Costs:
 
     Args:
         gather: One addition of a gathered element.
+        output: One element of the result, written by column and copied into rows.
         expand: One element of the matrix made from its codes.
     """
 
     gather: float
+    output: float
     expand: float
 
 
-# cpu: two cores, float32, torch 2.13 (9216 x 9216, M 72: 168 G multiply-adds a second against 13 G gathered
-# additions and 1 G expanded elements). cuda: an estimate from memory bandwidth, not measured on a GPU.
-COSTS = {"cpu": Costs(gather=13.0, expand=150.0), "cuda": Costs(gather=100.0, expand=100.0)}
+# cpu: two cores, float32, torch 2.13, medians of 768 x 768 to 5120 x 1280 at 512 and 2048 rows: 160 G multiply-adds a
+# second, 0.17 ns an addition, 0.9 ns a result, 0.9 ns an expanded element. cuda: an estimate from memory bandwidth, not
+# measured on a GPU.
+COSTS = {"cpu": Costs(gather=28.0, output=146.0, expand=150.0), "cuda": Costs(gather=100.0, output=100.0, expand=100.0)}
 
 
 def contracts(codebooks_shape: tuple[int, ...], codes_shape: tuple[int, ...], rows: int, device: torch.device) -> bool:
@@ -39,8 +42,8 @@ def contracts(codebooks_shape: tuple[int, ...], codes_shape: tuple[int, ...], ro
     """
     costs = COSTS.get(device.type, COSTS["cuda"])
     stages, _, entries, d = codebooks_shape
-    num_vectors = codes_shape[2]
-    table = stages * (entries / num_vectors + costs.gather / d)
+    _, sub_vectors, num_vectors = codes_shape
+    contract = stages * (entries / num_vectors + costs.gather / d) + costs.output / (sub_vectors * d)
     if torch.compiler.is_compiling():
-        return table < 1
-    return rows * table < rows + stages * costs.expand
+        return contract < 1
+    return rows * contract < rows + stages * costs.expand
