@@ -30,14 +30,16 @@ def kmeans(points: Tensor, entries: int, *, steps: int = 10, seed: int = 0) -> t
         ``centres [K, d]`` and ``codes [N]`` int64.
     """
     generator = torch.Generator(points.device).manual_seed(seed)
-    pool = torch.unique(points, dim=0) if len(points) <= _COUNT_DISTINCT else points
-    order = torch.randperm(len(pool), generator=generator, device=points.device)
-    centres = pool[order[:entries]]
+    if len(points) <= _COUNT_DISTINCT:
+        pool, codes = torch.unique(points, dim=0, return_inverse=True)
+    else:
+        pool, codes = points, torch.arange(len(points), device=points.device)
     if len(pool) <= entries:  # exact; what is left over repeats the first entry
-        centres = torch.cat([centres, centres[:1].expand(entries - len(pool), -1)])
-        return centres, nearest(points, centres)[0]
+        return torch.cat([pool, pool[:1].expand(entries - len(pool), -1)]), codes
+    centres = pool[torch.randperm(len(pool), generator=generator, device=points.device)[:entries]]
     sample = points
     if len(points) > entries * _SAMPLES_PER_ENTRY:
+        order = torch.randperm(len(points), generator=generator, device=points.device)
         sample = points[order[: entries * _SAMPLES_PER_ENTRY]]
     codes, distances = nearest(sample, centres)
     for _ in range(steps):

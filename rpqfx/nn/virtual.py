@@ -55,8 +55,9 @@ class VirtualWeight:
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if args and isinstance(args[0], VirtualWeight) and _changes(getattr(func, "__name__", "")):
-            return args[0]._change(func.__name__)
+        first = args[0] if args else next(iter(kwargs.values()), None)  # nn.init passes it by name
+        if isinstance(first, VirtualWeight) and _changes(getattr(func, "__name__", "")):
+            return first._change(func.__name__)
         serve = _SERVED.get(func)
         if serve is not None:
             result = serve(*args, **kwargs)
