@@ -24,7 +24,8 @@ from rpqfx.errors import FormatError, RPQError
 from rpqfx.graph.match import is_rewritten
 from rpqfx.graph.rewrite import install, parameter_at
 from rpqfx.nn.backed import SUFFIX, backed_weights
-from rpqfx.nn.weight import Layout, RPQWeight
+from rpqfx.nn.layout import Layout
+from rpqfx.nn.weight import RPQWeight
 from rpqfx.report import SiteRecord, attach_records, attached_records
 
 FORMAT = "rpqfx"

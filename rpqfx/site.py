@@ -11,7 +11,7 @@ from torch import nn
 
 from rpqfx.errors import SpecError
 from rpqfx.nn.layer import Split
-from rpqfx.nn.weight import Layout
+from rpqfx.nn.layout import Layout
 
 Kind = Literal["linear", "embedding", "embedding_bag", "conv", "conv_transpose", "bilinear", "attention", "parameter"]
 

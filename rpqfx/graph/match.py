@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-import re
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.nn.utils import parametrize
 
 from rpqfx.graph.capture import Captured
+from rpqfx.graph.hints import Nearest, heads, initial_std
+from rpqfx.graph.obstacles import Obstacles, quantised_sites
 from rpqfx.nn.backed import backed_weights
 from rpqfx.site import Kind, Site
 
@@ -30,7 +29,6 @@ _MODULE_KINDS: tuple[tuple[type[nn.Module], Kind], ...] = (
 )
 _CONVS = (F.conv1d, F.conv2d, F.conv3d)
 _TRANSPOSED_CONVS = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
-_HEADS = ("num_heads", "n_heads", "heads", "n_head", "nhead", "num_attention_heads")
 
 
 @dataclass(frozen=True)
@@ -58,17 +56,14 @@ def find_sites(captured: Captured) -> list[Site]:
             if parameter is not None and parameter.dim() > 1:
                 owners[id(parameter)].append((path, module, attribute, parameter))
     reads = _reads(captured)
-    aliases = _storage_aliases(model)
-    kept = _kept_elsewhere(model)
-    heads = _Nearest(model, _heads)
-    stds = _Nearest(model, _initial_std)
+    obstacles = Obstacles(model)
+    nearest_heads, nearest_std = Nearest(model, heads), Nearest(model, initial_std)
     sites = []
     for places in owners.values():
         path, module, attribute, parameter = places[0]
         names = tuple(dict.fromkeys(f"{p}.{a}".lstrip(".") for p, _, a, _ in places))
         found = [use for name in names for use in reads.get(name, ())]
-        role, blocked = _role(places, found, captured)
-        blocked = _blocked(parameter, module, names) or aliases.get(id(parameter)) or kept.get(id(parameter)) or blocked
+        role, unused = _role(places, found, captured)
         table = [m for _, m, _, _ in places if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
         rows_only = table or role.kind in ("embedding", "embedding_bag", "conv", "conv_transpose", "parameter")
         sites.append(
@@ -83,13 +78,13 @@ def find_sites(captured: Captured) -> list[Site]:
                 flipped=role.flipped,
                 splits=not rows_only,
                 zero_vector=next((t.padding_idx for t in table if t.padding_idx is not None), None),
-                std=stds.of(path),
-                heads=heads.of(path),
+                std=nearest_std.of(path),
+                heads=nearest_heads.of(path),
                 uses=tuple(dict.fromkeys(use.words for use in found)),
-                blocked=blocked,
+                blocked=obstacles.to(parameter, module, names[0]) or unused,
             )
         )
-    return sites + list(_quantised(model))
+    return sites + list(quantised_sites(model))
 
 
 # --------------------------------------------------------------------------------------- what a tensor is for
@@ -212,115 +207,6 @@ def _role(
 _QKV = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
-# ---------------------------------------------------------------------------------- what must stay as it is
-
-
-def _blocked(parameter: nn.Parameter, module: nn.Module, names: tuple[str, ...]) -> str | None:
-    checks: tuple[tuple[Callable[[], Any], str], ...] = (
-        (lambda: isinstance(module, torch.jit.ScriptModule), "its module is a ScriptModule"),
-        (
-            lambda: isinstance(module, fx.GraphModule),
-            "it belongs to an fx GraphModule itself, which makes its own class",
-        ),
-        (lambda: isinstance(module, parametrize.ParametrizationList), "its module is parametrised"),
-        (lambda: parameter.layout != torch.strided, f"its layout is {parameter.layout}, not strided"),
-        (lambda: parameter.is_quantized or not parameter.dtype.is_floating_point, f"its dtype is {parameter.dtype}"),
-        (lambda: parameter.dtype.itemsize < 2, f"its dtype is {parameter.dtype}"),
-        (lambda: type(parameter) is not nn.Parameter, f"it is a {type(parameter).__name__}, not a plain Parameter"),
-        (lambda: parameter._backward_hooks, "it has a gradient hook, which codebooks would not call"),
-        (lambda: parameter.numel() == 0, "it is empty"),
-        (lambda: _is_split_norm(module, names[0]), "a hook computes its module's weight from it (weight norm)"),
-    )
-    return next((reason for check, reason in checks if check()), None)
-
-
-def _is_split_norm(module: nn.Module, name: str) -> bool:
-    attribute = name.rpartition(".")[2]
-    return attribute.endswith(("_g", "_v", "_orig")) and attribute.rpartition("_")[0] in module.__dict__
-
-
-def _storage_aliases(model: nn.Module) -> dict[int, str]:
-    """Parameters that are views of one storage: rewriting one would cut it off from the others."""
-    by_storage: dict[int, dict[int, str]] = defaultdict(dict)
-    for name, parameter in model.named_parameters():
-        if parameter.layout == torch.strided and not parameter.is_meta and type(parameter) is nn.Parameter:
-            by_storage[parameter.untyped_storage().data_ptr()][id(parameter)] = name
-    by_storage.pop(0, None)
-    found = {}
-    for group in by_storage.values():
-        for key in group if len(group) > 1 else ():
-            others = ", ".join(other for k, other in group.items() if k != key)
-            found[key] = f"shares its storage with {others} through a view"
-    return found
-
-
-def _kept_elsewhere(model: nn.Module) -> dict[int, str]:
-    """Parameters that a module also keeps in a plain attribute, as recurrent layers do in a flat list."""
-    found = {}
-    for path, module in model.named_modules():
-        for key, value in module.__dict__.items():
-            if key in ("_parameters", "_modules", "_buffers"):
-                continue
-            inside = value.values() if isinstance(value, dict) else value
-            items = inside if isinstance(inside, (list, tuple)) or isinstance(value, dict) else (value,)
-            for item in items:
-                if isinstance(item, nn.Parameter):
-                    found[id(item)] = f"is also kept in the plain attribute {key!r} of {path or 'the model'}"
-    return found
-
-
-def _quantised(model: nn.Module) -> Iterable[Site]:
-    """Quantised modules keep packed weights that are no Parameters; they are named so that nobody misses them."""
-    for path, module in model.named_modules():
-        if re.match(r"torch\.ao\.nn\.(intrinsic\.)?quantized", type(module).__module__) and not list(module.children()):
-            yield Site(
-                name=path, names=(path,), kind="parameter", module_type=type(module), shape=(0, 0), dtype=torch.qint8,
-                blocked="its module is already quantised and keeps no floating weight",
-            )  # fmt: skip
-
-
 def is_rewritten(model: nn.Module) -> bool:
     """Whether any module of a model already holds a tensor in codebooks."""
     return any(backed_weights(module) for module in model.modules())
-
-
-# -------------------------------------------------------------------------------------- what a model says itself
-
-T = TypeVar("T")
-
-
-def _heads(module: nn.Module) -> int | None:
-    """Attention heads, by the names that libraries give them."""
-    for holder in (module, getattr(module, "config", None)):
-        for name in _HEADS:
-            value = getattr(holder, name, None)
-            if type(value) is int and value > 0:
-                return value
-    return None
-
-
-def _initial_std(module: nn.Module) -> float | None:
-    """Standard deviation of initial weights, as transformers' configurations give it."""
-    config = getattr(module, "config", None)
-    for name in ("initializer_range", "init_std"):
-        value = getattr(config, name, None)
-        if isinstance(value, float) and value > 0:
-            return value
-    return None
-
-
-class _Nearest(Generic[T]):
-    """What a module or its nearest ancestor says, or else what most modules of the model say."""
-
-    def __init__(self, model: nn.Module, ask: Callable[[nn.Module], T | None]) -> None:
-        self._known = {path: found for path, m in model.named_modules() if (found := ask(m)) is not None}
-        common = Counter(self._known.values()).most_common(1)
-        self._common = common[0][0] if common else None
-
-    def of(self, path: str) -> T | None:
-        while True:
-            if path in self._known:
-                return self._known[path]
-            if not path:
-                return self._common
-            path = path.rpartition(".")[0]

@@ -20,7 +20,8 @@ from rpqfx.graph.capture import Captured
 from rpqfx.nn import RPQLinear, RPQMultiheadAttention
 from rpqfx.nn.backed import back, backed_as
 from rpqfx.nn.layer import random_weight
-from rpqfx.nn.weight import Layout, RPQWeight
+from rpqfx.nn.layout import Layout
+from rpqfx.nn.weight import RPQWeight
 from rpqfx.policy import Hold, Skip
 from rpqfx.report import SiteRecord, attach_records
 from rpqfx.site import Site

@@ -11,9 +11,10 @@ from rpqfx.nn.conv import (
     RPQConvTranspose3d,
 )
 from rpqfx.nn.embedding import RPQEmbedding, RPQEmbeddingBag
+from rpqfx.nn.layout import Layout
 from rpqfx.nn.linear import RPQLinear
 from rpqfx.nn.virtual import VirtualWeight
-from rpqfx.nn.weight import Layout, RPQWeight
+from rpqfx.nn.weight import RPQWeight
 
 __all__ = [
     "Layout",

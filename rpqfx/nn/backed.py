@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from rpqfx.errors import RewriteError
+from rpqfx.nn import served as _served  # noqa: F401 (fills the table of calls that virtual weights serve)
 from rpqfx.nn.virtual import VirtualWeight
 from rpqfx.nn.weight import RPQWeight
 

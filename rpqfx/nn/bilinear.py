@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from rpqfx.errors import InputError
 from rpqfx.nn.backed import expanded, register_layer
 from rpqfx.nn.layer import RPQLayer, Split, apply_linear
-from rpqfx.nn.weight import Layout
+from rpqfx.nn.layout import Layout
 
 
 class RPQBilinear(RPQLayer, nn.Bilinear):

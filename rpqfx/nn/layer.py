@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from rpqfx.codebook import CodebookSpec, GradScale
 from rpqfx.errors import InputError, SpecError
 from rpqfx.nn.backed import Backed, back, backed_weights, weight_of
-from rpqfx.nn.weight import Layout, RPQWeight
+from rpqfx.nn.layout import Layout
+from rpqfx.nn.weight import RPQWeight
 
 Split = Literal["row", "column"]
 

@@ -13,11 +13,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rpqfx.errors import RewriteError
 from rpqfx.nn.weight import RPQWeight
+
+# What ``rpqfx.nn.served`` puts here: by torch function, one that takes its arguments and returns its result, or
+# NotImplemented where only the plain tensor will do.
+SERVED: dict[Any, Callable[..., Any]] = {}
 
 _initialising = False
 
@@ -47,8 +50,8 @@ class VirtualWeight:
     """
 
     def __init__(self, weight: RPQWeight, flipped: bool = False) -> None:
-        self._weight = weight
-        self._flipped = flipped
+        self.held = weight
+        self.flipped = flipped
 
     @classmethod
     def __torch_function__(
@@ -58,7 +61,7 @@ class VirtualWeight:
         first = args[0] if args else next(iter(kwargs.values()), None)  # nn.init passes it by name
         if isinstance(first, VirtualWeight) and _changes(getattr(func, "__name__", "")):
             return first._change(func.__name__)
-        serve = _SERVED.get(func)
+        serve = SERVED.get(func)
         if serve is not None:
             result = serve(*args, **kwargs)
             if result is not NotImplemented:
@@ -67,36 +70,36 @@ class VirtualWeight:
 
     def expand_dense(self) -> Tensor:
         """The plain tensor."""
-        dense = self._weight()
-        return dense.t() if self._flipped else dense
+        dense = self.held()
+        return dense.t() if self.flipped else dense
 
     # What can be told without the tensor.
 
     @property
     def shape(self) -> torch.Size:
         """Of the tensor."""
-        shape = self._weight.layout.shape
-        return torch.Size(reversed(shape) if self._flipped else shape)
+        shape = self.held.layout.shape
+        return torch.Size(reversed(shape) if self.flipped else shape)
 
     @property
     def ndim(self) -> int:
         """Number of axes."""
-        return len(self._weight.layout.shape)
+        return len(self.held.layout.shape)
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the codebooks."""
-        return self._weight.codebooks.dtype
+        return self.held.codebooks.dtype
 
     @property
     def device(self) -> torch.device:
         """Of the codebooks."""
-        return self._weight.codebooks.device
+        return self.held.codebooks.device
 
     @property
     def requires_grad(self) -> bool:
         """Of the codebooks."""
-        return self._weight.codebooks.requires_grad
+        return self.held.codebooks.requires_grad
 
     def size(self, dim: int | None = None) -> Any:
         """As ``Tensor.size``."""
@@ -114,7 +117,7 @@ class VirtualWeight:
         return self.shape[0]
 
     def __repr__(self) -> str:
-        return f"VirtualWeight({tuple(self.shape)}, {self._weight.extra_repr()})"
+        return f"VirtualWeight({tuple(self.shape)}, {self.held.extra_repr()})"
 
     # Transposes, as long as nothing needs the tensor.
 
@@ -130,9 +133,9 @@ class VirtualWeight:
 
     def t(self) -> Any:
         """The transpose."""
-        if self.ndim != 2 or self._weight.layout.lead != 1:
+        if self.ndim != 2 or self.held.layout.lead != 1:
             return self.expand_dense().t()
-        return VirtualWeight(self._weight, not self._flipped)
+        return VirtualWeight(self.held, not self.flipped)
 
     def transpose(self, first: int, second: int) -> Any:
         """As ``Tensor.transpose``."""
@@ -201,133 +204,3 @@ def _dense(value: Any) -> Any:
     if isinstance(value, (list, tuple)) and any(isinstance(item, VirtualWeight) for item in value):
         return type(value)([_dense(item) for item in value])
     return value
-
-
-# ------------------------------------------------------------------------- the calls that codebooks can serve
-
-
-def _apply(x: Tensor, weight: VirtualWeight, transpose: bool) -> Tensor:
-    """``x @ weight``, or with ``transpose`` ``x @ weight.T``."""
-    held = weight._weight
-    return held.linear(x) if transpose != weight._flipped else held.linear_t(x)
-
-
-def _is_matrix(weight: Any) -> bool:
-    return isinstance(weight, VirtualWeight) and weight.ndim == 2 and weight._weight.layout.lead == 1
-
-
-def _linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Any:
-    if not _is_matrix(weight) or isinstance(input, VirtualWeight):
-        return NotImplemented
-    y = _apply(input, weight, transpose=True)
-    return y if bias is None else y + bias.to(y.dtype)
-
-
-def _matmul(input: Any, other: Any) -> Any:
-    if _is_matrix(other) and isinstance(input, Tensor):
-        return _apply(input, other, transpose=False)
-    if _is_matrix(input) and isinstance(other, Tensor):
-        if other.dim() == 1:
-            return _apply(other, input, transpose=True)
-        return _apply(other.transpose(-1, -2), input, transpose=True).transpose(-1, -2)
-    return NotImplemented
-
-
-def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1) -> Any:
-    y = NotImplemented if isinstance(input, VirtualWeight) else _matmul(mat1, mat2)
-    if y is NotImplemented:
-        return y
-    y = y if alpha == 1 else y * alpha
-    return y + (input if beta == 1 else input * beta).to(y.dtype) if beta else y
-
-
-def _einsum(equation: Any, *operands: Any) -> Any:
-    """Two operands of which one is a codebook-held matrix that meets the other in exactly one axis."""
-    if not isinstance(equation, str) or len(operands) != 2 or "->" not in equation or "." in equation:
-        return NotImplemented
-    terms, out = equation.replace(" ", "").split("->")
-    pairs = list(zip(terms.split(","), operands, strict=True))
-    if isinstance(operands[0], VirtualWeight):
-        pairs.reverse()
-    (axes, x), (held, weight) = pairs
-    if not _is_matrix(weight) or not isinstance(x, Tensor) or len(set(axes)) != len(axes) or len(set(held)) != 2:
-        return NotImplemented
-    summed, kept = (held[0], held[1]) if held[0] in axes else (held[1], held[0])
-    rest = axes.replace(summed, "")
-    if summed not in axes or summed in out or kept in axes or sorted(out) != sorted(rest + kept):
-        return NotImplemented
-    y = _apply(x.movedim(axes.index(summed), -1), weight, transpose=kept == held[0])
-    return y.permute([(rest + kept).index(axis) for axis in out])
-
-
-def _conv(spatial: int, transposed: bool) -> Callable[..., Any]:
-    def every(value: Any) -> tuple[int, ...]:
-        value = (value,) if isinstance(value, int) else tuple(value)
-        return value * spatial if len(value) == 1 else value
-
-    def run(
-        input: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, rest: Any, groups: int
-    ) -> Any:
-        if not isinstance(weight, VirtualWeight) or weight._weight.layout.transposed:
-            return NotImplemented
-        if isinstance(input, VirtualWeight) or weight._weight.layout.lead != 1:
-            return NotImplemented
-        if isinstance(padding, str):
-            if padding == "same" and every(stride) != (1,) * spatial:
-                return NotImplemented  # torch's own error
-            if padding == "same":
-                taps = zip(every(dilation), weight.shape[2:], strict=True)
-                totals = [d * (k - 1) for d, k in taps]
-                input = F.pad(input, [side for t in reversed(totals) for side in (t // 2, t - t // 2)])
-            elif padding != "valid":
-                return NotImplemented
-            padding = 0
-        return weight._weight.conv(
-            input, bias, every(stride), every(padding), every(dilation), groups, transposed, every(rest)
-        )
-
-    def plain(
-        input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
-    ) -> Any:
-        return run(input, weight, bias, stride, padding, dilation, 0, groups)
-
-    def transpose(
-        input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, output_padding: Any = 0,
-        groups: int = 1, dilation: Any = 1,
-    ) -> Any:  # fmt: skip
-        return run(input, weight, bias, stride, padding, dilation, output_padding, groups)
-
-    return transpose if transposed else plain
-
-
-def _embedding(
-    input: Any, weight: Any, padding_idx: int | None = None, max_norm: float | None = None, norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False, sparse: bool = False,
-) -> Any:  # fmt: skip
-    if not _is_matrix(weight) or weight._flipped or max_norm is not None or scale_grad_by_freq:
-        return NotImplemented
-    held = weight._weight
-    rows = held.lookup(input, sparse)
-    if padding_idx is None or padding_idx % held.layout.rows == held.layout.zero_vector:
-        return rows
-    return torch.where((input == padding_idx % held.layout.rows)[..., None], rows.detach(), rows)
-
-
-_SERVED: dict[Any, Callable[..., Any]] = {
-    F.linear: _linear,
-    F.embedding: _embedding,
-    F.conv1d: _conv(1, False),
-    F.conv2d: _conv(2, False),
-    F.conv3d: _conv(3, False),
-    F.conv_transpose1d: _conv(1, True),
-    F.conv_transpose2d: _conv(2, True),
-    F.conv_transpose3d: _conv(3, True),
-    torch.matmul: _matmul,
-    torch.mm: _matmul,
-    torch.Tensor.matmul: _matmul,
-    torch.Tensor.mm: _matmul,
-    torch.Tensor.__matmul__: _matmul,
-    torch.addmm: _addmm,
-    torch.Tensor.addmm: _addmm,
-    torch.einsum: _einsum,
-}

@@ -1,0 +1,118 @@
+"""Decisions about a site, and the ones that options leave open."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from rpqfx.budget import Candidate
+from rpqfx.codebook import CodebookSpec, nearest_divisor
+from rpqfx.errors import PolicyError, SpecError
+from rpqfx.nn.layer import Split
+from rpqfx.options import Init, Options
+from rpqfx.site import Site
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A decision to leave a site as it is.
+
+    Args:
+        reason: Said in the report.
+    """
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Hold:
+    """A decision to hold a site's weight in codebooks.
+
+    Args:
+        spec: Shape of the codebooks.
+        split: Vectors along outputs (``"row"``) or inputs (``"column"``).
+        init: Codebooks fitted to the weight, or drawn anew with its standard deviation.
+        group: Sites of one group and one shape of codebooks share them.
+    """
+
+    spec: CodebookSpec
+    split: Split = "row"
+    init: Init = "fit"
+    group: str | None = None
+
+
+def smallest(site: Site, options: Options, bits: int) -> Hold:
+    """The site's spec at so many bits, with the smaller split where the options leave that open.
+
+    Raises:
+        PolicyError: If the options ask for what the site cannot give.
+    """
+    if options.split == "column" and not site.splits:
+        raise PolicyError(f"{site.name}: vectors of a {site.kind} lie along its outputs, split='column' cannot be")
+    splits: tuple[Split, ...] = ("row",) if not site.splits else ("row", "column")
+    splits = splits if options.split == "auto" else (options.split or "row",)
+    holds = [_hold(site, options, split, bits) for split in splits]
+    return min(holds, key=lambda hold: stored_bytes(site, hold))
+
+
+def candidates(site: Site, options: Options) -> list[Candidate[Hold | Skip]]:
+    """Every spec a budget may choose for a site, and leaving it dense."""
+    found = [Candidate[Hold | Skip](Skip("the budget affords it dense"), site.dense_bytes, 0.0)]
+    dims = sorted({nearest_divisor(site.layout("row").dim, d) for d in (2, 4, 8, 16, 32, 64, 128)})
+    for d in dims if options.codebooks is None else (None,):
+        for bits in range(2, 13):
+            for sharing in ("own", "layer"):
+                own = dataclasses.replace(options, sharing=sharing)
+                own = own if d is None else dataclasses.replace(own, codebook_dim=d)
+                hold = smallest(site, own, bits)
+                size = stored_bytes(site, hold)
+                if size < site.dense_bytes and hold.spec.users_per_entry > 1:
+                    found.append(Candidate(hold, size, _distortion(hold.spec)))
+    return found
+
+
+def _hold(site: Site, options: Options, split: Split, bits: int) -> Hold:
+    layout = site.layout(split)
+    dim, count = layout.dim, options.codebooks
+    if count == "heads":
+        if site.heads is None:
+            raise PolicyError(f"{site.name}: the model names no number of heads; give codebooks as a number")
+        d = nearest_divisor(dim, max(1, dim // site.heads))
+    elif count is not None:
+        if count < 1 or dim % count:
+            near = dim // nearest_divisor(dim, max(1, dim // max(1, count)))
+            raise PolicyError(
+                f"{site.name}: {count} codebooks do not divide its vector length {dim}; the nearest count that does "
+                f"is {near}; give codebook_dim to let the policy choose"
+            )
+        d = dim // count
+    else:
+        d = nearest_divisor(dim, options.codebook_dim or 64)
+    books = 1 if options.sharing == "layer" else None
+    try:
+        spec = CodebookSpec(
+            layout.num_vectors, dim, d, 2**bits, options.stages or 1, books, bool(options.scale), bool(options.signs),
+            options.grad_scale or "sum",
+        )  # fmt: skip
+    except SpecError as error:
+        raise PolicyError(f"{site.name}: {error}") from error
+    return Hold(spec, split, options.init or "fit", _group(site, options, layout.dim))
+
+
+def _group(site: Site, options: Options, dim: int) -> str | None:
+    if options.sharing == "shape":
+        return f"shape {dim} {site.dtype}"
+    if options.sharing == "role":
+        return ".".join("*" if part.isdigit() else part for part in site.name.split("."))
+    return None
+
+
+def stored_bytes(site: Site, decision: Hold | Skip) -> int:
+    """Bytes of a site's tensors after a decision."""
+    return site.dense_bytes if isinstance(decision, Skip) else decision.spec.stored_bytes(site.dtype)
+
+
+def _distortion(spec: CodebookSpec) -> float:
+    """Expected squared error of holding unit-variance weights so, by rule of thumb: ``4**-rate`` an element."""
+    rate = spec.stages * spec.bits / spec.codebook_dim
+    return spec.num_vectors * spec.dim * (1 - 1 / spec.users_per_entry) * 4.0**-rate

@@ -1,0 +1,101 @@
+"""Why a tensor must stay as it is."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.utils import parametrize
+
+from rpqfx.site import Site
+
+
+class Obstacles:
+    """What stands in the way of rewriting the Parameters of a model.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._aliases = _storage_aliases(model)
+        self._kept = _kept_elsewhere(model)
+
+    def to(self, parameter: nn.Parameter, module: nn.Module, name: str) -> str | None:
+        """Why a Parameter cannot be held in codebooks, or None.
+
+        Args:
+            parameter: The Parameter.
+            module: Its owner.
+            name: Its qualified name.
+        """
+        found = _own_obstacle(parameter, module, name)
+        return found or self._aliases.get(id(parameter)) or self._kept.get(id(parameter))
+
+
+def _own_obstacle(parameter: nn.Parameter, module: nn.Module, name: str) -> str | None:
+    checks: tuple[tuple[Callable[[], Any], str], ...] = (
+        (lambda: isinstance(module, torch.jit.ScriptModule), "its module is a ScriptModule"),
+        (
+            lambda: isinstance(module, fx.GraphModule),
+            "it belongs to an fx GraphModule itself, which makes its own class",
+        ),
+        (lambda: isinstance(module, parametrize.ParametrizationList), "its module is parametrised"),
+        (lambda: parameter.layout != torch.strided, f"its layout is {parameter.layout}, not strided"),
+        (lambda: parameter.is_quantized or not parameter.dtype.is_floating_point, f"its dtype is {parameter.dtype}"),
+        (lambda: parameter.dtype.itemsize < 2, f"its dtype is {parameter.dtype}"),
+        (lambda: type(parameter) is not nn.Parameter, f"it is a {type(parameter).__name__}, not a plain Parameter"),
+        (lambda: parameter._backward_hooks, "it has a gradient hook, which codebooks would not call"),
+        (lambda: parameter.numel() == 0, "it is empty"),
+        (lambda: _is_split_norm(module, name), "a hook computes its module's weight from it (weight norm)"),
+    )
+    return next((reason for check, reason in checks if check()), None)
+
+
+def _is_split_norm(module: nn.Module, name: str) -> bool:
+    attribute = name.rpartition(".")[2]
+    return attribute.endswith(("_g", "_v", "_orig")) and attribute.rpartition("_")[0] in module.__dict__
+
+
+def _storage_aliases(model: nn.Module) -> dict[int, str]:
+    """Parameters that are views of one storage: rewriting one would cut it off from the others."""
+    by_storage: dict[int, dict[int, str]] = defaultdict(dict)
+    for name, parameter in model.named_parameters():
+        if parameter.layout == torch.strided and not parameter.is_meta and type(parameter) is nn.Parameter:
+            by_storage[parameter.untyped_storage().data_ptr()][id(parameter)] = name
+    by_storage.pop(0, None)
+    found = {}
+    for group in by_storage.values():
+        for key in group if len(group) > 1 else ():
+            others = ", ".join(other for k, other in group.items() if k != key)
+            found[key] = f"shares its storage with {others} through a view"
+    return found
+
+
+def _kept_elsewhere(model: nn.Module) -> dict[int, str]:
+    """Parameters that a module also keeps in a plain attribute, as recurrent layers do in a flat list."""
+    found = {}
+    for path, module in model.named_modules():
+        for key, value in module.__dict__.items():
+            if key in ("_parameters", "_modules", "_buffers"):
+                continue
+            inside = value.values() if isinstance(value, dict) else value
+            items = inside if isinstance(inside, (list, tuple)) or isinstance(value, dict) else (value,)
+            for item in items:
+                if isinstance(item, nn.Parameter):
+                    found[id(item)] = f"is also kept in the plain attribute {key!r} of {path or 'the model'}"
+    return found
+
+
+def quantised_sites(model: nn.Module) -> Iterable[Site]:
+    """Quantised modules keep packed weights that are no Parameters; they are named so that nobody misses them."""
+    for path, module in model.named_modules():
+        if re.match(r"torch\.ao\.nn\.(intrinsic\.)?quantized", type(module).__module__) and not list(module.children()):
+            yield Site(
+                name=path, names=(path,), kind="parameter", module_type=type(module), shape=(0, 0), dtype=torch.qint8,
+                blocked="its module is already quantised and keeps no floating weight",
+            )  # fmt: skip

@@ -1,0 +1,69 @@
+"""torch.compile takes every layer in one graph, and the results are those of eager mode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.helpers import assert_same, gradients
+from tests.kinds import KINDS, NAMES
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def assert_compiles(name: str, backend: str, tolerance: float, **options: object) -> None:
+    """Forward and backward; a second batch size is served too."""
+    kind = KINDS[name]
+    layer = kind.make(**options)
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    for seed in (0, 1):
+        inputs = [x.requires_grad_() if x.is_floating_point() else x for x in kind.make_inputs(seed)]
+        wanted = {
+            **dict(layer.named_parameters()),
+            **{str(i): x for i, x in enumerate(inputs) if x.requires_grad},
+        }
+        ours, theirs = compiled(*inputs, **dict(kind.call)), layer(*inputs, **dict(kind.call))
+        pairs = zip(*[out if isinstance(out, tuple) else (out,) for out in (ours, theirs)], strict=True)
+        for mine, other in pairs:
+            assert (mine is None) == (other is None)
+            if mine is not None:
+                assert_same(mine, other, tolerance=tolerance)
+        expected = gradients(theirs, wanted)
+        for key, grad in gradients(ours, wanted).items():
+            assert_same(grad, expected[key], key, tolerance=tolerance)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compiled_equals_eager(name: str) -> None:
+    assert_compiles(name, "aot_eager", 1e-9)
+
+
+@pytest.mark.parametrize("name", ["linear row", "conv2d", "embedding"])
+def test_compiled_with_all_options_equals_eager(name: str) -> None:
+    assert_compiles(name, "aot_eager", 1e-9, signs=True, scale=True, stages=2, sharing="layer", grad_scale="sqrt")
+
+
+def test_a_dynamic_batch_needs_one_graph() -> None:
+    layer = KINDS["linear row"].make()
+    frames = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> object:
+        frames.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(layer, fullgraph=True, backend=backend, dynamic=True)
+    for rows in (3, 60, 7, 200):
+        x = torch.randn(rows, 48, dtype=torch.float64)
+        assert_same(compiled(x), layer(x))
+    assert len(frames) == 1
+
+
+def test_inductor_equals_eager() -> None:
+    assert_compiles("linear row", "inductor", 1e-8)

@@ -1,0 +1,208 @@
+"""RPQWeight and the ways to see a tensor as vectors."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rpqfx.codebook import CodebookSpec
+from rpqfx.errors import CodeError, InputError, SpecError
+from rpqfx.nn import Layout, RPQWeight
+from tests.helpers import (
+    assert_same,
+    codebook_options,
+    dense_twin,
+    generator,
+    gradients,
+    naive_tensor,
+    randn,
+    randomise,
+    seeds,
+)
+
+shapes = st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple)
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> Layout:
+    shape = draw(shapes)
+    layout = Layout(shape, lead=draw(st.integers(1, len(shape))), transposed=draw(st.booleans()))
+    zero = draw(st.one_of(st.none(), st.integers(0, layout.num_vectors - 1)))
+    return dataclasses.replace(layout, zero_vector=zero)
+
+
+@st.composite
+def weights(draw: st.DrawFn) -> RPQWeight:
+    layout = draw(layouts())
+    options = draw(codebook_options([(layout.num_vectors, layout.dim)]))
+    spec = CodebookSpec.make(layout.num_vectors, layout.dim, **options)
+    return randomise(RPQWeight(spec, layout, dtype=torch.float64), draw(seeds))
+
+
+def expected(weight: RPQWeight) -> torch.Tensor:
+    return naive_tensor(weight, weight.codebooks, weight.scale)
+
+
+# ------------------------------------------------------------------------------------------------------ layouts
+
+
+@given(layouts(), seeds)
+def test_a_layout_and_its_inverse(layout: Layout, seed: int) -> None:
+    tensor = randn(seed, *layout.shape)
+    vectors = layout.to_vectors(tensor)
+    assert vectors.shape == (layout.num_vectors, layout.dim)
+    assert torch.equal(layout.to_tensor(vectors), tensor)
+    matrix = tensor.reshape(math.prod(layout.shape[: layout.lead]), -1)
+    assert (layout.rows, layout.cols) == matrix.shape
+    assert torch.equal(vectors, matrix.T if layout.transposed else matrix)
+
+
+@given(layouts())
+def test_a_layout_survives_json(layout: Layout) -> None:
+    assert Layout.from_dict(json.loads(json.dumps(layout.to_dict()))) == layout
+
+
+# ------------------------------------------------------------------------------------------------------- forms
+
+
+@given(weights(), seeds)
+def test_calling_it_gives_the_tensor_with_its_gradients(weight: RPQWeight, seed: int) -> None:
+    leaves, dense, factors = dense_twin_of(weight)
+    assert_same(weight(), dense)
+    theirs = gradients(dense, leaves, seed, factors)
+    for name, grad in gradients(weight(), dict(weight.named_parameters()), seed).items():
+        assert_same(grad, theirs[name], name)
+
+
+def dense_twin_of(weight: RPQWeight) -> tuple[dict, torch.Tensor, dict]:
+    """The twin of a bare RPQWeight."""
+    leaves, dense, factors = dense_twin(torch.nn.ModuleDict({"w_rpq": weight}))
+    short = {name.removeprefix("w_rpq."): leaf for name, leaf in leaves.items()}
+    return short, dense["w"], {name.removeprefix("w_rpq."): factor for name, factor in factors.items()}
+
+
+@given(weights(), seeds, st.sampled_from([(), (3,), (2, 2), (0,)]))
+def test_rows_and_products_are_those_of_the_matrix(weight: RPQWeight, seed: int, batch: tuple[int, ...]) -> None:
+    """lookup, linear (also of some rows), linear_t; whatever the layout, zero vector included."""
+    layout = weight.layout
+    matrix = expected(weight).reshape(layout.rows, layout.cols)
+    ids = torch.randint(layout.rows, batch, generator=generator(seed))
+    assert_same(weight(ids), matrix[ids])
+    assert_same(weight.lookup(ids.to(torch.int32)), matrix[ids])
+    x, y, bias = randn(seed, *batch, layout.cols), randn(seed + 1, *batch, layout.rows), randn(2, layout.rows)
+    assert_same(weight.linear(x, bias), x @ matrix.T + bias)
+    assert_same(weight.linear_t(y), y @ matrix)
+    if layout.zero_vector is None:
+        rows = slice(layout.rows // 3, layout.rows // 3 + max(1, layout.rows // 2))
+        assert_same(weight.linear(x, bias[rows], rows), x @ matrix[rows].T + bias[rows])
+
+
+@given(seeds, st.booleans())
+def test_a_column_view_looks_rows_up_too(seed: int, signs: bool) -> None:
+    spec = CodebookSpec(8, 12, 4, entries=4, signs=signs)
+    weight = randomise(RPQWeight(spec, Layout((12, 8), transposed=True), dtype=torch.float64), seed)
+    ids = torch.tensor([[3, 0], [11, 3]])
+    assert_same(weight(ids), expected(weight)[ids])
+
+
+def test_a_convolution_needs_filters_as_vectors() -> None:
+    weight = RPQWeight(CodebookSpec(9, 4, 2, entries=2), Layout((4, 3, 3), transposed=True))
+    with pytest.raises(SpecError, match="a convolution's vectors are its filters"):
+        weight.conv(torch.zeros(1, 3, 5), None, (1,), (0,), (1,), 1)
+
+
+@pytest.mark.parametrize(("grad_scale", "power"), [("sum", 0.0), ("sqrt", 0.5), ("mean", 1.0)])
+@pytest.mark.parametrize("sharing", ["own", "layer"])
+def test_grad_scale_divides_by_users_to_a_power(grad_scale: str, power: float, sharing: str) -> None:
+    """Of the codebooks only: 40 rows in 4 entries are 10 users each, times the sub-vectors of a shared codebook."""
+    grads = []
+    for how in ("sum", grad_scale):
+        spec = CodebookSpec.make(40, 12, codebook_dim=4, bits=2, sharing=sharing, scale=True, grad_scale=how)
+        weight = randomise(RPQWeight(spec, dtype=torch.float64), 0)
+        x = randn(1, 5, 12).requires_grad_()
+        grads.append(gradients(weight.linear(x), {**dict(weight.named_parameters()), "x": x}))
+    users = 10 if sharing == "own" else 30
+    assert_same(grads[1]["codebooks"], grads[0]["codebooks"] * users**-power)
+    assert torch.equal(grads[1]["x"], grads[0]["x"])
+    assert torch.equal(grads[1]["scale"], grads[0]["scale"])
+
+
+# ----------------------------------------------------------------------------------------- making and mistakes
+
+
+@given(layouts(), seeds, st.booleans(), st.booleans())
+def test_from_dense_has_the_layout_of_its_tensor(layout: Layout, seed: int, scale: bool, signs: bool) -> None:
+    """With an entry for each vector it is the tensor itself, but for the vector that is zero."""
+    spec = CodebookSpec(layout.num_vectors, layout.dim, 1, entries=max(2, layout.num_vectors), scale=scale, signs=signs)
+    tensor = randn(seed, *layout.shape)
+    weight = RPQWeight.from_dense(tensor, spec, layout)
+    vectors = layout.to_vectors(tensor).clone()
+    if layout.zero_vector is not None:
+        vectors[layout.zero_vector] = 0
+    torch.testing.assert_close(weight(), layout.to_tensor(vectors))
+    assert weight.spec == spec and weight.layout == layout
+    assert all(p.requires_grad == tensor.requires_grad for p in weight.parameters())
+    assert not any(t.is_meta for t in (*weight.parameters(), *weight.buffers()))
+
+
+def test_random_draws_have_the_standard_deviation_asked_for() -> None:
+    for stages in (1, 3):
+        weight = RPQWeight(CodebookSpec(512, 256, 8, entries=256, stages=stages), std=0.02)
+        assert float(weight().detach().std()) == pytest.approx(0.02, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        ({}, "N=40, D=12, M=3, d=4, K=4"),
+        ({"stages": 2, "books": 1}, "N=40, D=12, M=3, d=4, K=4, R=2, G=1"),
+        ({"scale": True, "signs": True}, "N=40, D=12, M=3, d=4, K=4, scale, signs"),
+    ],
+)
+def test_printing_gives_the_numbers(flags: dict, text: str) -> None:
+    assert repr(RPQWeight(CodebookSpec(40, 12, 4, entries=4, **flags))) == f"RPQWeight({text})"
+    columns = RPQWeight(CodebookSpec(40, 12, 4, entries=4, **flags), Layout((12, 40), transposed=True))
+    assert repr(columns) == f"RPQWeight({text}, columns)"
+
+
+def test_stored_bytes_are_those_of_the_module() -> None:
+    spec = CodebookSpec(40, 12, 4, entries=300, stages=2, books=1, scale=True, signs=True)
+    weight = RPQWeight(spec)
+    tensors = (*weight.parameters(), *weight.buffers())
+    assert sum(t.numel() * t.element_size() for t in tensors) == spec.stored_bytes()
+
+
+def test_mistakes_are_refused() -> None:
+    spec = CodebookSpec(40, 12, 4, entries=4)
+    with pytest.raises(SpecError, match=r"the spec has 40 vectors of length 12, the tensor 12 of length 40"):
+        RPQWeight(spec, Layout((12, 40)))
+    for dtype in (torch.complex64, torch.int32):
+        with pytest.raises(InputError, match=f"floating point, got {dtype}"):
+            RPQWeight(spec, dtype=dtype)
+        with pytest.raises(InputError, match=f"floating tensors can be fitted, got {dtype}"):
+            RPQWeight.from_dense(torch.zeros(40, 12, dtype=dtype), spec)
+    with pytest.raises(InputError, match="infinite or NaN"):
+        RPQWeight.from_dense(torch.full((40, 12), float("inf")), spec)
+    for dtype in (torch.float32, torch.bool, torch.complex64):
+        with pytest.raises(InputError, match=f"looked up by integers, got {dtype}"):
+            RPQWeight(spec)(torch.zeros(3, dtype=dtype))
+
+
+def test_codes_of_two_bytes_load_and_are_checked() -> None:
+    """uint16 has few operators in torch; loading, range checks and lookups need none that are missing."""
+    spec = CodebookSpec(40, 12, 4, entries=65_536)
+    weight, other = RPQWeight(spec), RPQWeight(spec)
+    assert weight.codes.dtype == torch.uint16
+    other.load_state_dict(weight.state_dict())
+    assert torch.equal(other(), weight())
+    small = RPQWeight(CodebookSpec(40, 12, 4, entries=40_000))
+    state = small.state_dict()
+    state["codes"] = torch.full_like(state["codes"].int(), 40_000).to(torch.uint16)
+    with pytest.raises(CodeError, match=r"codes holds 40000 to 40000, but the codebook has 40000 entries"):
+        small.load_state_dict(state)

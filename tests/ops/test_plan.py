@@ -1,0 +1,63 @@
+"""The choice between the table of dot products and the expanded matrix."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rpqfx.ops.plan import COSTS, contracts
+
+CPU = torch.device("cpu")
+sizes = st.tuples(
+    st.integers(1, 3),
+    st.integers(1, 16),
+    st.sampled_from([2, 16, 256, 4096]),
+    st.sampled_from([1, 8, 64, 256]),
+)
+
+
+def choice(shape: tuple[int, int, int, int], num_vectors: int, rows: int, device: torch.device = CPU) -> bool:
+    return contracts(shape, (shape[0], shape[1], num_vectors), rows, device)
+
+
+def test_large_layers_contract() -> None:
+    """9216 x 9216 with sub-vectors of 128 and 256 entries: measured several times faster at every batch."""
+    for rows in (1, 64, 512, 8192):
+        assert choice((1, 72, 256, 128), 9216, rows)
+
+
+def test_a_codebook_as_large_as_the_layer_expands_when_the_batch_is_large() -> None:
+    """With K = N the table costs what the dense product costs, and the gathers come on top."""
+    assert not choice((1, 8, 256, 16), 256, 100_000)
+
+
+def test_short_sub_vectors_expand_when_the_batch_is_large() -> None:
+    """One gathered addition for every multiply-add of the dense product cannot win."""
+    assert not choice((1, 512, 2, 1), 4096, 100_000)
+
+
+@given(sizes, st.integers(2, 10_000), st.integers(1, 10_000))
+def test_a_larger_batch_never_turns_towards_contracting(
+    shape: tuple[int, int, int, int], num_vectors: int, rows: int
+) -> None:
+    """Expanding is paid once for the whole batch, so it can only gain as the batch grows."""
+    if choice(shape, num_vectors, rows + 1):
+        assert choice(shape, num_vectors, rows)
+
+
+@given(sizes, st.integers(2, 10_000))
+def test_compiled_graphs_choose_without_the_batch(shape: tuple[int, int, int, int], num_vectors: int) -> None:
+    """The choice that holds for large batches holds for all."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        compiled = [choice(shape, num_vectors, rows) for rows in (1, 7, 10**9)]
+    assert len(set(compiled)) == 1
+    assert compiled[0] == choice(shape, num_vectors, 10**9)
+
+
+def test_an_empty_batch_and_an_unknown_device_have_an_answer() -> None:
+    assert choice((1, 4, 16, 8), 64, 0) in (True, False)
+    assert "xpu" not in COSTS
+    assert choice((1, 72, 256, 128), 9216, 64, torch.device("xpu")) in (True, False)

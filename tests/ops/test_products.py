@@ -1,0 +1,200 @@
+"""The operations that layers call: checks, autocast, per-sample gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rpqfx import ops
+from rpqfx.codebook import CodebookSpec
+from rpqfx.errors import InputError
+from rpqfx.ops import products
+from tests.helpers import assert_same, gradients, naive_expand, randn, seeds, specs, stored
+
+SPEC = CodebookSpec(5, 6, 2, entries=3, stages=2, books=3, scale=True, signs=True)
+FILTERS = CodebookSpec(4, 6, 2, entries=3, scale=True, signs=True)
+CONV = {"stride": (1,), "padding": (1,), "dilation": (1,), "groups": 1}
+
+
+@pytest.fixture(params=[True, False], ids=["contract", "matmul"])
+def plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
+    """Both ways to run a product."""
+    monkeypatch.setattr(products, "contracts", lambda *args: request.param)
+    return request.param
+
+
+@given(specs(), seeds, st.booleans(), st.sampled_from([(), (4,), (2, 3), (0,)]), st.sampled_from([1.0, 0.25]))
+def test_linear_and_linear_t_are_the_dense_products_with_their_gradients(
+    spec: CodebookSpec, seed: int, table: bool, batch: tuple[int, ...], factor: float
+) -> None:
+    """Under both plans; grad_factor multiplies the codebooks' gradient and nothing else."""
+    books, codes, scale, signs = stored(spec, seed)
+    leaves = {"books": books.requires_grad_(), **({} if scale is None else {"scale": scale.requires_grad_()})}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "contracts", lambda *args: table)
+        for form, dense, width in (
+            (ops.linear, F.linear, spec.dim), (ops.linear_t, torch.matmul, spec.num_vectors),
+        ):  # fmt: skip
+            x = randn(seed + 1, *batch, width).requires_grad_()
+            ours = form(x, ops.Tensors(books, codes, scale, signs), factor)
+            theirs = dense(x, naive_expand(books, codes, scale, signs))
+            assert_same(ours, theirs)
+            expected = gradients(theirs, {**leaves, "x": x}, factors={"books": factor})
+            for name, grad in gradients(ours, {**leaves, "x": x}).items():
+                assert_same(grad, expected[name], name)
+
+
+@given(specs(), seeds, st.sampled_from([(), (4,), (2, 3), (0,)]), st.booleans(), st.sampled_from([1.0, 0.25]))
+def test_lookup_is_rows_of_expand_with_their_gradients(
+    spec: CodebookSpec, seed: int, batch: tuple[int, ...], sparse: bool, factor: float
+) -> None:
+    books, codes, scale, signs = stored(spec, seed)
+    leaves = {"books": books.requires_grad_(), **({} if scale is None else {"scale": scale.requires_grad_()})}
+    ids = torch.randint(spec.num_vectors, batch, generator=torch.Generator().manual_seed(seed))
+    weight = ops.Tensors(books, codes, scale, signs)
+    ours = ops.lookup(ids, weight, factor, sparse)
+    theirs = ops.expand(weight, factor)[ids]
+    assert_same(ours, naive_expand(books, codes, scale, signs)[ids])
+    expected = gradients(theirs, leaves)
+    for name, grad in gradients(ours, leaves).items():
+        assert_same(grad, expected[name], name)
+
+
+@given(specs(), seeds)
+def test_vectors_is_the_matrix_of_those_rows(spec: CodebookSpec, seed: int) -> None:
+    """By index and by slice; codes, signs and scale follow, the codebooks stay the same tensor."""
+    tensors = ops.Tensors(*stored(spec, seed))
+    dense = naive_expand(*tensors)
+    index = torch.arange(spec.num_vectors - 1, -1, -2)
+    for picked in (index, slice(0, max(1, spec.num_vectors // 2))):
+        some = tensors.vectors(picked)
+        assert some.codebooks is tensors.codebooks
+        assert_same(ops.expand(some), dense[picked])
+
+
+def test_scale_grad_keeps_every_bit_and_scales_the_gradient() -> None:
+    x = randn(0, 7, dtype=torch.float32).mul_(1e-20).requires_grad_()
+    y = ops.scale_grad(x, 0.25)
+    assert torch.equal(y, x)
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.full_like(x, 0.25))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("under", [torch.bfloat16, torch.float16])
+def test_autocast_gives_the_dtype_of_the_dense_operation(plan: bool, dtype: torch.dtype, under: torch.dtype) -> None:
+    """Whatever floating dtype arrives; the gradients have the dtype of what they belong to."""
+    books, codes, scale, signs = stored(SPEC, 0, torch.float32)
+    filters = ops.Tensors(*stored(FILTERS, 0, torch.float32))
+    books.requires_grad_()
+    x = randn(1, 3, 6, dtype=dtype).requires_grad_()
+    with torch.autocast("cpu", dtype=under):
+        weight = ops.Tensors(books, codes, scale, signs)
+        y = ops.linear(x, weight)
+        dense = F.linear(x, ops.expand(weight))
+        back = ops.linear_t(y, weight)
+        image = ops.conv(randn(2, 2, 2, 7, dtype=dtype), filters, (4, 2, 3), **CONV)
+    assert y.dtype == dense.dtype == back.dtype == image.dtype == under
+    torch.testing.assert_close(y, dense, rtol=0.05, atol=0.1)
+    y.float().sum().backward()
+    assert x.grad.dtype == dtype and books.grad.dtype == torch.float32
+
+
+def test_autocast_leaves_float64_alone(plan: bool) -> None:
+    tensors = ops.Tensors(*stored(SPEC, 0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = ops.linear(randn(1, 3, 6), tensors)
+    assert y.dtype == torch.float64
+    assert_same(y, randn(1, 3, 6) @ naive_expand(*tensors).T)
+
+
+@pytest.mark.parametrize("function", [ops.linear, ops.linear_t])
+def test_inputs_that_do_not_fit_are_refused(function: object) -> None:
+    tensors = ops.Tensors(*stored(SPEC, 0))
+    width = 6 if function is ops.linear else 5
+    with pytest.raises(InputError, match=rf"expected {width} features in dimension -1 .* \(3, 4\)"):
+        function(randn(1, 3, 4), tensors)
+    with pytest.raises(InputError, match=rf"expected {width} features"):
+        function(randn(1), tensors)
+    with pytest.raises(InputError, match=r"the input is torch.float32 and the codebooks are torch.float64"):
+        function(randn(1, 3, width, dtype=torch.float32), tensors)
+    with pytest.raises(InputError, match=r"complex64 input; pass its real and imaginary parts apart"):
+        function(torch.zeros(3, width, dtype=torch.complex64), tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_integers_are_refused_with_and_without_autocast(dtype: torch.dtype) -> None:
+    tensors = ops.Tensors(*stored(SPEC, 0, torch.float32))
+    for enabled in (False, True):
+        with torch.autocast("cpu", enabled=enabled), pytest.raises(InputError, match=str(dtype)):
+            ops.linear(torch.ones(3, 6, dtype=dtype), tensors)
+
+
+def test_a_convolution_refuses_other_channels_and_dtypes() -> None:
+    filters = ops.Tensors(*stored(FILTERS, 0))
+    with pytest.raises(InputError, match=r"expected 2 features in dimension -2 .* \(2, 3, 7\)"):
+        ops.conv(randn(1, 2, 3, 7), filters, (4, 2, 3), **CONV)
+    with pytest.raises(InputError, match=r"float32 and the codebooks are torch.float64"):
+        ops.conv(randn(1, 2, 2, 7, dtype=torch.float32), filters, (4, 2, 3), **CONV)
+
+
+def per_sample(function: object, books: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients by vmap(grad), and by one backward a sample."""
+    grad = torch.func.grad(lambda books, x: function(books, x).square().sum())
+    return torch.vmap(grad, (None, 0))(books, samples), torch.stack([grad(books, x) for x in samples])
+
+
+def test_per_sample_gradients_of_linear_maps(plan: bool) -> None:
+    books, codes, scale, signs = stored(SPEC, 0)
+    for form, width in ((ops.linear, 6), (ops.linear_t, 5)):
+        fast, slow = per_sample(
+            lambda books, x, form=form: form(x, ops.Tensors(books, codes, scale, signs)),
+            books,
+            randn(1, 4, width),
+        )
+        assert_same(fast, slow)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_per_sample_gradients_of_convolutions(transposed: bool) -> None:
+    books, codes, scale, signs = stored(FILTERS, 0)
+    fast, slow = per_sample(
+        lambda books, x: ops.conv(
+            x, ops.Tensors(books, codes, scale, signs), (4, 2, 3), **CONV, transposed=transposed
+        ),
+        books, randn(1, 3, 4 if transposed else 2, 7),
+    )  # fmt: skip
+    assert_same(fast, slow)
+
+
+def test_per_sample_gradients_of_lookups() -> None:
+    books, codes, scale, signs = stored(SPEC, 0)
+    fast, slow = per_sample(
+        lambda books, ids: ops.lookup(ids, ops.Tensors(books, codes, scale, signs)), books,
+        torch.tensor([[0, 1], [4, 4], [2, 0]]),
+    )  # fmt: skip
+    assert_same(fast, slow)
+
+
+def test_vmap_over_the_batch_is_the_batch(plan: bool) -> None:
+    """Linear maps, convolutions and lookups take a mapped axis as a batch axis."""
+    tensors, filters = ops.Tensors(*stored(SPEC, 0)), ops.Tensors(*stored(FILTERS, 0))
+    for form, width in ((ops.linear, 6), (ops.linear_t, 5)):
+        x = randn(1, 4, 3, width)
+        assert_same(torch.vmap(lambda x, form=form: form(x, tensors))(x), form(x, tensors))
+    x = randn(1, 4, 2, 7)
+    assert_same(
+        torch.vmap(lambda x: ops.conv(x, filters, (4, 2, 3), **CONV))(x),
+        ops.conv(x, filters, (4, 2, 3), **CONV),
+    )
+    x = randn(1, 4, 3, 2, 7)
+    mapped = torch.vmap(lambda x: ops.conv(x, filters, (4, 2, 3), **CONV))(x)
+    assert_same(mapped, torch.stack([ops.conv(one, filters, (4, 2, 3), **CONV) for one in x]))
+    ids = torch.tensor([[0, 1], [4, 4], [2, 0]])
+    assert_same(torch.vmap(lambda ids: ops.lookup(ids, tensors))(ids), ops.lookup(ids, tensors))

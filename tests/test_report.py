@@ -1,0 +1,246 @@
+"""A report counts real tensors, names every site and its reason, and says the same in every form."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import re
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rpqfx
+from rpqfx import Policy, Report, Rule
+from rpqfx.errors import RPQError
+from rpqfx.nn import RPQConv2d, RPQLinear, RPQWeight
+from rpqfx.render import size
+from rpqfx.report import dense_bytes
+from tests.models import CASES, GPT, MLP, SMALL, Case, held_weights
+
+
+def real_bytes(model: nn.Module) -> int:
+    """Of every distinct storage in a model."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum({t.data_ptr() if t.numel() else id(t): t.nbytes for t in tensors}.values())
+
+
+def mixed() -> nn.Module:
+    torch.manual_seed(0)
+    rules = (Rule("blocks.0.fc1", skip="left dense <b>on purpose</b> & said so"), Rule("nobody", bits=2))
+    policy = Policy(codebook_dim=4, bits=2, min_size=64, rules=rules, sharing="role")
+    return rpqfx.rpqify(GPT(), policy)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "_"))
+def test_bytes_are_those_of_the_real_tensors(case: Case):
+    model = case.model(torch.float32)
+    small = rpqfx.rpqify(model, case.policy)
+    made = rpqfx.report(small)
+    assert made.before == real_bytes(model) == dense_bytes(model)
+    assert made.after == real_bytes(small)
+    assert made.codebooks + made.codes + made.other == made.after < made.before
+    weights = {id(w): w for w in held_weights(small).values()}.values()
+    assert made.codebooks == sum(w.codebooks.nbytes for w in weights)
+    assert made.codes == sum(w.codes.nbytes for w in weights)
+    dense = {id(p) for n, p in model.named_parameters() if n in case.rewritten}
+    assert made.other == sum(p.nbytes for p in model.parameters() if id(p) not in dense) + sum(
+        b.nbytes for b in model.buffers()
+    )
+
+
+@pytest.mark.parametrize("sharing", ["own", "layer", "shape", "role"])
+def test_shared_codebooks_count_once(sharing: str):
+    torch.manual_seed(0)
+    policy = Policy(codebook_dim=4, bits=2, min_size=64, sharing=sharing, scale=True, signs=True, allow_growth=True)
+    small = rpqfx.rpqify(GPT(depth=3), policy)
+    made = rpqfx.report(small)
+    assert made.after == real_bytes(small)
+    shared = sum(record.shared for record in made.sites)
+    assert sum(r.after for r in made.rewritten) == made.codebooks + made.codes
+    assert (shared > 0) == (sharing in ("shape", "role"))
+    apart = sum(w.codebooks.nbytes for w in {id(w): w for w in held_weights(small).values()}.values())
+    assert made.codebooks + shared == apart + sum(r.spec.num_vectors * 4 for r in made.rewritten)
+    assert ("shared with earlier sites" in str(made)) == (shared > 0)
+
+
+def test_after_half_the_bytes_are_half():
+    small = mixed()
+    before = rpqfx.report(small)
+    after = rpqfx.report(small.half())
+    assert after.codebooks * 2 == before.codebooks and after.codes == before.codes
+    assert after.other * 2 == before.other and after.after == real_bytes(small)
+
+
+def test_every_site_is_there_with_its_spec_or_its_reason():
+    made = rpqfx.report(mixed())
+    records = {record.name: record for record in made.sites}
+    assert set(records) == {n for n, p in GPT().named_parameters() if p.dim() > 1}
+    assert {*made.rewritten, *made.skipped} == set(made.sites)
+    for record in made.rewritten:
+        assert record.spec is not None and record.reason is None and 0 < record.error < 1
+    for record in made.skipped:
+        assert record.spec is None and record.reason and record.before == record.after
+    assert records["tok.weight"].names == ("tok.weight", "head.weight")
+    assert (records["tok.weight"].kind, records["tok.weight"].module_type) == ("embedding", "Embedding")
+    assert records["blocks.0.fc1.weight"].reason.startswith("left dense")
+    assert made.notes == ("rule 'nobody' matches no site",)
+
+
+FORMS = {"text": str, "markdown": Report.to_markdown, "html": Report.to_html}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_each_form_shows_every_site_number_and_reason(form: str):
+    made = rpqfx.report(mixed())
+    text = html.unescape(FORMS[form](made)) if form == "html" else FORMS[form](made)
+    for record in made.sites:
+        assert record.name in text and size(record.before) in text and size(record.after) in text
+        if record.reason:
+            assert f"left: {record.reason}" in text
+        else:
+            assert f"{record.spec.num_vectors} x {record.spec.dim}" in text
+            assert f"fit error {record.error:.3f}" in text
+    assert "tok.weight (= head.weight)" in text
+    assert f"8 of 10 sites in codebooks; {size(made.before)} before, {size(made.after)} after" in text
+    assert "rule 'nobody' matches no site" in text
+
+
+def test_text_is_a_table_whose_columns_line_up():
+    lines = str(rpqfx.report(mixed())).splitlines()
+    at = lines[0].index("kind")
+    assert lines[1] == "-" * max(len(line) for line in lines[:12])
+    assert all(line[at - 1] == " " and line[at] != " " for line in lines[2:12])
+
+
+def test_markdown_has_equally_many_cells_in_every_row():
+    rows = [line for line in rpqfx.report(mixed()).to_markdown().splitlines() if line.startswith("|")]
+    assert len(rows) == 12 and len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1
+
+
+class Page(html.parser.HTMLParser):
+    """Checks nesting; keeps tags, texts and bars."""
+
+    VOID = ("meta", "br")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.cells: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag in ("td", "th"):
+            self.cells.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open.pop() == tag, tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] in ("td", "th"):
+            self.cells[-1] += data
+
+
+def page(text: str) -> Page:
+    parsed = Page()
+    parsed.feed(text)
+    parsed.close()
+    assert parsed.open == []
+    return parsed
+
+
+def test_html_is_well_formed_and_needs_nothing_else():
+    text = rpqfx.report(mixed()).to_html()
+    parsed = page(text)
+    assert {tag for tag, _ in parsed.tags}.isdisjoint({"script", "link", "img", "iframe"})
+    assert "http" not in text and "url(" not in text and "@import" not in text
+    assert not any({"src", "href"} & set(attributes) for _, attributes in parsed.tags)
+
+
+def test_html_has_a_bar_for_each_layer_before_and_after_on_one_scale():
+    made = rpqfx.report(mixed())
+    bars = [a for tag, a in page(made.to_html()).tags if tag == "div" and "bar" in str(a.get("class"))]
+    widths = [float(re.search(r"width:([\d.]+)%", str(a["style"])).group(1)) for a in bars]
+    most = max(max(r.before, r.after) for r in made.sites)
+    wanted = [100 * n / most for r in made.sites for n in (r.before, r.after)]
+    assert widths == pytest.approx(wanted, abs=1e-3)
+    classes = [a["class"] for a in bars]
+    assert classes[0::2] == ["bar dense"] * len(made.sites)
+    assert classes[1::2] == ["bar held" if r.spec else "bar left" for r in made.sites]
+
+
+class Odd(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_module("<script>alert('x|y')</script>&", nn.Linear(16, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return next(self.children())(x)
+
+
+def test_names_are_escaped():
+    made = rpqfx.report(rpqfx.rpqify(Odd(), SMALL))
+    parsed = page(made.to_html())
+    assert "script" not in {tag for tag, _ in parsed.tags}
+    assert made.sites[0].name in parsed.cells
+    rows = [line for line in made.to_markdown().splitlines() if line.startswith("|")]
+    assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1
+
+
+def test_layers_built_by_hand_are_reported():
+    model = nn.Sequential(
+        RPQConv2d(8, 32, 3, codebook_dim=9, bits=4), nn.Flatten(), RPQLinear(32, 64, bits=4, split="column")
+    )
+    made = rpqfx.report(model)
+    assert [record.name for record in made.sites] == ["0.weight", "2.weight"]
+    assert made.after == real_bytes(model) and made.sites[1].split == "column"
+    assert made.sites[0].before == 4 * 32 * 8 * 9 and made.before > made.after
+    assert "RPQConv2d" in {record.module_type for record in made.sites} and "0.weight" in str(made)
+    model[2].weight_rpq = model[2].weight_rpq  # still one
+    assert len(rpqfx.report(model).sites) == 2
+
+
+def test_layers_built_by_hand_that_share_codebooks_count_them_once():
+    first, second = (RPQLinear(16, 64, bits=4, codebook_dim=4) for _ in range(2))
+    second.weight_rpq = first.weight_rpq
+    made = rpqfx.report(nn.Sequential(first, second))
+    assert [record.names for record in made.sites] == [("0.weight", "1.weight")]
+    assert made.after == real_bytes(nn.Sequential(first, second))
+
+
+def test_a_lone_weight_in_a_model_is_no_layer():
+    with pytest.raises(RPQError, match="nothing in this model is held in codebooks"):
+        rpqfx.report(nn.Sequential(RPQWeight(rpqfx.CodebookSpec(64, 16, 4, 16))))
+
+
+def test_a_dense_model_has_no_report():
+    with pytest.raises(
+        RPQError, match="nothing in this model is held in codebooks; pass the model that rpqify returned"
+    ):
+        rpqfx.report(MLP())
+
+
+def test_a_report_is_plain_data():
+    made = rpqfx.report(mixed())
+    values = json.loads(json.dumps(made.to_dict()))
+    assert values["after"] == made.after and len(values["sites"]) == len(made.sites)
+    assert values["sites"][1]["spec"]["codebook_dim"] == 4
+
+
+def test_a_model_on_the_meta_device_is_reported_by_what_it_will_take():
+    with torch.device("meta"):
+        model = GPT()
+    made = rpqfx.report(rpqfx.rpqify(model, SMALL))
+    torch.manual_seed(0)
+    assert made.after == rpqfx.report(rpqfx.rpqify(GPT(), SMALL)).after
+    assert all(record.error is None for record in made.sites)
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"), [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (2_345_678, "2.35 MB"), (5 * 10**9, "5.00 GB")]
+)
+def test_sizes_are_decimal(count: int, shown: str):
+    assert size(count) == shown

@@ -1,0 +1,568 @@
+"""A saved model returns identical, whole or not at all, and makes no dense weight on its way back."""
+
+from __future__ import annotations
+
+import builtins
+import io
+import json
+import os
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rpqfx
+from rpqfx import CodebookSpec, Policy, Rule
+from rpqfx.errors import FormatError, RPQError
+from rpqfx.nn import RPQLinear
+from rpqfx.serialize import FORMAT_VERSION, _seal
+from tests.models import BY_NAME, CASES, GPT, MLP, SMALL, Case, assert_outputs, held_weights
+
+SUFFIXES = [".rpq", ".safetensors"]
+both_formats = pytest.mark.parametrize("suffix", SUFFIXES, ids=["torch", "safetensors"])
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "_"))
+
+
+@pytest.fixture(autouse=True)
+def _safetensors_if_needed(request: pytest.FixtureRequest) -> None:
+    if "safetensors" in str(getattr(request.node, "callspec", None) and request.node.callspec.params.get("suffix")):
+        pytest.importorskip("safetensors")
+
+
+def small_mlp() -> nn.Module:
+    torch.manual_seed(0)
+    return rpqfx.rpqify(MLP(), SMALL)
+
+
+def assert_identical(found: nn.Module, wanted: nn.Module) -> None:
+    ours, theirs = found.state_dict(), wanted.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype and torch.equal(ours[name], tensor), name
+    assert {n: p.requires_grad for n, p in found.named_parameters()} == {
+        n: p.requires_grad for n, p in wanted.named_parameters()
+    }
+
+
+# ------------------------------------------------------------------------------------------------ there and back
+
+
+@both_formats
+@every_case
+def test_a_loaded_model_returns_identical_outputs(case: Case, suffix: str, tmp_path: Path):
+    small = rpqfx.rpqify(case.model(torch.float32), case.policy).eval()
+    rpqfx.save(small, tmp_path / f"m{suffix}")
+    again = rpqfx.load(tmp_path / f"m{suffix}", case.build).eval()
+    assert_identical(again, small)
+    args, kwargs = case.arguments(torch.float32)
+    assert_outputs(again(*args, **kwargs), small(*args, **kwargs), 0)
+    assert len(list(again.parameters())) == len(list(small.parameters()))  # ties
+    assert str(rpqfx.report(again)) == str(rpqfx.report(small))
+    assert [type(m) for m in again.modules()] == [type(m) for m in small.modules()]
+
+
+@both_formats
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_dtypes_return_as_they_were(dtype: torch.dtype, suffix: str, tmp_path: Path):
+    small = rpqfx.rpqify(GPT().to(dtype), SMALL)
+    rpqfx.save(small, tmp_path / f"m{suffix}")
+    assert_identical(rpqfx.load(tmp_path / f"m{suffix}", GPT), small)
+
+
+@both_formats
+def test_every_option_of_a_spec_returns(suffix: str, tmp_path: Path):
+    policy = Policy(
+        codebook_dim=4, bits=2, min_size=64, stages=2, scale=True, signs=True, grad_scale="sqrt", sharing="role",
+        allow_growth=True, rules=(Rule("tok", sharing="layer"), Rule("*.fc2", split="column")),
+    )  # fmt: skip
+    small = rpqfx.rpqify(GPT(), policy)
+    rpqfx.save(small, tmp_path / f"m{suffix}")
+    again = rpqfx.load(tmp_path / f"m{suffix}", GPT)
+    assert_identical(again, small)
+    held, wanted = held_weights(again), held_weights(small)
+    for name, weight in wanted.items():
+        assert (held[name].spec, held[name].layout, held[name].std) == (weight.spec, weight.layout, weight.std)
+    books = [held[f"blocks.{i}.qkv.weight"].codebooks for i in range(2)]
+    assert books[0] is books[1]
+
+
+@both_formats
+def test_sixteen_bit_codes_return(suffix: str, tmp_path: Path):
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Embedding(70_000, 4))
+
+    policy = Policy(codebook_dim=4, bits=16, init="random", allow_growth=True)
+    small = rpqfx.rpqify(build(), policy)
+    assert small[0].weight_rpq.codes.dtype == torch.uint16
+    rpqfx.save(small, tmp_path / f"m{suffix}")
+    again = rpqfx.load(tmp_path / f"m{suffix}", build)
+    assert torch.equal(again[0].weight_rpq.codes.long(), small[0].weight_rpq.codes.long())
+    ids = torch.arange(0, 70_000, 777)
+    assert torch.equal(again(ids), small(ids))
+
+
+class Keeper(nn.Module):
+    """Has tensors that no state dict holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(16, 16)
+        self.register_buffer("hidden", torch.arange(4.0), persistent=False)
+        self.plain = torch.full((3,), 7.0)
+        self.same = self.plain
+        self.scalar = torch.tensor(2.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) * self.scalar + self.hidden.sum() + self.plain[0]
+
+
+@both_formats
+def test_hidden_buffers_and_plain_tensors_return(suffix: str, tmp_path: Path):
+    small = rpqfx.rpqify(Keeper(), SMALL)
+    small.hidden += 1
+    small.plain *= 2
+    rpqfx.save(small, tmp_path / f"m{suffix}")
+    again = rpqfx.load(tmp_path / f"m{suffix}", Keeper)
+    assert torch.equal(again.hidden, small.hidden) and torch.equal(again.plain, small.plain)
+    assert again.same is again.plain and "hidden" not in again.state_dict()
+    x = torch.randn(2, 16)
+    assert torch.equal(again(x), small(x))
+
+
+@both_formats
+def test_frozen_parameters_return_frozen(suffix: str, tmp_path: Path):
+    case = BY_NAME["frozen"]
+    small = rpqfx.rpqify(case.model(torch.float32), SMALL)
+    rpqfx.save(small, tmp_path / f"m{suffix}")
+    again = rpqfx.load(tmp_path / f"m{suffix}", MLP)  # whatever build() says of them
+    assert_identical(again, small)
+    assert not again.fc1.weight_rpq.codebooks.requires_grad and again.fc2.weight_rpq.codebooks.requires_grad
+
+
+@both_formats
+def test_a_loaded_model_trains_and_is_saved_again(suffix: str, tmp_path: Path):
+    rpqfx.save(small_mlp(), tmp_path / f"a{suffix}")
+    again = rpqfx.load(tmp_path / f"a{suffix}", MLP)
+    again(torch.randn(3, 12)).sum().backward()
+    with torch.no_grad():
+        for parameter in again.parameters():
+            parameter -= 0.1 * parameter.grad
+    rpqfx.save(again, tmp_path / f"b{suffix}")
+    assert_identical(rpqfx.load(tmp_path / f"b{suffix}", MLP), again)
+
+
+def test_layers_built_by_hand_are_saved_and_loaded_into_the_dense_model(tmp_path: Path):
+    small = nn.Sequential(RPQLinear(16, 64, bits=4, codebook_dim=4))
+    rpqfx.save(small, tmp_path / "m.rpq")
+    assert_identical(rpqfx.load(tmp_path / "m.rpq", lambda: nn.Sequential(nn.Linear(16, 64))), small)
+
+
+def test_the_two_formats_hold_the_same(tmp_path: Path):
+    pytest.importorskip("safetensors")
+    small = rpqfx.rpqify(GPT(), SMALL)
+    loaded = []
+    for suffix in SUFFIXES:
+        rpqfx.save(small, tmp_path / f"m{suffix}")
+        loaded.append(rpqfx.load(tmp_path / f"m{suffix}", GPT))
+    assert_identical(*loaded)
+
+
+# ------------------------------------------------------------------------------------------------- what a file is
+
+
+def test_a_torch_file_is_plain_tensors_under_their_names(tmp_path: Path):
+    small = rpqfx.rpqify(GPT(), SMALL)
+    rpqfx.save(small, tmp_path / "m.rpq")
+    held = torch.load(tmp_path / "m.rpq", weights_only=True)
+    names = {n for n, _ in small.named_parameters()} | {n for n, _ in small.named_buffers()}
+    assert set(held["tensors"]) == names and all(type(t) is Tensor for t in held["tensors"].values())
+    manifest = json.loads(held["rpqfx"])
+    assert manifest["version"] == FORMAT_VERSION == 1
+    sites = {tuple(site["names"]): site for site in manifest["sites"]}
+    assert ("tok.weight", "head.weight") in sites
+    spec = CodebookSpec.from_dict(sites["blocks.0.qkv.weight",]["spec"])
+    assert spec == held_weights(small)["blocks.0.qkv.weight"].spec
+
+
+def test_a_safetensors_file_is_read_by_safetensors(tmp_path: Path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    small = small_mlp()
+    rpqfx.save(small, tmp_path / "m.safetensors")
+    held = safetensors.load_file(tmp_path / "m.safetensors")
+    assert torch.equal(held["fc1.weight_rpq.codebooks"], small.fc1.weight_rpq.codebooks)
+
+
+def test_a_file_is_about_as_small_as_the_model(tmp_path: Path):
+    torch.manual_seed(0)
+    small = rpqfx.rpqify(nn.Sequential(nn.Linear(256, 2048), nn.Linear(2048, 256)), Policy.from_scratch())
+    rpqfx.save(small, tmp_path / "m.rpq")
+    assert (tmp_path / "m.rpq").stat().st_size < rpqfx.report(small).after + 10_000
+
+
+def test_build_runs_on_the_meta_device_and_makes_no_dense_weight(tmp_path: Path):
+    rpqfx.save(rpqfx.rpqify(GPT(), SMALL), tmp_path / "m.rpq")
+    devices: list[str] = []
+
+    def build() -> nn.Module:
+        model = GPT()
+        devices.extend(str(t.device) for t in (*model.parameters(), *model.buffers()))
+        return model
+
+    again = rpqfx.load(tmp_path / "m.rpq", build)
+    assert set(devices) == {"meta"} and len(devices) > 20
+    assert {str(t.device) for t in (*again.parameters(), *again.buffers())} == {"cpu"}
+
+
+def test_no_tensor_of_a_weights_size_is_allocated(tmp_path: Path):
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            for leaf in tree_leaves(result):
+                if isinstance(leaf, Tensor) and not leaf.is_meta and leaf.is_floating_point():
+                    Largest.elements = max(Largest.elements, leaf.numel())
+            return result
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(512, 1024))
+
+    rpqfx.save(rpqfx.rpqify(build(), Policy.from_scratch(codebook_dim=32, bits=4)), tmp_path / "m.rpq")
+    with Largest():
+        rpqfx.load(tmp_path / "m.rpq", build)
+    assert 1024 <= Largest.elements <= 16 * 1024
+    with Largest():
+        build()
+    assert Largest.elements == 512 * 1024  # the check can fail
+
+
+class Computes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        rates = [float(x) for x in torch.linspace(0, 1, 3)]
+        self.fc, self.rate = nn.Linear(16, 16), rates[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) * self.rate
+
+
+def test_a_build_that_computes_with_values_says_how_to_build_it(tmp_path: Path):
+    small = rpqfx.rpqify(Computes(), SMALL)
+    rpqfx.save(small, tmp_path / "m.rpq")
+    with pytest.raises(FormatError, match="pass build_device='cpu'"):
+        rpqfx.load(tmp_path / "m.rpq", Computes)
+    assert_identical(rpqfx.load(tmp_path / "m.rpq", Computes, build_device="cpu"), small)
+
+
+# ------------------------------------------------------------------------------------------------- damaged files
+
+
+def saved(folder: Path, suffix: str) -> bytes:
+    path = folder / f"whole{suffix}"
+    rpqfx.save(small_mlp(), path)
+    return path.read_bytes()
+
+
+def forbidden() -> nn.Module:
+    raise AssertionError("a damaged file is refused before anything is built")
+
+
+@both_formats
+def test_a_file_that_is_cut_anywhere_is_refused(suffix: str, tmp_path: Path):
+    whole = saved(tmp_path, suffix)
+    for length in (0, 1, 7, 8, 9, 100, len(whole) // 4, len(whole) // 2, len(whole) - 30, len(whole) - 1):
+        path = tmp_path / f"cut{suffix}"
+        path.write_bytes(whole[:length])
+        with pytest.raises(FormatError, match=r"cut\.\w+ (is truncated|was altered)"):
+            rpqfx.load(path, forbidden)
+
+
+@both_formats
+def test_a_file_with_one_flipped_byte_is_refused_or_means_the_same(suffix: str, tmp_path: Path):
+    whole = saved(tmp_path, suffix)
+    wanted = small_mlp()
+    refused = 0
+    for place in range(0, len(whole), max(1, len(whole) // 150)):
+        path = tmp_path / f"flipped{suffix}"
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
+        try:
+            found = rpqfx.load(path, MLP)
+        except FormatError as error:
+            assert "flipped" in str(error)
+            refused += 1
+        else:  # padding between records, a time stamp
+            assert_identical(found, wanted)
+            assert str(rpqfx.report(found)) == str(rpqfx.report(wanted))
+    assert refused > 75
+
+
+@both_formats
+def test_every_flipped_byte_of_a_tensor_is_noticed(suffix: str, tmp_path: Path):
+    whole = saved(tmp_path, suffix)
+    bias = small_mlp().fc1.bias.detach()
+    data = bytes(bias.view(torch.uint8).tolist())
+    at = whole.index(data)
+    for place in range(at, at + len(data), 5):
+        path = tmp_path / f"flipped{suffix}"
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(FormatError):
+            rpqfx.load(path, forbidden)
+
+
+def rewrite_manifest(path: Path, sealed: bool = True, **changes: Any) -> None:
+    held = torch.load(path, weights_only=True)
+    text = json.dumps({**json.loads(held["rpqfx"]), **changes})
+    torch.save({**held, "rpqfx": text, "seal": _seal(text) if sealed else held["seal"]}, path)
+
+
+def test_a_newer_file_is_refused_as_newer(tmp_path: Path):
+    rpqfx.save(small_mlp(), tmp_path / "m.rpq")
+    rewrite_manifest(tmp_path / "m.rpq", version=FORMAT_VERSION + 1)
+    with pytest.raises(FormatError, match=r"is of format 2, newer than this library reads \(1\); update rpqfx"):
+        rpqfx.load(tmp_path / "m.rpq", forbidden)
+
+
+def test_a_manifest_without_its_seal_is_refused(tmp_path: Path):
+    rpqfx.save(small_mlp(), tmp_path / "m.rpq")
+    rewrite_manifest(tmp_path / "m.rpq", sealed=False, notes=["mine"])
+    with pytest.raises(FormatError, match="was altered: its manifest does not match its seal"):
+        rpqfx.load(tmp_path / "m.rpq", forbidden)
+
+
+def test_exchanged_tensors_are_refused(tmp_path: Path):
+    rpqfx.save(small_mlp(), tmp_path / "m.rpq")
+    held = torch.load(tmp_path / "m.rpq", weights_only=True)
+    held["tensors"]["fc1.bias"] = held["tensors"]["fc1.bias"] + 1
+    torch.save(held, tmp_path / "m.rpq")
+    with pytest.raises(FormatError, match="was altered: its tensors do not match its checksum"):
+        rpqfx.load(tmp_path / "m.rpq", forbidden)
+
+
+def test_foreign_files_are_refused_as_foreign(tmp_path: Path):
+    torch.save(MLP().state_dict(), tmp_path / "foreign.rpq")
+    with pytest.raises(FormatError, match=r"is a torch file, but not one that rpqfx\.save wrote"):
+        rpqfx.load(tmp_path / "foreign.rpq", forbidden)
+    torch.save([1, 2], tmp_path / "foreign.rpq")
+    with pytest.raises(FormatError, match="not one that"):
+        rpqfx.load(tmp_path / "foreign.rpq", forbidden)
+    for data in (b"GIF89a nothing of ours", b"PK\x03\x04 half a zip"):
+        (tmp_path / "foreign.rpq").write_bytes(data)
+        with pytest.raises(FormatError, match="truncated, altered or no rpqfx file"):
+            rpqfx.load(tmp_path / "foreign.rpq", forbidden)
+    with zipfile.ZipFile(tmp_path / "foreign.rpq", "w") as archive:
+        archive.writestr("hello.txt", "hello")
+    with pytest.raises(FormatError, match="truncated, altered or no rpqfx file"):
+        rpqfx.load(tmp_path / "foreign.rpq", forbidden)
+
+
+def test_foreign_safetensors_files_are_refused_as_foreign(tmp_path: Path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_file({"x": torch.zeros(3)}, tmp_path / "foreign.safetensors")
+    with pytest.raises(FormatError, match=r"is a safetensors file, but not one that rpqfx\.save wrote"):
+        rpqfx.load(tmp_path / "foreign.safetensors", forbidden)
+    (tmp_path / "foreign.safetensors").write_bytes(b"GIF89a nothing of ours")
+    with pytest.raises(FormatError, match="truncated, altered or no safetensors file"):
+        rpqfx.load(tmp_path / "foreign.safetensors", forbidden)
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return (os.system, ("exit 1",))
+
+
+def test_code_in_a_file_never_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    torch.save({"rpqfx": Evil(), "seal": "", "tensors": {}}, tmp_path / "evil.rpq")
+    monkeypatch.setattr(os, "system", lambda *_: pytest.fail("code ran"))
+    with pytest.raises(FormatError, match="no rpqfx file"):
+        rpqfx.load(tmp_path / "evil.rpq", forbidden)
+
+
+@both_formats
+def test_a_missing_file_is_a_missing_file(suffix: str, tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        rpqfx.load(tmp_path / f"none{suffix}", forbidden)
+
+
+# -------------------------------------------------------------------------------------------------- wrong builds
+
+
+def changed(model: nn.Module, **children: Any) -> nn.Module:
+    for name, child in children.items():
+        setattr(model, name, child)
+    return model
+
+
+class Renamed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.other = nn.Linear(12, 32), nn.Linear(32, 8)
+
+
+WRONG = {
+    "another width": (lambda: MLP(width=48), r"holds fc1\.weight of shape \(32, 12\), build\(\) made it \(48, 12\)"),
+    "a bias missing": (
+        lambda: changed(MLP(), fc2=nn.Linear(32, 8, bias=False)),
+        r"holds fc2\.bias, which the model that build\(\) made has not",
+    ),
+    "another bias": (
+        lambda: changed(MLP(), fc2=changed(nn.Linear(32, 8), bias=nn.Parameter(torch.zeros(9)))),
+        r"holds fc2\.bias of shape \(8,\), build\(\) made it \(9,\)",
+    ),
+    "a layer missing": (Renamed, r"holds fc2\.weight, which the model that build\(\) made has not"),
+    "a layer more": (
+        lambda: changed(MLP(), extra=nn.Linear(3, 3)),
+        r"build\(\) made extra\.\w+, which .* does not hold: it is of another model",
+    ),
+    "a buffer more": (lambda: changed(MLP(), norm=nn.BatchNorm1d(8)), r"build\(\) made norm\.\w+, which"),
+    "no module": (lambda: {"fc1": 1}, r"build\(\) must return a torch\.nn\.Module, got dict"),
+    "already rewritten": (
+        lambda: nn.Sequential(RPQLinear(64, 64)),
+        r"build\(\) must return the dense model, as it was before rpqify; it is already rewritten",
+    ),
+}
+
+
+@both_formats
+@pytest.mark.parametrize("name", WRONG)
+def test_a_build_of_another_model_is_refused_by_what_differs(name: str, suffix: str, tmp_path: Path):
+    build, why = WRONG[name]
+    rpqfx.save(small_mlp(), tmp_path / f"m{suffix}")
+    with pytest.raises(FormatError, match=why):
+        rpqfx.load(tmp_path / f"m{suffix}", build)
+
+
+def test_a_build_whose_buffer_has_another_shape_is_refused(tmp_path: Path):
+    def build(channels: int = 8) -> nn.Module:
+        return nn.Sequential(nn.Linear(16, 16), changed(nn.Module(), table=nn.Buffer(torch.zeros(channels))))
+
+    rpqfx.save(rpqfx.rpqify(build(), SMALL), tmp_path / "m.rpq")
+    with pytest.raises(FormatError, match=r"holds 1\.table of shape \(8,\), build\(\) made it \(9,\)"):
+        rpqfx.load(tmp_path / "m.rpq", lambda: build(9))
+
+
+class Grows(Keeper):
+    def forward(self, x: Tensor) -> Tensor:
+        self.hidden = torch.arange(float(len(x)))
+        return super().forward(x)
+
+
+def test_a_hidden_buffer_may_have_grown_since(tmp_path: Path):
+    small = rpqfx.rpqify(Grows(), SMALL)
+    small(torch.randn(9, 16))
+    rpqfx.save(small, tmp_path / "m.rpq")
+    assert torch.equal(rpqfx.load(tmp_path / "m.rpq", Grows).hidden, torch.arange(9.0))
+
+
+def test_what_build_raises_is_its_own(tmp_path: Path):
+    rpqfx.save(small_mlp(), tmp_path / "m.rpq")
+    with pytest.raises(ZeroDivisionError):
+        rpqfx.load(tmp_path / "m.rpq", lambda: 1 // 0)
+    with pytest.raises(RuntimeError, match=r"^shapes .* cannot|size"):
+        rpqfx.load(tmp_path / "m.rpq", lambda: torch.ones(2, 3, device="cpu").view(5))
+
+
+# --------------------------------------------------------------------------------------------- saving, whole or not
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_save_that_fails_leaves_nothing_new_and_the_old_file_whole(
+    existing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = tmp_path / "m.rpq"
+    before = saved(tmp_path, ".rpq")
+    (tmp_path / "whole.rpq").unlink()
+    if existing:
+        path.write_bytes(before)
+
+    def fails(data: Any, file: Any) -> None:
+        Path(file).write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", fails)
+    with pytest.raises(OSError, match="no space left"):
+        rpqfx.save(small_mlp(), path)
+    assert [p.name for p in tmp_path.iterdir()] == (["m.rpq"] if existing else [])
+    assert not existing or path.read_bytes() == before
+
+
+def test_an_existing_file_is_replaced_and_nothing_else_is_left(tmp_path: Path):
+    path = tmp_path / "m.rpq"
+    path.write_bytes(b"old")
+    small = small_mlp()
+    rpqfx.save(small, str(path))
+    assert [p.name for p in tmp_path.iterdir()] == ["m.rpq"]
+    assert_identical(rpqfx.load(str(path), MLP), small)
+
+
+def test_a_saved_file_has_the_permissions_of_any_file(tmp_path: Path):
+    rpqfx.save(small_mlp(), tmp_path / "m.rpq")
+    (tmp_path / "any").write_bytes(b"")
+    assert (tmp_path / "m.rpq").stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
+def test_saving_a_model_does_not_change_it(tmp_path: Path):
+    small = small_mlp()
+    before = {name: t.clone() for name, t in small.state_dict().items()}
+    rpqfx.save(small, tmp_path / "m.rpq")
+    assert all(torch.equal(t, before[name]) for name, t in small.state_dict().items())
+
+
+def test_what_cannot_be_saved_says_so(tmp_path: Path):
+    with pytest.raises(RPQError, match=r"nothing in this model is held in codebooks; save a dense model with"):
+        rpqfx.save(MLP(), tmp_path / "m.rpq")
+    with torch.device("meta"):
+        model = MLP()
+    with pytest.raises(RPQError, match=r"is on the meta device and has no values; call rpqfx\.materialize first"):
+        rpqfx.save(rpqfx.rpqify(model, SMALL), tmp_path / "m.rpq")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --------------------------------------------------------------------------------------- without optional packages
+
+
+def test_without_safetensors_its_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "m.safetensors").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    for attempt in (
+        lambda: rpqfx.save(small_mlp(), tmp_path / "new.safetensors"),
+        lambda: rpqfx.load(tmp_path / "m.safetensors", MLP),
+    ):
+        with pytest.raises(ImportError, match=r"pip install 'rpqfx\[safetensors\]'"):
+            attempt()
+    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+    rpqfx.save(small_mlp(), tmp_path / "m.rpq")
+    rpqfx.load(tmp_path / "m.rpq", MLP)
+
+
+def test_no_numpy_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def no_numpy(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("Numpy is not available")
+
+    small = rpqfx.rpqify(GPT().bfloat16(), SMALL)
+    plain = builtins.__import__
+
+    def importing(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.partition(".")[0] == "numpy":
+            raise ModuleNotFoundError(name)
+        return plain(name, *args, **kwargs)
+
+    monkeypatch.setattr(Tensor, "numpy", no_numpy)
+    monkeypatch.setattr(Tensor, "__array__", no_numpy)
+    monkeypatch.setattr(torch, "from_numpy", no_numpy)
+    monkeypatch.setattr(builtins, "__import__", importing)
+    rpqfx.save(small, tmp_path / "m.rpq")
+    assert_identical(rpqfx.load(tmp_path / "m.rpq", GPT), small)
+
+
+def test_a_file_may_be_read_from_any_place(tmp_path: Path):
+    rpqfx.save(small_mlp(), tmp_path / "m.rpq")
+    data = io.BytesIO((tmp_path / "m.rpq").read_bytes())
+    assert set(torch.load(data, weights_only=True)) == {"rpqfx", "seal", "tensors"}
