@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,13 +12,13 @@ from torch.utils._pytree import tree_flatten
 
 from rpqfx.errors import InputError, RewriteError
 from rpqfx.graph.capture import capture, evaluating
+from rpqfx.graph.copying import copy_model
 from rpqfx.graph.match import find_sites, is_rewritten
 from rpqfx.graph.rewrite import Progress, parameter_at, rewrite
 from rpqfx.graph.whole import whole_graph
 from rpqfx.nn.backed import backed_weights
 from rpqfx.policy import Decide, Hold, Policy, decide_all
 from rpqfx.report import attach_records, attached_records, dense_bytes
-from rpqfx.site import Site
 
 
 def rpqify(
@@ -69,15 +68,15 @@ def rpqify(
             "say what differs from layer to layer"
         )
     runs = example_inputs is not None or example_kwargs is not None
-    if runs and not inplace:  # a run may leave traces (shapes of lazy modules, caches): it is made on the copy
-        model, inplace = _copied(model, ()), True
+    if runs and not inplace:  # lazy modules take their shapes in place
+        model, inplace = copy_model(model), True
     captured = capture(model, example_inputs, example_kwargs)
     sites = find_sites(captured)
     others = dense_bytes(model) - sum(site.dense_bytes for site in sites)
     decisions, notes = decide_all(policy, sites, others)
-    replaced = [site for site in sites if isinstance(decisions[site.name], Hold)]
     if not inplace:
-        captured = dataclasses.replace(captured, model=_copied(model, replaced))
+        replaced = [parameter_at(model, site.name) for site in sites if isinstance(decisions[site.name], Hold)]
+        captured = dataclasses.replace(captured, model=copy_model(model, replaced))
     expected = _Expected(captured.model, example_inputs, example_kwargs) if runs else None
     small = rewrite(captured, decisions, sites, seed=seed, progress=progress)
     records, _ = attached_records(small) or ((), ())
@@ -87,32 +86,11 @@ def rpqify(
     return whole_graph(small, example_inputs, example_kwargs) if as_graph else small
 
 
-def _copied(model: nn.Module, replaced: Sequence[Site]) -> nn.Module:
-    """A deep copy that does not copy the weights that are about to be replaced."""
-    memo: dict[int, Any] = {}
-    for site in replaced:
-        parameter = parameter_at(model, site.name)
-        memo[id(parameter)] = parameter
-    for module in model.modules():  # tensors that a hook computes (weight norm) have a history, which cannot be copied
-        for value in module.__dict__.values():
-            if isinstance(value, torch.Tensor) and value.grad_fn is not None:
-                memo[id(value)] = value.detach().clone()
-    for parameter in model.parameters():
-        if parameter.layout != torch.strided:  # nn.Parameter copies strided tensors only
-            memo[id(parameter)] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
-    try:
-        return copy.deepcopy(model, memo)
-    except Exception as error:
-        raise RewriteError(
-            f"the model cannot be copied ({type(error).__name__}: {error}); pass inplace=True to rewrite it itself"
-        ) from error
-
-
 class _Expected:
     """What the dense model that holds the expanded weights returns, to be held against the rewritten one."""
 
     def __init__(self, model: nn.Module, args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None) -> None:
-        self._dense = _copied(model, ())
+        self._dense = copy_model(model)
         self._args, self._kwargs = tuple(args or ()), dict(kwargs or {})
 
     @torch.no_grad()
@@ -121,8 +99,9 @@ class _Expected:
         for path, module in small.named_modules():
             for name, weight in backed_weights(module).items():
                 parameter_at(self._dense, f"{path}.{name}".lstrip(".")).copy_(weight())
-        with evaluating(small), evaluating(self._dense):
-            found, shape = tree_flatten(small(*self._args, **self._kwargs))
+        trial = copy_model(small)  # a run may leave traces behind, in buffers and caches
+        with evaluating(trial), evaluating(self._dense):
+            found, shape = tree_flatten(trial(*self._args, **self._kwargs))
             wanted, wanted_shape = tree_flatten(self._dense(*self._args, **self._kwargs))
         same = shape == wanted_shape
         for a, b in zip(found, wanted, strict=False):

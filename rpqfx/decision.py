@@ -51,7 +51,14 @@ def smallest(site: Site, options: Options, bits: int) -> Hold:
         raise PolicyError(f"{site.name}: vectors of a {site.kind} lie along its outputs, split='column' cannot be")
     splits: tuple[Split, ...] = ("row",) if not site.splits else ("row", "column")
     splits = splits if options.split == "auto" else (options.split or "row",)
-    holds = [_hold(site, options, split, bits) for split in splits]
+    holds, errors = [], []
+    for split in splits:
+        try:
+            holds.append(_hold(site, options, split, bits))
+        except PolicyError as error:  # a count may divide one way and not the other
+            errors.append(error)
+    if not holds:
+        raise errors[0]
     return min(holds, key=lambda hold: stored_bytes(site, hold))
 
 
@@ -107,9 +114,12 @@ def _group(site: Site, options: Options, dim: int) -> str | None:
     return None
 
 
-def stored_bytes(site: Site, decision: Hold | Skip) -> int:
-    """Bytes of a site's tensors after a decision."""
-    return site.dense_bytes if isinstance(decision, Skip) else decision.spec.stored_bytes(site.dtype)
+def stored_bytes(site: Site, decision: Hold | Skip, sharers: int = 1) -> int:
+    """Bytes of a site's tensors after a decision, its part of the codebooks that so many sites share."""
+    if isinstance(decision, Skip):
+        return site.dense_bytes
+    own = decision.spec.stored_bytes(site.dtype, codebooks=False)
+    return own + (decision.spec.stored_bytes(site.dtype) - own) // sharers
 
 
 def _distortion(spec: CodebookSpec) -> float:

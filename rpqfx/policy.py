@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -126,7 +127,8 @@ class Policy(Options):
             PolicyError: If an explicit count does not divide, a rule asks for what its site cannot give, or a
                 budget cannot be met.
         """
-        decisions = {site.name: self(site) for site in sites}
+        groups = Counter(self._group(site) for site in sites)
+        decisions = {site.name: self(site, groups[self._group(site)]) for site in sites}
         if self.ratio is None and self.total_bytes is None:
             return decisions
         before = other_bytes + sum(site.dense_bytes for site in sites)
@@ -143,8 +145,13 @@ class Policy(Options):
             )
         return choose(free, limit, before, other_bytes)
 
-    def __call__(self, site: Site) -> Hold | Skip:
-        """Decides one site, leaving a budget aside."""
+    def __call__(self, site: Site, sharers: int = 1) -> Hold | Skip:
+        """Decides one site, leaving a budget aside.
+
+        Args:
+            site: The site.
+            sharers: How many sites share its codebooks, itself among them.
+        """
         options = self.options_for(site)
         reason = self._refused(site, options)
         if reason is not None:
@@ -152,11 +159,12 @@ class Policy(Options):
         bits, lowest = options.bits or 8, options.min_bits or options.bits or 8
         for trial in range(bits, min(lowest, bits) - 1, -1):
             hold = smallest(site, options, trial)
-            if options.allow_growth or stored_bytes(site, hold) < site.dense_bytes:
+            if options.allow_growth or stored_bytes(site, hold, sharers) < site.dense_bytes:
                 return hold
         first = smallest(site, options, bits)
+        size = stored_bytes(site, first, sharers)
         return Skip(
-            f"would not shrink: {site.dense_bytes:,} bytes dense, {stored_bytes(site, first):,} with {bits} bits "
+            f"would not shrink: {site.dense_bytes:,} bytes dense, {size:,} with {bits} bits "
             f"for {first.spec.num_vectors} vectors of length {first.spec.dim}"
         )
 
@@ -181,6 +189,14 @@ class Policy(Options):
     def _rule_sets_shape(self, site: Site) -> bool:
         rule = self._rule_for(site)
         return rule is not None and any(getattr(rule, n) is not None for n in ("codebook_dim", "codebooks", "bits"))
+
+    def _group(self, site: Site) -> object:
+        """What tells the sites apart that share codebooks; a site that shares none is its own group."""
+        options = self.options_for(site)
+        if self._refused(site, options) is not None or options.sharing not in ("shape", "role"):
+            return site.name
+        hold = smallest(site, options, options.bits or 8)
+        return hold.group, hold.spec.codebooks_shape
 
     def _refused(self, site: Site, options: Options) -> str | None:
         rule = self._rule_for(site)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import threading
 from typing import Any
 
@@ -342,3 +343,53 @@ def test_a_model_that_is_one_layer_becomes_one_layer():
     small = rpqfx.rpqify(model, SMALL)
     assert type(small) is RPQLinear and set(small.state_dict()) == {"bias", "weight_rpq.codebooks", "weight_rpq.codes"}
     assert type(model) is nn.Linear and copy.deepcopy(small)(torch.zeros(1, 16)).shape == (1, 32)
+
+
+def test_example_runs_leave_no_trace():
+    """Counters, lists and running statistics of the model and of the result are as if nothing had run."""
+
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.norm, self.seen = nn.Linear(12, 48), nn.BatchNorm1d(48), []
+            self.register_buffer("runs", torch.zeros(()))
+
+        def forward(self, x):
+            self.runs += 1
+            self.seen.append(len(x))
+            return self.norm(self.fc(x))
+
+    model = Counting()
+    for inplace in (False, True):
+        small = rpqfx.rpqify(model, SMALL, example_inputs=(x12(),), inplace=inplace)
+        assert small.runs == 0 and small.seen == [] and model.runs == 0 and model.seen == []
+
+
+def test_a_padding_row_with_values_keeps_them_and_gets_no_gradient():
+    """torch only keeps gradients from a padding row; one that is not zero is a row like any other."""
+    dense = nn.Sequential(nn.Embedding(64, 16, padding_idx=1))
+    with torch.no_grad():
+        dense[0].weight[1] = 5.0
+    small = rpqfx.rpqify(dense, Policy(codebook_dim=4, bits=5, min_size=0))
+    ids = torch.tensor([1])
+    torch.testing.assert_close(small(ids), small[0].weight[1:2])
+    assert small(ids).abs().sum() > 40
+    small(ids).sum().backward()
+    assert not small[0].weight_rpq.codebooks.grad.any()
+
+
+def test_codebooks_that_only_pay_together_are_shared():
+    """Layers that would not shrink alone do where many share their codebooks."""
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(8)))
+    alone = Policy(codebook_dim=16, bits=6)
+    with pytest.raises(PolicyError, match="would not shrink"):
+        rpqfx.rpqify(model, alone)
+    small = rpqfx.rpqify(model, dataclasses.replace(alone, sharing="shape"))
+    assert len({id(held.codebooks) for held in held_weights(small).values()}) == 1
+    assert rpqfx.report(small).after < rpqfx.report(small).before
+
+
+def test_a_count_need_divide_one_way_only():
+    """With split='auto' an explicit count that divides one side of a weight is taken there."""
+    small = rpqfx.rpqify(nn.Sequential(nn.Linear(512, 100)), Policy(codebooks=16, bits=4))
+    assert small[0].weight_rpq.spec.dim == 512

@@ -21,6 +21,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.utils._pytree import tree_flatten
 
 from rpqfx.errors import CaptureError
+from rpqfx.graph.copying import copy_model
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
@@ -77,9 +78,9 @@ def capture(
 ) -> Captured:
     """Reads a model.
 
-    No forward runs on data unless example inputs are given. With them the model runs once, in eval mode without
-    gradients: lazy modules take their shapes, and each graph is held against what its module returned; one that
-    differs is dropped and its module counts as opaque.
+    No forward runs on data unless example inputs are given. With them lazy modules take their shapes (the model itself
+    runs for that), and on a copy of the model, in eval mode without gradients, the graphs of each module are held
+    against what the module returns; where none reproduces it, the module counts as opaque.
 
     Args:
         model: Any module; its state is as before when this returns (lazy modules with example inputs apart).
@@ -94,9 +95,12 @@ def capture(
         CaptureError: If a lazy module has never run and there are no example inputs.
     """
     runs = example_inputs is not None or example_kwargs is not None
-    if not runs:
-        _refuse_lazy(model)
-    else:  # once before tracing, so that lazy modules have become ordinary ones
+    lazy = _lazy(model)
+    if lazy and not runs:
+        raise CaptureError(
+            f"{lazy} that has never run, so its shapes are unknown; run the model once, or pass example_inputs"
+        )
+    if lazy:
         with evaluating(model):
             model(*(example_inputs or ()), **(example_kwargs or {}))
     graphs = {name: _read(module, leaves) for name, module in model.named_modules()}
@@ -105,14 +109,13 @@ def capture(
     return Captured(model, graphs)
 
 
-def _refuse_lazy(model: nn.Module) -> None:
+def _lazy(model: nn.Module) -> str | None:
+    """A lazy module that has never run, in words, or None."""
     for name, module in model.named_modules():
         unknown = any(isinstance(p, UninitializedParameter) for p in module._parameters.values())
         if unknown and isinstance(module, LazyModuleMixin):
-            raise CaptureError(
-                f"{name or 'the model'} is a {type(module).__name__} that has never run, so its shapes are unknown; "
-                "run the model once, or pass example_inputs"
-            )
+            return f"{name or 'the model'} is a {type(module).__name__}"
+    return None
 
 
 def _read(module: nn.Module, leaves: tuple[type[nn.Module], ...]) -> ModuleGraph:
@@ -176,9 +179,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def _checked(
     model: nn.Module, graphs: dict[str, ModuleGraph], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> dict[str, ModuleGraph]:
-    """Runs the model and, in a hook of each module, its graph on the same inputs."""
+    """Runs a copy of the model and, in a hook of each module, its graphs on the same inputs."""
+    model = copy_model(model)
     checked = dict(graphs)
-    handles = []
     rerun = False  # while a graph runs, its calls of children are not the model's own
 
     def watch(name: str, traced: tuple[fx.Graph, ...]) -> Any:
@@ -198,15 +201,9 @@ def _checked(
 
     for name, module in model.named_modules():
         if graphs[name].graphs:
-            handles.append(
-                module.register_forward_hook(watch(name, graphs[name].graphs), with_kwargs=True, prepend=True)
-            )
-    try:
-        with evaluating(model):
-            model(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
+            module.register_forward_hook(watch(name, graphs[name].graphs), with_kwargs=True, prepend=True)
+    with evaluating(model):
+        model(*args, **kwargs)
     return checked
 
 

@@ -16,6 +16,7 @@ from rpqfx.graph.capture import Captured
 from rpqfx.graph.hints import Nearest, heads, initial_std
 from rpqfx.graph.obstacles import Obstacles, quantised_sites
 from rpqfx.nn.backed import backed_weights
+from rpqfx.nn.layer import zero_row
 from rpqfx.site import Kind, Site
 
 _MODULE_KINDS: tuple[tuple[type[nn.Module], Kind], ...] = (
@@ -29,6 +30,9 @@ _MODULE_KINDS: tuple[tuple[type[nn.Module], Kind], ...] = (
 )
 _CONVS = (F.conv1d, F.conv2d, F.conv3d)
 _TRANSPOSED_CONVS = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+_CASTS = ("to", "type_as", "contiguous", "float", "half", "bfloat16", "double")
+# Uses that make no weight of a tensor: what is only added, joined or cut is a position, a token, a bias.
+_ADDITIVE = ("add", "iadd", "sub", "isub", "cat", "stack", "expand", "expand_as", "repeat", "getitem", "unsqueeze")
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ def find_sites(captured: Captured) -> list[Site]:
                 lead=role.lead,
                 flipped=role.flipped,
                 splits=not rows_only,
-                zero_vector=next((t.padding_idx for t in table if t.padding_idx is not None), None),
+                zero_vector=next((row for t in table if (row := zero_row(t)) is not None), None),
                 std=nearest_std.of(path),
                 heads=nearest_heads.of(path),
                 uses=tuple(dict.fromkeys(use.words for use in found)),
@@ -120,10 +124,12 @@ def _nodes(captured: Captured) -> Iterator[tuple[str, fx.Node]]:
 
 
 def _through_transposes(node: fx.Node, turned: bool = False) -> Iterable[tuple[fx.Node, fx.Node, bool]]:
-    """Users of a value, seen through transposes of it."""
+    """Users of a value, seen through transposes and casts of it."""
     for user in node.users:
         if _is_transpose(user):
             yield from _through_transposes(user, not turned)
+        elif user.op == "call_method" and user.target in _CASTS and user.args[0] is node:
+            yield from _through_transposes(user, turned)
         else:
             yield user, node, turned
 
@@ -151,7 +157,7 @@ def _role_in(user: fx.Node, value: fx.Node, turned: bool) -> _Role | None:
     target = user.target
     if target is F.linear and given(1, "weight"):
         return _Role("linear", turned)
-    if target is F.embedding and given(1, "weight") and not turned:
+    if target in (F.embedding, F.embedding_bag) and given(1, "weight") and not turned:
         return _Role("embedding")
     if target in _CONVS and given(1, "weight"):
         return _Role("conv")
@@ -200,6 +206,8 @@ def _role(
     if graph is None or not graph.graphs:
         return generic, None
     ops = sorted({read.words.partition(": ")[2] for read in reads})
+    if any(op.strip("_") not in _ADDITIVE for op in ops):
+        return generic, None
     how = f"used by {', '.join(ops)}" if ops else "not used in its module's own forward"
     return generic, f"{how}, not as a weight of a product, a convolution or a lookup"
 

@@ -115,6 +115,8 @@ def _rows(layer: RPQEmbedding | RPQEmbeddingBag, ids: Tensor) -> Tensor:
     held = weight_of(layer, "weight")
     assert held is not None
     rows = held.lookup(ids, layer.sparse)
+    if layer.padding_idx is not None and held.layout.zero_vector is None:  # a row with values, but without a gradient
+        rows = torch.where((ids == layer.padding_idx)[..., None], rows.detach(), rows)
     if layer.scale_grad_by_freq:
         uses = torch.zeros(layer.num_embeddings, device=ids.device, dtype=rows.dtype)
         flat = ids.reshape(-1).long()

@@ -101,7 +101,7 @@ class RPQLayer(Backed):
         shape = tuple(getattr(dense, name).shape)
         if split == "column" and not cls._splits():
             raise SpecError(f"{cls.__name__}'s vectors are the rows of its weight; split='column' does not apply")
-        return Layout(shape, transposed=split == "column", zero_vector=getattr(dense, "padding_idx", None))
+        return Layout(shape, transposed=split == "column", zero_vector=zero_row(dense))
 
     @classmethod
     def _splits(cls) -> bool:
@@ -169,6 +169,21 @@ class RPQLayer(Backed):
         if bias is not None:
             bound = math.sqrt(3) * initial_std(self, "weight")
             bias.uniform_(-bound, bound)
+
+
+def zero_row(table: nn.Module) -> int | None:
+    """The padding row of an embedding, where that row is zero (or has no values yet): it then stays zero.
+
+    A padding row with values of its own (torch only keeps gradients from it) is a row like any other.
+
+    Args:
+        table: Any module; what is no embedding has none.
+    """
+    padding = getattr(table, "padding_idx", None)
+    weight = table._parameters.get("weight")
+    if padding is None or weight is None:
+        return None
+    return padding if weight.is_meta or not bool(weight[padding].any()) else None
 
 
 def random_weight(

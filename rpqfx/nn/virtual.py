@@ -9,6 +9,7 @@ and default argument of the module works as before (``docs/design/rewriting.md``
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -184,17 +185,20 @@ class VirtualWeight:
         )
 
 
-def _operator(name: str) -> Callable[..., Any]:
+def _operator(function: Callable[..., Any], swapped: bool = False) -> Callable[..., Any]:
     def apply(self: VirtualWeight, *args: Any) -> Any:
-        return getattr(torch.Tensor, name)(self.expand_dense(), *[_dense(arg) for arg in args])
+        values = (self.expand_dense(), *(_dense(arg) for arg in args))
+        return function(*reversed(values)) if swapped else function(*values)
 
     return apply
 
 
-_ARITHMETIC = ("add", "sub", "mul", "truediv", "pow")
-_OTHERS = ("floordiv", "mod", "neg", "pos", "abs", "lt", "le", "gt", "ge", "eq", "ne", "getitem", "iter")
-for _name in (*_ARITHMETIC, *(f"r{name}" for name in _ARITHMETIC), *_OTHERS):
-    setattr(VirtualWeight, f"__{_name}__", _operator(f"__{_name}__"))
+for _name in ("add", "sub", "mul", "truediv", "pow"):
+    setattr(VirtualWeight, f"__r{_name}__", _operator(getattr(operator, _name), swapped=True))
+    setattr(VirtualWeight, f"__{_name}__", _operator(getattr(operator, _name)))
+for _name in ("floordiv", "mod", "neg", "pos", "abs", "lt", "le", "gt", "ge", "eq", "ne", "getitem"):
+    setattr(VirtualWeight, f"__{_name}__", _operator(getattr(operator, _name)))
+setattr(VirtualWeight, "__iter__", _operator(iter))  # noqa: B010
 VirtualWeight.__hash__ = object.__hash__  # type: ignore[method-assign]
 
 

@@ -1,0 +1,39 @@
+"""Copying a model, also where plain ``copy.deepcopy`` stumbles."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from rpqfx.errors import RewriteError
+
+
+def copy_model(model: nn.Module, keep: Sequence[nn.Parameter] = ()) -> nn.Module:
+    """A deep copy of a model.
+
+    Args:
+        model: The model.
+        keep: Parameters that the copy shares rather than copies, because they are about to be replaced.
+
+    Raises:
+        RewriteError: If the model holds something that cannot be copied.
+    """
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in keep}
+    for module in model.modules():  # tensors that a hook computes (weight norm) have a history, which cannot be copied
+        for value in module.__dict__.values():
+            if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+                memo[id(value)] = value.detach().clone()
+    for parameter in model.parameters():
+        if parameter.layout != torch.strided:  # nn.Parameter copies strided tensors only
+            memo[id(parameter)] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:  # copying runs foreign code
+        raise RewriteError(
+            f"the model cannot be copied ({type(error).__name__}: {error}); "
+            "pass inplace=True and no example inputs to rewrite it itself"
+        ) from error
