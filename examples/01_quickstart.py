@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", default=os.environ.get("RPQFX_QUICK") == "1")
     parser.add_argument("--steps", type=int)
     arguments = parser.parse_args()
-    steps = arguments.steps or (40 if arguments.quick else 200)
+    steps = arguments.steps or (40 if arguments.quick else 150)
     torch.set_num_threads(2)
     training, validation = read_text()
 

@@ -64,6 +64,8 @@ class RPQLayer(Backed):
         nn.Module.__init__(self)
         options = {name: kwargs.pop(name) for name in CodebookOptions.__annotations__ if name in kwargs}
         arguments = inspect.signature(self._dense).bind(*args, **kwargs).arguments
+        if arguments.get("_weight") is not None:
+            raise InputError(f"{type(self).__name__} draws its own weight; from_pretrained and from_dense take one")
         device = arguments.pop("device", None)
         self._hold(self._dense(**arguments, device="meta"), split, options)
         self._materialise(device or torch.get_default_device())

@@ -49,18 +49,18 @@ class Contract:
     batched = False
 
     def out(self, x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
-        return codebook.contract(x, codebooks, codes, signs=signs)
+        return _contract(x, codebooks, codes, signs)
 
     def left(self, y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
-        return codebook.contract_t(y, codebooks, codes, signs=signs)
+        return _contract_t(y, codebooks, codes, signs)
 
     def book(self, x: Tensor, y: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
-        return codebook.accumulate(x, y, codes, self.books, self.entries, signs)
+        return _accumulate(x, y, codes, signs, self.books, self.entries)
 
     def grads(
         self, x: Tensor, y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        return codebook.contract_grads(x, y, codebooks, codes, signs)
+        return _contract_grads(x, y, codebooks, codes, signs)
 
 
 @dataclass(frozen=True)
@@ -150,24 +150,57 @@ class Conv:
         return tuple(size - ((out - 1) * s - 2 * p + d * (k - 1) + 1) for size, out, s, p, d, k in sizes)
 
 
-# ------------------------------------------------------------- what expands a weight, as operators of their own
+# ------------------------------------------------------------------------- what runs, as operators of their own
 
 
-def _opaque(name: str, schema: str, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """``run``, which compiled training graphs see as one operator.
+def _opaque(
+    name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
+    """``run``, which compiled graphs see as one operator; ``fake`` makes a result of the right shape from shapes.
 
-    A compiler that saw the expansion would find it twice, in the forward and in the backward, merge the two and keep
-    the weight between them. Exported graphs are of aten operators alone, so that they need nothing of this library.
+    A compiler that saw inside would find the same expansion (or the same bins) in the forward and in the backward,
+    merge the two and keep the result between them; and it would have to settle on blocks for every batch at once.
+    Exported graphs are of torch's operators alone, so that they need nothing of this library.
     """
     operator = torch.library.custom_op(f"rpqfx::{name}", run, mutates_args=(), schema=schema)
-    operator.register_fake(run)
+    operator.register_fake(fake or run)
 
-    def call(*args: Any) -> Tensor:
+    def call(*args: Any) -> Any:
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
             return operator(*args)
         return run(*args)
 
     return call
+
+
+def _run_contract(x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
+    return codebook.contract(x, codebooks, codes, signs=signs)
+
+
+def _fake_contract(x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], codes.shape[2])
+
+
+def _run_contract_t(y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
+    return codebook.contract_t(y, codebooks, codes, signs=signs)
+
+
+def _fake_contract_t(y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
+    return y.new_empty(*y.shape[:-1], codes.shape[1] * codebooks.shape[3])
+
+
+def _run_accumulate(x: Tensor, y: Tensor, codes: Tensor, signs: Tensor | None, books: int, entries: int) -> Tensor:
+    return codebook.accumulate(x, y, codes, books, entries, signs)
+
+
+def _fake_accumulate(x: Tensor, y: Tensor, codes: Tensor, signs: Tensor | None, books: int, entries: int) -> Tensor:
+    return x.new_empty(codes.shape[0], books, entries, x.shape[-1] // codes.shape[1])
+
+
+def _fake_contract_grads(
+    x: Tensor, y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(codebooks.shape)
 
 
 def _run_matmul(x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
@@ -209,6 +242,16 @@ _GEOMETRY = (
     "SymInt[] weight_shape, SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool transposed, "
     "SymInt[] output_padding, SymInt groups"
 )
+_contract = _opaque("contract", f"(Tensor x, {_HELD}) -> Tensor", _run_contract, _fake_contract)
+_contract_t = _opaque("contract_t", f"(Tensor y, {_HELD}) -> Tensor", _run_contract_t, _fake_contract_t)
+_accumulate = _opaque(
+    "accumulate", "(Tensor x, Tensor y, Tensor codes, Tensor? signs, int books, int entries) -> Tensor",
+    _run_accumulate, _fake_accumulate,
+)  # fmt: skip
+_contract_grads = _opaque(
+    "contract_grads", f"(Tensor x, Tensor y, {_HELD}) -> (Tensor, Tensor)", codebook.contract_grads,
+    _fake_contract_grads,
+)  # fmt: skip
 _matmul = _opaque("matmul", f"(Tensor x, {_HELD}) -> Tensor", _run_matmul)
 _matmul_t = _opaque("matmul_t", f"(Tensor y, {_HELD}) -> Tensor", _run_matmul_t)
 _matmul_book = _opaque(

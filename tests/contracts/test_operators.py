@@ -23,6 +23,10 @@ def arguments() -> dict[str, tuple[Any, ...]]:
     x, y, image = randn(1, 5, 8), randn(2, 5, 12), randn(3, 2, 2, 5, 6)
     out = randn(4, 2, 12, 6, 3)
     return {
+        "contract": (x, *held),
+        "contract_t": (y, *held),
+        "accumulate": (x, y, codes, signs, SPEC.books, SPEC.entries),
+        "contract_grads": (x, y, *held),
         "matmul": (x, *held),
         "matmul_t": (y, *held),
         "matmul_book": (x, y, codes, signs, SPEC.books, SPEC.entries),
@@ -31,7 +35,7 @@ def arguments() -> dict[str, tuple[Any, ...]]:
     }
 
 
-@pytest.mark.parametrize("name", ["matmul", "matmul_t", "matmul_book", "conv", "conv_book"])
+@pytest.mark.parametrize("name", sorted(arguments()))
 def test_operators_keep_torchs_rules(name: str) -> None:
     """Schema, fake and dispatch agree (gradients are those of the Functions around them)."""
     operator = getattr(torch.ops.rpqfx, name).default
@@ -58,15 +62,19 @@ def kept_by_compiler(layer: nn.Module, x: Tensor) -> list[int]:
         (lambda: RPQLinear(96, 160, codebook_dim=48, bits=2, bias=False), (7, 96), 96 * 160),
         (lambda: RPQLinear(96, 160, codebook_dim=2, bits=4, bias=False), (7, 96), 96 * 160),
         (lambda: RPQLinear(96, 160, codebook_dim=2, bits=4, bias=False, split="column"), (7, 96), 96 * 160),
+        (lambda: RPQLinear(512, 2048, codebook_dim=128, bits=6, bias=False), (64, 512), 512 * 2048),
+        (lambda: RPQLinear(2048, 512, codebook_dim=128, bits=6, bias=False, split="column"), (64, 2048), 512 * 2048),
         (lambda: RPQConv2d(8, 24, 3, codebook_dim=3, bits=2, bias=False), (2, 8, 5, 5), 24 * 72),
     ],
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore:Your compiler for AOTAutograd:UserWarning")
 def test_compilers_keep_no_weight(layer: Any, x: tuple[int, ...], weight: int) -> None:
-    """Neither the weight nor an index of its shape passes from a compiled forward to its backward."""
+    """The input, the codebooks and the codes pass from a compiled forward to its backward, and nothing else."""
     torch._dynamo.reset()
-    kept = kept_by_compiler(layer(), torch.randn(x, requires_grad=True))
-    assert kept and max(kept) < weight
+    made, image = layer(), torch.randn(x, requires_grad=True)
+    kept = kept_by_compiler(made, image)
+    allowed = {image.numel(), *(tensor.numel() for tensor in (*made.parameters(), *made.buffers()))}
+    assert kept and set(kept) <= allowed and weight not in allowed
 
 
 @pytest.mark.filterwarnings("ignore:Your compiler for AOTAutograd:UserWarning")
