@@ -109,7 +109,7 @@ def main() -> None:
 
     torch.manual_seed(0)
     dense = GPT()
-    small = rpqfx.rpqify(dense, rpqfx.Policy.from_scratch(codebook_dim=64, bits=6))
+    small = rpqfx.rpqify(dense, rpqfx.Policy.from_scratch(codebook_dim=64, bits=6, signs=True))
     report = rpqfx.report(small)
     print(report, end="\n\n")
     tiny = GPT(dim=96)
