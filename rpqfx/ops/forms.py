@@ -160,13 +160,14 @@ def _opaque(
 
     A compiler that saw inside would find the same expansion (or the same bins) in the forward and in the backward,
     merge the two and keep the result between them; and it would have to settle on blocks for every batch at once.
-    Exported graphs are of torch's operators alone, so that they need nothing of this library.
+    Exported graphs (torch.export's default, non-strict way) are of torch's operators alone, so that they need nothing
+    of this library.
     """
     operator = torch.library.custom_op(f"rpqfx::{name}", run, mutates_args=(), schema=schema)
     operator.register_fake(fake or run)
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        if torch.compiler.is_dynamo_compiling():  # and not in torch.export, whose tracing runs the code itself
             return operator(*args)
         return run(*args)
 
