@@ -41,6 +41,32 @@ class Hold:
     group: str | None = None
 
 
+def as_decision(site: Site, answer: CodebookSpec | Hold | Skip) -> Hold | Skip:
+    """A spec as a decision: its shape says along which side of the site its vectors lie.
+
+    Args:
+        site: The site.
+        answer: A spec, or a decision, which is returned as it is.
+
+    Raises:
+        PolicyError: If the spec fits neither side, or the answer is something else.
+    """
+    if isinstance(answer, (Hold, Skip)):
+        return answer
+    if not isinstance(answer, CodebookSpec):
+        raise PolicyError(f"{site.name}: a policy returns a CodebookSpec, a Hold or a Skip, got {answer!r}")
+    splits: tuple[Split, ...] = ("row", "column") if site.splits else ("row",)
+    for split in splits:
+        layout = site.layout(split)
+        if (layout.num_vectors, layout.dim) == (answer.num_vectors, answer.dim):
+            return Hold(answer, split)
+    row = site.layout("row")
+    raise PolicyError(
+        f"{site.name}: the spec has {answer.num_vectors} vectors of length {answer.dim}, "
+        f"the site {row.num_vectors} of length {row.dim}"
+    )
+
+
 def smallest(site: Site, options: Options, bits: int) -> Hold:
     """The site's spec at so many bits, with the smaller split where the options leave that open.
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from rpqfx.budget import Candidate, choose
 from rpqfx.codebook import CodebookSpec, GradScale
-from rpqfx.decision import Hold, Skip, candidates, smallest, stored_bytes
+from rpqfx.decision import Hold, Skip, as_decision, candidates, smallest, stored_bytes
 from rpqfx.errors import PolicyError
 from rpqfx.nn.layer import Split
 from rpqfx.options import Init, Options, Rule, Sharing
@@ -268,28 +268,11 @@ def decide_all(
         decisions = policy.decide(sites, other_bytes)
         notes = [f"rule {rule.match!r} matches no site" for rule in policy.unmatched_rules(sites)]
     else:
-        decisions = {s.name: Skip(s.blocked) if s.blocked else _answer(s, policy(s)) for s in sites}
+        decisions = {s.name: Skip(s.blocked) if s.blocked else as_decision(s, policy(s)) for s in sites}
         notes = []
     if not any(isinstance(decision, Hold) for decision in decisions.values()):
         raise PolicyError(_nothing(decisions, notes))
     return decisions, notes
-
-
-def _answer(site: Site, answer: CodebookSpec | Hold | Skip) -> Hold | Skip:
-    if isinstance(answer, (Hold, Skip)):
-        return answer
-    if not isinstance(answer, CodebookSpec):
-        raise PolicyError(f"{site.name}: a policy returns a CodebookSpec, a Hold or a Skip, got {answer!r}")
-    splits: tuple[Split, ...] = ("row", "column") if site.splits else ("row",)
-    for split in splits:
-        layout = site.layout(split)
-        if (layout.num_vectors, layout.dim) == (answer.num_vectors, answer.dim):
-            return Hold(answer, split)
-    row = site.layout("row")
-    raise PolicyError(
-        f"{site.name}: the spec has {answer.num_vectors} vectors of length {answer.dim}, "
-        f"the site {row.num_vectors} of length {row.dim}"
-    )
 
 
 def _nothing(decisions: Mapping[str, Hold | Skip], notes: Iterable[str]) -> str:

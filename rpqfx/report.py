@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from rpqfx.codebook import CodebookSpec
+from rpqfx.decision import Hold, Skip
 from rpqfx.errors import RPQError
 from rpqfx.nn.backed import backed_weights
 from rpqfx.nn.weight import RPQWeight
-from rpqfx.policy import Hold, Skip
 from rpqfx.render import Table, size, to_html, to_markdown, to_text
 from rpqfx.site import Site
 

@@ -14,15 +14,16 @@ import torch
 from torch import nn
 
 from rpqfx.codebook import CodebookSpec
+from rpqfx.decision import Hold, Skip, as_decision
 from rpqfx.errors import RewriteError
 from rpqfx.fit import fit_codebooks
 from rpqfx.graph.capture import Captured
+from rpqfx.graph.match import find_sites
 from rpqfx.nn import RPQLinear, RPQMultiheadAttention
 from rpqfx.nn.backed import back, backed_as
 from rpqfx.nn.layer import random_weight
 from rpqfx.nn.layout import Layout
 from rpqfx.nn.weight import RPQWeight
-from rpqfx.policy import Hold, Skip
 from rpqfx.report import SiteRecord, attach_records
 from rpqfx.site import Site
 
@@ -31,8 +32,8 @@ Progress = Callable[[int, int, str], None]
 
 def rewrite(
     captured: Captured,
-    decisions: Mapping[str, Hold | Skip],
-    sites: Sequence[Site],
+    decisions: Mapping[str, CodebookSpec | Hold | Skip],
+    sites: Sequence[Site] | None = None,
     *,
     seed: int = 0,
     progress: Progress | None = None,
@@ -44,8 +45,8 @@ def rewrite(
 
     Args:
         captured: The model that was read.
-        decisions: By site name.
-        sites: All sites of the model, for the record.
+        decisions: By site name; sites without one are left alone.
+        sites: What ``find_sites(captured)`` returned, where that is at hand.
         seed: Of fits.
         progress: Called with (done, total, site name) after each site.
 
@@ -53,13 +54,19 @@ def rewrite(
         ``captured.model``.
 
     Raises:
-        RewriteError: If a decision names no site, or does not fit one.
+        RewriteError: If a decision names no site, or one that cannot be rewritten, or does not fit it.
+        PolicyError: If a spec fits neither side of its site.
     """
+    sites = find_sites(captured) if sites is None else sites
     by_name = {site.name: site for site in sites}
     unknown = sorted(set(decisions) - set(by_name))
     if unknown:
         raise RewriteError(f"decisions for sites that the model does not have: {', '.join(unknown[:5])}")
-    held = {name: decision for name, decision in decisions.items() if isinstance(decision, Hold)}
+    settled = {name: as_decision(by_name[name], decision) for name, decision in decisions.items()}
+    held = {name: decision for name, decision in settled.items() if isinstance(decision, Hold)}
+    for name in held:
+        if by_name[name].blocked is not None:
+            raise RewriteError(f"{name} cannot be held in codebooks: {by_name[name].blocked}")
     made: dict[str, RPQWeight] = {}
     errors: dict[str, float | None] = {}
     for group in _groups(held).values():
@@ -72,7 +79,7 @@ def rewrite(
     for name, weight in made.items():
         install(captured.model, by_name[name].names, weight)
     records = [
-        SiteRecord.of(site, decisions.get(site.name, Skip("no decision")), errors.get(site.name)) for site in sites
+        SiteRecord.of(site, settled.get(site.name, Skip("no decision")), errors.get(site.name)) for site in sites
     ]
     attach_records(captured.model, records)
     return captured.model

@@ -463,8 +463,8 @@ def steps(model: nn.Module, policy: Policy = SMALL) -> tuple[Any, list[Any], dic
 def test_find_decide_replace_one_by_one_give_what_rpqify_gives():
     model = GPT()
     wanted = rpqfx.rpqify(model, SMALL)
-    captured, sites, decisions = steps(model)
-    assert rewrite(captured, decisions, sites) is model
+    captured, _, decisions = steps(model)
+    assert rewrite(captured, decisions) is model
     assert_bits(model, bits_of(wanted))
     assert str(rpqfx.report(model)) == str(rpqfx.report(wanted))
 
@@ -593,3 +593,25 @@ def test_equal_modules_stay_of_one_class():
     small = rpqfx.rpqify(model, SMALL)
     assert type(small[0]) is type(small[1]) is not Opaque
     assert isinstance(small[0], Opaque) and Listed is type(BY_NAME["listed"].model())
+
+
+def test_plain_specs_are_decisions():
+    """What a callable policy may return, the third step takes too; a spec's shape says which side it lies along."""
+    captured, sites, _ = steps(MLP())
+    column = sites[0].layout("column")
+    spec = CodebookSpec(column.num_vectors, column.dim, 1, entries=2)
+    model = rewrite(captured, {sites[0].name: spec})
+    assert model.fc1.weight_rpq.layout == column
+
+
+def test_a_decision_for_what_must_stay_is_refused_and_changes_nothing():
+    """Obstacles hold whoever decides."""
+    model = nn.Sequential(nn.Linear(12, 48), nn.LSTM(48, 16))
+    captured, sites, decisions = steps(model)
+    blocked = next(site for site in sites if site.blocked)
+    row = blocked.layout("row")
+    with pytest.raises(RewriteError, match=f"{blocked.name} cannot be held in codebooks: is also kept"):
+        rewrite(
+            captured, {**decisions, blocked.name: CodebookSpec(row.num_vectors, row.dim, row.dim, entries=4)}, sites
+        )
+    assert type(model[0]) is nn.Linear
