@@ -122,10 +122,14 @@ def contract(
     """
     rows = _real(x).reshape(-1, x.shape[-1])
     folded = fold_codebooks(_real(codebooks), signs)
-    index = steps.table_index(fold_codes(codes, codebooks.shape[2], signs), folded)
-    y = x.new_empty(rows.shape[0], codes.shape[-1])
-    for part in steps.blocks(rows.shape[0], codes, folded.shape[2]):
-        y[part] = steps.gather_sum(steps.table(rows[part], folded), index)
+    codes = fold_codes(codes, codebooks.shape[2], signs)
+    if rows.shape[0] <= steps.GATHER_ROWS and not torch.compiler.is_compiling():
+        y = steps.gather_few(steps.table(rows, folded), codes, folded).to(x.dtype)
+    else:
+        index = steps.table_index(codes, folded)
+        y = x.new_empty(rows.shape[0], codes.shape[-1])
+        for part in steps.blocks(rows.shape[0], codes, folded.shape[2]):
+            y[part] = steps.gather_sum(steps.table(rows[part], folded), index)
     y = y.reshape(*x.shape[:-1], codes.shape[-1])
     return y if scale is None else y * scale
 

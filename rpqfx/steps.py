@@ -17,6 +17,8 @@ from torch import Tensor
 TABLE_ELEMENTS = 2**18
 # Rows of a block at least: gathered rows are then long enough to add up fast.
 BLOCK_ROWS = 128
+# Up to this many rows, gathering all terms and then adding them up beats turning the codes into an index of a bag.
+GATHER_ROWS = 2
 # Up to this many rows a scatter into bins beats sorting the codes first (measured, CPU).
 SCATTER_ROWS = 48
 
@@ -67,6 +69,14 @@ def table_index(codes: Tensor, codebooks: Tensor) -> Tensor:
 def gather_sum(dots: Tensor, index: Tensor) -> Tensor:
     """``[b, n]``: sums the rows of a table that ``index [n, p]`` names."""
     return F.embedding_bag(index, dots, mode="sum").t()
+
+
+def gather_few(dots: Tensor, codes: Tensor, codebooks: Tensor) -> Tensor:
+    """``[b, n]``: what ``gather_sum`` gives, by a way that holds ``b * r * m * n`` terms: for a row or two."""
+    stages, books, entries, _ = codebooks.shape
+    by_row = rearrange(dots, "(g r k s) b -> b (r g s) k", r=stages, g=books, k=entries)
+    index = rearrange(codes.long(), "r m n -> (r m) n").expand(by_row.shape[0], -1, -1)
+    return by_row.gather(2, index).sum(1)
 
 
 def bins(y: Tensor, codes: Tensor, books: int, entries: int) -> Iterator[tuple[slice, Tensor]]:

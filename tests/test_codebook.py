@@ -138,6 +138,7 @@ def test_blocks_and_both_ways_of_binning_agree(
         patch.setattr(steps, "TABLE_ELEMENTS", table_elements)
         patch.setattr(steps, "BLOCK_ROWS", 1)
         patch.setattr(steps, "SCATTER_ROWS", 10**9 if scatter else 0)
+        patch.setattr(steps, "GATHER_ROWS", 10**9 if scatter else 0)
         assert_same(codebook.contract(x, *tensors), x @ dense.T)
         assert_same(codebook.contract_t(y, *tensors), y @ dense)
         found = codebook.accumulate(x, y, tensors[1], spec.books, spec.entries, tensors[3])
@@ -155,6 +156,7 @@ def test_blocks_keep_the_table_small(monkeypatch: pytest.MonkeyPatch) -> None:
     table = steps.table
     monkeypatch.setattr(steps, "table", lambda *args: sizes.append(table(*args).numel()) or table(*args))
     monkeypatch.setattr(steps, "TABLE_ELEMENTS", 64)
+    monkeypatch.setattr(steps, "GATHER_ROWS", 0)
     monkeypatch.setattr(steps, "BLOCK_ROWS", 1)
     codebook.contract(randn(1, 50, 8), *tensors)
     assert len(sizes) > 1 and max(sizes) <= 64
