@@ -119,11 +119,16 @@ def backed_as(module: nn.Module, names: Iterable[str]) -> type[nn.Module]:
         if name + SUFFIX in module.__dict__ or hasattr(type(module), name + SUFFIX):
             raise RewriteError(f"{type(module).__name__} already has an attribute {name + SUFFIX!r}")
     before = type(module)
+    held = {*backed_weights(module), *names}
     if isinstance(module, tuple(_LAYERS.values())):
         return before
     base = getattr(before, "_rpq_base", before)
+    layer = layer_for(base)
     try:
-        target = layer_for(base) or _backed_class(base, tuple(sorted({*backed_weights(module), *names})))
+        if layer is not None and all(isinstance(getattr(layer, name, None), property) for name in held):
+            target = layer
+        else:  # a foreign class, or a Parameter that someone added to a torch.nn layer
+            target = _backed_class(base, tuple(sorted(held)))
         module.__class__ = target  # some classes only refuse when it comes to it
         module.__class__ = before
     except Exception as error:  # extending a foreign class runs its own code

@@ -184,3 +184,14 @@ def test_assigning_a_backed_parameter_is_refused() -> None:
         module.w = nn.Parameter(torch.zeros(6, 8))
     module.v = nn.Parameter(torch.zeros(6, 8, dtype=torch.float64))
     assert not module.v.any()
+
+
+def test_a_parameter_that_was_added_to_a_torch_layer_stays_readable() -> None:
+    """RPQLinear knows its own weight only; with a stranger among them the layer is backed as any other module."""
+    layer = nn.Linear(8, 16)
+    layer.extra = nn.Parameter(torch.randn(16, 8))
+    spec = CodebookSpec(16, 8, 4, entries=4)
+    back(layer, {name: RPQWeight.from_dense(getattr(layer, name), spec) for name in ("weight", "extra")})
+    assert isinstance(layer, nn.Linear)
+    torch.testing.assert_close(layer(torch.eye(8)) - layer.bias, layer.weight_rpq().t())
+    torch.testing.assert_close(layer.extra + 0, layer.extra_rpq())
