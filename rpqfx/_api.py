@@ -14,7 +14,7 @@ from rpqfx.errors import InputError, RewriteError
 from rpqfx.graph.capture import capture, evaluating
 from rpqfx.graph.copying import copy_model
 from rpqfx.graph.match import find_sites, is_rewritten
-from rpqfx.graph.rewrite import Progress, parameter_at, rewrite
+from rpqfx.graph.rewrite import Progress, Snapshot, parameter_at, rewrite
 from rpqfx.graph.whole import whole_graph
 from rpqfx.nn.backed import backed_weights
 from rpqfx.policy import Decide, Hold, Policy, decide_all
@@ -90,12 +90,20 @@ class _Expected:
     """What the dense model that holds the expanded weights returns, to be held against the rewritten one."""
 
     def __init__(self, model: nn.Module, args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None) -> None:
+        self._before = Snapshot(model)
         self._dense = copy_model(model)
         self._args, self._kwargs = tuple(args or ()), dict(kwargs or {})
 
-    @torch.no_grad()
     def check(self, small: nn.Module) -> None:
-        """Raises RewriteError where the two differ."""
+        """Raises RewriteError where the two differ, with the model as it was before."""
+        try:
+            self._compare(small)
+        except Exception:
+            self._before.restore()
+            raise
+
+    @torch.no_grad()
+    def _compare(self, small: nn.Module) -> None:
         for path, module in small.named_modules():
             for name, weight in backed_weights(module).items():
                 parameter_at(self._dense, f"{path}.{name}".lstrip(".")).copy_(weight())

@@ -134,6 +134,11 @@ def attached_records(model: nn.Module) -> tuple[tuple[SiteRecord, ...], tuple[st
     return model.__dict__.get(_ATTRIBUTE)
 
 
+def detach_records(model: nn.Module) -> None:
+    """Forgets what ``attach_records`` kept."""
+    model.__dict__.pop(_ATTRIBUTE, None)
+
+
 def report(model: nn.Module) -> Report:
     """What is held in codebooks in a model, what was left alone and why, and the bytes of it all.
 

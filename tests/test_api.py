@@ -393,3 +393,19 @@ def test_a_count_need_divide_one_way_only():
     """With split='auto' an explicit count that divides one side of a weight is taken there."""
     small = rpqfx.rpqify(nn.Sequential(nn.Linear(512, 100)), Policy(codebooks=16, bits=4))
     assert small[0].weight_rpq.spec.dim == 512
+
+
+def test_a_failed_check_puts_a_model_that_is_rewritten_in_place_back(monkeypatch: pytest.MonkeyPatch):
+    """Whatever the example inputs reveal, the caller's own model is then what it was."""
+    model = MLP()
+    before = {name: (parameter, parameter.clone()) for name, parameter in model.named_parameters()}
+    monkeypatch.setattr(RPQLinear, "forward", lambda self, x: F.linear(x, self.weight, self.bias) * 1.01)
+    with pytest.raises(RewriteError, match="does not compute"):
+        rpqfx.rpqify(model, SMALL, example_inputs=(x12(),), inplace=True)
+    assert not is_rewritten(model) and type(model.fc1) is nn.Linear
+    assert list(before) == [name for name, _ in model.named_parameters()]
+    for name, parameter in model.named_parameters():
+        assert parameter is before[name][0] and torch.equal(parameter, before[name][1])
+    with pytest.raises(RPQError):
+        rpqfx.report(model)
+    model(x12())

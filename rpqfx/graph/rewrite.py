@@ -24,7 +24,7 @@ from rpqfx.nn.backed import back, backed_as
 from rpqfx.nn.layer import random_weight
 from rpqfx.nn.layout import Layout
 from rpqfx.nn.weight import RPQWeight
-from rpqfx.report import SiteRecord, attach_records
+from rpqfx.report import SiteRecord, attach_records, detach_records
 from rpqfx.site import Site
 
 Progress = Callable[[int, int, str], None]
@@ -83,6 +83,25 @@ def rewrite(
     ]
     attach_records(captured.model, records)
     return captured.model
+
+
+class Snapshot:
+    """What a rewrite changes of a model, to be put back where its result turns out to be wrong.
+
+    Args:
+        model: The model, before.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._modules = [(m, type(m), dict(m._parameters), dict(m._modules)) for m in model.modules()]
+
+    def restore(self) -> None:
+        """Makes the model what it was; its tensors were never touched."""
+        for module, kind, parameters, children in self._modules:
+            module.__class__ = kind
+            module._parameters, module._modules = parameters, children
+        detach_records(self._model)
 
 
 def install(model: nn.Module, names: Sequence[str], weight: RPQWeight) -> None:
