@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rpqfx.budget import Candidate
@@ -88,6 +89,51 @@ def smallest(site: Site, options: Options, bits: int) -> Hold:
     return min(holds, key=lambda hold: stored_bytes(site, hold))
 
 
+def together(members: Sequence[tuple[Site, Options]]) -> dict[str, Hold | Skip]:
+    """Decides sites that share one set of codebooks, or a single site, so that all of them together shrink.
+
+    A site takes part where its codes are smaller than its dense tensor; the codebooks are taken on where they are
+    smaller than what those sites gain. Otherwise fewer bits are tried, down to ``min_bits``, and then all are left.
+
+    Args:
+        members: Sites whose codebooks have one shape, with their options; none empty.
+
+    Returns:
+        A decision by site name.
+
+    Raises:
+        PolicyError: If the options ask for what a site cannot give.
+    """
+    options = members[0][1]
+    most = options.bits or 8
+    for bits in range(most, min(options.min_bits or most, most) - 1, -1):
+        if len(members) == 1:
+            holds = {site.name: smallest(site, own, bits) for site, own in members}
+        else:  # one shape for all: the split stays the one that made them a group
+            holds = {site.name: _with_bits(smallest(site, own, most), bits) for site, own in members}
+        gains = {s.name: s.dense_bytes - holds[s.name].spec.stored_bytes(s.dtype, codebooks=False) for s, _ in members}
+        taking = {name for name, gain in gains.items() if gain > 0 or options.allow_growth}
+        first = members[0][0]
+        codebooks = stored_bytes(first, holds[first.name]) - (first.dense_bytes - gains[first.name])
+        if options.allow_growth or sum(gains[name] for name in taking) > codebooks:
+            return {s.name: holds[s.name] if s.name in taking else _no_gain(s, own) for s, own in members}
+    return {site.name: _no_gain(site, own, len(members)) for site, own in members}
+
+
+def _with_bits(hold: Hold, bits: int) -> Hold:
+    return dataclasses.replace(hold, spec=dataclasses.replace(hold.spec, entries=2**bits))
+
+
+def _no_gain(site: Site, options: Options, sharers: int = 1) -> Skip:
+    bits = options.bits or 8
+    hold = smallest(site, options, bits)
+    others = f", and {sharers} sites that share codebooks would not either" if sharers > 1 else ""
+    return Skip(
+        f"would not shrink: {site.dense_bytes:,} bytes dense, {stored_bytes(site, hold):,} with {bits} bits "
+        f"for {hold.spec.num_vectors} vectors of length {hold.spec.dim}{others}"
+    )
+
+
 def candidates(site: Site, options: Options) -> list[Candidate[Hold | Skip]]:
     """Every spec a budget may choose for a site, and leaving it dense."""
     found = [Candidate[Hold | Skip](Skip("the budget affords it dense"), site.dense_bytes, 0.0)]
@@ -140,12 +186,9 @@ def _group(site: Site, options: Options, dim: int) -> str | None:
     return None
 
 
-def stored_bytes(site: Site, decision: Hold | Skip, sharers: int = 1) -> int:
-    """Bytes of a site's tensors after a decision, its part of the codebooks that so many sites share."""
-    if isinstance(decision, Skip):
-        return site.dense_bytes
-    own = decision.spec.stored_bytes(site.dtype, codebooks=False)
-    return own + (decision.spec.stored_bytes(site.dtype) - own) // sharers
+def stored_bytes(site: Site, decision: Hold | Skip) -> int:
+    """Bytes of a site's tensors after a decision."""
+    return site.dense_bytes if isinstance(decision, Skip) else decision.spec.stored_bytes(site.dtype)
 
 
 def _distortion(spec: CodebookSpec) -> float:

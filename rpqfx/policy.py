@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from rpqfx.budget import Candidate, choose
 from rpqfx.codebook import CodebookSpec, GradScale
-from rpqfx.decision import Hold, Skip, as_decision, candidates, smallest, stored_bytes
+from rpqfx.decision import Hold, Skip, as_decision, candidates, smallest, stored_bytes, together
 from rpqfx.errors import PolicyError
 from rpqfx.nn.layer import Split
 from rpqfx.options import Init, Options, Rule, Sharing
@@ -127,8 +127,8 @@ class Policy(Options):
             PolicyError: If an explicit count does not divide, a rule asks for what its site cannot give, or a
                 budget cannot be met.
         """
-        groups = Counter(self._group(site) for site in sites)
-        decisions = {site.name: self(site, groups[self._group(site)]) for site in sites}
+        decisions = {site.name: self(site) for site in sites}
+        decisions |= self._shared(sites)
         if self.ratio is None and self.total_bytes is None:
             return decisions
         before = other_bytes + sum(site.dense_bytes for site in sites)
@@ -136,45 +136,22 @@ class Policy(Options):
         free: dict[str, list[Candidate[Hold | Skip]]] = {}
         for site in sites:
             options, decision = self.options_for(site), decisions[site.name]
-            fixed = isinstance(self._rule_for(site), Rule) and self._rule_sets_shape(site)
-            refused = isinstance(decision, Skip) and self._refused(site, options) is not None
-            free[site.name] = (
-                [Candidate(decision, stored_bytes(site, decision), 0.0)]
-                if fixed or refused
-                else candidates(site, options)
-            )
+            fixed = self._rule_sets_shape(site) or self._refused(site, options) is not None
+            alone = [Candidate(decision, stored_bytes(site, decision), 0.0)]
+            free[site.name] = alone if fixed else candidates(site, options)
         return choose(free, limit, before, other_bytes)
 
-    def __call__(self, site: Site, sharers: int = 1) -> Hold | Skip:
-        """Decides one site, leaving a budget aside.
-
-        Args:
-            site: The site.
-            sharers: How many sites share its codebooks, itself among them.
-        """
+    def __call__(self, site: Site) -> Hold | Skip:
+        """Decides one site by itself, leaving a budget and the sites that it could share codebooks with aside."""
         options = self.options_for(site)
         reason = self._refused(site, options)
-        if reason is not None:
-            return Skip(reason)
-        bits, lowest = options.bits or 8, options.min_bits or options.bits or 8
-        for trial in range(bits, min(lowest, bits) - 1, -1):
-            hold = smallest(site, options, trial)
-            if options.allow_growth or stored_bytes(site, hold, sharers) < site.dense_bytes:
-                return hold
-        first = smallest(site, options, bits)
-        size = stored_bytes(site, first, sharers)
-        return Skip(
-            f"would not shrink: {site.dense_bytes:,} bytes dense, {size:,} with {bits} bits "
-            f"for {first.spec.num_vectors} vectors of length {first.spec.dim}"
-        )
+        return Skip(reason) if reason is not None else together([(site, options)])[site.name]
 
     def options_for(self, site: Site) -> Options:
         """The options that hold for a site, the matching rule's laid over the policy's."""
         rule = self._rule_for(site)
-        if rule is None:
-            return Options(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Options)})
         merged = {f.name: getattr(self, f.name) for f in dataclasses.fields(Options)}
-        own = {name: getattr(rule, name) for name in merged if getattr(rule, name) is not None}
+        own = {name: value for name in merged if (value := getattr(rule, name, None)) is not None}
         if "codebook_dim" in own or "codebooks" in own:
             merged["codebook_dim"] = merged["codebooks"] = None
         return Options(**{**merged, **own})
@@ -190,13 +167,16 @@ class Policy(Options):
         rule = self._rule_for(site)
         return rule is not None and any(getattr(rule, n) is not None for n in ("codebook_dim", "codebooks", "bits"))
 
-    def _group(self, site: Site) -> object:
-        """What tells the sites apart that share codebooks; a site that shares none is its own group."""
-        options = self.options_for(site)
-        if self._refused(site, options) is not None or options.sharing not in ("shape", "role"):
-            return site.name
-        hold = smallest(site, options, options.bits or 8)
-        return hold.group, hold.spec.codebooks_shape
+    def _shared(self, sites: Sequence[Site]) -> dict[str, Hold | Skip]:
+        """Decisions for the sites whose codebooks other layers share: each group is decided as one."""
+        groups: dict[object, list[tuple[Site, Options]]] = defaultdict(list)
+        for site in sites:
+            options = self.options_for(site)
+            if options.sharing in ("shape", "role") and self._refused(site, options) is None:
+                hold = smallest(site, options, options.bits or 8)
+                key = (hold.group, hold.spec.codebooks_shape, options.min_bits, options.allow_growth)
+                groups[key].append((site, options))
+        return {name: decision for group in groups.values() for name, decision in together(group).items()}
 
     def _refused(self, site: Site, options: Options) -> str | None:
         rule = self._rule_for(site)

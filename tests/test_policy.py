@@ -384,3 +384,35 @@ def test_stored_bytes_in_the_reason_are_those_of_the_spec():
     size = CodebookSpec(300, 64, 64, 256, 2).stored_bytes()
     assert isinstance(answer, Skip) and f"{size:,} with 8 bits" in answer.reason
     assert size == 4 * math.prod((2, 1, 256, 64)) + 2 * 300
+
+
+@given(
+    rows=st.lists(st.integers(1, 300), min_size=1, max_size=12),
+    dim=st.sampled_from([1, 4, 16]),
+    bits=st.integers(2, 12),
+    lower=st.booleans(),
+    sharing=st.sampled_from(["shape", "role"]),
+    scale=st.booleans(),
+)
+def test_layers_that_share_codebooks_never_grow_together(rows, dim, bits, lower, sharing, scale) -> None:
+    """Whoever takes part in sharing, at whatever bits: codebooks once and all codes are less than the dense tensors."""
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(16, count, bias=False) for count in rows))
+    sites = find_sites(capture(model))
+    policy = Policy(
+        codebook_dim=dim,
+        bits=bits,
+        min_bits=2 if lower else None,
+        sharing=sharing,
+        scale=scale,
+        min_size=0,
+        split="row",
+    )
+    held = {s: d for s in sites if isinstance(d := policy.decide(sites)[s.name], Hold)}
+    groups: dict[object, int] = {}
+    for site, hold in held.items():
+        codes = hold.spec.stored_bytes(site.dtype, codebooks=False)
+        key = (hold.group, hold.spec.codebooks_shape)
+        groups.setdefault(key, hold.spec.stored_bytes(site.dtype) - codes)
+        groups[key] += codes - site.dense_bytes
+    assert all(total < 0 for total in groups.values())
