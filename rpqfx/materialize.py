@@ -49,7 +49,9 @@ def materialize(
         for group in (module._parameters, module._buffers):
             for name, tensor in group.items():
                 if tensor is not None and tensor.is_meta:
-                    group[name] = made.setdefault(id(tensor), _allocate(tensor, device))
+                    if id(tensor) not in made:
+                        made[id(tensor)] = _allocate(tensor, device)
+                    group[name] = made[id(tensor)]
     for _, module in owners:  # codebooks first: what reads them then finds valid codes
         if isinstance(module, RPQWeight):
             module.reset_parameters()

@@ -159,7 +159,9 @@ class CodebookSpec:
     @property
     def grad_factor(self) -> float:
         """What the summed gradient of an entry is multiplied by (see ``grad_scale``)."""
-        power = {"sum": 0.0, "sqrt": 0.5, "mean": 1.0}[self.grad_scale]
+        if self.grad_scale == "sum":  # asked for at every call of a layer
+            return 1.0
+        power = 0.5 if self.grad_scale == "sqrt" else 1.0
         return float(max(self.users_per_entry, 1.0) ** -power)
 
     def stored_bytes(self, dtype: torch.dtype = torch.float32, *, codebooks: bool = True) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal, Self, TypedDict, Unpack
 
 import torch
@@ -68,25 +69,24 @@ class RPQLayer(Backed):
             raise InputError(f"{type(self).__name__} draws its own weight; from_pretrained and from_dense take one")
         device = arguments.pop("device", None)
         self._hold(self._dense(**arguments, device="meta"), split, options)
-        self._materialise(device or torch.get_default_device())
+        self.to_empty(device=device or torch.get_default_device())
         self.reset_parameters()
 
     def _hold(self, dense: nn.Module, split: Split, options: dict[str, Any]) -> None:
         """Takes over a dense layer's attributes and backs its weights, on its device."""
         self.__dict__.update(dense.__dict__)
-        weights = {}
-        for name in self._weights:
-            tensor = self._parameters.get(name)
-            if tensor is None:
-                continue
-            layout = self.layout(dense, name, split)
-            spec = CodebookSpec.make(layout.num_vectors, layout.dim, **options)
-            std = initial_std(dense, name)
-            weights[name] = RPQWeight(spec, layout, std=std, device=tensor.device, dtype=tensor.dtype)
-        back(self, weights)
+        shapes = self._shapes(dense, split, options)
+        back(self, {name: random_weight(dense, name, spec, layout) for name, spec, layout in shapes})
 
-    def _materialise(self, device: torch.device | str) -> None:
-        self.to_empty(device=device)
+    @classmethod
+    def _shapes(
+        cls, dense: nn.Module, split: Split, options: Mapping[str, Any]
+    ) -> Iterator[tuple[str, CodebookSpec, Layout]]:
+        """How each weight that the dense layer has is held."""
+        for name in cls._weights:
+            if dense._parameters.get(name) is not None:
+                layout = cls.layout(dense, name, split)
+                yield name, CodebookSpec.make(layout.num_vectors, layout.dim, **options), layout
 
     @classmethod
     def layout(cls, dense: nn.Module, name: str, split: Split = "row") -> Layout:
@@ -139,19 +139,15 @@ class RPQLayer(Backed):
                 f"{cls.__name__}.from_dense takes a {cls._dense.__name__}, got {type(dense).__name__}; "
                 "rpqfx.rpqify rewrites modules of any class"
             )
-        weights = {}
-        for name in cls._weights:
-            tensor = dense._parameters.get(name)
-            if tensor is None:
-                continue
-            layout = cls.layout(dense, name, split)
-            spec = CodebookSpec.make(layout.num_vectors, layout.dim, **options)
-            weights[name] = (
-                RPQWeight.from_dense(tensor, spec, layout, steps=steps, seed=seed)
-                if init == "fit"
-                else random_weight(dense, name, spec, layout)
-            )
-        memo: dict[int, Any] = {id(dense._parameters[name]): dense._parameters[name] for name in weights}
+        weights, memo = {}, {}
+        for name, spec, layout in cls._shapes(dense, split, options):
+            tensor = dense._parameters[name]
+            assert tensor is not None
+            memo[id(tensor)] = tensor  # the copy below is about to drop it
+            if init == "fit":
+                weights[name] = RPQWeight.from_dense(tensor, spec, layout, steps=steps, seed=seed)
+            else:
+                weights[name] = random_weight(dense, name, spec, layout)
         made = copy.deepcopy(dense, memo)
         back(made, weights)
         return made  # type: ignore[return-value]
