@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+
+Plan = Literal["auto", "expand", "contract"]
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,8 @@ class Costs:
 COSTS = {"cpu": Costs(gather=28.0, output=146.0, expand=150.0), "cuda": Costs(gather=100.0, output=100.0, expand=100.0)}
 
 
-def contracts(codebooks_shape: tuple[int, ...], codes_shape: tuple[int, ...], rows: int, device: torch.device) -> bool:
-    """Whether the table of dot products costs less than expanding the matrix.
+def cheaper(codebooks_shape: tuple[int, ...], codes_shape: tuple[int, ...], rows: int, device: torch.device) -> Plan:
+    """The plan that costs less: the table of dot products, or the expanded matrix.
 
     Args:
         codebooks_shape: ``(R, G, K, d)``.
@@ -38,12 +41,12 @@ def contracts(codebooks_shape: tuple[int, ...], codes_shape: tuple[int, ...], ro
         device: Where the product runs.
 
     Returns:
-        True for contract, False for expand.
+        ``"contract"`` or ``"expand"``.
     """
     costs = COSTS.get(device.type, COSTS["cuda"])
     stages, _, entries, d = codebooks_shape
     _, sub_vectors, num_vectors = codes_shape
     contract = stages * (entries / num_vectors + costs.gather / d) + costs.output / (sub_vectors * d)
     if torch.compiler.is_compiling():
-        return contract < 1
-    return rows * contract < rows + stages * costs.expand
+        return "contract" if contract < 1 else "expand"
+    return "contract" if rows * contract < rows + stages * costs.expand else "expand"

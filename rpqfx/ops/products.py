@@ -15,7 +15,7 @@ from rpqfx import codebook
 from rpqfx.errors import InputError
 from rpqfx.ops.forms import Contract, Conv, Form, Matmul
 from rpqfx.ops.functions import Expand, Left, Out
-from rpqfx.ops.plan import contracts
+from rpqfx.ops.plan import Plan, cheaper
 
 
 class Tensors(NamedTuple):
@@ -50,18 +50,18 @@ def lookup(ids: Tensor, weight: Tensors, grad_factor: float = 1.0, sparse: bool 
     return rows.reshape(*ids.shape, rows.shape[-1])
 
 
-def linear(x: Tensor, weight: Tensors, grad_factor: float = 1.0) -> Tensor:
+def linear(x: Tensor, weight: Tensors, grad_factor: float = 1.0, plan: Plan = "auto") -> Tensor:
     """``x @ W.T``: ``[..., D]`` to ``[..., N]``."""
     x, books, scale = _prepare(x, weight, weight.codes.shape[1] * weight.codebooks.shape[3])
-    y = Out.apply(_form(x, weight), x, _slow(books, grad_factor), weight.codes, weight.signs)
+    y = Out.apply(_form(x, weight, plan), x, _slow(books, grad_factor), weight.codes, weight.signs)
     return y if scale is None else y * scale
 
 
-def linear_t(y: Tensor, weight: Tensors, grad_factor: float = 1.0) -> Tensor:
+def linear_t(y: Tensor, weight: Tensors, grad_factor: float = 1.0, plan: Plan = "auto") -> Tensor:
     """``y @ W``: ``[..., N]`` to ``[..., D]``."""
     y, books, scale = _prepare(y, weight, weight.codes.shape[2])
     y = y if scale is None else y * scale
-    return Left.apply(_form(y, weight), y, _slow(books, grad_factor), weight.codes, weight.signs)
+    return Left.apply(_form(y, weight, plan), y, _slow(books, grad_factor), weight.codes, weight.signs)
 
 
 def conv(
@@ -76,6 +76,7 @@ def conv(
     transposed: bool = False,
     output_padding: tuple[int, ...] | None = None,
     grad_factor: float = 1.0,
+    plan: Plan = "auto",
 ) -> Tensor:
     """A convolution whose filters are the vectors (of a transposed one: its input channels').
 
@@ -90,6 +91,7 @@ def conv(
         transposed: Whether it is a transposed convolution.
         output_padding: Of a transposed convolution.
         grad_factor: What the gradient of the codebooks is multiplied by.
+        plan: How it runs.
 
     Returns:
         As the dense convolution.
@@ -99,7 +101,7 @@ def conv(
     if x.dim() == len(stride) + 1:
         return conv(
             x[None], weight, weight_shape, stride=stride, padding=padding, dilation=dilation, groups=groups,
-            transposed=transposed, output_padding=output_padding, grad_factor=grad_factor,
+            transposed=transposed, output_padding=output_padding, grad_factor=grad_factor, plan=plan,
         )[0]  # fmt: skip
     per_channel = None if scale is None else scale.view(-1, *[1] * len(stride))
     if transposed and per_channel is not None:
@@ -122,10 +124,11 @@ def _slow(codebooks: Tensor, grad_factor: float) -> Tensor:
     return codebooks if grad_factor == 1.0 else scale_grad(codebooks, grad_factor)
 
 
-def _form(x: Tensor, weight: Tensors) -> Form:
+def _form(x: Tensor, weight: Tensors, plan: Plan) -> Form:
     shape = weight.codebooks.shape
-    kind = Contract if contracts(shape, weight.codes.shape, x.numel() // x.shape[-1], x.device) else Matmul
-    return kind(shape[1], shape[2])
+    if plan == "auto":
+        plan = cheaper(shape, weight.codes.shape, x.numel() // x.shape[-1], x.device)
+    return (Contract if plan == "contract" else Matmul)(shape[1], shape[2])
 
 
 def _prepare(x: Tensor, weight: Tensors, width: int, axis: int = -1) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rpqfx.ops.plan import COSTS, contracts
+from rpqfx.ops.plan import COSTS, cheaper
 
 CPU = torch.device("cpu")
 sizes = st.tuples(
@@ -19,7 +19,7 @@ sizes = st.tuples(
 
 
 def choice(shape: tuple[int, int, int, int], num_vectors: int, rows: int, device: torch.device = CPU) -> bool:
-    return contracts(shape, (shape[0], shape[1], num_vectors), rows, device)
+    return cheaper(shape, (shape[0], shape[1], num_vectors), rows, device) == "contract"
 
 
 def test_large_layers_contract() -> None:
