@@ -13,7 +13,8 @@ from torch import Tensor
 
 from rpqfx import codebook
 from rpqfx.errors import InputError
-from rpqfx.ops.forms import Contract, Conv, Form, Matmul
+from rpqfx.ops.conv_forms import Conv
+from rpqfx.ops.forms import Contract, Form, Matmul
 from rpqfx.ops.functions import Expand, Left, Out
 from rpqfx.ops.plan import Plan, cheaper
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from rpqfx.codebook import CodebookSpec
-from rpqfx.ops.forms import Contract, Conv, Form, Matmul
+from rpqfx.ops.conv_forms import Conv
+from rpqfx.ops.forms import Contract, Form, Matmul
 from rpqfx.ops.functions import Book, Collect, Expand, Grads, Left, Out
 from tests.helpers import assert_same, naive_expand, randn, stored
 
