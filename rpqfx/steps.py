@@ -79,6 +79,18 @@ def gather_few(dots: Tensor, codes: Tensor, codebooks: Tensor) -> Tensor:
     return by_row.gather(2, index).sum(1)
 
 
+def runs(codes: Tensor, entries: int) -> tuple[Tensor, Tensor]:
+    """The vectors in the order of their codes, and where each entry's run of them begins.
+
+    Returns:
+        ``order [(r m n)]`` and ``first [(r m k)]``, int64: the index and the offsets of an embedding bag.
+    """
+    stages, sub_vectors, _ = codes.shape
+    ones = torch.ones((), dtype=torch.int64, device=codes.device).expand(codes.shape)
+    counts = ones.new_zeros(stages, sub_vectors, entries).scatter_add(2, codes.long(), ones).reshape(-1)
+    return codes.int().argsort(-1).reshape(-1), counts.cumsum(0) - counts
+
+
 def bins(y: Tensor, codes: Tensor, books: int, entries: int) -> Iterator[tuple[slice, Tensor]]:
     """``y [B, n]`` summed over the vectors that use an entry, block by block of the batch.
 
@@ -93,10 +105,7 @@ def bins(y: Tensor, codes: Tensor, books: int, entries: int) -> Iterator[tuple[s
         filled = y.new_zeros(*shape[:2], entries).scatter_add(2, index, y[:, None].expand(shape))
         yield slice(None), rearrange(filled, "b (r g s) k -> r g s k b", r=stages, g=books)
         return
-    codes = codes.int()  # sorting once serves every block; compiled graphs always sort, since they serve every batch
-    ones = torch.ones((), dtype=torch.int64, device=codes.device).expand(codes.shape)
-    counts = ones.new_zeros(stages, sub_vectors, entries).scatter_add(2, codes.long(), ones).reshape(-1)
-    order, first = codes.argsort(-1).reshape(-1), counts.cumsum(0) - counts
+    order, first = runs(codes, entries)  # serves every block; compiled graphs always sort, since they serve every batch
     for part in blocks(y.shape[0], codes, entries):
         filled = F.embedding_bag(order, y[part].t().contiguous(), first, mode="sum")
         yield part, rearrange(filled, "(r g s k) b -> r g s k b", r=stages, g=books, k=entries)

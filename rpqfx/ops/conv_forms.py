@@ -1,4 +1,4 @@
-"""Convolutions whose filters are held in codebooks, as forms (see ``rpqfx.ops.forms``)."""
+"""A convolution whose filters are held in codebooks, as a form (see ``rpqfx.ops.forms``)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from rpqfx.ops import operators
 
 
 @dataclass(frozen=True)
-class Conv:
-    """A convolution, or a transposed one, whose filters are expanded anew each time.
+class Geometry:
+    """The numbers of a convolution, or of a transposed one.
 
     Args:
         books: ``G``.
@@ -39,6 +39,19 @@ class Conv:
     groups: int
     batched = True
 
+    def _adjoint_padding(self, output_size: torch.Size) -> tuple[int, ...]:
+        if self.transposed:
+            return (0,) * len(self.stride)
+        sizes = zip(
+            self.input_size, output_size, self.stride, self.padding, self.dilation, self.weight_shape[2:], strict=True
+        )
+        return tuple(size - ((out - 1) * s - 2 * p + d * (k - 1) + 1) for size, out, s, p, d, k in sizes)
+
+
+@dataclass(frozen=True)
+class Conv(Geometry):
+    """A convolution, or a transposed one, whose filters are expanded anew each time."""
+
     def out(self, x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
         return operators.conv(
             x, codebooks, codes, signs, self.weight_shape, self.stride, self.padding, self.dilation, self.transposed,
@@ -64,11 +77,3 @@ class Conv:
         self, x: Tensor, y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         return self.left(y, codebooks, codes, signs), self.book(x, y, codes, signs)
-
-    def _adjoint_padding(self, output_size: torch.Size) -> tuple[int, ...]:
-        if self.transposed:
-            return (0,) * len(self.stride)
-        sizes = zip(
-            self.input_size, output_size, self.stride, self.padding, self.dilation, self.weight_shape[2:], strict=True
-        )
-        return tuple(size - ((out - 1) * s - 2 * p + d * (k - 1) + 1) for size, out, s, p, d, k in sizes)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rpqfx import codebook
+from rpqfx import codebook, maps, steps
 
 
 def _opaque(
@@ -97,6 +97,15 @@ def _run_conv_book(
     return codebook.collect(grad.reshape(weight_shape[0], -1), codes, books, entries, signs)
 
 
+def _fake_gather_sum(table: Tensor, codes: Tensor) -> Tensor:
+    return table.new_empty(table.shape[0], codes.shape[2], table.shape[4])
+
+
+def _fake_bin_sum(y: Tensor, codes: Tensor, entries: int) -> Tensor:
+    stages, sub_vectors, _ = codes.shape
+    return y.new_empty(y.shape[0], stages, sub_vectors, entries, y.shape[2], dtype=steps.sum_dtype(y.dtype))
+
+
 _HELD = "Tensor codebooks, Tensor codes, Tensor? signs"
 _GEOMETRY = (
     "SymInt[] weight_shape, SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool transposed, "
@@ -123,3 +132,5 @@ conv_book = _opaque(
     "conv_book", f"(Tensor x, Tensor y, Tensor codes, Tensor? signs, {_GEOMETRY}, int books, int entries) -> Tensor",
     _run_conv_book,
 )  # fmt: skip
+gather_sum = _opaque("gather_sum", "(Tensor table, Tensor codes) -> Tensor", maps.gather_sum, _fake_gather_sum)
+bin_sum = _opaque("bin_sum", "(Tensor y, Tensor codes, int entries) -> Tensor", maps.bin_sum, _fake_bin_sum)

@@ -6,6 +6,7 @@ autocast as the dense operation does, and saves nothing of weight size for backw
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -13,10 +14,11 @@ from torch import Tensor
 
 from rpqfx import codebook
 from rpqfx.errors import InputError
+from rpqfx.ops.conv_contract import ConvContract
 from rpqfx.ops.conv_forms import Conv
 from rpqfx.ops.forms import Contract, Form, Matmul
 from rpqfx.ops.functions import Expand, Left, Out
-from rpqfx.ops.plan import Plan, cheaper
+from rpqfx.ops.plan import Plan, cheaper, cheaper_conv
 
 
 class Tensors(NamedTuple):
@@ -92,7 +94,8 @@ def conv(
         transposed: Whether it is a transposed convolution.
         output_padding: Of a transposed convolution.
         grad_factor: What the gradient of the codebooks is multiplied by.
-        plan: How it runs.
+        plan: How it runs. ``"contract"`` needs sub-vectors of whole channels (``d`` a multiple of the taps) and
+            one channel group; where it cannot be, the filters are expanded.
 
     Returns:
         As the dense convolution.
@@ -107,7 +110,12 @@ def conv(
     per_channel = None if scale is None else scale.view(-1, *[1] * len(stride))
     if transposed and per_channel is not None:
         x = x * per_channel
-    form = Conv(
+    if not ConvContract.fits(books.shape[3], weight_shape, groups):
+        plan = "expand"
+    elif plan == "auto":
+        positions = x.numel() // channels // (1 if transposed else math.prod(stride))  # of the vectors' maps, about
+        plan = cheaper_conv(books.shape, weight.codes.shape, positions, x.device)
+    form = (ConvContract if plan == "contract" else Conv)(
         books.shape[1], books.shape[2], weight_shape, tuple(x.shape[2:]), stride, padding, dilation, transposed,
         output_padding or (0,) * len(stride), groups,
     )  # fmt: skip
