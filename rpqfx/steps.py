@@ -5,12 +5,17 @@ Axes as in ``rpqfx.codebook``; ``b`` is a row of the batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+
+from rpqfx.signs import fold_codes
+
+# What ``bins`` is, for those who bring another.
+Bins = Callable[[Tensor, Tensor, Tensor | None, int, int], Iterator[tuple[slice, Tensor]]]
 
 # Elements of a table (or of bins) that are alive at a time: few enough to stay in the
 # cache of a core (measured; up to 2**20 is within a fifth of it).
@@ -91,14 +96,19 @@ def runs(codes: Tensor, entries: int) -> tuple[Tensor, Tensor]:
     return codes.int().argsort(-1).reshape(-1), counts.cumsum(0) - counts
 
 
-def bins(y: Tensor, codes: Tensor, books: int, entries: int) -> Iterator[tuple[slice, Tensor]]:
-    """``y [B, n]`` summed over the vectors that use an entry, block by block of the batch.
+def bins(y: Tensor, codes: Tensor, signs: Tensor | None, books: int, entries: int) -> Iterator[tuple[slice, Tensor]]:
+    """``y [B, n]``, with its signs, summed over the vectors that use an entry, block by block of the batch.
 
     Yields:
-        A slice of the batch, and its bins ``[r, g, s, k, b]``.
+        A slice of the batch, and its bins ``[r, g, s, k, b]``, float32 where ``y`` is float16 or bfloat16.
     """
+    folded, of_all = fold_codes(codes, entries, signs), entries if signs is None else 2 * entries
+    for part, filled in _plain_bins(y.to(sum_dtype(y.dtype)), folded, books, of_all):
+        yield part, filled if signs is None else filled[..., :entries, :] - filled[..., entries:, :]
+
+
+def _plain_bins(y: Tensor, codes: Tensor, books: int, entries: int) -> Iterator[tuple[slice, Tensor]]:
     stages, sub_vectors, num_vectors = codes.shape
-    y = y.to(sum_dtype(y.dtype))
     if y.shape[0] <= SCATTER_ROWS and not torch.compiler.is_compiling():
         shape = (y.shape[0], stages * sub_vectors, num_vectors)
         index = rearrange(codes.long(), "r m n -> (r m) n").expand(shape)
@@ -109,3 +119,14 @@ def bins(y: Tensor, codes: Tensor, books: int, entries: int) -> Iterator[tuple[s
     for part in blocks(y.shape[0], codes, entries):
         filled = F.embedding_bag(order, y[part].t().contiguous(), first, mode="sum")
         yield part, rearrange(filled, "(r g s k) b -> r g s k b", r=stages, g=books, k=entries)
+
+
+def bins_to_rows(bins: Tensor, codebooks: Tensor) -> Tensor:
+    """``[b, D]``: the entries, weighted by their bins ``[r, g, s, k, b]``."""
+    return rearrange(torch.einsum("rgskb,rgkd->bgsd", bins, codebooks), "b g s d -> b (g s d)")
+
+
+def bins_to_codebooks(bins: Tensor, x: Tensor) -> Tensor:
+    """``[R, G, K, d]``: the sub-vectors of ``x [b, D]``, weighted by the bins."""
+    parts = rearrange(x.to(bins.dtype), "b (g s d) -> b g s d", g=bins.shape[1], s=bins.shape[2])
+    return torch.einsum("rgskb,bgsd->rgkd", bins, parts)

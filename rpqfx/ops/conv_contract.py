@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rpqfx import steps
 from rpqfx.ops import operators
-from rpqfx.ops.conv_forms import Geometry
+from rpqfx.ops.conv_forms import Geometry, add_channels
 from rpqfx.signs import fold_codebooks, fold_codes, unfold_codebooks
 
 # Numbers of a table of maps (or of bins) that are alive at a time: few enough that a block finds the memory of the last
@@ -35,8 +35,11 @@ class ConvContract(Geometry):
         """Whether a layer's entries are filters of whole channels."""
         return groups == 1 and codebook_dim % math.prod(weight_shape[2:]) == 0
 
-    def out(self, x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
-        return (self._to_image if self.transposed else self._to_vectors)(x, codebooks, codes, signs)
+    def out(
+        self, x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None, bias: Tensor | None = None
+    ) -> Tensor:
+        y = (self._to_image if self.transposed else self._to_vectors)(x, codebooks, codes, signs)
+        return add_channels(y, bias)
 
     def left(self, y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
         return (self._to_vectors if self.transposed else self._to_image)(y, codebooks, codes, signs)
@@ -44,7 +47,7 @@ class ConvContract(Geometry):
     def book(self, x: Tensor, y: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
         image, vectors = (y, x) if self.transposed else (x, y)
         grads = [self._filters_grad(image[part], bins, codes) for part, bins in self._bins(vectors, codes, signs)]
-        return self._to_codebooks(sum(grads[1:], grads[0]), codes, signs).to(x.dtype)
+        return self._to_codebooks(sum(grads[1:], grads[0]), codes, signs)
 
     def grads(
         self, x: Tensor, y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None
@@ -55,7 +58,7 @@ class ConvContract(Geometry):
         for part, bins in self._bins(y, codes, signs):
             left.append(self._image(bins, filters).to(x.dtype))
             book.append(self._filters_grad(x[part], bins, codes))
-        return _join(left), self._to_codebooks(sum(book[1:], book[0]), codes, signs).to(x.dtype)
+        return _join(left), self._to_codebooks(sum(book[1:], book[0]), codes, signs)
 
     # ------------------------------------------------------------------------ between an image and the vectors' maps
 
@@ -65,6 +68,7 @@ class ConvContract(Geometry):
         size = self._vectors_size(tuple(image.shape[2:]))
         axes = {"g": self.books, "s": codes.shape[1] // self.books, "r": codes.shape[0]}
         parts = []
+        filters = filters.to(image.dtype)
         for part in _blocks(image.shape[0], filters.shape[0] * axes["s"] * math.prod(size)):
             maps = torch.convolution(
                 self._fold(image[part], axes["s"]), filters, None, self.stride, self.padding, self.dilation, False,

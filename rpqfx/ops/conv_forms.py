@@ -52,11 +52,14 @@ class Geometry:
 class Conv(Geometry):
     """A convolution, or a transposed one, whose filters are expanded anew each time."""
 
-    def out(self, x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
-        return operators.conv(
+    def out(
+        self, x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None, bias: Tensor | None = None
+    ) -> Tensor:
+        y = operators.conv(
             x, codebooks, codes, signs, self.weight_shape, self.stride, self.padding, self.dilation, self.transposed,
             self.output_padding, self.groups,
         )  # fmt: skip
+        return add_channels(y, bias)
 
     def left(self, y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
         x = operators.conv(
@@ -77,3 +80,8 @@ class Conv(Geometry):
         self, x: Tensor, y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         return self.left(y, codebooks, codes, signs), self.book(x, y, codes, signs)
+
+
+def add_channels(y: Tensor, bias: Tensor | None) -> Tensor:
+    """``y [B, N, *size]`` with a number added to each channel, in place."""
+    return y if bias is None else y.add_(bias.to(y.dtype).view(-1, *[1] * (y.dim() - 2)))

@@ -2,7 +2,9 @@
 
 A form is ``sum y * out(x, W(codebooks))``. Its three partial derivatives are the three methods here: ``out`` (in
 ``y``), ``left`` (in ``x``) and ``book`` (in the codebooks). ``rpqfx.ops.functions`` makes them differentiable
-any number of times from nothing else. Forms hold plain numbers only: tensors are always passed.
+any number of times from nothing else. Forms hold plain numbers only: tensors are always passed. Products run in the
+dtype of the input, whatever the codebooks' dtype is; gradients of codebooks come as they were summed, in float32 at
+least.
 """
 
 from __future__ import annotations
@@ -22,8 +24,10 @@ class Form(Protocol):
     def batched(self) -> bool:
         """Whether inputs have exactly one batch axis, the first (else: any number of leading axes)."""
 
-    def out(self, x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
-        """The product."""
+    def out(
+        self, x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None, bias: Tensor | None = None
+    ) -> Tensor:
+        """The product, and a bias added to each of its rows (or channels)."""
 
     def left(self, y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
         """Its derivative in ``x``, applied to ``y``."""
@@ -45,8 +49,10 @@ class Contract:
     entries: int
     batched = False
 
-    def out(self, x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
-        return operators.contract(x, codebooks, codes, signs)
+    def out(
+        self, x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None, bias: Tensor | None = None
+    ) -> Tensor:
+        return operators.contract(x, codebooks, codes, signs, bias)
 
     def left(self, y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
         return operators.contract_t(y, codebooks, codes, signs)
@@ -68,8 +74,10 @@ class Matmul:
     entries: int
     batched = False
 
-    def out(self, x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
-        return operators.matmul(x, codebooks, codes, signs)
+    def out(
+        self, x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None, bias: Tensor | None = None
+    ) -> Tensor:
+        return operators.matmul(x, codebooks, codes, signs, bias)
 
     def left(self, y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
         return operators.matmul_t(y, codebooks, codes, signs)
