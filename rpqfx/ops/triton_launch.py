@@ -24,7 +24,7 @@ def expand(codebooks: Tensor, codes: Tensor, scale: Tensor | None, signs: Tensor
     _, sub_vectors, num_vectors = codes.shape
     out = codebooks.new_empty(num_vectors, sub_vectors * d)
     block_d = _power(d, 1, 128)
-    block_m = _power(sub_vectors, 1, max(1, 64 // block_d))  # short sub-vectors: several, for whole lines of memory
+    block_m = _power(sub_vectors, 1, 64 // block_d)  # short sub-vectors: several, for whole lines of memory
     block_n = _power(num_vectors, 1, TILE // (block_d * block_m))
     grid = (_blocks(num_vectors, block_n) * _blocks(sub_vectors, block_m) * _blocks(d, block_d),)
     with torch.cuda.device_of(out):
@@ -61,7 +61,7 @@ def gather_sum(dots: Tensor, codes: Tensor, signs: Tensor | None, dtype: torch.d
     num_vectors = codes.shape[2]
     block_b = _power(rows, 1, 32)
     block_n = _power(num_vectors, 1, 128 if block_b <= 2 else 64)
-    block_p = _power(uses, 1, max(1, TILE // (block_b * block_n)))
+    block_p = _power(uses, 1, TILE // (block_b * block_n))
     programs = _blocks(num_vectors, block_n) * _blocks(rows, block_b)
     splits = max(1, PROGRAMS // max(1, programs))
     share = _blocks(_blocks(uses, splits), block_p) * block_p
@@ -113,8 +113,8 @@ class Bins:
 
 
 def _power(number: int, low: int, high: int) -> int:
-    """The least power of two from ``number`` up, between two others."""
-    return min(high, max(low, 1 << max(0, number - 1).bit_length()))
+    """The least power of two from ``number`` up, between two others (``low`` where they leave nothing)."""
+    return max(low, min(high, 1 << max(0, number - 1).bit_length()))
 
 
 def _blocks(number: int, size: int) -> int:
