@@ -37,6 +37,7 @@ def block_sizes(programs: int, tile: int, table_elements: int) -> Iterator[None]
         patch.object(triton_launch, "PROGRAMS", programs),
         patch.object(triton_launch, "TILE", tile),
         patch.object(cuda, "TABLE_ELEMENTS", table_elements),
+        patch.object(cuda, "BLOCK_ROWS", 2),
     ):
         yield
 
@@ -111,15 +112,19 @@ def test_gradients_are_those_of_autograd_through_the_dense_matrix(
 
 
 @pytest.mark.parametrize(
-    ("spec", "rows"),
+    ("spec", "rows", "slices"),
     [
-        (CodebookSpec(300, 140, 70, entries=90, signs=True), 70),  # past every block, in every direction
-        (CodebookSpec(513, 20, 1, entries=2, stages=2, books=4), 1),  # single numbers; runs of half the vectors
+        (CodebookSpec(300, 140, 70, entries=90, signs=True), 70, 1),  # past every block, in every direction
+        (CodebookSpec(513, 20, 1, entries=2, stages=2, books=4), 1, 1),  # single numbers; runs of half the vectors
+        (CodebookSpec(9, 6, 2, entries=4), 37, 3),  # the batch in slices
     ],
 )
-def test_sizes_past_a_block(spec: CodebookSpec, rows: int) -> None:
-    """Several blocks of the real sizes, the last of them not full."""
+def test_sizes_past_a_block(spec: CodebookSpec, rows: int, slices: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks of the real sizes, or slices of the batch, the last of them not full."""
+    if slices > 1:
+        monkeypatch.setattr(cuda, "TABLE_ELEMENTS", 64)
     codebooks, codes, _, signs = tensors(spec, 0, torch.float32, torch.uint8)
+    assert len(cuda._slices(torch.empty(rows, 1), codes, spec.entries)) == slices
     x, y = randn(1, rows, spec.dim), randn(2, rows, spec.num_vectors)
     leaves = x.requires_grad_(), codebooks.double().cpu().requires_grad_()
     matrix = dense(leaves[1], codes, None, signs)
