@@ -31,7 +31,7 @@ from torch import Tensor
 from rpqfx import steps
 from rpqfx.errors import InputError
 from rpqfx.signs import fold_codebooks, fold_codes, pack_signs, unfold_codebooks, unpack_signs
-from rpqfx.spec import CodebookSpec, GradScale, code_dtype, nearest_divisor
+from rpqfx.spec import CodebookSpec, GradScale, code_dtype, default_codebook_dim, nearest_divisor
 
 __all__ = [
     "CodebookSpec",
@@ -43,6 +43,7 @@ __all__ = [
     "contract",
     "contract_grads",
     "contract_t",
+    "default_codebook_dim",
     "expand",
     "lookup",
     "nearest_divisor",

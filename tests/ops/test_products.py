@@ -18,14 +18,15 @@ from rpqfx.ops import products
 from tests.helpers import assert_same, gradients, naive_expand, randn, seeds, specs, stored
 
 SPEC = CodebookSpec(5, 6, 2, entries=3, stages=2, books=3, scale=True, signs=True)
-FILTERS = CodebookSpec(4, 6, 2, entries=3, scale=True, signs=True)
+FILTERS = CodebookSpec(4, 6, 3, entries=3, scale=True, signs=True)
 CONV = {"stride": (1,), "padding": (1,), "dilation": (1,), "groups": 1}
 
 
 @pytest.fixture(params=[True, False], ids=["contract", "matmul"])
 def plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
     """Both ways to run a product."""
-    monkeypatch.setattr(products, "cheaper", lambda *args: "contract" if request.param else "expand")
+    for name in ("cheaper", "cheaper_conv"):
+        monkeypatch.setattr(products, name, lambda *args: "contract" if request.param else "expand")
     return request.param
 
 
@@ -162,7 +163,7 @@ def test_per_sample_gradients_of_linear_maps(plan: bool) -> None:
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_per_sample_gradients_of_convolutions(transposed: bool) -> None:
+def test_per_sample_gradients_of_convolutions(plan: bool, transposed: bool) -> None:
     books, codes, scale, signs = stored(FILTERS, 0)
     fast, slow = per_sample(
         lambda books, x: ops.conv(
