@@ -21,7 +21,7 @@ from tests.helpers import assert_same, naive_expand, randn, seeds, specs, stored
 
 
 def assert_is_multilinear(form: Form, x: Tensor, tensors: tuple[Any, ...], dense: Any) -> None:
-    """``out`` is the dense product; ``left`` and ``book`` are its derivatives."""
+    """``out`` is the dense product; ``left`` and ``book`` are its derivatives, alone and at once."""
     books, codes, _, signs = tensors
     x, leaf = x.requires_grad_(), books.clone().requires_grad_()
     y = dense(x, naive_expand(leaf, codes, None, signs))
@@ -31,6 +31,8 @@ def assert_is_multilinear(form: Form, x: Tensor, tensors: tuple[Any, ...], dense
         assert_same(form.out(x, books, codes, signs), y)
         assert_same(form.left(grad, books, codes, signs), grad_x)
         assert_same(form.book(x, grad, codes, signs), grad_books)
+        for ours, theirs in zip(form.grads(x, grad, books, codes, signs), (grad_x, grad_books), strict=True):
+            assert_same(ours, theirs)
 
 
 @pytest.mark.parametrize("kind", [Contract, Matmul])
