@@ -30,9 +30,9 @@ class Clock:
 
 
 def test_calls_take_turns_and_the_median_of_each_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One call to warm up and one to choose a sample's size count for nothing, nor does one slow sample."""
+    """One call to warm up and one to choose a sample's size count for nothing, nor does one slow or one fast sample."""
     clock = Clock(monkeypatch)
-    calls = [clock.call("a", 9.0, 9.0, 0.002, 0.5, 0.002), clock.call("b", 9.0, 9.0, 0.004)]
+    calls = [clock.call("a", 9.0, 9.0, 0.002, 0.5, 0.001), clock.call("b", 9.0, 9.0, 0.004)]
     assert timing.in_turns(calls, CPU, 3) == pytest.approx([2.0, 4.0])
     assert clock.order == ["a", "b"] * 5
 

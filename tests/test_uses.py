@@ -286,16 +286,24 @@ def test_compiled_parts_are_noted_as_they_were_written(how: str) -> None:
     small = rpqfx.rpqify(MLP(dropout=0.0), SMALL)
     wanted = observe(small, (torch.zeros(3, 12),), {}, gradients=True)
     assert [uses.total() for uses in wanted.values()] == [1, 1]
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
     compiled = copy.deepcopy(small)
     if how == "child":
-        compiled.fc1 = torch.compile(compiled.fc1, backend="aot_eager")
+        compiled.fc1 = torch.compile(compiled.fc1, backend=backend)
     elif how == "in place":
-        compiled.fc2.compile(backend="aot_eager")
+        compiled.fc2.compile(backend=backend)
     else:
-        compiled = torch.compile(compiled, backend="aot_eager")
-    compiled(torch.zeros(3, 12))
-    found = observe(compiled, (torch.zeros(3, 12),), {}, gradients=True)
-    assert list(found.values()) == list(wanted.values())
+        compiled = torch.compile(compiled, backend=backend)
+    for expected in (0, 1):  # before it ever ran, and after
+        found = observe(compiled, (torch.zeros(3, 12),), {}, gradients=True)
+        assert list(found.values()) == list(wanted.values()) and len(graphs) == expected
+        compiled(torch.zeros(3, 12))
+        assert len(graphs) == 1
 
 
 def test_attention_with_three_inputs_asks_for_rows() -> None:
