@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from rpqfx.ops import PLANS, Plan
 from tests.helpers import assert_same, gradients
 from tests.kinds import KINDS, NAMES
 
@@ -45,9 +46,11 @@ def test_compiled_equals_eager(name: str) -> None:
     assert_compiles(name, "aot_eager", 1e-9)
 
 
-@pytest.mark.parametrize("name", ["linear row", "conv2d", "embedding"])
-def test_compiled_with_all_options_equals_eager(name: str) -> None:
-    assert_compiles(name, "aot_eager", 1e-9, signs=True, scale=True, stages=2, sharing="layer", grad_scale="sqrt")
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("name", ["linear row", "linear column", "conv2d", "embedding"])
+def test_compiled_with_all_options_equals_eager(name: str, plan: Plan) -> None:
+    options = {"signs": True, "scale": True, "stages": 2, "sharing": "layer", "grad_scale": "sqrt"}
+    assert_compiles(name, "aot_eager", 1e-9, **options, plan=plan)
 
 
 def test_a_dynamic_batch_needs_one_graph() -> None:
