@@ -30,7 +30,8 @@ from torch import Tensor
 
 from rpqfx import steps
 from rpqfx.errors import InputError
-from rpqfx.signs import fold_codebooks, fold_codes, pack_signs, unfold_codebooks, unpack_signs
+from rpqfx.gradients import accumulate, collect, collect_sparse, contract_grads
+from rpqfx.signs import fold_codebooks, fold_codes, pack_signs, unpack_signs
 from rpqfx.spec import CodebookSpec, GradScale, code_dtype, nearest_divisor
 
 __all__ = [
@@ -135,7 +136,12 @@ def contract(
 
 
 def contract_t(
-    y: Tensor, codebooks: Tensor, codes: Tensor, scale: Tensor | None = None, signs: Tensor | None = None
+    y: Tensor,
+    codebooks: Tensor,
+    codes: Tensor,
+    scale: Tensor | None = None,
+    signs: Tensor | None = None,
+    bins: steps.Bins = steps.bins,
 ) -> Tensor:
     """``y @ W`` without ``W``: sum ``y`` into one bin per entry, then one small product.
 
@@ -145,6 +151,7 @@ def contract_t(
         codes: ``[R, M, N]``.
         scale: ``[N]`` or None.
         signs: Packed signs or None.
+        bins: What sums into bins.
 
     Returns:
         ``[..., D]``, at the cost of ``contract``, whose adjoint this is.
@@ -153,10 +160,10 @@ def contract_t(
         InputError: If ``y`` or the codebooks are complex.
     """
     rows = _real(y if scale is None else y * scale).reshape(-1, y.shape[-1])
-    folded = fold_codebooks(_real(codebooks), signs).to(steps.sum_dtype(codebooks.dtype))
+    entries = _real(codebooks).to(steps.sum_dtype(codebooks.dtype))
     x = y.new_empty(rows.shape[0], codes.shape[1] * codebooks.shape[3])
-    for part, bins in steps.bins(rows, fold_codes(codes, codebooks.shape[2], signs), *folded.shape[1:3]):
-        x[part] = _bins_to_rows(bins, folded)
+    for part, filled in bins(rows, codes, signs, *codebooks.shape[1:3]):
+        x[part] = steps.bins_to_rows(filled, entries)
     return x.reshape(*y.shape[:-1], x.shape[-1])
 
 
@@ -184,118 +191,6 @@ def select_vectors(
 
     some = None if signs is None else pack_signs(pick(unpack_signs(signs, codes.shape[-1])))
     return pick(codes), None if scale is None else pick(scale), some
-
-
-# ------------------------------------------------------------------------------------------- their gradients
-
-
-def accumulate(x: Tensor, y: Tensor, codes: Tensor, books: int, entries: int, signs: Tensor | None = None) -> Tensor:
-    """The gradient of the codebooks in ``contract(x)`` when ``y`` is the gradient of its result.
-
-    Args:
-        x: ``[..., D]``.
-        y: ``[..., N]``.
-        codes: ``[R, M, N]``.
-        books: ``G``.
-        entries: ``K``.
-        signs: Packed signs or None.
-
-    Returns:
-        ``[R, G, K, d]``, of ``x``'s dtype.
-    """
-    flat = x.reshape(-1, x.shape[-1])
-    total = _like_codebooks(flat, codes, books, entries, signs)
-    for part, bins in steps.bins(y.reshape(-1, y.shape[-1]), fold_codes(codes, entries, signs), *total.shape[1:3]):
-        total = total + _bins_to_codebooks(bins, flat[part])
-    return unfold_codebooks(total, signs).to(x.dtype)
-
-
-def contract_grads(
-    x: Tensor, y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Both gradients of ``contract(x)`` from one pass over the bins of ``y``, the gradient of its result.
-
-    Args:
-        x: ``[..., D]``.
-        y: ``[..., N]``.
-        codebooks: ``[R, G, K, d]``.
-        codes: ``[R, M, N]``.
-        signs: Packed signs or None.
-
-    Returns:
-        The gradient of ``x`` (``contract_t(y)``) and that of the codebooks (``accumulate(x, y)``).
-    """
-    _, books, entries, _ = codebooks.shape
-    flat = x.reshape(-1, x.shape[-1])
-    folded = fold_codebooks(codebooks, signs).to(steps.sum_dtype(codebooks.dtype))
-    grad_x, total = torch.empty_like(flat), _like_codebooks(flat, codes, books, entries, signs)
-    for part, bins in steps.bins(y.reshape(-1, y.shape[-1]), fold_codes(codes, entries, signs), *total.shape[1:3]):
-        grad_x[part] = _bins_to_rows(bins, folded)
-        total = total + _bins_to_codebooks(bins, flat[part])
-    return grad_x.reshape(x.shape), unfold_codebooks(total, signs).to(x.dtype)
-
-
-def collect(grad: Tensor, codes: Tensor, books: int, entries: int, signs: Tensor | None = None) -> Tensor:
-    """The adjoint of ``expand``: sums the gradient of every use of an entry.
-
-    Args:
-        grad: ``[N, D]``, the gradient of the rows that ``codes`` describe.
-        codes: ``[R, M, N]``.
-        books: ``G``.
-        entries: ``K``.
-        signs: Packed signs or None.
-
-    Returns:
-        ``[R, G, K, d]``, of ``grad``'s dtype.
-    """
-    total = _like_codebooks(grad, codes, books, entries, signs)
-    parts = rearrange(grad.to(total.dtype), "n (m d) -> (n m) d", m=codes.shape[1])
-    index = steps.entry_index(fold_codes(codes, entries, signs), total.shape)
-    flat = rearrange(total, "r g k d -> (r g k) d")
-    for stage in index:
-        flat = flat.index_add(0, rearrange(stage, "m n -> (n m)"), parts)
-    return unfold_codebooks(flat.view(total.shape), signs).to(grad.dtype)
-
-
-def collect_sparse(grad: Tensor, codes: Tensor, books: int, entries: int, signs: Tensor | None = None) -> Tensor:
-    """``collect`` as a sparse tensor that lists only the entries in use.
-
-    Args:
-        grad: ``[N, D]``.
-        codes: ``[R, M, N]``.
-        books: ``G``.
-        entries: ``K``.
-        signs: Packed signs or None.
-
-    Returns:
-        A sparse COO tensor ``[R, G, K, d]``: three sparse dimensions, one dense, not coalesced.
-    """
-    stages, sub_vectors, num_vectors = codes.shape
-    parts = rearrange(grad, "n (m d) -> m n d", m=sub_vectors).expand(stages, -1, -1, -1)
-    if signs is not None:
-        parts = torch.where(unpack_signs(signs, num_vectors)[..., None], -parts, parts)
-    shape = (stages, books, entries, parts.shape[-1])
-    index = steps.entry_index(codes, shape).reshape(-1)
-    index = torch.stack([index // (books * entries), index // entries % books, index % entries])
-    return torch.sparse_coo_tensor(index, parts.reshape(-1, shape[3]), shape, check_invariants=False)
-
-
-def _like_codebooks(x: Tensor, codes: Tensor, books: int, entries: int, signs: Tensor | None) -> Tensor:
-    """Zeros to sum a gradient of codebooks in: ``[R, G, K, d]``, or ``2K`` entries where there are signs."""
-    folded = entries if signs is None else 2 * entries
-    shape = (codes.shape[0], books, folded, x.shape[-1] // codes.shape[1])
-    return x.new_zeros(shape, dtype=steps.sum_dtype(x.dtype))
-
-
-def _bins_to_rows(bins: Tensor, codebooks: Tensor) -> Tensor:
-    """``[b, D]``: the entries, weighted by their bins ``[r, g, s, k, b]``."""
-    return rearrange(torch.einsum("rgskb,rgkd->bgsd", bins, codebooks), "b g s d -> b (g s d)")
-
-
-def _bins_to_codebooks(bins: Tensor, x: Tensor) -> Tensor:
-    """``[R, G, K, d]``: the sub-vectors of ``x [b, D]``, weighted by the bins."""
-    parts = rearrange(x.to(bins.dtype), "b (g s d) -> b g s d", g=bins.shape[1], s=bins.shape[2])
-    return torch.einsum("rgskb,bgsd->rgkd", bins, parts)
 
 
 def _real(x: Tensor) -> Tensor:

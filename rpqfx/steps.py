@@ -5,12 +5,17 @@ Axes as in ``rpqfx.codebook``; ``b`` is a row of the batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+
+from rpqfx.signs import fold_codes
+
+# What ``bins`` is, for those who bring another.
+Bins = Callable[[Tensor, Tensor, Tensor | None, int, int], Iterator[tuple[slice, Tensor]]]
 
 # Elements of a table (or of bins) that are alive at a time: few enough to stay in the
 # cache of a core (measured; up to 2**20 is within a fifth of it).
@@ -79,24 +84,49 @@ def gather_few(dots: Tensor, codes: Tensor, codebooks: Tensor) -> Tensor:
     return by_row.gather(2, index).sum(1)
 
 
-def bins(y: Tensor, codes: Tensor, books: int, entries: int) -> Iterator[tuple[slice, Tensor]]:
-    """``y [B, n]`` summed over the vectors that use an entry, block by block of the batch.
+def runs(codes: Tensor, entries: int) -> tuple[Tensor, Tensor]:
+    """The vectors in the order of their codes, and where each entry's run of them begins.
+
+    Returns:
+        ``order [(r m n)]`` and ``first [(r m k)]``, int64: the index and the offsets of an embedding bag.
+    """
+    stages, sub_vectors, _ = codes.shape
+    ones = torch.ones((), dtype=torch.int64, device=codes.device).expand(codes.shape)
+    counts = ones.new_zeros(stages, sub_vectors, entries).scatter_add(2, codes.long(), ones).reshape(-1)
+    return codes.int().argsort(-1).reshape(-1), counts.cumsum(0) - counts
+
+
+def bins(y: Tensor, codes: Tensor, signs: Tensor | None, books: int, entries: int) -> Iterator[tuple[slice, Tensor]]:
+    """``y [B, n]``, with its signs, summed over the vectors that use an entry, block by block of the batch.
 
     Yields:
-        A slice of the batch, and its bins ``[r, g, s, k, b]``.
+        A slice of the batch, and its bins ``[r, g, s, k, b]``, float32 where ``y`` is float16 or bfloat16.
     """
+    folded, of_all = fold_codes(codes, entries, signs), entries if signs is None else 2 * entries
+    for part, filled in _plain_bins(y.to(sum_dtype(y.dtype)), folded, books, of_all):
+        yield part, filled if signs is None else filled[..., :entries, :] - filled[..., entries:, :]
+
+
+def _plain_bins(y: Tensor, codes: Tensor, books: int, entries: int) -> Iterator[tuple[slice, Tensor]]:
     stages, sub_vectors, num_vectors = codes.shape
-    y = y.to(sum_dtype(y.dtype))
     if y.shape[0] <= SCATTER_ROWS and not torch.compiler.is_compiling():
         shape = (y.shape[0], stages * sub_vectors, num_vectors)
         index = rearrange(codes.long(), "r m n -> (r m) n").expand(shape)
         filled = y.new_zeros(*shape[:2], entries).scatter_add(2, index, y[:, None].expand(shape))
         yield slice(None), rearrange(filled, "b (r g s) k -> r g s k b", r=stages, g=books)
         return
-    codes = codes.int()  # sorting once serves every block; compiled graphs always sort, since they serve every batch
-    ones = torch.ones((), dtype=torch.int64, device=codes.device).expand(codes.shape)
-    counts = ones.new_zeros(stages, sub_vectors, entries).scatter_add(2, codes.long(), ones).reshape(-1)
-    order, first = codes.argsort(-1).reshape(-1), counts.cumsum(0) - counts
+    order, first = runs(codes, entries)  # serves every block; compiled graphs always sort, since they serve every batch
     for part in blocks(y.shape[0], codes, entries):
         filled = F.embedding_bag(order, y[part].t().contiguous(), first, mode="sum")
         yield part, rearrange(filled, "(r g s k) b -> r g s k b", r=stages, g=books, k=entries)
+
+
+def bins_to_rows(bins: Tensor, codebooks: Tensor) -> Tensor:
+    """``[b, D]``: the entries, weighted by their bins ``[r, g, s, k, b]``."""
+    return rearrange(torch.einsum("rgskb,rgkd->bgsd", bins, codebooks), "b g s d -> b (g s d)")
+
+
+def bins_to_codebooks(bins: Tensor, x: Tensor) -> Tensor:
+    """``[R, G, K, d]``: the sub-vectors of ``x [b, D]``, weighted by the bins."""
+    parts = rearrange(x.to(bins.dtype), "b (g s d) -> b g s d", g=bins.shape[1], s=bins.shape[2])
+    return torch.einsum("rgskb,bgsd->rgkd", bins, parts)

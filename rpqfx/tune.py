@@ -30,7 +30,7 @@ class TimedUse:
         use: The product, with the shape, dtype and device of its input.
         count: How often one call of the model asks it.
         expand: Milliseconds of one, with the weight made for it.
-        contract: Milliseconds of one, through the table of dot products.
+        contract: Milliseconds of one, through the table of dot products; as ``expand`` where there is no other way.
     """
 
     use: Use
@@ -172,10 +172,9 @@ def _measure(
     for use, count in uses.items():
         asked = _Asked((weight.spec, weight.layout, weight.codebooks.dtype, trained), use)
         if asked not in times:
-            times[asked] = timing.in_turns(
-                [Trial(weight, use, "expand"), Trial(weight, use, "contract")], use.device, repeats
-            )
-        timed.append(TimedUse(use, count, *times[asked]))
+            trials = [Trial(weight, use, plan) for plan in use.choice(weight)]
+            times[asked] = timing.in_turns(trials, use.device, repeats)
+        timed.append(TimedUse(use, count, times[asked][0], times[asked][-1]))
     names = tuple(_name(weight, path) for path in paths)
     kept = TunedWeight(names[0], names, weight.layout.shape, weight.plan, weight.plan, tuple(timed))
     if not timed:

@@ -19,6 +19,7 @@ from rpqfx.errors import RewriteError
 from rpqfx.graph.copying import copy_model
 from rpqfx.nn.weight import RPQWeight
 from rpqfx.ops import Plan
+from rpqfx.ops.conv_contract import ConvContract
 
 Product = Literal["linear", "linear_t", "conv"]
 
@@ -65,6 +66,14 @@ class Use:
         """Rows of the batch; of a convolution, places of its input."""
         features = self.shape[-1 - (len(self.arguments[0]) if self.product == "conv" else 0)]
         return math.prod(self.shape) // max(1, features)
+
+    def choice(self, weight: RPQWeight) -> tuple[Plan, ...]:
+        """The plans that differ; some convolutions cannot contract, and expand whatever is asked for."""
+        if self.product == "conv":
+            groups = self.arguments[3]
+            if not ConvContract.fits(weight.spec.codebook_dim, weight.layout.shape, groups):
+                return ("expand",)
+        return ("expand", "contract")
 
     def input(self) -> Tensor:
         """A random input like the one there was. No global random state is used."""

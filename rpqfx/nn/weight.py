@@ -213,8 +213,11 @@ class RPQWeight(nn.Module):
             y = ops.linear_t(self._zero(x, -1), self.tensors, self.spec.grad_factor, self.plan)
             y = y if rows is None else y[..., rows]
         else:
-            some = self.tensors if rows is None else self.tensors.vectors(rows)
-            y = self._zero(ops.linear(x, some, self.spec.grad_factor, self.plan), -1)
+            some, zeroed = self.tensors if rows is None else self.tensors.vectors(rows), self.layout.zero_vector
+            y = ops.linear(x, some, bias if zeroed is None else None, self.spec.grad_factor, self.plan)
+            if zeroed is None:
+                return y
+            y = self._zero(y, -1)
         return y if bias is None else y + bias.to(y.dtype)
 
     def linear_t(self, y: Tensor) -> Tensor:
@@ -230,7 +233,7 @@ class RPQWeight(nn.Module):
             InputError: If width or dtype of ``y`` do not fit.
         """
         if self.layout.transposed:
-            return self._zero(ops.linear(y, self.tensors, self.spec.grad_factor, self.plan), -1)
+            return self._zero(ops.linear(y, self.tensors, None, self.spec.grad_factor, self.plan), -1)
         return ops.linear_t(self._zero(y, -1), self.tensors, self.spec.grad_factor, self.plan)
 
     def conv(
@@ -264,11 +267,10 @@ class RPQWeight(nn.Module):
         """
         if self.layout.transposed or self.layout.lead != 1:
             raise SpecError("a convolution's vectors are its filters (rows of its weight)")
-        y = ops.conv(
-            x, self.tensors, self.layout.shape, stride=stride, padding=padding, dilation=dilation, groups=groups,
+        return ops.conv(
+            x, self.tensors, self.layout.shape, bias, stride=stride, padding=padding, dilation=dilation, groups=groups,
             transposed=transposed, output_padding=output_padding, grad_factor=self.spec.grad_factor, plan=self.plan,
         )  # fmt: skip
-        return y if bias is None else y + bias.to(y.dtype).view(-1, *[1] * len(stride))
 
     def extra_repr(self) -> str:
         """The numbers of the spec, and what was chosen besides."""

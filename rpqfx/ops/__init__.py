@@ -1,5 +1,6 @@
 """Differentiable operations on codebook-held matrices."""
 
+from rpqfx.ops import rules as rules
 from rpqfx.ops.plan import PLANS, Plan
 from rpqfx.ops.products import Tensors, conv, expand, linear, linear_t, lookup, scale_grad
 

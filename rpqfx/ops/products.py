@@ -6,6 +6,7 @@ autocast as the dense operation does, and saves nothing of weight size for backw
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -13,9 +14,11 @@ from torch import Tensor
 
 from rpqfx import codebook
 from rpqfx.errors import InputError
-from rpqfx.ops.forms import Contract, Conv, Form, Matmul
-from rpqfx.ops.functions import Expand, Left, Out
-from rpqfx.ops.plan import Plan, cheaper
+from rpqfx.ops.conv_contract import ConvContract
+from rpqfx.ops.conv_forms import Conv
+from rpqfx.ops.forms import Contract, Form, Matmul
+from rpqfx.ops.functions import Expand, Left, Lookup, Out, Slow
+from rpqfx.ops.plan import Plan, cheaper, cheaper_conv
 
 
 class Tensors(NamedTuple):
@@ -40,34 +43,37 @@ class Tensors(NamedTuple):
 
 def expand(weight: Tensors, grad_factor: float = 1.0) -> Tensor:
     """The matrix ``[N, D]`` (see ``rpqfx.codebook.expand``)."""
-    return Expand.apply(_slow(weight.codebooks, grad_factor), weight.scale, weight.codes, weight.signs, False)
+    return Expand.apply(_slow(weight.codebooks, grad_factor), weight.codes, weight.scale, weight.signs)
 
 
 def lookup(ids: Tensor, weight: Tensors, grad_factor: float = 1.0, sparse: bool = False) -> Tensor:
     """Rows ``[*ids.shape, D]``; ``sparse`` asks for a sparse gradient of the codebooks."""
-    some = weight.vectors(ids.reshape(-1))
-    rows = Expand.apply(_slow(some.codebooks, grad_factor), some.scale, some.codes, some.signs, sparse)
-    return rows.reshape(*ids.shape, rows.shape[-1])
+    books = _slow(weight.codebooks, grad_factor)
+    return Lookup.apply(ids, books, weight.codes, weight.scale, weight.signs, sparse)
 
 
-def linear(x: Tensor, weight: Tensors, grad_factor: float = 1.0, plan: Plan = "auto") -> Tensor:
-    """``x @ W.T``: ``[..., D]`` to ``[..., N]``."""
-    x, books, scale = _prepare(x, weight, weight.codes.shape[1] * weight.codebooks.shape[3])
-    y = Out.apply(_form(x, weight, plan), x, _slow(books, grad_factor), weight.codes, weight.signs)
-    return y if scale is None else y * scale
+def linear(
+    x: Tensor, weight: Tensors, bias: Tensor | None = None, grad_factor: float = 1.0, plan: Plan = "auto"
+) -> Tensor:
+    """``x @ W.T + bias``: ``[..., D]`` to ``[..., N]``."""
+    x, scale = _prepare(x, weight, weight.codes.shape[1] * weight.codebooks.shape[3])
+    books, inside = _slow(weight.codebooks, grad_factor), bias if scale is None else None
+    y = Out.apply(_form(x, weight, plan), x, books, weight.codes, weight.signs, inside)
+    return y if scale is None else _scaled(y, scale, bias)
 
 
 def linear_t(y: Tensor, weight: Tensors, grad_factor: float = 1.0, plan: Plan = "auto") -> Tensor:
     """``y @ W``: ``[..., N]`` to ``[..., D]``."""
-    y, books, scale = _prepare(y, weight, weight.codes.shape[2])
+    y, scale = _prepare(y, weight, weight.codes.shape[2])
     y = y if scale is None else y * scale
-    return Left.apply(_form(y, weight, plan), y, _slow(books, grad_factor), weight.codes, weight.signs)
+    return Left.apply(_form(y, weight, plan), y, _slow(weight.codebooks, grad_factor), weight.codes, weight.signs)
 
 
 def conv(
     x: Tensor,
     weight: Tensors,
     weight_shape: tuple[int, ...],
+    bias: Tensor | None = None,
     *,
     stride: tuple[int, ...],
     padding: tuple[int, ...],
@@ -84,6 +90,7 @@ def conv(
         x: ``[B, C, *spatial]`` or, without a batch, ``[C, *spatial]``.
         weight: Its tensors; ``N`` is ``weight_shape[0]``.
         weight_shape: Of the dense weight.
+        bias: One number a channel of the result, or None.
         stride: Per spatial axis, as the rest.
         padding: Zeros added on both sides.
         dilation: Spacing of the filter's taps.
@@ -91,27 +98,37 @@ def conv(
         transposed: Whether it is a transposed convolution.
         output_padding: Of a transposed convolution.
         grad_factor: What the gradient of the codebooks is multiplied by.
-        plan: How it runs.
+        plan: How it runs. ``"contract"`` needs sub-vectors of whole channels (``d`` a multiple of the taps) and
+            one channel group; where it cannot be, the filters are expanded.
 
     Returns:
         As the dense convolution.
     """
     channels = weight_shape[0] if transposed else weight_shape[1] * groups
-    x, books, scale = _prepare(x, weight, channels, axis=-1 - len(stride))
+    x, scale = _prepare(x, weight, channels, axis=-1 - len(stride))
+    books = _slow(weight.codebooks, grad_factor)
     if x.dim() == len(stride) + 1:
         return conv(
-            x[None], weight, weight_shape, stride=stride, padding=padding, dilation=dilation, groups=groups,
+            x[None], weight, weight_shape, bias, stride=stride, padding=padding, dilation=dilation, groups=groups,
             transposed=transposed, output_padding=output_padding, grad_factor=grad_factor, plan=plan,
         )[0]  # fmt: skip
     per_channel = None if scale is None else scale.view(-1, *[1] * len(stride))
     if transposed and per_channel is not None:
         x = x * per_channel
-    form = Conv(
+    if not ConvContract.fits(books.shape[3], weight_shape, groups):
+        plan = "expand"
+    elif plan == "auto":
+        positions = x.numel() // channels // (1 if transposed else math.prod(stride))  # of the vectors' maps, about
+        plan = cheaper_conv(books.shape, weight.codes.shape, positions, x.device)
+    form = (ConvContract if plan == "contract" else Conv)(
         books.shape[1], books.shape[2], weight_shape, tuple(x.shape[2:]), stride, padding, dilation, transposed,
         output_padding or (0,) * len(stride), groups,
     )  # fmt: skip
-    y = Out.apply(form, x, _slow(books, grad_factor), weight.codes, weight.signs)
-    return y if transposed or per_channel is None else y * per_channel
+    inside = bias if transposed or per_channel is None else None
+    y = Out.apply(form, x, books, weight.codes, weight.signs, inside)
+    if transposed or per_channel is None:
+        return y
+    return _scaled(y, per_channel, None if bias is None else bias.view(per_channel.shape))
 
 
 def scale_grad(x: Tensor, factor: Tensor | float) -> Tensor:
@@ -121,7 +138,12 @@ def scale_grad(x: Tensor, factor: Tensor | float) -> Tensor:
 
 
 def _slow(codebooks: Tensor, grad_factor: float) -> Tensor:
-    return codebooks if grad_factor == 1.0 else scale_grad(codebooks, grad_factor)
+    return codebooks if grad_factor == 1.0 else Slow.apply(codebooks, grad_factor)
+
+
+def _scaled(y: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    y = y * scale
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 def _form(x: Tensor, weight: Tensors, plan: Plan) -> Form:
@@ -131,8 +153,8 @@ def _form(x: Tensor, weight: Tensors, plan: Plan) -> Form:
     return (Contract if plan == "contract" else Matmul)(shape[1], shape[2])
 
 
-def _prepare(x: Tensor, weight: Tensors, width: int, axis: int = -1) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Checks the input; casts as autocast would for the dense operation."""
+def _prepare(x: Tensor, weight: Tensors, width: int, axis: int = -1) -> tuple[Tensor, Tensor | None]:
+    """Checks the input; casts it and the scale as autocast would for the dense operation."""
     books, scale = weight.codebooks, weight.scale
     if x.dim() < -axis or x.shape[axis] != width:
         raise InputError(f"expected {width} features in dimension {axis} of the input, got shape {tuple(x.shape)}")
@@ -143,7 +165,7 @@ def _prepare(x: Tensor, weight: Tensors, width: int, axis: int = -1) -> tuple[Te
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and torch.float64 not in (x.dtype, books.dtype):
         dtype = torch.get_autocast_dtype(kind)
-        return x.to(dtype), books.to(dtype), None if scale is None else scale.to(dtype)
+        return x.to(dtype), None if scale is None else scale.to(dtype)
     if x.dtype != books.dtype:
         raise InputError(f"the input is {x.dtype} and the codebooks are {books.dtype}; convert one with .to(dtype)")
-    return x, books, scale
+    return x, scale

@@ -22,24 +22,64 @@ def arguments() -> dict[str, tuple[Any, ...]]:
     held = (books, codes, signs)
     x, y, image = randn(1, 5, 8), randn(2, 5, 12), randn(3, 2, 2, 5, 6)
     out = randn(4, 2, 12, 6, 3)
+    plain, scale = held[:2], randn(5, 12)
+    table, maps = randn(6, 2, *codes.shape[:2], SPEC.entries, 3), randn(7, 2, 12, 3)
     return {
-        "contract": (x, *held),
+        "contract": (x, *held, scale),
         "contract_t": (y, *held),
         "accumulate": (x, y, codes, signs, SPEC.books, SPEC.entries),
         "contract_grads": (x, y, *held),
-        "matmul": (x, *held),
+        "matmul": (x, *held, None),
         "matmul_t": (y, *held),
         "matmul_book": (x, y, codes, signs, SPEC.books, SPEC.entries),
         "conv": (image, *held, *CONV),
         "conv_book": (image, out, codes, signs, *CONV, SPEC.books, SPEC.entries),
+        "expand": (*plain, scale, signs),
+        "lookup": (torch.tensor([[3, 0], [11, 3]]), *plain, scale, signs),
+        "collect": (randn(8, 12, 8), codes, signs, SPEC.books, SPEC.entries),
+        "gather_sum": (table, codes),
+        "bin_sum": (maps, codes, SPEC.entries),
     }
 
 
 @pytest.mark.parametrize("name", sorted(arguments()))
 def test_operators_keep_torchs_rules(name: str) -> None:
-    """Schema, fake and dispatch agree (gradients are those of the Functions around them)."""
-    operator = getattr(torch.ops.rpqfx, name).default
-    torch.library.opcheck(operator, arguments()[name], test_utils=("test_schema", "test_faketensor"))
+    """Schema, fake, gradient and tracing agree, in the dtypes of the kernels and of the plain operators."""
+    for dtype in (torch.float64, torch.float32):
+        args = [cast(arg, dtype) for arg in arguments()[name]]
+        torch.library.opcheck(getattr(torch.ops.rpqfx, name).default, args)
+
+
+@pytest.mark.parametrize("name", sorted(arguments()))
+def test_gradients_of_operators_are_right_to_the_second_order(name: str) -> None:
+    operator = getattr(torch.ops.rpqfx, name)
+    args = [cast(arg, torch.float64) for arg in arguments()[name]]
+    places = [i for i, arg in enumerate(args) if isinstance(arg, Tensor) and arg.requires_grad]
+
+    def run(*floats: Tensor) -> Any:
+        return operator(*[floats[places.index(i)] if i in places else arg for i, arg in enumerate(args)])
+
+    assert places
+    inputs = [args[i] for i in places]
+    assert torch.autograd.gradcheck(run, inputs) and torch.autograd.gradgradcheck(run, inputs)
+
+
+@pytest.mark.parametrize("name", ["contract", "contract_t", "matmul", "matmul_t", "conv"])
+def test_autocast_runs_products_in_its_dtype(name: str) -> None:
+    """As dense products do; the gradient of the codebooks is float32 all the same."""
+    args = [cast(arg, torch.float32) for arg in arguments()[name]]
+    with torch.autocast("cpu", torch.bfloat16):
+        y = getattr(torch.ops.rpqfx, name)(*args)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert args[1].grad.dtype == torch.float32
+
+
+def cast(arg: Any, dtype: torch.dtype) -> Any:
+    """Floating tensors as leaves of that dtype, all else as it is."""
+    if not isinstance(arg, Tensor) or not arg.is_floating_point():
+        return arg
+    return arg.detach().to(dtype).requires_grad_()
 
 
 def kept_by_compiler(layer: nn.Module, x: Tensor) -> list[int]:

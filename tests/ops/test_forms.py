@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rpqfx.codebook import CodebookSpec
-from rpqfx.ops.forms import Contract, Conv, Form, Matmul
+from rpqfx.ops.conv_forms import Conv
+from rpqfx.ops.forms import Contract, Form, Matmul
 from tests.helpers import assert_same, naive_expand, randn, seeds, specs, stored
 
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from rpqfx.codebook import CodebookSpec
-from rpqfx.ops.forms import Contract, Conv, Form, Matmul
-from rpqfx.ops.functions import Book, Collect, Expand, Grads, Left, Out
+from rpqfx.ops.conv_forms import Conv
+from rpqfx.ops.forms import Contract, Form, Matmul
+from rpqfx.ops.functions import Book, Collect, Expand, Grads, Left, Lookup, Out
 from tests.helpers import assert_same, naive_expand, randn, stored
 
 SPEC = CodebookSpec(5, 6, 2, entries=3, stages=2, books=3, scale=True, signs=True)
@@ -42,7 +43,7 @@ def test_products_have_right_gradients_of_first_and_second_order(name: str, with
     signs = signs if with_signs else None
     x, y, books = (t.clone().requires_grad_() for t in (x, y, books))
     for function, inputs in (
-        (lambda x, books: Out.apply(form, x, books, codes, signs), (x, books)),
+        (lambda x, books: Out.apply(form, x, books, codes, signs, None), (x, books)),
         (lambda y, books: Left.apply(form, y, books, codes, signs), (y, books)),
         (lambda x, y: Book.apply(form, x, y, codes, signs), (x, y)),
         (lambda x, y, books: Grads.apply(form, x, y, books, codes, signs), (x, y, books)),
@@ -59,7 +60,7 @@ def test_expand_and_collect_have_right_gradients_of_first_and_second_order(with_
     books, scale, grad = (t.clone().requires_grad_() for t in (books, scale, randn(5, 5, 6)))
 
     def expand(books: Tensor, scale: Tensor | None = None) -> Tensor:
-        return Expand.apply(books, scale, codes, signs, False)
+        return Expand.apply(books, codes, scale, signs)
 
     inputs = (books, scale) if with_scale else (books,)
     assert_same(expand(*inputs), naive_expand(books, codes, scale if with_scale else None, signs))
@@ -80,7 +81,7 @@ def test_expand_gives_a_sparse_gradient_when_asked() -> None:
     grads = []
     for sparse in (False, True):
         leaf = books.clone().requires_grad_()
-        Expand.apply(leaf, scale, codes, signs, sparse).backward(grad)
+        Lookup.apply(torch.arange(5), leaf, codes, scale, signs, sparse).backward(grad)
         assert leaf.grad.is_sparse == sparse
         grads.append(leaf.grad.to_dense())
     assert_same(grads[1], grads[0])
@@ -111,7 +112,7 @@ def test_vmap_of_products_is_one_call_a_sample(name: str, in_dims: tuple[int | N
         args = (batched(tensor, in_dims[0]), books if in_dims[1] == 0 else books[0])
 
         def run(a: Tensor, b: Tensor, function: Any = function) -> Tensor:
-            return function.apply(form, a, b, codes, signs)
+            return function.apply(form, a, b, codes, signs, *[None] * (function is Out))
 
         dims = (in_dims[0] % args[0].dim() if in_dims[0] is not None else None, in_dims[1])
         assert_same(torch.vmap(run, in_dims)(*args), one_by_one(run, dims, *args))
@@ -156,7 +157,7 @@ def test_vmap_of_expand_is_one_call_a_sample(in_dims: tuple[int | None, ...]) ->
     args = [t if d == 0 else t[0] for t, d in zip((books, scale, codes), in_dims, strict=True)]
 
     def run(books: Tensor, scale: Tensor, codes: Tensor) -> Tensor:
-        return Expand.apply(books, scale, codes, signs, False)
+        return Expand.apply(books, codes, scale, signs)
 
     assert_same(torch.vmap(run, in_dims)(*args), one_by_one(run, in_dims, *args))
 
@@ -179,11 +180,13 @@ def test_a_gradient_that_nobody_wants_is_not_computed(monkeypatch: pytest.Monkey
         method = getattr(Contract, name)
         monkeypatch.setattr(Contract, name, lambda *a, m=method, n=name: called.append(n) or m(*a))
     x = randn(1, 2, 6)
-    Out.apply(Contract(3, 3), x.clone().requires_grad_(), books, codes, signs).sum().backward()
+    Out.apply(Contract(3, 3), x.clone().requires_grad_(), books, codes, signs, None).sum().backward()
     assert called == ["left"]
     called.clear()
-    Out.apply(Contract(3, 3), x, books.clone().requires_grad_(), codes, signs).sum().backward()
+    Out.apply(Contract(3, 3), x, books.clone().requires_grad_(), codes, signs, None).sum().backward()
     assert called == ["book"]
     called.clear()
-    Out.apply(Contract(3, 3), x.clone().requires_grad_(), books.clone().requires_grad_(), codes, signs).sum().backward()
+    Out.apply(
+        Contract(3, 3), x.clone().requires_grad_(), books.clone().requires_grad_(), codes, signs, None
+    ).sum().backward()
     assert called == ["grads"]

@@ -42,7 +42,7 @@ def test_linear_and_linear_t_are_the_dense_products_with_their_gradients(
             (ops.linear, F.linear, spec.dim), (ops.linear_t, torch.matmul, spec.num_vectors),
         ):  # fmt: skip
             x = randn(seed + 1, *batch, width).requires_grad_()
-            ours = form(x, ops.Tensors(books, codes, scale, signs), factor)
+            ours = form(x, ops.Tensors(books, codes, scale, signs), grad_factor=factor)
             theirs = dense(x, naive_expand(books, codes, scale, signs))
             assert_same(ours, theirs)
             expected = gradients(theirs, {**leaves, "x": x}, factors={"books": factor})

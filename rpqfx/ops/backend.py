@@ -1,0 +1,63 @@
+"""Which implementation of the operations runs: compiled for the CPU, Triton's on a GPU, or torch's own operators.
+
+A backend is a module with the functions below, which mean what ``rpqfx.codebook`` and ``rpqfx.maps`` say, without
+gradients. All take every shape; ``choose`` sees to device and dtype.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from rpqfx.ops import reference
+from rpqfx.ops.cpu import build, kernels
+
+
+class Backend(Protocol):
+    """The functions of a backend."""
+
+    def contract(
+        self, x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        """``x @ W.T + bias``."""
+
+    def contract_t(self, y: Tensor, codebooks: Tensor, codes: Tensor, *, signs: Tensor | None) -> Tensor:
+        """``y @ W``."""
+
+    def accumulate(self, x: Tensor, y: Tensor, codes: Tensor, books: int, entries: int, signs: Tensor | None) -> Tensor:
+        """The gradient of the codebooks in ``contract``."""
+
+    def contract_grads(
+        self, x: Tensor, y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Both gradients of ``contract``."""
+
+    def expand(self, codebooks: Tensor, codes: Tensor, scale: Tensor | None, signs: Tensor | None) -> Tensor:
+        """``W``."""
+
+    def lookup(
+        self, ids: Tensor, codebooks: Tensor, codes: Tensor, scale: Tensor | None, signs: Tensor | None
+    ) -> Tensor:
+        """``W[ids]``."""
+
+    def collect(self, grad: Tensor, codes: Tensor, books: int, entries: int, signs: Tensor | None) -> Tensor:
+        """The adjoint of ``expand``."""
+
+    def gather_sum(self, table: Tensor, codes: Tensor) -> Tensor:
+        """Sums of maps, picked by codes."""
+
+    def bin_sum(self, y: Tensor, codes: Tensor, entries: int, runs: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """The adjoint of ``gather_sum``."""
+
+
+def choose(x: Tensor, codes: Tensor) -> Backend:
+    """The fastest backend for a tensor that is computed with, and for codes.
+
+    Whatever is not a plain tensor with numbers in it (a fake or a traced one, say) gets torch's own operators.
+    """
+    plain = type(x) in (Tensor, nn.Parameter) and type(codes) is Tensor and not torch.compiler.is_compiling()
+    if plain and x.device.type == "cpu" and kernels.take(x.dtype, codes.dtype) and build.ready():
+        return cast(Backend, kernels)
+    return cast(Backend, reference)

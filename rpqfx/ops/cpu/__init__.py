@@ -1,0 +1,1 @@
+"""The operations on CPUs, through kernels that are compiled on first use."""

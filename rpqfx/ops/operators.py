@@ -1,0 +1,227 @@
+"""What forms run, as operators of their own: compilers see each as one step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rpqfx import steps
+from rpqfx.ops.backend import choose
+
+# Holds what rpqfx.ops.rules adds to the operators.
+LIBRARY = torch.library.Library("rpqfx", "FRAGMENT")
+
+
+def _operator(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """``run``, which compiled graphs see as one operator; ``fake`` makes a result of the right shape from shapes.
+
+    A compiler that saw inside would find the same expansion (or the same bins) in the forward and in the backward,
+    merge the two and keep the result between them; and it would have to settle on blocks for every batch at once.
+    Exported graphs (torch.export's default, non-strict way) are of torch's operators alone, so that they need nothing
+    of this library.
+    """
+    operator = torch.library.custom_op(f"rpqfx::{name}", run, mutates_args=(), schema=schema)
+    operator.register_fake(fake)
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():  # and not in torch.export, whose tracing runs the code itself
+            return operator(*args)
+        return run(*args)
+
+    return call
+
+
+# ------------------------------------------------------------------------------------------- through tables and bins
+
+
+def _run_contract(x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None, bias: Tensor | None) -> Tensor:
+    bias = None if bias is None else bias.to(x.dtype)
+    return choose(x, codes).contract(x, codebooks.to(x.dtype), codes, signs, bias)
+
+
+def _fake_contract(x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], codes.shape[2])
+
+
+def _run_contract_t(y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
+    return choose(y, codes).contract_t(y, codebooks.to(y.dtype), codes, signs=signs)
+
+
+def _fake_contract_t(y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
+    return y.new_empty(*y.shape[:-1], codes.shape[1] * codebooks.shape[3])
+
+
+def _run_accumulate(x: Tensor, y: Tensor, codes: Tensor, signs: Tensor | None, books: int, entries: int) -> Tensor:
+    return choose(x, codes).accumulate(x, y, codes, books, entries, signs)
+
+
+def _fake_accumulate(x: Tensor, y: Tensor, codes: Tensor, signs: Tensor | None, books: int, entries: int) -> Tensor:
+    shape = (codes.shape[0], books, entries, x.shape[-1] // codes.shape[1])
+    return x.new_empty(shape, dtype=steps.sum_dtype(x.dtype))
+
+
+def _run_contract_grads(
+    x: Tensor, y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return choose(x, codes).contract_grads(x, y, codebooks.to(x.dtype), codes, signs)
+
+
+def _fake_contract_grads(
+    x: Tensor, y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(codebooks.shape, dtype=steps.sum_dtype(x.dtype))
+
+
+# --------------------------------------------------------------------------------------- through the expanded matrix
+
+
+def _expanded(like: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
+    return choose(like, codes).expand(codebooks.to(like.dtype), codes, None, signs)
+
+
+def _run_matmul(x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None, bias: Tensor | None) -> Tensor:
+    return F.linear(x, _expanded(x, codebooks, codes, signs), None if bias is None else bias.to(x.dtype))
+
+
+def _run_matmul_t(y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
+    return torch.matmul(y, _expanded(y, codebooks, codes, signs))
+
+
+def _run_matmul_book(x: Tensor, y: Tensor, codes: Tensor, signs: Tensor | None, books: int, entries: int) -> Tensor:
+    weight = y.reshape(-1, y.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+    return choose(x, codes).collect(weight, codes, books, entries, signs)
+
+
+def _run_conv(
+    x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None, weight_shape: Sequence[int],
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], transposed: bool,
+    output_padding: Sequence[int], groups: int,
+) -> Tensor:  # fmt: skip
+    weight = _expanded(x, codebooks, codes, signs).view(tuple(weight_shape))
+    y = torch.convolution(x, weight, None, stride, padding, dilation, transposed, output_padding, groups)
+    return y.contiguous(memory_format=_memory_format(x))  # nothing to do but where a backend has an order of its own
+
+
+def _fake_conv(
+    x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None, weight_shape: Sequence[int],
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], transposed: bool,
+    output_padding: Sequence[int], groups: int,
+) -> Tensor:  # fmt: skip
+    """Counted out, since torch's own picks a backend by the batch's size and so binds a compiled graph to it."""
+    geometry = zip(x.shape[2:], weight_shape[2:], stride, padding, dilation, output_padding, strict=True)
+    sizes = [
+        (n - 1) * s - 2 * p + d * (k - 1) + more + 1 if transposed else (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d, more in geometry
+    ]
+    shape = (x.shape[0], weight_shape[1] * groups if transposed else weight_shape[0], *sizes)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    """Channels last where the input is, so that the order of a convolution's result is known without running it."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim(), torch.contiguous_format)
+    return torch.contiguous_format if x.is_contiguous() or not x.is_contiguous(memory_format=last) else last
+
+
+def _run_conv_book(
+    x: Tensor, y: Tensor, codes: Tensor, signs: Tensor | None, weight_shape: Sequence[int], stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int], transposed: bool, output_padding: Sequence[int], groups: int,
+    books: int, entries: int,
+) -> Tensor:  # fmt: skip
+    weight = x.new_empty(()).expand(tuple(weight_shape))
+    _, grad, _ = torch.ops.aten.convolution_backward(
+        y, x, weight, None, stride, padding, dilation, transposed, output_padding, groups, (False, True, False)
+    )
+    return choose(x, codes).collect(grad.reshape(weight_shape[0], -1), codes, books, entries, signs)
+
+
+def _fake_conv_book(
+    x: Tensor, y: Tensor, codes: Tensor, signs: Tensor | None, weight_shape: Sequence[int], stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int], transposed: bool, output_padding: Sequence[int], groups: int,
+    books: int, entries: int,
+) -> Tensor:  # fmt: skip
+    shape = (codes.shape[0], books, entries, math.prod(weight_shape[1:]) // codes.shape[1])
+    return x.new_empty(shape, dtype=steps.sum_dtype(x.dtype))
+
+
+# ------------------------------------------------------------------------------------------------ of rows and of maps
+
+
+def _run_expand(codebooks: Tensor, codes: Tensor, scale: Tensor | None, signs: Tensor | None) -> Tensor:
+    return choose(codebooks, codes).expand(codebooks, codes, scale, signs)
+
+
+def _fake_expand(codebooks: Tensor, codes: Tensor, scale: Tensor | None, signs: Tensor | None) -> Tensor:
+    return codebooks.new_empty(codes.shape[2], codes.shape[1] * codebooks.shape[3])
+
+
+def _run_lookup(ids: Tensor, codebooks: Tensor, codes: Tensor, scale: Tensor | None, signs: Tensor | None) -> Tensor:
+    return choose(codebooks, codes).lookup(ids, codebooks, codes, scale, signs)
+
+
+def _fake_lookup(ids: Tensor, codebooks: Tensor, codes: Tensor, scale: Tensor | None, signs: Tensor | None) -> Tensor:
+    return codebooks.new_empty(*ids.shape, codes.shape[1] * codebooks.shape[3])
+
+
+def _run_collect(grad: Tensor, codes: Tensor, signs: Tensor | None, books: int, entries: int) -> Tensor:
+    return choose(grad, codes).collect(grad, codes, books, entries, signs)
+
+
+def _fake_collect(grad: Tensor, codes: Tensor, signs: Tensor | None, books: int, entries: int) -> Tensor:
+    shape = (codes.shape[0], books, entries, grad.shape[-1] // codes.shape[1])
+    return grad.new_empty(shape, dtype=steps.sum_dtype(grad.dtype))
+
+
+def _run_gather_sum(table: Tensor, codes: Tensor) -> Tensor:
+    return choose(table, codes).gather_sum(table, codes)
+
+
+def _fake_gather_sum(table: Tensor, codes: Tensor) -> Tensor:
+    return table.new_empty(table.shape[0], codes.shape[2], table.shape[4])
+
+
+def _run_bin_sum(y: Tensor, codes: Tensor, entries: int, runs: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    return choose(y, codes).bin_sum(y, codes, entries, runs)
+
+
+def _fake_bin_sum(y: Tensor, codes: Tensor, entries: int) -> Tensor:
+    stages, sub_vectors, _ = codes.shape
+    return y.new_empty(y.shape[0], stages, sub_vectors, entries, y.shape[2], dtype=steps.sum_dtype(y.dtype))
+
+
+_HELD = "Tensor codebooks, Tensor codes, Tensor? signs"
+_ROWS = "Tensor codebooks, Tensor codes, Tensor? scale, Tensor? signs"
+_CODED = "Tensor codes, Tensor? signs"
+_GEOMETRY = (
+    "SymInt[] weight_shape, SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool transposed, "
+    "SymInt[] output_padding, SymInt groups"
+)
+_COUNTS = "int books, int entries"
+
+contract = _operator("contract", f"(Tensor x, {_HELD}, Tensor? bias) -> Tensor", _run_contract, _fake_contract)
+contract_t = _operator("contract_t", f"(Tensor y, {_HELD}) -> Tensor", _run_contract_t, _fake_contract_t)
+accumulate = _operator(
+    "accumulate", f"(Tensor x, Tensor y, {_CODED}, {_COUNTS}) -> Tensor", _run_accumulate, _fake_accumulate
+)
+contract_grads = _operator(
+    "contract_grads", f"(Tensor x, Tensor y, {_HELD}) -> (Tensor, Tensor)", _run_contract_grads, _fake_contract_grads
+)
+matmul = _operator("matmul", f"(Tensor x, {_HELD}, Tensor? bias) -> Tensor", _run_matmul, _fake_contract)
+matmul_t = _operator("matmul_t", f"(Tensor y, {_HELD}) -> Tensor", _run_matmul_t, _fake_contract_t)
+matmul_book = _operator(
+    "matmul_book", f"(Tensor x, Tensor y, {_CODED}, {_COUNTS}) -> Tensor", _run_matmul_book, _fake_accumulate
+)
+conv = _operator("conv", f"(Tensor x, {_HELD}, {_GEOMETRY}) -> Tensor", _run_conv, _fake_conv)
+conv_book = _operator(
+    "conv_book", f"(Tensor x, Tensor y, {_CODED}, {_GEOMETRY}, {_COUNTS}) -> Tensor", _run_conv_book, _fake_conv_book
+)
+expand = _operator("expand", f"({_ROWS}) -> Tensor", _run_expand, _fake_expand)
+lookup = _operator("lookup", f"(Tensor ids, {_ROWS}) -> Tensor", _run_lookup, _fake_lookup)
+collect = _operator("collect", f"(Tensor grad, {_CODED}, {_COUNTS}) -> Tensor", _run_collect, _fake_collect)
+gather_sum = _operator("gather_sum", "(Tensor table, Tensor codes) -> Tensor", _run_gather_sum, _fake_gather_sum)
+bin_sum = _operator("bin_sum", "(Tensor y, Tensor codes, int entries) -> Tensor", _run_bin_sum, _fake_bin_sum)
