@@ -99,9 +99,8 @@ def _command() -> list[str]:
     includes = [f"-I{path}" for path in cpp_extension.include_paths("cpu")]
     libraries = [item for path in cpp_extension.library_paths("cpu") for item in (f"-L{path}", f"-Wl,-rpath,{path}")]
     return [
-        cpp_extension.get_cxx_compiler(), "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-shared", "-fopenmp", "-w",
-        *flags, *includes,
-        str(_SOURCE), *libraries, "-ltorch_cpu", "-lc10",
+        cpp_extension.get_cxx_compiler(), "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-shared", "-fopenmp",
+        "-w", *flags, *includes, str(_SOURCE), *libraries, "-ltorch_cpu", "-lc10",
     ]  # fmt: skip
 
 
