@@ -67,42 +67,59 @@ Tensor bin_sum(const Tensor& y, const Tensor& codes, const std::optional<Tensor>
   return bins;
 }
 
-// y [B, N] as lines of WIDE rows of the batch: [ceil(B / WIDE), N, WIDE], float32, zero past the last row.
-Tensor turn(const Tensor& y) {
-  const int64_t rows = y.size(0), vectors = y.size(1), blocks = (rows + WIDE - 1) / WIDE;
-  const int64_t tiles = (vectors + LANES - 1) / LANES;
-  Tensor lines = at::empty({blocks, vectors, WIDE}, y.options().dtype(at::kFloat));
-  by_float(y, [&](auto scalar) {
-    using T = decltype(scalar);
-    at::parallel_for(0, blocks * tiles, 16, [&](int64_t begin, int64_t end) {
-      alignas(64) float part[LANES * LANES];
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t block = task / tiles, n = task % tiles * LANES, count = std::min(LANES, vectors - n);
-        for (int64_t from = 0; from < WIDE; from += LANES) {
-          for (int64_t i = 0; i < LANES; ++i) {
-            const int64_t row = block * WIDE + from + i;
-            (row < rows ? load(y.const_data_ptr<T>() + row * vectors + n, count) : Vec(0)).store(part + i * LANES);
-          }
-          float* out = lines.data_ptr<float>() + (block * vectors + n) * WIDE + from;
-          at::vec::transpose_mxn<float>(part, LANES, out, WIDE, LANES, count);
+// y [B, N] as lines [ceil(B / WIDE), N, WIDE] of float32, zero past the last row.
+template <typename T>
+void turn(const T* y, int64_t rows, int64_t vectors, float* lines) {
+  const int64_t tiles = (vectors + LANES - 1) / LANES, blocks = (rows + WIDE - 1) / WIDE;
+  at::parallel_for(0, blocks * tiles, 16, [&](int64_t begin, int64_t end) {
+    alignas(64) float part[LANES * LANES];
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t block = task / tiles, n = task % tiles * LANES, count = std::min(LANES, vectors - n);
+      for (int64_t from = 0; from < WIDE; from += LANES) {
+        for (int64_t i = 0; i < LANES; ++i) {
+          const int64_t row = block * WIDE + from + i;
+          (row < rows ? load(y + row * vectors + n, count) : Vec(0)).store(part + i * LANES);
         }
+        float* out = lines + (block * vectors + n) * WIDE + from;
+        at::vec::transpose_mxn<float>(part, LANES, out, WIDE, LANES, count);
       }
+    }
+  });
+}
+
+// Rows [B, N] of a batch summed into bins by codes, some rows at a time, in memory that serves them all.
+class RowBins {
+ public:
+  RowBins(const Tensor& codes, const std::optional<Tensor>& signs, int64_t entries, int64_t rows)
+      : codes_(codes), signs_(signs), entries_(entries), uses_(codes.size(0) * codes.size(1)) {
+    const int64_t fit = std::max(BIN_ELEMENTS / (uses_ * entries * WIDE), BIN_BLOCKS);
+    const int64_t blocks = std::min(fit, (rows + WIDE - 1) / WIDE);
+    at_once = blocks * WIDE;
+    const auto floats = codes.options().dtype(at::kFloat);
+    lines_ = at::empty({codes.size(2) * at_once}, floats);
+    bins_ = at::empty({uses_ * entries * at_once}, floats);
+  }
+
+  // y [b, N], b up to at_once: [R, M, K, b].
+  Tensor fill(const Tensor& y) {
+    const int64_t rows = y.size(0), vectors = y.size(1), blocks = (rows + WIDE - 1) / WIDE, line = blocks * WIDE;
+    by_float(y, [&](auto scalar) {
+      turn(y.const_data_ptr<decltype(scalar)>(), rows, vectors, lines_.data_ptr<float>());
     });
-  });
-  return lines;
-}
-// y [B, N] summed into bins by codes: [R, M, K, ceil(B / WIDE) * WIDE], float32, zero past the last row.
-Tensor bin_rows(const Tensor& y, const Tensor& codes, const std::optional<Tensor>& signs, int64_t entries) {
-  TORCH_CHECK_VALUE(y.dim() == 2 && y.is_contiguous() && y.size(1) == codes.size(2), "y ", y.sizes(),
-                    " does not go with codes ", codes.sizes());
-  const Tensor lines = turn(y);
-  const int64_t blocks = lines.size(0);
-  Tensor bins = at::empty({codes.size(0), codes.size(1), entries, blocks * WIDE}, lines.options());
-  by_code(codes, signs, entries, [&](auto held) {
-    fill_bins(lines.const_data_ptr<float>(), blocks, WIDE, WIDE, held, entries, bins.data_ptr<float>(), WIDE,
-              blocks * WIDE);
-  });
-  return bins;
-}
+    by_code(codes_, signs_, entries_, [&](auto held) {
+      fill_bins(lines_.const_data_ptr<float>(), blocks, WIDE, WIDE, held, entries_, bins_.data_ptr<float>(), WIDE, line);
+    });
+    const Tensor filled = bins_.narrow(0, 0, uses_ * entries_ * line);
+    return filled.view({codes_.size(0), codes_.size(1), entries_, line}).narrow(3, 0, rows);
+  }
+
+  int64_t at_once;
+
+ private:
+  const Tensor& codes_;
+  const std::optional<Tensor>& signs_;
+  int64_t entries_, uses_;
+  Tensor lines_, bins_;
+};
 
 }  // namespace rpqfx

@@ -12,6 +12,7 @@
 #include <limits>
 #include <optional>
 #include <type_traits>
+#include <vector>
 
 namespace rpqfx {
 
@@ -23,6 +24,8 @@ constexpr int64_t TILE = LANES >= 8 ? LANES / 2 : LANES;  // vectors whose sums 
 constexpr int64_t FEW = 4;                                // up to so many rows, lanes run along the vectors
 constexpr int64_t MOST_GROUPS = 8;                        // of threads that each keep a sum of all vectors
 constexpr int64_t GRAIN = 1 << 15;                        // elements that are worth another thread
+constexpr int64_t BIN_ELEMENTS = 1 << 20;                 // of bins at a time
+constexpr int64_t BIN_BLOCKS = 2;                         // of WIDE rows that fill them at least
 constexpr int64_t TABLE_BYTES = 1 << 20;                  // of a table that stays in a core's second-level cache
 
 // ------------------------------------------------------------------------------------------------ loads and stores
@@ -102,6 +105,17 @@ void check_books(const Tensor& codebooks, const Tensor& codes) {
   const bool fit = codebooks.dim() == 4 && codes.dim() == 3 && codebooks.size(0) == codes.size(0) &&
                    codebooks.size(1) > 0 && codes.size(1) % codebooks.size(1) == 0;
   TORCH_CHECK_VALUE(fit, "codebooks ", codebooks.sizes(), " do not go with codes ", codes.sizes());
+}
+
+// A matrix [M, K, d] for each stage: a codebook for each sub-vector.
+inline std::vector<Tensor> each_book(const Tensor& codebooks, int64_t sub_vectors) {
+  std::vector<Tensor> books;
+  const int64_t share = sub_vectors / codebooks.size(1);
+  for (const Tensor& stage : codebooks.unbind(0)) {
+    const Tensor each = stage.unsqueeze(1).expand({-1, share, -1, -1});
+    books.push_back(each.reshape({sub_vectors, stage.size(1), stage.size(2)}));
+  }
+  return books;
 }
 
 void check_vector(const char* name, const std::optional<Tensor>& x, const Tensor& like, int64_t length) {

@@ -156,7 +156,7 @@ Tensor contract(const Tensor& input, const Tensor& entries, const Tensor& codes,
                     "x ", input.sizes(), " does not go with codebooks ", entries.sizes(), " and codes ", codes.sizes());
   check_vector("bias", bias, input, codes.size(2));
   const Tensor x = input.reshape({-1, input.size(-1)}).contiguous(), codebooks = entries.contiguous();
-  const int64_t rows = x.size(0), vectors = codes.size(2), sub_vectors = codes.size(1);
+  const int64_t rows = x.size(0), vectors = codes.size(2);
   std::vector<int64_t> shape = input.sizes().vec();
   shape.back() = vectors;
   Tensor y = at::empty(shape, x.options());
@@ -168,12 +168,7 @@ Tensor contract(const Tensor& input, const Tensor& entries, const Tensor& codes,
         contract_few<T>(x, codebooks, held, shift, y.data_ptr<T>());
         return;
       }
-      std::vector<Tensor> books;
-      const int64_t share = sub_vectors / codebooks.size(1);
-      for (const Tensor& stage : codebooks.unbind(0)) {  // a codebook for each sub-vector
-        const Tensor each = stage.unsqueeze(1).expand({-1, share, -1, -1});
-        books.push_back(each.reshape({sub_vectors, stage.size(1), stage.size(2)}));
-      }
+      const std::vector<Tensor> books = each_book(codebooks, codes.size(1));
       const int64_t blocks = (rows + WIDE - 1) / WIDE;
       const auto run = [&](int64_t begin, int64_t end) {
         at::AutoDispatchBelowAutograd guard;

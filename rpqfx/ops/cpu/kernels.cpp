@@ -4,13 +4,17 @@
 
 #include "bins.h"
 #include "contract.h"
+#include "grads.h"
 #include "rows.h"
 
 TORCH_LIBRARY_FRAGMENT(rpqfx_cpu, m) {
   m.def("contract(Tensor x, Tensor codebooks, Tensor codes, Tensor? signs, Tensor? bias) -> Tensor", rpqfx::contract);
   m.def("gather_sum(Tensor table, Tensor codes, Tensor? signs) -> Tensor", rpqfx::gather_sum);
   m.def("bin_sum(Tensor y, Tensor codes, Tensor? signs, int entries) -> Tensor", rpqfx::bin_sum);
-  m.def("bin_rows(Tensor y, Tensor codes, Tensor? signs, int entries) -> Tensor", rpqfx::bin_rows);
+  m.def(
+      "grads(Tensor? x, Tensor y, Tensor? codebooks, Tensor codes, Tensor? signs, int books, int entries, int d)"
+      " -> (Tensor, Tensor)",
+      rpqfx::grads);
   m.def("expand(Tensor codebooks, Tensor codes, Tensor? scale, Tensor? signs, Tensor? ids) -> Tensor", rpqfx::expand);
   m.def("collect(Tensor grad, Tensor codes, Tensor? signs, int books, int entries) -> Tensor", rpqfx::collect);
 }

@@ -2,18 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
-from einops import rearrange
 from torch import Tensor
-
-from rpqfx import codebook
-
-# What bins a pass over some rows of the batch fills: few enough that the next pass finds their memory mapped already,
-# and enough rows for the matrix products that follow (measured).
-BIN_ELEMENTS = 2**22
-ROWS_AT_ONCE = 32
 
 _FLOATS = (torch.float32, torch.bfloat16)
 _CODES = (torch.uint8, torch.int16, torch.uint16, torch.int32)
@@ -33,30 +23,29 @@ def contract(
 
 def contract_t(y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None = None) -> Tensor:
     """See ``rpqfx.codebook.contract_t``."""
-    return codebook.contract_t(y, codebooks, codes, signs=signs, bins=bins)
+    x, _ = _grads(None, y, codebooks, codes, signs, *codebooks.shape[1:])
+    return x.view(*y.shape[:-1], x.shape[-1])
 
 
 def accumulate(x: Tensor, y: Tensor, codes: Tensor, books: int, entries: int, signs: Tensor | None = None) -> Tensor:
     """See ``rpqfx.codebook.accumulate``."""
-    return codebook.accumulate(x, y, codes, books, entries, signs, bins=bins)
+    return _grads(x, y, None, codes, signs, books, entries, x.shape[-1] // codes.shape[1])[1]
 
 
 def contract_grads(
     x: Tensor, y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """See ``rpqfx.codebook.contract_grads``."""
-    return codebook.contract_grads(x, y, codebooks, codes, signs, bins=bins)
+    grad_x, grad_books = _grads(x, y, codebooks, codes, signs, *codebooks.shape[1:])
+    return grad_x.view(x.shape), grad_books
 
 
-def bins(y: Tensor, codes: Tensor, signs: Tensor | None, books: int, entries: int) -> Iterator[tuple[slice, Tensor]]:
-    """See ``rpqfx.steps.bins``."""
-    stages, sub_vectors, _ = codes.shape
-    codes, signs, y = codes.contiguous(), _flat(signs), y.contiguous()
-    rows = max(1, BIN_ELEMENTS // (stages * sub_vectors * entries * ROWS_AT_ONCE)) * ROWS_AT_ONCE
-    for first in range(0, y.shape[0], rows):
-        part = slice(first, first + rows)
-        filled = torch.ops.rpqfx_cpu.bin_rows(y[part], codes, signs, entries)[..., : y[part].shape[0]]
-        yield part, rearrange(filled, "r (g s) k b -> r g s k b", g=books)
+def _grads(
+    x: Tensor | None, y: Tensor, codebooks: Tensor | None, codes: Tensor, signs: Tensor | None, *shape: int
+) -> tuple[Tensor, Tensor]:
+    rows = None if x is None else x.reshape(-1, x.shape[-1]).contiguous()
+    flat = y.reshape(-1, y.shape[-1]).contiguous()
+    return torch.ops.rpqfx_cpu.grads(rows, flat, codebooks, codes.contiguous(), _flat(signs), *shape)
 
 
 def expand(codebooks: Tensor, codes: Tensor, scale: Tensor | None = None, signs: Tensor | None = None) -> Tensor:

@@ -20,6 +20,12 @@ void expand_rows(const Tensor& codebooks, const Codes<Code>& codes, const T* sca
   for (int64_t i = begin; i < end; ++i) {
     const int64_t n = ids ? ids[i] : i;
     const Vec factor(scale ? static_cast<float>(scale[n]) : 1.0f);
+    // A row that is picked has its codes and its entries anywhere: ask for all before the first is used.
+    for (int64_t p = 0; ids && p < codes.uses; ++p) __builtin_prefetch(codes.at(p, n));
+    for (int64_t p = 0; ids && p < codes.uses; ++p) {
+      const int64_t entry = (p / sub_vectors * books + p % sub_vectors / share) * entries + *codes.at(p, n);
+      for (int64_t from = 0; from < d; from += 64 / int64_t(sizeof(T))) __builtin_prefetch(first + entry * d + from, 0, 2);
+    }
     for (int64_t m = 0; m < sub_vectors; ++m) {
       T* to = out + (i * sub_vectors + m) * d;
       for (int64_t from = 0; from < d; from += LANES) {
