@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from rpqfx import codebook
@@ -58,8 +57,7 @@ def bins(y: Tensor, codes: Tensor, signs: Tensor | None, books: int, entries: in
     rows = max(1, BIN_ELEMENTS // (stages * sub_vectors * entries * ROWS_AT_ONCE)) * ROWS_AT_ONCE
     for first in range(0, y.shape[0], rows):
         part = slice(first, first + rows)
-        filled = _ops().bin_rows(y[part], codes, signs, entries)[..., : y[part].shape[0]]
-        yield part, rearrange(filled, "r (g s) k b -> r g s k b", g=books)
+        yield part, _ops().bin_rows(y[part], codes, signs, entries)[..., : y[part].shape[0]].unflatten(1, (books, -1))
 
 
 def expand(codebooks: Tensor, codes: Tensor, scale: Tensor | None = None, signs: Tensor | None = None) -> Tensor:
