@@ -32,7 +32,7 @@ from rpqfx import steps
 from rpqfx.errors import InputError
 from rpqfx.gradients import accumulate, collect, collect_sparse, contract_grads
 from rpqfx.signs import fold_codebooks, fold_codes, pack_signs, unpack_signs
-from rpqfx.spec import CodebookSpec, GradScale, code_dtype, nearest_divisor
+from rpqfx.spec import CodebookSpec, GradScale, code_dtype, default_codebook_dim, nearest_divisor
 
 __all__ = [
     "CodebookSpec",
@@ -44,6 +44,7 @@ __all__ = [
     "contract",
     "contract_grads",
     "contract_t",
+    "default_codebook_dim",
     "expand",
     "lookup",
     "nearest_divisor",

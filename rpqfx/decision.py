@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rpqfx.budget import Candidate
-from rpqfx.codebook import CodebookSpec, nearest_divisor
+from rpqfx.codebook import CodebookSpec, default_codebook_dim, nearest_divisor
 from rpqfx.errors import PolicyError, SpecError
 from rpqfx.nn.layer import Split
 from rpqfx.options import Init, Options
@@ -166,7 +166,8 @@ def _hold(site: Site, options: Options, split: Split, bits: int) -> Hold:
             )
         d = dim // count
     else:
-        d = nearest_divisor(dim, options.codebook_dim or 64)
+        asked = options.codebook_dim
+        d = default_codebook_dim(dim, site.taps) if asked is None else nearest_divisor(dim, asked)
     books = 1 if options.sharing == "layer" else None
     try:
         spec = CodebookSpec(

@@ -34,10 +34,10 @@ def gather_sum(table: Tensor, codes: Tensor) -> Tensor:
     batch, stages, sub_vectors, entries, positions = table.shape
     terms = torch.arange(sub_vectors * stages, device=codes.device, dtype=torch.int32) * entries
     index = (rearrange(codes.int(), "r m n -> n (m r)") + terms).contiguous()
-    if positions < MAP_POSITIONS or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or positions < MAP_POSITIONS:  # in this order: no guard on a length
         flat = rearrange(table, "b r m k l -> (m r k) (b l)").to(steps.sum_dtype(table.dtype))
         y = F.embedding_bag(index, flat, mode="sum").to(table.dtype)
-        return rearrange(y, "n (b l) -> b n l", b=batch).contiguous()
+        return y.view(codes.shape[2], batch, positions).transpose(0, 1).contiguous()
     rows = rearrange(table, "b r m k l -> b (m r k) l")
     y = table.new_empty(batch, codes.shape[2], positions)
     for one, maps in zip(y, rows, strict=True):
@@ -61,10 +61,9 @@ def bin_sum(y: Tensor, codes: Tensor, entries: int, runs: tuple[Tensor, Tensor] 
     (batch, _, positions), (stages, sub_vectors, _) = y.shape, codes.shape
     order, first = steps.runs(codes, entries) if runs is None else runs
     dtype = steps.sum_dtype(y.dtype)
-    if positions < MAP_POSITIONS or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or positions < MAP_POSITIONS:  # in this order: no guard on a length
         bins = F.embedding_bag(order, rearrange(y, "b n l -> n (b l)").to(dtype), first, mode="sum")
-        axes = {"r": stages, "m": sub_vectors, "b": batch}
-        return rearrange(bins, "(r m k) (b l) -> b r m k l", **axes).contiguous()
+        return bins.view(stages, sub_vectors, entries, batch, positions).movedim(3, 0).contiguous()
     bins = y.new_empty(batch, stages * sub_vectors * entries, positions, dtype=dtype)
     for one, maps in zip(bins, y, strict=True):
         one.copy_(F.embedding_bag(order, maps.to(dtype).contiguous(), first, mode="sum"))

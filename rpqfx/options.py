@@ -26,7 +26,8 @@ class Options:
     """What a policy and each of its rules can say; None in a rule means: as the policy.
 
     Args:
-        codebook_dim: Length of a sub-vector; the divisor of the vector length nearest to it is taken.
+        codebook_dim: Length of a sub-vector; the divisor of the vector length nearest to it is taken. Left
+            out, 64, or near it a multiple of a convolution's taps.
         codebooks: Number of sub-vectors instead: a number, which must divide, or ``"heads"`` for one an attention
             head (of the model, where a module has none), or the nearest number that divides.
         bits: ``log2`` of the entries of a codebook.

@@ -84,11 +84,8 @@ class Policy(Options):
         """For training from scratch: codebooks drawn anew, small layers with fewer entries rather than left dense.
 
         Args:
-            **options: Those of the class, over these: ``init="random"``, ``min_bits=4``, ``codebook_dim=64`` unless
-                ``codebooks`` is given.
+            **options: Those of the class, over these: ``init="random"``, ``min_bits=4``.
         """
-        if "codebooks" not in options:
-            options.setdefault("codebook_dim", 64)
         return cls(**{"init": "random", "min_bits": 4, **options})
 
     @classmethod

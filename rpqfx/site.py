@@ -63,6 +63,11 @@ class Site:
         return math.prod(self.shape)
 
     @property
+    def taps(self) -> int:
+        """Positions of a filter, where it is of a convolution; else 1."""
+        return math.prod(self.shape[2:]) if self.kind in ("conv", "conv_transpose") else 1
+
+    @property
     def dense_bytes(self) -> int:
         """Bytes of the dense tensor."""
         return self.numel * self.dtype.itemsize

@@ -72,6 +72,7 @@ class CodebookSpec:
         *,
         codebook_dim: int | None = None,
         codebooks: int | None = None,
+        taps: int = 1,
         bits: int | None = None,
         stages: int = 1,
         sharing: Literal["own", "layer"] = "own",
@@ -84,8 +85,9 @@ class CodebookSpec:
         Args:
             num_vectors: ``N``.
             dim: ``D``.
-            codebook_dim: ``d``; left out, the divisor of ``dim`` nearest to 64.
+            codebook_dim: ``d``; left out, ``default_codebook_dim``.
             codebooks: ``M`` instead of ``codebook_dim``.
+            taps: Positions of a filter, where the vectors are filters of a convolution.
             bits: ``log2(K)``, 1 to 16; left out, 8 or as many as the layer has vectors for.
             stages: ``R``.
             sharing: One codebook for each sub-vector (``"own"``) or one for the layer (``"layer"``).
@@ -107,7 +109,7 @@ class CodebookSpec:
                 )
             codebook_dim = dim // codebooks
         if codebook_dim is None:
-            codebook_dim = nearest_divisor(dim, 64)
+            codebook_dim = default_codebook_dim(dim, taps)
         served = num_vectors if sharing == "own" else num_vectors * dim // max(1, codebook_dim)
         if bits is None:
             bits = max(1, min(8, served.bit_length() - 1))
@@ -212,3 +214,20 @@ def nearest_divisor(dim: int, target: int) -> int:
     """
     divisors = {d for i in range(1, math.isqrt(dim) + 1) if dim % i == 0 for d in (i, dim // i)}
     return min(divisors, key=lambda d: (max(d, target) / min(d, target), d))
+
+
+def default_codebook_dim(dim: int, taps: int = 1) -> int:
+    """The length of a sub-vector where none is asked for: the divisor of ``dim`` nearest to 64.
+
+    The sub-vectors of filters are blocks of whole channels, so that a convolution can contract, where such a divisor is
+    within a factor of two of 64.
+
+    Args:
+        dim: ``D``.
+        taps: Positions of a filter; divides ``dim``. 1 for what is no convolution.
+
+    Returns:
+        A divisor of ``dim``: 72 for 3 x 3 filters of 256 channels, 64 for 1 x 1 filters.
+    """
+    whole = [d for d in range(taps, min(dim, 128) + 1, taps) if dim % d == 0 and d >= 32]
+    return min(whole, key=lambda d: (max(d, 64) / min(d, 64), d), default=nearest_divisor(dim, 64))

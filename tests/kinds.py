@@ -72,6 +72,15 @@ KINDS = {
     "conv2d circular": _kind(
         rnn.RPQConv2d, 12, 16, 3, inputs=((1, 12, 5, 4),), kwargs=(("padding", "same"), ("padding_mode", "circular"))
     ),
+    "conv1d channels": _kind(
+        rnn.RPQConv1d, 24, 24, 5, inputs=((2, 24, 9),), kwargs=_padding, options=(("codebook_dim", 60),)
+    ),
+    "conv2d channels": _kind(
+        rnn.RPQConv2d, 12, 16, 3, inputs=((1, 12, 5, 4),), kwargs=_padding, options=(("codebook_dim", 54),)
+    ),
+    "conv transpose 2d channels": _kind(
+        rnn.RPQConvTranspose2d, 16, 12, 3, inputs=((1, 16, 5, 4),), kwargs=_padding, options=(("codebook_dim", 54),)
+    ),
     "conv transpose 1d": _kind(rnn.RPQConvTranspose1d, 24, 12, 5, inputs=((2, 24, 7),), kwargs=_padding),
     "conv transpose 2d": _kind(rnn.RPQConvTranspose2d, 16, 12, 3, inputs=((1, 16, 5, 4),), kwargs=_padding),
     "conv transpose 3d": _kind(rnn.RPQConvTranspose3d, 16, 4, 3, inputs=((1, 16, 2, 2, 2),)),
@@ -86,3 +95,5 @@ KINDS = {
 }  # fmt: skip
 
 NAMES = list(KINDS)
+# Whose sub-vectors are whole channels, so that they can contract.
+CHANNELS = [name for name in NAMES if name.endswith("channels")]

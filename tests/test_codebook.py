@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rpqfx import codebook, steps
-from rpqfx.codebook import CodebookSpec, nearest_divisor
+from rpqfx.codebook import CodebookSpec, default_codebook_dim, nearest_divisor
 from rpqfx.errors import InputError, RPQError, SpecError
 from tests.helpers import assert_same, naive_expand, randn, seeds, specs, stored
 
@@ -303,6 +303,26 @@ def test_nearest_divisor_divides_and_no_divisor_is_nearer(dim: int, target: int)
     for d in range(1, dim + 1):
         if dim % d == 0:
             assert distance(found) <= distance(d) + 1e-12
+
+
+@pytest.mark.parametrize(
+    ("dim", "taps", "found"),
+    [
+        (4096, 1, 64), (256 * 9, 9, 72), (512 * 9, 9, 72), (64 * 25, 25, 50), (3 * 49, 49, 49), (27, 9, 27), (9, 9, 9),
+        (64 * 27, 27, 54), (7 * 9, 9, 63), (16 * 343, 343, 56), (97, 1, 97), (96 * 121, 121, 121),
+    ],
+)  # fmt: skip
+def test_a_sub_vector_of_filters_is_whole_channels_where_such_a_length_is_near(dim: int, taps: int, found: int) -> None:
+    """Near is within a factor of two of 64; elsewhere it is the nearest divisor."""
+    assert default_codebook_dim(dim, taps) == found
+    assert CodebookSpec.make(4096, dim, taps=taps).codebook_dim == found
+
+
+@given(st.integers(1, 600), st.integers(1, 30))
+def test_the_default_length_divides_and_is_the_nearest_for_what_has_no_taps(channels: int, taps: int) -> None:
+    dim = channels * taps
+    assert dim % default_codebook_dim(dim, taps) == 0
+    assert default_codebook_dim(dim) == nearest_divisor(dim, 64)
 
 
 @pytest.mark.parametrize(("dim", "target", "found"), [(12, 64, 12), (4, 2, 2), (6, 4, 3), (4096, 64, 64), (7, 3, 7)])

@@ -154,10 +154,21 @@ def test_columns_where_there_can_be_none_are_refused_by_name():
         Policy(split="column")(site("conv.weight", (64, 64, 3, 3), kind="conv", splits=False))
 
 
+@pytest.mark.parametrize("policy", [Policy(bits=4), Policy.from_scratch(bits=4)])
+@pytest.mark.parametrize("kind", ["conv", "conv_transpose"])
+def test_sub_vectors_of_filters_are_whole_channels_unless_a_length_is_asked_for(policy, kind):
+    """So that a convolution can contract; a linear map of the same numbers is cut at 64."""
+    filters = site("conv.weight", (512, 256, 3, 3), kind=kind, splits=False)
+    assert policy(filters).spec.codebook_dim == 72
+    assert dataclasses.replace(policy, codebook_dim=64)(filters).spec.codebook_dim == 64
+    assert dataclasses.replace(policy, codebooks=64)(filters).spec.codebook_dim == 36
+    assert policy(dataclasses.replace(filters, kind="parameter")).spec.codebook_dim == 64
+
+
 def test_from_scratch_draws_anew_and_lowers_bits():
     policy = Policy.from_scratch(bits=8)
-    assert (policy.init, policy.min_bits, policy.codebook_dim) == ("random", 4, 64)
-    assert Policy.from_scratch(codebooks="heads").codebook_dim is None
+    assert (policy.init, policy.min_bits) == ("random", 4)
+    assert policy(site(shape=(4096, 4096))).spec.codebook_dim == 64
     answer = policy(site(shape=(128, 128)))
     assert isinstance(answer, Hold) and answer.spec.bits < 8 and answer.init == "random"
 

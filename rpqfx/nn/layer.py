@@ -43,7 +43,8 @@ class RPQLayer(Backed):
     Every constructor takes the arguments of its torch.nn namesake, in its order, and by keyword:
 
     Args:
-        codebook_dim: Length ``d`` of a sub-vector; left out, the divisor nearest to 64.
+        codebook_dim: Length ``d`` of a sub-vector; left out, the divisor nearest to 64 (of a convolution, whole
+            channels, where there is one near).
         codebooks: Number ``M`` of sub-vectors instead.
         bits: ``log2`` of the entries of a codebook, 1 to 16; left out, 8 or what the layer has vectors for.
         stages: Residual stages; 1 if left out.
@@ -86,7 +87,8 @@ class RPQLayer(Backed):
         for name in cls._weights:
             if dense._parameters.get(name) is not None:
                 layout = cls.layout(dense, name, split)
-                yield name, CodebookSpec.make(layout.num_vectors, layout.dim, **options), layout
+                taps = math.prod(getattr(dense, "kernel_size", ()))
+                yield name, CodebookSpec.make(layout.num_vectors, layout.dim, taps=taps, **options), layout
 
     @classmethod
     def layout(cls, dense: nn.Module, name: str, split: Split = "row") -> Layout:

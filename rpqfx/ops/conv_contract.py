@@ -21,8 +21,8 @@ from rpqfx.ops import operators
 from rpqfx.ops.conv_forms import Geometry, add_channels
 from rpqfx.signs import fold_codebooks, fold_codes, unfold_codebooks
 
-# Numbers of a table of maps (or of bins) that are alive at a time: few enough that a block finds the memory of the last
-# one still warm (measured, CPU), and enough that several samples share an index of the codes.
+# Numbers of a table of maps (or of bins) that are alive at a time: few enough that memory freed by one block serves the
+# next (new memory costs more than the sums in it), and enough that several samples share an index of the codes.
 MAP_ELEMENTS = 2**22
 
 

@@ -10,6 +10,7 @@ are float32 sums that are never rounded to a shorter dtype on the way to a float
 
 from __future__ import annotations
 
+import inspect
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -28,8 +29,31 @@ def _as_given(x: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
+def product(
+    form: Form, x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """``Out``, or where nothing can ask for a gradient the form itself: a small layer's time is in the calls."""
+    if _differentiated(x, codebooks, bias):
+        return Out.apply(form, x, codebooks, codes, signs, bias)
+    with _as_given(x):
+        return form.out(x, codebooks, codes, signs, bias)
+
+
+def _differentiated(*tensors: Tensor | None) -> bool:
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 class _Mapped(Function):
     """A Function whose vmap runs once a sample, unless a subclass knows better."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "forward" in vars(
+            cls
+        ):  # torch asks for it at every call, and finding it out takes longer than a small layer
+            cls.forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
 
     @classmethod
     def _each(cls, size: int, in_dims: tuple[int | None, ...], args: tuple[Any, ...]) -> tuple[Tensor, int | None]:

@@ -18,17 +18,26 @@ class Costs:
         gather: One addition of a gathered element.
         output: One element of the result, written by column and copied into rows.
         expand: One element of the matrix made from its codes.
+        table: One element of a convolution's table of maps, beyond its multiply-adds: written, read again.
+        add: One addition of an element of a gathered map.
     """
 
     gather: float
     output: float
     expand: float
+    table: float
+    add: float
 
 
 # cpu: two cores, float32, torch 2.13, medians of 768 x 768 to 5120 x 1280 at 512 and 2048 rows: 160 G multiply-adds a
-# second, 0.17 ns an addition, 0.9 ns a result, 0.9 ns an expanded element. cuda: an estimate from memory bandwidth, not
-# measured on a GPU.
-COSTS = {"cpu": Costs(gather=28.0, output=146.0, expand=150.0), "cuda": Costs(gather=100.0, output=100.0, expand=100.0)}
+# second, 0.17 ns an addition, 0.9 ns a result, 0.9 ns an expanded element. Convolutions: fitted to 3 x 3 and 1 x 1
+# filters of 64 to 1024 channels, 16 to 256 entries, images of 7 x 7 to 56 x 56; 1.6 ns an element of the table (a new
+# one touches new memory, and sub-vectors of eight channels run at half speed), 0.05 ns an addition. cuda: an estimate
+# from memory bandwidth, not measured on a GPU.
+COSTS = {
+    "cpu": Costs(gather=28.0, output=146.0, expand=150.0, table=250.0, add=8.0),
+    "cuda": Costs(gather=100.0, output=100.0, expand=100.0, table=200.0, add=100.0),
+}
 
 
 def cheaper(codebooks_shape: tuple[int, ...], codes_shape: tuple[int, ...], rows: int, device: torch.device) -> Plan:
@@ -47,9 +56,7 @@ def cheaper(codebooks_shape: tuple[int, ...], codes_shape: tuple[int, ...], rows
     stages, _, entries, d = codebooks_shape
     _, sub_vectors, num_vectors = codes_shape
     contract = stages * (entries / num_vectors + costs.gather / d) + costs.output / (sub_vectors * d)
-    if torch.compiler.is_compiling():
-        return "contract" if contract < 1 else "expand"
-    return "contract" if rows * contract < rows + stages * costs.expand else "expand"
+    return _choose(contract, stages * costs.expand, rows)
 
 
 def cheaper_conv(
@@ -66,4 +73,14 @@ def cheaper_conv(
     Returns:
         ``"contract"`` or ``"expand"``.
     """
-    return "expand"
+    costs = COSTS.get(device.type, COSTS["cuda"])
+    stages, _, entries, d = codebooks_shape
+    contract = stages * (entries / codes_shape[2] * (1 + costs.table / d) + costs.add / d)
+    return _choose(contract, stages * costs.expand, positions)
+
+
+def _choose(contract: float, expand: float, rows: int) -> Plan:
+    """The plan, from what contracting costs a row and expanding costs once, where a dense product costs 1 a row."""
+    if torch.compiler.is_compiling():  # one graph serves every batch
+        return "contract" if contract < 1 else "expand"
+    return "contract" if rows * contract < rows + expand else "expand"

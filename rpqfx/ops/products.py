@@ -17,7 +17,7 @@ from rpqfx.errors import InputError
 from rpqfx.ops.conv_contract import ConvContract
 from rpqfx.ops.conv_forms import Conv
 from rpqfx.ops.forms import Contract, Form, Matmul
-from rpqfx.ops.functions import Expand, Left, Lookup, Out, Slow
+from rpqfx.ops.functions import Expand, Left, Lookup, Slow, product
 from rpqfx.ops.plan import Plan, cheaper, cheaper_conv
 
 
@@ -58,7 +58,7 @@ def linear(
     """``x @ W.T + bias``: ``[..., D]`` to ``[..., N]``."""
     x, scale = _prepare(x, weight, weight.codes.shape[1] * weight.codebooks.shape[3])
     books, inside = _slow(weight.codebooks, grad_factor), bias if scale is None else None
-    y = Out.apply(_form(x, weight, plan), x, books, weight.codes, weight.signs, inside)
+    y = product(_form(x, weight, plan), x, books, weight.codes, weight.signs, inside)
     return y if scale is None else _scaled(y, scale, bias)
 
 
@@ -125,7 +125,7 @@ def conv(
         output_padding or (0,) * len(stride), groups,
     )  # fmt: skip
     inside = bias if transposed or per_channel is None else None
-    y = Out.apply(form, x, books, weight.codes, weight.signs, inside)
+    y = product(form, x, books, weight.codes, weight.signs, inside)
     if transposed or per_channel is None:
         return y
     return _scaled(y, per_channel, None if bias is None else bias.view(per_channel.shape))

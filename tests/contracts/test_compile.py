@@ -6,9 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch._dynamo.testing
 
+from rpqfx.ops import products
 from tests.helpers import assert_same, gradients
-from tests.kinds import KINDS, NAMES
+from tests.kinds import CHANNELS, KINDS, NAMES
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +50,34 @@ def test_compiled_equals_eager(name: str) -> None:
 @pytest.mark.parametrize("name", ["linear row", "conv2d", "embedding"])
 def test_compiled_with_all_options_equals_eager(name: str) -> None:
     assert_compiles(name, "aot_eager", 1e-9, signs=True, scale=True, stages=2, sharing="layer", grad_scale="sqrt")
+
+
+@pytest.mark.parametrize("name", CHANNELS)
+@pytest.mark.parametrize(
+    "options", [{}, {"signs": True, "scale": True, "stages": 2, "sharing": "layer"}], ids=["", "all"]
+)
+def test_compiled_convolutions_that_contract_equal_eager(
+    name: str, options: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "cheaper_conv", lambda *args: "contract")
+    monkeypatch.setattr(products, "Conv", None)
+    assert_compiles(name, "aot_eager", 1e-9, **options)
+
+
+@pytest.mark.parametrize("name", CHANNELS)
+def test_a_dynamic_batch_needs_one_graph_of_a_convolution(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward of one that contracts."""
+    monkeypatch.setattr(products, "cheaper_conv", lambda *args: "contract")
+    layer = KINDS[name].make()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter, dynamic=True)
+    for samples in (3, 2, 40):
+        x = torch.randn(samples, *KINDS[name].inputs[0][1:], dtype=torch.float64, requires_grad=True)
+        wanted = {"x": x, **dict(layer.named_parameters())}
+        expected = gradients(layer(x), wanted)
+        for key, grad in gradients(compiled(x), wanted).items():
+            assert_same(grad, expected[key], key)
+    assert counter.frame_count == 1
 
 
 def test_a_dynamic_batch_needs_one_graph() -> None:

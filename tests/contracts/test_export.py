@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, export
 
+from rpqfx.ops import products
 from tests.helpers import assert_same, generator, randn
-from tests.kinds import KINDS
+from tests.kinds import CHANNELS, KINDS
 
 
 class First(nn.Module):
@@ -38,6 +39,18 @@ def batch_of(name: str, size: int) -> tuple[Tensor, ...]:
      "bilinear row", "attention", "attention kdim vdim"],
 )  # fmt: skip
 def test_exported_equals_eager_for_every_batch(name: str) -> None:
+    assert_exports(name)
+
+
+@pytest.mark.parametrize("name", CHANNELS)
+def test_an_exported_convolution_that_contracts_equals_eager(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "cheaper_conv", lambda *args: "contract")
+    monkeypatch.setattr(products, "Conv", None)
+    assert_exports(name)
+    assert "rpqfx" not in str(export(KINDS[name].make(), KINDS[name].make_inputs(), strict=False).graph)
+
+
+def assert_exports(name: str) -> None:
     layer = First(KINDS[name].make()).eval()
     batch = Dim("batch", min=2, max=4096)
     axis = 1 if "attention" in name else 0

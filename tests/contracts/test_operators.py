@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 
 import rpqfx
-from rpqfx.nn import RPQConv2d, RPQLinear
+from rpqfx.nn import RPQConv2d, RPQConvTranspose2d, RPQLinear
 from tests.helpers import randn, stored
 
 SPEC = rpqfx.CodebookSpec(12, 8, 2, entries=4, signs=True)
@@ -33,6 +33,8 @@ def arguments() -> dict[str, tuple[Any, ...]]:
         "matmul_t": (y, *held),
         "matmul_book": (x, y, codes, signs, SPEC.books, SPEC.entries),
         "conv": (image, *held, *CONV),
+        "gather_sum": (randn(5, 3, 1, 4, 4, 6), codes),
+        "bin_sum": (randn(6, 3, 12, 6), codes, SPEC.entries),
         "conv_book": (image, out, codes, signs, *CONV, SPEC.books, SPEC.entries),
         "expand": (*plain, scale, signs),
         "lookup": (torch.tensor([[3, 0], [11, 3]]), *plain, scale, signs),
@@ -105,6 +107,8 @@ def kept_by_compiler(layer: nn.Module, x: Tensor) -> list[int]:
         (lambda: RPQLinear(512, 2048, codebook_dim=128, bits=6, bias=False), (64, 512), 512 * 2048),
         (lambda: RPQLinear(2048, 512, codebook_dim=128, bits=6, bias=False, split="column"), (64, 2048), 512 * 2048),
         (lambda: RPQConv2d(8, 24, 3, codebook_dim=3, bits=2, bias=False), (2, 8, 5, 5), 24 * 72),
+        (lambda: RPQConv2d(8, 96, 3, codebook_dim=72, bits=1, bias=False), (2, 8, 5, 5), 96 * 72),
+        (lambda: RPQConvTranspose2d(96, 8, 3, codebook_dim=72, bits=1, bias=False), (2, 96, 5, 5), 96 * 72),
     ],
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore:Your compiler for AOTAutograd:UserWarning")

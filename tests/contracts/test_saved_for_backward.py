@@ -65,6 +65,12 @@ def assert_keeps_no_weight(module: nn.Module, run: Callable[[], Any]) -> None:
     assert not large, f"kept for backward, with a weight of {limit} elements: {large}"
 
 
+def choose(table: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every product that can contract does, or none."""
+    for name in ("cheaper", "cheaper_conv"):
+        monkeypatch.setattr(products, name, lambda *args: "contract" if table else "expand")
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("table", [False, True, None], ids=["expand", "contract", "plan"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -73,7 +79,7 @@ def test_no_layer_keeps_its_weight(
 ) -> None:
     """Whichever way products run, with signs, scale, stages and scaled gradients too."""
     if table is not None:
-        monkeypatch.setattr(products, "contracts", lambda *args: table)
+        choose(table, monkeypatch)
     for options in ({}, {"bits": 2, "stages": 2, "signs": True, "scale": True, "grad_scale": "mean"}):
         kind = KINDS[name]
         layer = kind.make(**options).train(training)
@@ -121,7 +127,7 @@ def test_no_layer_keeps_its_weight_for_a_second_backward(name: str) -> None:
 @pytest.mark.parametrize("table", [False, True], ids=["expand", "contract"])
 def test_no_compiled_layer_keeps_its_weight(name: str, table: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A compiler that sees a weight in the forward and again in the backward must not merge the two."""
-    monkeypatch.setattr(products, "contracts", lambda *args: table)
+    choose(table, monkeypatch)
     torch.compiler.reset()
     kind = KINDS[name]
     layer = kind.make()

@@ -9,11 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from rpqfx import nn as rnn
 from rpqfx.errors import InputError, SpecError
-from tests.helpers import assert_equals_dense, codebook_options, randn, randomise, seeds
+from rpqfx.ops import products
+from tests.helpers import assert_equals_dense, codebook_options, divisors, randn, randomise, seeds
 
 CONVS = {1: rnn.RPQConv1d, 2: rnn.RPQConv2d, 3: rnn.RPQConv3d}
 TRANSPOSED = {1: rnn.RPQConvTranspose1d, 2: rnn.RPQConvTranspose2d, 3: rnn.RPQConvTranspose3d}
@@ -40,6 +41,20 @@ def every(value: Any, spatial: int) -> tuple[int, ...]:
     return (value,) * spatial if isinstance(value, int) else value
 
 
+@st.composite
+def whole_channels(draw: st.DrawFn, channels: int, taps: int) -> dict[str, Any]:
+    """A sub-vector of any number of whole channels."""
+    return {"codebook_dim": taps * draw(st.sampled_from(divisors(channels)))}
+
+
+def assert_contracts_to_the_dense_layer(layer: nn.Module, dense: nn.Module, x: Tensor, **kwargs: Any) -> None:
+    """Without its filters: expanding them is an error here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "cheaper_conv", lambda *args: "contract")
+        patch.setattr(products, "Conv", None)
+        assert_equals_dense(layer, dense, x, **kwargs)
+
+
 @pytest.mark.parametrize("spatial", [1, 2, 3])
 @given(data=st.data(), seed=seeds, batch=st.sampled_from([(), (1,), (2,)]))
 def test_equals_the_dense_layer(spatial: int, data: st.DataObject, seed: int, batch: tuple[int, ...]) -> None:
@@ -58,7 +73,12 @@ def test_equals_the_dense_layer(spatial: int, data: st.DataObject, seed: int, ba
     options = data.draw(codebook_options([(args["out_channels"], taps)]))
     layer = randomise(CONVS[spatial](**args, **options), seed)
     dense = getattr(nn, f"Conv{spatial}d")(**args)
-    assert_equals_dense(layer, dense, randn(seed, *batch, args["in_channels"], *size))
+    x = randn(seed, *batch, args["in_channels"], *size)
+    assert_equals_dense(layer, dense, x)
+    if args["groups"] == 1:
+        whole = data.draw(whole_channels(args["in_channels"], math.prod(kernel)))
+        layer = randomise(CONVS[spatial](**args, **{**options, "codebooks": None, **whole}), seed)
+        assert_contracts_to_the_dense_layer(layer, dense, x)
 
 
 @pytest.mark.parametrize("spatial", [1, 2, 3])
@@ -88,6 +108,10 @@ def test_transposed_equals_the_dense_layer(
     dense = getattr(nn, f"ConvTranspose{spatial}d")(**args)
     x = randn(seed, *batch, args["in_channels"], *size)
     assert_equals_dense(layer, dense, x, **kwargs)
+    if args["groups"] == 1:
+        whole = data.draw(whole_channels(args["out_channels"], math.prod(kernel)))
+        layer = randomise(TRANSPOSED[spatial](**args, **{**options, "codebooks": None, **whole}), seed)
+        assert_contracts_to_the_dense_layer(layer, dense, x, **kwargs)
     if ask_size:
         assert list(layer(x, output_size=kwargs["output_size"]).shape[-spatial:]) == kwargs["output_size"]
 
@@ -110,6 +134,14 @@ def test_an_input_of_another_rank_is_refused(rank: int) -> None:
     """As torch.nn.Conv2d, which takes three or four axes."""
     with pytest.raises((InputError, RuntimeError, ValueError)):
         rnn.RPQConv2d(4, 6, 1, codebook_dim=2, bits=1)(torch.zeros(*[4] * rank))
+
+
+@pytest.mark.parametrize("layer", [*CONVS.values(), *TRANSPOSED.values()])
+def test_sub_vectors_are_whole_channels_unless_a_length_is_asked_for(layer: type) -> None:
+    made = layer(64, 64, 3, bits=4)
+    taps = math.prod(made.kernel_size)
+    assert made.weight_rpq.spec.codebook_dim % taps == 0 and made.weight_rpq.spec.codebook_dim != 64
+    assert layer(64, 64, 3, bits=4, codebook_dim=64).weight_rpq.spec.codebook_dim == 64
 
 
 def test_columns_are_refused() -> None:

@@ -299,7 +299,7 @@ def test_from_dense_leaves_the_original_alone(kind: Kind, init: str) -> None:
     """Nothing is changed, nothing is shared, what is not a weight is copied."""
     dense = kind.make_dense()
     before = copy.deepcopy(dense.state_dict())
-    layer = kind.layer.from_dense(dense, init=init, codebook_dim=4, bits=3, **dict(kind.options))
+    layer = kind.layer.from_dense(dense, init=init, **{"codebook_dim": 4, "bits": 3, **dict(kind.options)})
     assert type(layer) is kind.layer
     assert not storages(dense) & storages(layer)
     assert list(dense.state_dict()) == list(before)
@@ -319,7 +319,7 @@ def test_a_fit_is_nearer_than_a_random_draw(kind: Kind) -> None:
     dense = kind.make_dense()
     errors = []
     for init in ("fit", "random"):
-        layer = kind.layer.from_dense(dense, init=init, codebook_dim=4, bits=3, **dict(kind.options))
+        layer = kind.layer.from_dense(dense, init=init, **{"codebook_dim": 4, "bits": 3, **dict(kind.options)})
         with torch.no_grad():
             parts = [(read(layer, name) - read(dense, name)).square().sum() for name, _ in held(layer)]
         errors.append(float(sum(parts)))

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from rpqfx.codebook import CodebookSpec
+from rpqfx.ops.conv_contract import ConvContract
 from rpqfx.ops.conv_forms import Conv
 from rpqfx.ops.forms import Contract, Form, Matmul
 from rpqfx.ops.functions import Book, Collect, Expand, Grads, Left, Lookup, Out
@@ -17,6 +18,7 @@ from tests.helpers import assert_same, naive_expand, randn, stored
 
 SPEC = CodebookSpec(5, 6, 2, entries=3, stages=2, books=3, scale=True, signs=True)
 FILTERS = CodebookSpec(4, 6, 2, entries=3, stages=2, books=3, signs=True)
+CHANNELS = CodebookSpec(4, 12, 3, entries=3, stages=2, books=2, signs=True)
 
 
 def conv(transposed: bool) -> tuple[Form, Tensor, Tensor]:
@@ -27,11 +29,21 @@ def conv(transposed: bool) -> tuple[Form, Tensor, Tensor]:
     return form, x, randn(2, *y.shape)
 
 
+def conv_contract(transposed: bool) -> tuple[Form, Tensor, Tensor]:
+    """One whose entries are filters of one channel, a codebook for two."""
+    form = ConvContract(2, 3, (4, 4, 3), (7,), (2,), (1,), (2,), transposed, (1 if transposed else 0,), 1)
+    x = randn(1, 2, 4, 7)
+    y = torch.convolution(x, randn(0, 4, 4, 3), None, (2,), (1,), (2,), transposed, form.output_padding, 1)
+    return form, x, randn(2, *y.shape)
+
+
 FORMS = {
     "contract": (Contract(3, 3), randn(1, 2, 6), randn(2, 2, 5), SPEC),
     "matmul": (Matmul(3, 3), randn(1, 2, 6), randn(2, 2, 5), SPEC),
     "conv": (*conv(False), FILTERS),
     "conv transposed": (*conv(True), FILTERS),
+    "conv contract": (*conv_contract(False), CHANNELS),
+    "conv contract transposed": (*conv_contract(True), CHANNELS),
 }
 
 

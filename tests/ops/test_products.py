@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -15,17 +16,20 @@ from rpqfx import ops
 from rpqfx.codebook import CodebookSpec
 from rpqfx.errors import InputError
 from rpqfx.ops import products
+from rpqfx.ops.conv_contract import ConvContract
+from rpqfx.ops.conv_forms import Conv
 from tests.helpers import assert_same, gradients, naive_expand, randn, seeds, specs, stored
 
 SPEC = CodebookSpec(5, 6, 2, entries=3, stages=2, books=3, scale=True, signs=True)
-FILTERS = CodebookSpec(4, 6, 2, entries=3, scale=True, signs=True)
+FILTERS = CodebookSpec(4, 6, 3, entries=3, scale=True, signs=True)
 CONV = {"stride": (1,), "padding": (1,), "dilation": (1,), "groups": 1}
 
 
 @pytest.fixture(params=[True, False], ids=["contract", "matmul"])
 def plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
     """Both ways to run a product."""
-    monkeypatch.setattr(products, "cheaper", lambda *args: "contract" if request.param else "expand")
+    for name in ("cheaper", "cheaper_conv"):
+        monkeypatch.setattr(products, name, lambda *args: "contract" if request.param else "expand")
     return request.param
 
 
@@ -162,7 +166,7 @@ def test_per_sample_gradients_of_linear_maps(plan: bool) -> None:
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_per_sample_gradients_of_convolutions(transposed: bool) -> None:
+def test_per_sample_gradients_of_convolutions(plan: bool, transposed: bool) -> None:
     books, codes, scale, signs = stored(FILTERS, 0)
     fast, slow = per_sample(
         lambda books, x: ops.conv(
@@ -171,6 +175,42 @@ def test_per_sample_gradients_of_convolutions(transposed: bool) -> None:
         books, randn(1, 3, 4 if transposed else 2, 7),
     )  # fmt: skip
     assert_same(fast, slow)
+
+
+@pytest.mark.parametrize(
+    ("shape", "d", "groups", "runs"),
+    [
+        ((4, 4, 3), 3, 1, "contract"), ((4, 4, 3), 6, 1, "contract"), ((4, 4, 3), 4, 1, "expand"),
+        ((4, 4, 1), 2, 1, "contract"), ((4, 4, 3), 3, 2, "expand"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_convolution_contracts_when_asked_to_and_able_to(
+    shape: tuple[int, ...], d: int, groups: int, runs: str, transposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It needs sub-vectors of whole channels and one channel group; else it expands, as it does when told to."""
+    ran = []
+    for kind in (Conv, ConvContract):
+        monkeypatch.setattr(kind, "out", lambda *args, kind=kind, out=kind.out: ran.append(kind) or out(*args))
+    weight = ops.Tensors(*stored(CodebookSpec(4, math.prod(shape[1:]), d, entries=3), 0))
+    settings = {**CONV, "groups": groups, "transposed": transposed}
+    results = [
+        ops.conv(randn(1, 2, 4 * groups, 7)[:, : 4 if transposed else None], weight, shape, **settings, plan=p)
+        for p in ("contract", "expand")
+    ]
+    assert ran == [ConvContract if runs == "contract" else Conv, Conv]
+    assert_same(*results)
+
+
+def test_left_to_itself_a_convolution_takes_what_costs_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked about the positions of the vectors' maps: of the output, or of a transposed one's input."""
+    asked = []
+    monkeypatch.setattr(products, "cheaper_conv", lambda *args: asked.append(args) or "contract")
+    weight = ops.Tensors(*stored(FILTERS, 0))
+    for transposed, channels in ((False, 2), (True, 4)):
+        ops.conv(randn(1, 5, channels, 8), weight, (4, 2, 3), **{**CONV, "stride": (2,), "transposed": transposed})
+    device = torch.device("cpu")
+    assert asked == [((1, 2, 3, 3), (1, 2, 4), 20, device), ((1, 2, 3, 3), (1, 2, 4), 40, device)]
 
 
 def test_per_sample_gradients_of_lookups() -> None:

@@ -25,6 +25,7 @@ constexpr int64_t LANES = Vec::size();
 constexpr int64_t WIDE = 2 * LANES;                       // rows of the batch that a table serves at most
 constexpr int64_t TILE = LANES >= 8 ? LANES / 2 : LANES;  // vectors whose sums are held in registers
 constexpr int64_t FEW = 4;                                // up to so many rows, lanes run along the vectors
+constexpr int64_t MOST_GROUPS = 8;                        // of threads that each keep a sum of all vectors
 constexpr int64_t GRAIN = 1 << 15;                        // elements that are worth another thread
 constexpr int64_t TABLE_BYTES = 1 << 20;                  // of a table that stays in a core's second-level cache
 
@@ -186,62 +187,120 @@ void contract_block(const Tensor& x, int64_t real, const std::vector<Tensor>& bo
   }
 }
 
-// sums[j] += sign * line[code(p, n + j)] for LANES vectors.
-template <typename Code>
-inline void pick(const float* line, const Codes<Code>& codes, int64_t p, int64_t n, float* sums) {
-  const Code* code = codes.at(p, n);
-  int32_t index[LANES];
-  for (int64_t j = 0; j < LANES; ++j) index[j] = code[j];
-  Vec term = at::vec::gather<sizeof(float)>(line, at::vec::Vectorized<int32_t>::loadu(index));
-  if (codes.signs) {
-    float factors[LANES];
-    for (int64_t j = 0; j < LANES; j += SIGNS_AT_ONCE) std::copy_n(codes.factors(p, n + j), SIGNS_AT_ONCE, factors + j);
-    term = term * Vec::loadu(factors);
+// lines[row, k] = x[row, :] . book[k, :] for all entries, LANES of them at a time.
+template <typename T>
+void dot_lines(const T* book, int64_t entries, int64_t d, const T* x, int64_t x_stride, int64_t rows, float* lines) {
+  alignas(64) float sums[LANES * LANES], turned[LANES * LANES];
+  for (int64_t row = 0; row < rows; ++row) {
+    const T* part = x + row * x_stride;
+    for (int64_t k = 0; k < entries; k += LANES) {
+      const int64_t some = std::min(LANES, entries - k);
+      for (int64_t j = 0; j < some; ++j) {
+        const T* entry = book + (k + j) * d;
+        Vec even(0), odd(0);
+        int64_t i = 0;
+        for (; i + 2 * LANES <= d; i += 2 * LANES) {
+          even = at::vec::fmadd(load(entry + i), load(part + i), even);
+          odd = at::vec::fmadd(load(entry + i + LANES), load(part + i + LANES), odd);
+        }
+        for (; i < d; i += LANES) {
+          const int64_t count = std::min(LANES, d - i);
+          even = at::vec::fmadd(load(entry + i, count), load(part + i, count), even);
+        }
+        (even + odd).store(sums + j * LANES);
+      }
+      at::vec::transpose_mxn<float>(sums, LANES, turned, LANES, some, LANES);
+      Vec total = load(turned, some);
+      for (int64_t i = 1; i < LANES; ++i) total = total + load(turned + i * LANES, some);
+      store(lines + row * entries + k, total, some);
+    }
   }
-  (Vec::loadu(sums) + term).store(sums);
 }
 
-// y = x @ W.T + bias for a few rows: lanes run along the vectors, whose terms are picked from one line of the table.
+// sums[n] += sign * line[code(p, n)] for all vectors; reads ahead in what is used next.
+template <typename Code>
+void pick_line(const float* line, const Codes<Code>& codes, int64_t p, const char* next, int64_t bytes, float* sums) {
+  const Code* code = codes.at(p, 0);
+  const int64_t whole = codes.vectors / LANES * LANES, ahead = bytes / std::max<int64_t>(1, whole / LANES) + 64;
+  for (int64_t n = 0; n < whole; n += LANES) {
+    for (int64_t byte = 0; byte < ahead; byte += 64) __builtin_prefetch(next + n / LANES * ahead + byte, 0, 2);
+    int32_t index[LANES];
+    for (int64_t j = 0; j < LANES; ++j) index[j] = code[n + j];
+    Vec term = at::vec::gather<sizeof(float)>(line, at::vec::Vectorized<int32_t>::loadu(index));
+    if (codes.signs) {
+      float factors[LANES];
+      for (int64_t j = 0; j < LANES; j += SIGNS_AT_ONCE) std::copy_n(codes.factors(p, n + j), SIGNS_AT_ONCE, factors + j);
+      term = term * load(factors);
+    }
+    (load(sums + n) + term).store(sums + n);
+  }
+  for (int64_t n = whole; n < codes.vectors; ++n) sums[n] += (codes.signs ? *codes.factors(p, n) : 1.0f) * line[code[n]];
+}
+
+// y = x @ W.T + bias for a few rows. A thread takes some uses, from reading their codebook (which is what takes the
+// time) to picking their terms, with lanes along the vectors; the threads' sums are added up last.
 template <typename T, typename Code>
-void contract_few(const Tensor& x, const std::vector<Tensor>& books, const Codes<Code>& codes, const T* bias, T* y) {
-  constexpr int64_t PART = 512;
-  const int64_t rows = x.size(0), sub_vectors = books[0].size(0), entries = books[0].size(1), d = books[0].size(2);
-  const Tensor parts = x.view({rows, sub_vectors, d}).permute({1, 0, 2});
-  std::vector<Tensor> tables;
-  for (const Tensor& book : books) tables.push_back(at::bmm(parts, book.transpose(1, 2)).to(at::kFloat));
-  at::parallel_for(0, (codes.vectors + PART - 1) / PART, 2, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin * PART; n < std::min(end * PART, codes.vectors); n += PART) {
-      const int64_t count = std::min(PART, codes.vectors - n), whole = count / LANES * LANES;
-      for (int64_t row = 0; row < rows; ++row) {
-        alignas(64) float sums[PART];
-        for (int64_t j = 0; j < count; ++j) sums[j] = bias ? static_cast<float>(bias[n + j]) : 0.0f;
-        for (int64_t p = 0; p < codes.uses; ++p) {
-          const float* line = tables[p / sub_vectors].template const_data_ptr<float>();
-          line += (p % sub_vectors * rows + row) * entries;
-          for (int64_t j = 0; j < whole; j += LANES) pick(line, codes, p, n + j, sums + j);
-          for (int64_t j = whole; j < count; ++j)
-            sums[j] += (codes.signs ? *codes.factors(p, n + j) : 1.0f) * line[*codes.at(p, n + j)];
+void contract_few(const Tensor& x, const Tensor& codebooks, const Codes<Code>& codes, const T* bias, T* y) {
+  const int64_t rows = x.size(0), width = x.size(1), vectors = codes.vectors;
+  const int64_t stages = codebooks.size(0), books = codebooks.size(1), entries = codebooks.size(2), d = codebooks.size(3);
+  const int64_t sub_vectors = codes.uses / stages, share = sub_vectors / books;
+  const int64_t groups = std::min<int64_t>({codes.uses, at::get_num_threads(), MOST_GROUPS});
+  const Tensor sums = at::empty({groups, rows, vectors}, x.options().dtype(at::kFloat));
+  const auto book = [&](int64_t p) {
+    return codebooks.const_data_ptr<T>() + (p / sub_vectors * books + p % sub_vectors / share) * entries * d;
+  };
+  at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> lines(rows * entries);
+    for (int64_t group = begin; group < end; ++group) {
+      float* own = sums.data_ptr<float>() + group * rows * vectors;
+      std::fill_n(own, rows * vectors, 0.0f);
+      const int64_t last = codes.uses * (group + 1) / groups;
+      for (int64_t p = codes.uses * group / groups; p < last; ++p) {
+        const T* part = x.const_data_ptr<T>() + p % sub_vectors * d;
+        dot_lines<T>(book(p), entries, d, part, width, rows, lines.data());
+        for (int64_t row = 0; row < rows; ++row) {  // a share of the next codebook with each row
+          const int64_t bytes = entries * d * int64_t(sizeof(T)) / rows;
+          const char* next = reinterpret_cast<const char*>(book(std::min(p + 1, last - 1))) + row * bytes;
+          pick_line(lines.data() + row * entries, codes, p, next, bytes, own + row * vectors);
         }
-        for (int64_t j = 0; j < count; ++j) y[row * codes.vectors + n + j] = static_cast<T>(sums[j]);
       }
     }
   });
+  at::parallel_for(0, rows, std::max<int64_t>(1, GRAIN / vectors), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+      for (int64_t n = 0; n < vectors; n += LANES) {
+        const int64_t count = std::min(LANES, vectors - n);
+        Vec sum = bias ? load(bias + n, count) : Vec(0);
+        for (int64_t group = 0; group < groups; ++group)
+          sum = sum + load(sums.const_data_ptr<float>() + (group * rows + row) * vectors + n, count);
+        store(y + row * vectors + n, sum, count);
+      }
+  });
 }
 
-Tensor contract(const Tensor& x, const Tensor& codebooks, const Tensor& codes, const std::optional<Tensor>& signs,
+// x [..., D] @ W.T + bias: [..., N].
+Tensor contract(const Tensor& input, const Tensor& entries, const Tensor& codes, const std::optional<Tensor>& signs,
                 const std::optional<Tensor>& bias) {
-  const int64_t rows = x.size(0), vectors = codes.size(2);
-  Tensor y = at::empty({rows, vectors}, x.options());
-  std::vector<Tensor> books;
-  const int64_t sub_vectors = codes.size(1), share = sub_vectors / codebooks.size(1);
-  for (const Tensor& stage : codebooks.unbind(0)) {  // a codebook for each sub-vector
-    const Tensor each = stage.unsqueeze(1).expand({-1, share, -1, -1});
-    books.push_back(each.reshape({sub_vectors, stage.size(1), stage.size(2)}));
-  }
+  TORCH_CHECK(!input._fw_grad(0).defined(), "forward-mode differentiation does not reach compiled kernels");
+  const Tensor x = input.reshape({-1, input.size(-1)}).contiguous(), codebooks = entries.contiguous();
+  const int64_t rows = x.size(0), vectors = codes.size(2), sub_vectors = codes.size(1);
+  std::vector<int64_t> shape = input.sizes().vec();
+  shape.back() = vectors;
+  Tensor y = at::empty(shape, x.options());
   by_float(x, [&](auto scalar) {
     using T = decltype(scalar);
     by_code(codes, signs, [&](auto held) {
       const T* shift = bias ? bias->const_data_ptr<T>() : nullptr;
+      if (rows <= FEW && codebooks.size(3) >= LANES) {
+        contract_few<T>(x, codebooks, held, shift, y.data_ptr<T>());
+        return;
+      }
+      std::vector<Tensor> books;
+      const int64_t share = sub_vectors / codebooks.size(1);
+      for (const Tensor& stage : codebooks.unbind(0)) {  // a codebook for each sub-vector
+        const Tensor each = stage.unsqueeze(1).expand({-1, share, -1, -1});
+        books.push_back(each.reshape({sub_vectors, stage.size(1), stage.size(2)}));
+      }
       const int64_t blocks = (rows + WIDE - 1) / WIDE;
       const auto run = [&](int64_t begin, int64_t end) {
         at::AutoDispatchBelowAutograd guard;
@@ -252,13 +311,13 @@ Tensor contract(const Tensor& x, const Tensor& codebooks, const Tensor& codes, c
           contract_block<T>(some, count, books, held, shift, y.data_ptr<T>() + first * vectors);
         }
       };
-      if (rows <= FEW) contract_few<T>(x, books, held, shift, y.data_ptr<T>());
-      else if (blocks >= at::get_num_threads()) at::parallel_for(0, blocks, 1, run);
+      if (blocks >= at::get_num_threads()) at::parallel_for(0, blocks, 1, run);
       else run(0, blocks);
     });
   });
   return y;
 }
+
 // table [B, R, M, K, L] summed by codes: [B, N, L].
 Tensor gather_sum(const Tensor& table, const Tensor& codes, const std::optional<Tensor>& signs) {
   const int64_t entries = table.size(3), length = table.size(4), vectors = codes.size(2);

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,9 +27,7 @@ def contract(
     x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
     """See ``rpqfx.codebook.contract``."""
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    y = _ops().contract(rows, codebooks.contiguous(), codes.contiguous(), _flat(signs), _flat(bias))
-    return y.view(*x.shape[:-1], codes.shape[-1])
+    return torch.ops.rpqfx_cpu.contract(x, codebooks, codes.contiguous(), _flat(signs), _flat(bias))
 
 
 def contract_t(y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None = None) -> Tensor:
@@ -57,12 +54,14 @@ def bins(y: Tensor, codes: Tensor, signs: Tensor | None, books: int, entries: in
     rows = max(1, BIN_ELEMENTS // (stages * sub_vectors * entries * ROWS_AT_ONCE)) * ROWS_AT_ONCE
     for first in range(0, y.shape[0], rows):
         part = slice(first, first + rows)
-        yield part, _ops().bin_rows(y[part], codes, signs, entries)[..., : y[part].shape[0]].unflatten(1, (books, -1))
+        # No name for the bins here: the caller drops its own, and these are gone before the next are made.
+        of_all = torch.ops.rpqfx_cpu.bin_rows
+        yield part, of_all(y[part], codes, signs, entries)[..., : y[part].shape[0]].unflatten(1, (books, -1))
 
 
 def expand(codebooks: Tensor, codes: Tensor, scale: Tensor | None = None, signs: Tensor | None = None) -> Tensor:
     """See ``rpqfx.codebook.expand``."""
-    return _ops().expand(codebooks.contiguous(), codes.contiguous(), _flat(scale), _flat(signs), None)
+    return torch.ops.rpqfx_cpu.expand(codebooks.contiguous(), codes.contiguous(), _flat(scale), _flat(signs), None)
 
 
 def lookup(
@@ -70,27 +69,23 @@ def lookup(
 ) -> Tensor:
     """See ``rpqfx.codebook.lookup``."""
     which = ids.contiguous()
-    rows = _ops().expand(codebooks.contiguous(), codes.contiguous(), _flat(scale), _flat(signs), which)
+    rows = torch.ops.rpqfx_cpu.expand(codebooks.contiguous(), codes.contiguous(), _flat(scale), _flat(signs), which)
     return rows.view(*ids.shape, rows.shape[-1])
 
 
 def collect(grad: Tensor, codes: Tensor, books: int, entries: int, signs: Tensor | None = None) -> Tensor:
     """See ``rpqfx.codebook.collect``."""
-    return _ops().collect(grad.contiguous(), codes.contiguous(), _flat(signs), books, entries)
+    return torch.ops.rpqfx_cpu.collect(grad.contiguous(), codes.contiguous(), _flat(signs), books, entries)
 
 
 def gather_sum(table: Tensor, codes: Tensor) -> Tensor:
     """See ``rpqfx.maps.gather_sum``."""
-    return _ops().gather_sum(table.contiguous(), codes.contiguous(), None)
+    return torch.ops.rpqfx_cpu.gather_sum(table.contiguous(), codes.contiguous(), None)
 
 
 def bin_sum(y: Tensor, codes: Tensor, entries: int, runs: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """See ``rpqfx.maps.bin_sum``; the codes need no sorting here."""
-    return _ops().bin_sum(y.contiguous(), codes.contiguous(), None, entries)
-
-
-def _ops() -> Any:
-    return torch.ops.rpqfx_cpu
+    return torch.ops.rpqfx_cpu.bin_sum(y.contiguous(), codes.contiguous(), None, entries)
 
 
 def _flat(x: Tensor | None) -> Tensor | None:

@@ -1,0 +1,171 @@
+"""What the CUDA kernels compute. ``test_triton.py`` runs this file in a process of its own.
+
+Triton becomes an interpreter, for good, if ``TRITON_INTERPRET=1`` is there when it is first imported, and other tests
+import it through torch's compiler. The interpreter is slow: shapes are tiny, and blocks are made tiny with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rpqfx.codebook import CodebookSpec
+from rpqfx.ops import cuda, triton_kernels, triton_launch
+from tests.helpers import naive_expand, randn, seeds, specs, stored
+
+DEVICE = "cpu" if triton_kernels.INTERPRETED else "cuda"
+# Relative to the largest element: sums are in float32 and rounded once.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+dtypes = st.sampled_from(list(TOLERANCE))
+code_dtypes = st.sampled_from([torch.uint8, torch.int16, torch.uint16])
+batches = st.sampled_from([(), (1,), (3,), (2, 3), (18,)])
+# PROGRAMS, TILE and TABLE_ELEMENTS: one program or many, tiles smaller or larger than the tensors, one slice or many.
+blocks = st.sampled_from([(512, 2048, 2**23), (1, 2048, 64), (512, 16, 2**23), (3, 64, 2**23)])
+
+
+@contextmanager
+def block_sizes(programs: int, tile: int, table_elements: int) -> Iterator[None]:
+    with (
+        patch.object(triton_launch, "PROGRAMS", programs),
+        patch.object(triton_launch, "TILE", tile),
+        patch.object(cuda, "TABLE_ELEMENTS", table_elements),
+        patch.object(cuda, "BLOCK_ROWS", 2),
+    ):
+        yield
+
+
+def tensors(spec: CodebookSpec, seed: int, dtype: torch.dtype, code_dtype: torch.dtype) -> tuple[Any, ...]:
+    codebooks, codes, scale, signs = stored(spec, seed, dtype)
+    held = codebooks, codes.to(code_dtype), scale, signs
+    return tuple(None if t is None else t.to(DEVICE) for t in held)
+
+
+def close(ours: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
+    assert ours.shape == exact.shape
+    assert ours.dtype == dtype
+    largest = float(exact.detach().abs().max()) if exact.numel() else 0.0
+    torch.testing.assert_close(
+        ours.double().cpu(), exact.detach().cpu(), rtol=0, atol=TOLERANCE[dtype] * max(1.0, largest)
+    )
+
+
+def dense(codebooks: Tensor, codes: Tensor, scale: Tensor | None, signs: Tensor | None) -> Tensor:
+    scale = None if scale is None else scale.double().cpu()
+    return naive_expand(codebooks.double().cpu(), codes.cpu(), scale, None if signs is None else signs.cpu())
+
+
+@settings(max_examples=40)
+@given(specs(), seeds, dtypes, code_dtypes, blocks)
+def test_expand_is_the_definition(
+    spec: CodebookSpec, seed: int, dtype: torch.dtype, code_dtype: torch.dtype, sizes: tuple[int, int, int]
+) -> None:
+    """The matrix is what the formula says, in the codebooks' dtype."""
+    held = tensors(spec, seed, dtype, code_dtype)
+    with block_sizes(*sizes):
+        close(cuda.expand(*held), dense(*held), dtype)
+
+
+@settings(max_examples=40)
+@given(specs(scale=False), seeds, dtypes, code_dtypes, batches, blocks)
+def test_contract_is_the_dense_product(
+    spec: CodebookSpec, seed: int, dtype: torch.dtype, code_dtype: torch.dtype, batch: tuple[int, ...],
+    sizes: tuple[int, int, int],
+) -> None:  # fmt: skip
+    """contract is the product with the expanded matrix, whatever the blocks."""
+    codebooks, codes, _, signs = tensors(spec, seed, dtype, code_dtype)
+    x = randn(seed + 1, *batch, spec.dim, dtype=dtype)
+    with block_sizes(*sizes):
+        ours = cuda.contract(x.to(DEVICE), codebooks, codes, signs)
+    close(ours, x.double() @ dense(codebooks, codes, None, signs).T, dtype)
+
+
+@settings(max_examples=40)
+@given(specs(scale=False), seeds, dtypes, code_dtypes, batches, blocks)
+def test_gradients_are_those_of_autograd_through_the_dense_matrix(
+    spec: CodebookSpec, seed: int, dtype: torch.dtype, code_dtype: torch.dtype, batch: tuple[int, ...],
+    sizes: tuple[int, int, int],
+) -> None:  # fmt: skip
+    """contract_t, accumulate and contract_grads are the gradients of ``x @ W.T``, computed in float64."""
+    codebooks, codes, _, signs = tensors(spec, seed, dtype, code_dtype)
+    x, y = (
+        randn(seed + 1, *batch, spec.dim, dtype=dtype),
+        randn(seed + 2, *batch, spec.num_vectors, dtype=dtype),
+    )
+    leaves = x.double().requires_grad_(), codebooks.double().cpu().requires_grad_()
+    out = leaves[0] @ dense(leaves[1], codes, None, signs).T
+    grad_x, grad_codebooks = torch.autograd.grad(out, leaves, y.double())
+    x, y = x.to(DEVICE), y.to(DEVICE)
+    with block_sizes(*sizes):
+        close(cuda.contract_t(y, codebooks, codes, signs), grad_x, dtype)
+        close(cuda.accumulate(x, y, codes, spec.books, spec.entries, signs), grad_codebooks, dtype)
+        both = cuda.contract_grads(x, y, codebooks, codes, signs)
+    close(both[0], grad_x, dtype)
+    close(both[1], grad_codebooks, dtype)
+
+
+@pytest.mark.parametrize(
+    ("spec", "rows", "slices"),
+    [
+        (CodebookSpec(300, 140, 70, entries=90, signs=True), 70, 1),  # past every block, in every direction
+        (CodebookSpec(513, 20, 1, entries=2, stages=2, books=4), 1, 1),  # single numbers; runs of half the vectors
+        (CodebookSpec(9, 6, 2, entries=4), 37, 3),  # the batch in slices
+    ],
+)
+def test_sizes_past_a_block(spec: CodebookSpec, rows: int, slices: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks of the real sizes, or slices of the batch, the last of them not full."""
+    if slices > 1:
+        monkeypatch.setattr(cuda, "TABLE_ELEMENTS", 64)
+    codebooks, codes, _, signs = tensors(spec, 0, torch.float32, torch.uint8)
+    assert len(cuda._slices(torch.empty(rows, 1), codes, spec.entries)) == slices
+    x, y = randn(1, rows, spec.dim), randn(2, rows, spec.num_vectors)
+    leaves = x.requires_grad_(), codebooks.double().cpu().requires_grad_()
+    matrix = dense(leaves[1], codes, None, signs)
+    out = leaves[0] @ matrix.T
+    grads = torch.autograd.grad(out, leaves, y)
+    x, y = x.detach().float().to(DEVICE), y.float().to(DEVICE)
+    close(cuda.expand(codebooks, codes, None, signs), matrix, torch.float32)
+    close(cuda.contract(x, codebooks, codes, signs), out, torch.float32)
+    for ours, exact in zip(cuda.contract_grads(x, y, codebooks, codes, signs), grads, strict=True):
+        close(ours, exact, torch.float32)
+
+
+def test_the_last_of_65536_entries() -> None:
+    """Codes past the range of int16 and of uint8 are read as what they are."""
+    codes = torch.tensor([0, 32_767, 32_768, 65_535], dtype=torch.int32, device=DEVICE).to(torch.uint16)[None, None]
+    codebooks = randn(0, 1, 1, 65_536, 2, dtype=torch.float32).to(DEVICE)
+    assert cuda.expand(codebooks, codes).equal(codebooks[0, 0, codes[0, 0].long()])
+    dots = codebooks[0, :, :, :1].contiguous()
+    assert triton_launch.gather_sum(dots, codes, None, torch.float32)[0].equal(dots[0, codes[0, 0].long(), 0])
+    bins = triton_launch.Bins(codes, None, 1, 65_536)
+    assert bins.order.flatten().tolist() == [0, 1, 2, 3]
+    assert bins.ends[0, [0, 1, 32_767, 32_768, 65_534, 65_535]].tolist() == [1, 1, 2, 3, 3, 4]
+
+
+def test_strided_inputs_and_an_empty_batch() -> None:
+    """Inputs need not be contiguous, and no rows are fine."""
+    spec = CodebookSpec(9, 6, 2, entries=4, stages=2, signs=True)
+    codebooks, codes, _, signs = tensors(spec, 0, torch.float32, torch.uint8)
+    x, y = randn(1, 3, 6, dtype=torch.float32).to(DEVICE), randn(2, 3, 9, dtype=torch.float32).to(DEVICE)
+    held = codebooks, codes, signs
+    strided = tuple(t.transpose(0, -1).contiguous().transpose(0, -1) for t in held)
+    assert not strided[0].is_contiguous()
+    assert cuda.expand(strided[0], strided[1], None, strided[2]).equal(cuda.expand(codebooks, codes, None, signs))
+    assert cuda.contract(x.t().contiguous().t(), *strided).equal(cuda.contract(x, *held))
+    assert cuda.contract_t(y.t().contiguous().t(), *strided).equal(cuda.contract_t(y, *held))
+    assert cuda.contract(x[:0], *held).shape == (0, 9)
+    assert cuda.contract_t(y[:0], *held).shape == (0, 6)
+    assert cuda.contract_grads(x[:0], y[:0], *held)[1].equal(torch.zeros_like(codebooks))
+
+
+def test_usable_says_whether_the_kernels_run() -> None:
+    """On the device of these tests they do; for float64 they never do."""
+    assert cuda.usable(torch.empty(1, device=DEVICE))
+    assert not cuda.usable(torch.empty(1, device=DEVICE, dtype=torch.float64))
