@@ -9,6 +9,7 @@ from rpqfx.policy import Hold, Policy, Rule, Skip
 from rpqfx.report import Report, report
 from rpqfx.serialize import load, save
 from rpqfx.site import Site
+from rpqfx.tune import tune
 
 __version__ = "0.1.0"
 
@@ -29,4 +30,5 @@ __all__ = [
     "report",
     "rpqify",
     "save",
+    "tune",
 ]

@@ -10,6 +10,7 @@ from rpqfx.budget import Candidate
 from rpqfx.codebook import CodebookSpec, default_codebook_dim, nearest_divisor
 from rpqfx.errors import PolicyError, SpecError
 from rpqfx.nn.layer import Split
+from rpqfx.ops import Plan
 from rpqfx.options import Init, Options
 from rpqfx.site import Site
 
@@ -34,12 +35,14 @@ class Hold:
         split: Vectors along outputs (``"row"``) or inputs (``"column"``).
         init: Codebooks fitted to the weight, or drawn anew with its standard deviation.
         group: Sites of one group and one shape of codebooks share them.
+        plan: Which way its products run.
     """
 
     spec: CodebookSpec
     split: Split = "row"
     init: Init = "fit"
     group: str | None = None
+    plan: Plan = "auto"
 
 
 def as_decision(site: Site, answer: CodebookSpec | Hold | Skip) -> Hold | Skip:
@@ -176,7 +179,7 @@ def _hold(site: Site, options: Options, split: Split, bits: int) -> Hold:
         )  # fmt: skip
     except SpecError as error:
         raise PolicyError(f"{site.name}: {error}") from error
-    return Hold(spec, split, options.init or "fit", _group(site, options, layout.dim))
+    return Hold(spec, split, options.init or "fit", _group(site, options, layout.dim), options.plan or "auto")
 
 
 def _group(site: Site, options: Options, dim: int) -> str | None:

@@ -13,6 +13,7 @@ from torch import nn
 from rpqfx.codebook import GradScale
 from rpqfx.errors import PolicyError
 from rpqfx.nn.layer import Split
+from rpqfx.ops import PLANS, Plan
 from rpqfx.site import Site
 
 Sharing = Literal["own", "layer", "shape", "role"]
@@ -43,6 +44,8 @@ class Options:
         grad_scale: How gradients of vectors that share an entry are gathered.
         init: Codebooks fitted to the weights that are there (``"fit"``), or drawn anew with their standard
             deviation (``"random"``), for training from scratch.
+        plan: Which way products run: the weight made for each call (``"expand"``), the table of dot products
+            (``"contract"``), or the cheaper by a cost model (``"auto"``); [`tune`][rpqfx.tune.tune] measures instead.
         min_size: Weights of fewer elements are left alone.
         allow_growth: Whether a layer may become larger than it was.
     """
@@ -58,6 +61,7 @@ class Options:
     signs: bool | None = None
     grad_scale: GradScale | None = None
     init: Init | None = None
+    plan: Plan | None = None
     min_size: int | None = None
     allow_growth: bool | None = None
 
@@ -73,6 +77,7 @@ class Options:
             "split": ("row", "column", "auto"),
             "grad_scale": ("sum", "sqrt", "mean"),
             "init": ("fit", "random"),
+            "plan": PLANS,
         }
         for name, values in allowed.items():
             if getattr(self, name) not in (None, *values):

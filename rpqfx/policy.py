@@ -14,6 +14,7 @@ from rpqfx.codebook import CodebookSpec, GradScale
 from rpqfx.decision import Hold, Skip, as_decision, candidates, smallest, stored_bytes, together
 from rpqfx.errors import PolicyError
 from rpqfx.nn.layer import Split
+from rpqfx.ops import Plan
 from rpqfx.options import Init, Options, Rule, Sharing
 from rpqfx.site import Kind, Site
 
@@ -53,6 +54,7 @@ class Policy(Options):
     signs: bool | None = False
     grad_scale: GradScale | None = "sum"
     init: Init | None = "fit"
+    plan: Plan | None = "auto"
     min_size: int | None = 4096
     allow_growth: bool | None = False
     rules: tuple[Rule, ...] = ()

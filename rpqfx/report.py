@@ -16,6 +16,7 @@ from rpqfx.decision import Hold, Skip
 from rpqfx.errors import RPQError
 from rpqfx.nn.backed import backed_weights
 from rpqfx.nn.weight import RPQWeight
+from rpqfx.ops import Plan
 from rpqfx.render import Table, size, to_html, to_markdown, to_text
 from rpqfx.site import Site
 
@@ -41,6 +42,7 @@ class SiteRecord:
         before: Bytes of the dense tensor.
         after: Bytes of the tensors that are there now.
         shared: Bytes of codebooks that are counted with an earlier site.
+        plan: Which way its products run now.
     """
 
     name: str
@@ -56,6 +58,7 @@ class SiteRecord:
     before: int = 0
     after: int = 0
     shared: int = 0
+    plan: Plan = "auto"
 
     @classmethod
     def of(cls, site: Site, decision: Hold | Skip, error: float | None = None) -> SiteRecord:
@@ -174,7 +177,8 @@ def report(model: nn.Module) -> Report:
         codebooks += new_floats
         codes += new_integers
         shared = sum(t.nbytes for t in floats) - new_floats
-        sites.append(dataclasses.replace(record, after=new_floats + new_integers, shared=shared))
+        after = new_floats + new_integers
+        sites.append(dataclasses.replace(record, after=after, shared=shared, plan=weight.plan))
     other = _unseen([*model.parameters(), *model.buffers()], seen)
     dense = sum(site.before for site in sites if site.spec is not None)
     return Report(tuple(sites), dense + other, codebooks, codes, other, tuple(notes))
@@ -237,6 +241,7 @@ def _row(site: SiteRecord) -> tuple[str, ...]:
         f"{spec.stages} stages" if spec.stages > 1 else "",
         f"{spec.books} shared codebook{'s' if spec.books != 1 else ''}" if spec.books != spec.sub_vectors else "",
         f"{size(site.shared)} shared with earlier sites" if site.shared else "",
+        f"plan {site.plan}" if site.plan != "auto" else "",
         f"fit error {site.error:.3f}" if site.error is not None else "",
     ]
     shape = f"{spec.num_vectors} x {spec.dim}"

@@ -137,10 +137,8 @@ def _describe(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     sites: dict[int, dict[str, Any]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for name, weight in backed_weights(module).items():
-            site = sites.setdefault(
-                id(weight),
-                {"names": [], "spec": weight.spec.to_dict(), "layout": weight.layout.to_dict(), "std": weight.std},
-            )
+            how = {"spec": weight.spec.to_dict(), "layout": weight.layout.to_dict(), "std": weight.std}
+            site = sites.setdefault(id(weight), {"names": [], **how, "plan": weight.plan})
             site["names"].append(f"{path}.{name}".lstrip("."))
     records, notes = attached_records(model) or ((), ())
     manifest = {
@@ -255,7 +253,8 @@ def _install_sites(model: nn.Module, manifest: dict[str, Any], path: Any) -> Non
             if shape != layout.shape:
                 raise FormatError(f"{path} holds {name} of shape {layout.shape}, build() made it {shape}")
         with torch.device("meta"):
-            install(model, site["names"], RPQWeight(spec, layout, std=site["std"]))
+            weight = RPQWeight(spec, layout, std=site["std"], plan=site.get("plan", "auto"))  # older files have none
+            install(model, site["names"], weight)
 
 
 def _assign(model: nn.Module, manifest: dict[str, Any], tensors: dict[str, Tensor], path: Any) -> None:

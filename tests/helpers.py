@@ -6,16 +6,19 @@ replays.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rpqfx.codebook import CodebookSpec, pack_signs
 from rpqfx.nn import Layout, RPQWeight
+from rpqfx.ops import forms
 
 SUFFIX = "_rpq"
 seeds = st.integers(0, 2**31 - 1)
@@ -27,6 +30,22 @@ def generator(seed: int) -> torch.Generator:
 
 def randn(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(shape, generator=generator(seed), dtype=torch.float64).to(dtype)
+
+
+@contextlib.contextmanager
+def forms_run() -> Iterator[set[str]]:
+    """Names of the forms of matrix products that run meanwhile, forward or backward."""
+    ran: set[str] = set()
+
+    def noted(form: type, name: str) -> Callable[..., Any]:
+        run = getattr(form, name)
+        return lambda *args: ran.add(form.__name__) or run(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for form in (forms.Contract, forms.Matmul):
+            for name in ("out", "left", "book", "grads"):
+                patch.setattr(form, name, noted(form, name))
+        yield ran
 
 
 def divisors(number: int) -> list[int]:

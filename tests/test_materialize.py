@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import rpqfx
-from rpqfx import Policy
+from rpqfx import Policy, Rule
 from rpqfx.errors import RewriteError
 from rpqfx.nn import RPQWeight
 from tests.models import BY_NAME, CNN, GPT, MLP, SMALL, Encoder, Recommender, held_weights
@@ -161,7 +161,8 @@ def test_a_seed_gives_the_same_model_again():
 
 
 def test_ties_and_shared_codebooks_stay():
-    policy = Policy.from_scratch(codebook_dim=4, bits=2, min_size=64, sharing="role")
+    rules = (Rule("blocks.1.*", plan="contract"),)
+    policy = Policy.from_scratch(codebook_dim=4, bits=2, min_size=64, sharing="role", rules=rules)
     small = on_meta(GPT, policy)
     names = [name for name, _ in small.named_parameters()]
     rpqfx.materialize(small, init=fallback(small))
@@ -169,6 +170,7 @@ def test_ties_and_shared_codebooks_stay():
     assert small.tok.weight_rpq is small.head.weight_rpq
     assert small.blocks[0].qkv.weight_rpq.codebooks is small.blocks[1].qkv.weight_rpq.codebooks
     assert small.blocks[0].qkv.weight_rpq.codes is not small.blocks[1].qkv.weight_rpq.codes
+    assert [block.qkv.weight_rpq.plan for block in small.blocks] == ["auto", "contract"]
 
 
 def test_a_dense_tie_stays_a_tie():

@@ -57,6 +57,7 @@ OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "signs": st.booleans(),
     "grad_scale": st.sampled_from(["sum", "sqrt", "mean"]),
     "init": st.sampled_from(["fit", "random"]),
+    "plan": st.sampled_from(["auto", "expand", "contract"]),
     "min_size": st.integers(0, 10**6),
     "allow_growth": st.booleans(),
 }
@@ -87,6 +88,7 @@ def test_any_site_gets_a_spec_that_divides_or_a_skip_with_a_reason(where: Site, 
     assert chosen.get("allow_growth") or spec.stored_bytes(where.dtype) < where.dense_bytes
     if chosen.get("split") == "row":
         assert answer.split == "row"
+    assert answer.plan == chosen.get("plan", "auto")
 
 
 @given(sites(), st.integers(1, 300))
@@ -197,6 +199,17 @@ def test_a_rule_sets_what_it_sets_and_the_policy_the_rest():
     spec, other = policy(site()).spec, policy(site("x.weight")).spec
     assert (spec.bits, spec.scale, spec.signs, spec.codebook_dim) == (3, False, True, 16)
     assert (other.bits, other.scale) == (8, True)
+
+
+def test_plans_come_from_the_rule_and_then_from_the_policy():
+    """A rule's "auto" is an answer too. A budget keeps plans, and a rule about nothing else leaves it the shape."""
+    rules = (Rule("fc1", plan="contract"), Rule("fc2", plan="auto"), Rule("fc3", bits=4))
+    for policy in (Policy(plan="expand", rules=rules), Policy.budget(ratio=0.06, plan="expand", rules=rules)):
+        decisions = policy.decide([site(f"fc{i}.weight") for i in range(5)])
+        held = {name[2]: decision.plan for name, decision in decisions.items() if isinstance(decision, Hold)}
+        assert held == {"0": "expand", "1": "contract", "2": "auto", "3": "expand", "4": "expand"}
+    free = Policy.budget(ratio=0.05, rules=(Rule("*", plan="contract"),)).decide([site()])["fc.weight"]
+    assert free.spec != Policy()(site()).spec and free.plan == "contract"
 
 
 def test_a_rules_count_stands_for_the_policys_length_and_the_other_way_round():
@@ -316,6 +329,10 @@ def test_json_round_trip(chosen: dict[str, Any], some: list[Rule], which: list[s
 
 def test_json_says_only_what_differs():
     assert json.loads(Policy().to_json()) == {"rpqfx_policy": 1}
+    assert json.loads(Policy(plan="auto", rules=(Rule("head", plan="auto"),)).to_json()) == {
+        "rpqfx_policy": 1,
+        "rules": [{"match": "head", "plan": "auto"}],
+    }
     assert json.loads(Policy(bits=4, rules=(Rule("head", skip="big"),)).to_json()) == {
         "rpqfx_policy": 1,
         "bits": 4,
@@ -327,6 +344,12 @@ def test_a_policy_read_from_json_decides_the_same():
     policy = Policy(codebook_dim=4, bits=2, min_size=64, rules=(Rule(nn.Embedding, bits=3), Rule("*.fc2", skip="no")))
     found = find_sites(capture(GPT()))
     assert Policy.from_json(policy.to_json()).decide(found) == policy.decide(found)
+
+
+def test_json_from_before_there_were_plans_is_read():
+    old = '{"rpqfx_policy": 1, "bits": 4, "rules": [{"match": "head", "bits": 2}]}'
+    assert Policy.from_json(old) == Policy(bits=4, rules=(Rule("head", bits=2),))
+    assert Policy.from_json(old).plan == "auto" and Policy.from_json(old).rules[0].plan is None
 
 
 def test_a_predicate_has_no_json():
@@ -363,7 +386,7 @@ BAD: list[tuple[str, Any]] = [
     *(("codebook_dim", value) for value in (0, -4, "auto", 2.0)),
     *(("codebooks", value) for value in (0, -1, "head", 2.5, True)),
     *(("min_size", value) for value in (-1, "big", 1.5)),
-    *((name, "yes") for name in ("scale", "signs", "allow_growth", "sharing", "split", "grad_scale", "init")),
+    *((name, "yes") for name in ("scale", "signs", "allow_growth", "sharing", "split", "grad_scale", "init", "plan")),
 ]
 
 

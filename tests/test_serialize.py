@@ -91,6 +91,33 @@ def test_every_option_of_a_spec_returns(suffix: str, tmp_path: Path):
 
 
 @both_formats
+def test_plans_return_with_tied_layers_and_shared_codebooks(suffix: str, tmp_path: Path):
+    rules = (Rule("tok", plan="contract"), Rule("blocks.1.*", plan="expand"))
+    small = rpqfx.rpqify(GPT(), Policy(codebook_dim=4, bits=2, min_size=64, sharing="role", rules=rules))
+    small.blocks[0].qkv.weight_rpq.plan = "contract"  # since the rewrite
+    rpqfx.save(small, tmp_path / f"m{suffix}")
+    again = rpqfx.load(tmp_path / f"m{suffix}", GPT)
+    plans = {name: weight.plan for name, weight in held_weights(again).items()}
+    assert plans == {name: weight.plan for name, weight in held_weights(small).items()}
+    assert set(plans.values()) == {"auto", "expand", "contract"}
+    assert again.tok.weight_rpq is again.head.weight_rpq
+    assert str(rpqfx.report(again)) == str(rpqfx.report(small))
+
+
+def test_a_file_from_before_there_were_plans_loads(tmp_path: Path):
+    small = small_mlp().eval()
+    small.fc1.weight_rpq.plan = "expand"
+    rpqfx.save(small, tmp_path / "m.rpq")
+    manifest = json.loads(torch.load(tmp_path / "m.rpq", weights_only=True)["rpqfx"])
+    for values in (*manifest["sites"], *manifest["records"]):
+        del values["plan"]
+    rewrite_manifest(tmp_path / "m.rpq", sites=manifest["sites"], records=manifest["records"])
+    again = rpqfx.load(tmp_path / "m.rpq", MLP).eval()
+    assert {weight.plan for weight in held_weights(again).values()} == {"auto"}
+    assert_identical(again, small)
+
+
+@both_formats
 def test_sixteen_bit_codes_return(suffix: str, tmp_path: Path):
     def build() -> nn.Module:
         return nn.Sequential(nn.Embedding(70_000, 4))

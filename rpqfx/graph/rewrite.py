@@ -163,9 +163,9 @@ def _make(model: nn.Module, members: list[tuple[Site, Hold]], seed: int) -> list
         if fitted and not bool(torch.isfinite(parameter).all()):
             raise RewriteError(f"{site.name} has infinite or NaN elements; mend it, or skip it with a Rule")
         if fitted and len(members) == 1:
-            weight = RPQWeight.from_dense(parameter, hold.spec, layout, seed=seed)
+            weight = RPQWeight.from_dense(parameter, hold.spec, layout, seed=seed, plan=hold.plan)
         else:
-            weight = random_weight(owner, attribute, hold.spec, layout, site.std)
+            weight = random_weight(owner, attribute, hold.spec, layout, site.std, hold.plan)
         weight.codebooks.__dict__.update(parameter.__dict__)
         weights.append(weight)
     if len(members) > 1:

@@ -14,6 +14,7 @@ from rpqfx.errors import InputError
 from rpqfx.nn.backed import expanded, register_layer
 from rpqfx.nn.layer import RPQLayer, Split, apply_linear
 from rpqfx.nn.linear import RPQLinear
+from rpqfx.ops import Plan
 
 
 class RPQMultiheadAttention(RPQLayer, nn.MultiheadAttention):
@@ -49,11 +50,11 @@ class RPQMultiheadAttention(RPQLayer, nn.MultiheadAttention):
     def _splits(cls) -> bool:
         return True
 
-    def _hold(self, dense: nn.Module, split: Split, options: dict[str, Any]) -> None:
-        super()._hold(dense, split, options)
+    def _hold(self, dense: nn.Module, split: Split, plan: Plan, options: dict[str, Any]) -> None:
+        super()._hold(dense, split, plan, options)
         out = RPQLinear.__new__(RPQLinear)
         nn.Module.__init__(out)
-        out._hold(dense.out_proj, split, options)  # type: ignore[arg-type]
+        out._hold(dense.out_proj, split, plan, options)  # type: ignore[arg-type]
         self.out_proj = out  # type: ignore[assignment]
 
     @classmethod

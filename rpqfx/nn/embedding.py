@@ -28,7 +28,7 @@ class _Table(RPQLayer):
             *args: As for the dense layer.
             **kwargs: As for the dense layer and ``from_dense``.
         """
-        ours = {*CodebookOptions.__annotations__, "init", "steps", "seed"} & kwargs.keys()
+        ours = {*CodebookOptions.__annotations__, "init", "plan", "steps", "seed"} & kwargs.keys()
         options = {name: kwargs.pop(name) for name in ours}
         return cls.from_dense(cls._dense.from_pretrained(embeddings, freeze, *args, **kwargs), **options)
 

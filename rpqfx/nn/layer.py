@@ -20,6 +20,7 @@ from rpqfx.errors import InputError, SpecError
 from rpqfx.nn.backed import Backed, back, backed_weights, weight_of
 from rpqfx.nn.layout import Layout
 from rpqfx.nn.weight import RPQWeight
+from rpqfx.ops import Plan
 
 Split = Literal["row", "column"]
 
@@ -54,30 +55,32 @@ class RPQLayer(Backed):
         grad_scale: How gradients of vectors that share an entry are gathered: ``"sum"`` (if left out), ``"sqrt"`` or
             ``"mean"``.
         split: Whether vectors lie along the weight's rows or columns (matrices only).
+        plan: Which way products run: ``"expand"``, ``"contract"`` or the cheaper by a cost model (``"auto"``, if left
+            out). Kept as [`weight_rpq.plan`][rpqfx.nn.RPQWeight.plan], where it may be changed.
 
     Raises:
-        SpecError: If the codebooks do not fit the weight.
+        SpecError: If the codebooks do not fit the weight, or the plan is none.
     """
 
     _dense: ClassVar[type[nn.Module]]
     _weights: ClassVar[tuple[str, ...]] = ("weight",)
 
-    def __init__(self, *args: Any, split: Split = "row", **kwargs: Any) -> None:
+    def __init__(self, *args: Any, split: Split = "row", plan: Plan = "auto", **kwargs: Any) -> None:
         nn.Module.__init__(self)
         options = {name: kwargs.pop(name) for name in CodebookOptions.__annotations__ if name in kwargs}
         arguments = inspect.signature(self._dense).bind(*args, **kwargs).arguments
         if arguments.get("_weight") is not None:
             raise InputError(f"{type(self).__name__} draws its own weight; from_pretrained and from_dense take one")
         device = arguments.pop("device", None)
-        self._hold(self._dense(**arguments, device="meta"), split, options)
+        self._hold(self._dense(**arguments, device="meta"), split, plan, options)
         self.to_empty(device=device or torch.get_default_device())
         self.reset_parameters()
 
-    def _hold(self, dense: nn.Module, split: Split, options: dict[str, Any]) -> None:
+    def _hold(self, dense: nn.Module, split: Split, plan: Plan, options: dict[str, Any]) -> None:
         """Takes over a dense layer's attributes and backs its weights, on its device."""
         self.__dict__.update(dense.__dict__)
         shapes = self._shapes(dense, split, options)
-        back(self, {name: random_weight(dense, name, spec, layout) for name, spec, layout in shapes})
+        back(self, {name: random_weight(dense, name, spec, layout, plan=plan) for name, spec, layout in shapes})
 
     @classmethod
     def _shapes(
@@ -118,6 +121,7 @@ class RPQLayer(Backed):
         *,
         init: Literal["fit", "random"] = "fit",
         split: Split = "row",
+        plan: Plan = "auto",
         steps: int = 10,
         seed: int = 0,
         **options: Unpack[CodebookOptions],
@@ -128,13 +132,14 @@ class RPQLayer(Backed):
             dense: A module of exactly the torch.nn class.
             init: Codebooks fitted to the weight by k-means (``"fit"``) or drawn with its standard deviation.
             split: Vectors along rows or columns.
+            plan: Which way products run.
             steps: Lloyd steps at most.
             seed: Of the fit.
             **options: As in the constructor.
 
         Raises:
             InputError: If ``dense`` is of another class.
-            SpecError: If the codebooks do not fit the weight.
+            SpecError: If the codebooks do not fit the weight, or the plan is none.
         """
         if type(dense) is not cls._dense:
             raise InputError(
@@ -147,9 +152,9 @@ class RPQLayer(Backed):
             assert tensor is not None
             memo[id(tensor)] = tensor  # the copy below is about to drop it
             if init == "fit":
-                weights[name] = RPQWeight.from_dense(tensor, spec, layout, steps=steps, seed=seed)
+                weights[name] = RPQWeight.from_dense(tensor, spec, layout, steps=steps, seed=seed, plan=plan)
             else:
-                weights[name] = random_weight(dense, name, spec, layout)
+                weights[name] = random_weight(dense, name, spec, layout, plan=plan)
         made = copy.deepcopy(dense, memo)
         back(made, weights)
         return made  # type: ignore[return-value]
@@ -187,7 +192,12 @@ def zero_row(table: nn.Module) -> int | None:
 
 
 def random_weight(
-    module: nn.Module, name: str, spec: CodebookSpec, layout: Layout, std: float | None = None
+    module: nn.Module,
+    name: str,
+    spec: CodebookSpec,
+    layout: Layout,
+    std: float | None = None,
+    plan: Plan = "auto",
 ) -> RPQWeight:
     """Random codebooks with the standard deviation of a module's Parameter, on its device.
 
@@ -197,6 +207,7 @@ def random_weight(
         spec: Shape of the codebooks.
         layout: How the Parameter is seen as vectors.
         std: What a Parameter without values (on the meta device) would be drawn with; torch.nn's own if left out.
+        plan: Which way products run.
     """
     tensor = module._parameters[name]
     assert tensor is not None
@@ -204,7 +215,7 @@ def random_weight(
     if not tensor.is_meta and tensor.numel() > 1:
         measured = float(tensor.detach().float().std())
         std = measured if math.isfinite(measured) and measured > 0 else std
-    weight = RPQWeight(spec, layout, std=std, device=tensor.device, dtype=tensor.dtype)
+    weight = RPQWeight(spec, layout, std=std, plan=plan, device=tensor.device, dtype=tensor.dtype)
     return weight.requires_grad_(tensor.requires_grad)
 
 

@@ -30,11 +30,12 @@ class RPQWeight(nn.Module):
         spec: Shape of the codebooks.
         layout: How the tensor is seen as vectors; the matrix ``[N, D]`` if left out.
         std: Standard deviation of the tensor that ``reset_parameters`` draws.
+        plan: Which way products run (see the attribute).
         device: Where the tensors go.
         dtype: Of codebooks and scale, floating.
 
     Raises:
-        SpecError: If spec and layout disagree.
+        SpecError: If spec and layout disagree, or the plan is none.
         InputError: If the dtype is not a real floating one.
     """
 
@@ -42,6 +43,7 @@ class RPQWeight(nn.Module):
     codes: Tensor
     scale: nn.Parameter | None
     signs: Tensor | None
+    _plan: ops.Plan = "auto"  # also of modules that were pickled before there was a choice
 
     def __init__(
         self,
@@ -49,6 +51,7 @@ class RPQWeight(nn.Module):
         layout: Layout | None = None,
         *,
         std: float = 1.0,
+        plan: ops.Plan = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -62,7 +65,7 @@ class RPQWeight(nn.Module):
         dtype = dtype or torch.get_default_dtype()
         if not dtype.is_floating_point:
             raise InputError(f"codebooks are floating point, got {dtype}")
-        self.spec, self.layout, self.std = spec, layout, std
+        self.spec, self.layout, self.std, self.plan = spec, layout, std, plan
         self.codebooks = nn.Parameter(torch.empty(spec.codebooks_shape, device=device, dtype=dtype))
         self.register_buffer("codes", torch.empty(spec.codes_shape, device=device, dtype=spec.code_dtype))
         scale = torch.empty(spec.num_vectors, device=device, dtype=dtype) if spec.scale else None
@@ -73,7 +76,14 @@ class RPQWeight(nn.Module):
 
     @classmethod
     def from_dense(
-        cls, tensor: Tensor, spec: CodebookSpec, layout: Layout | None = None, *, steps: int = 10, seed: int = 0
+        cls,
+        tensor: Tensor,
+        spec: CodebookSpec,
+        layout: Layout | None = None,
+        *,
+        steps: int = 10,
+        seed: int = 0,
+        plan: ops.Plan = "auto",
     ) -> RPQWeight:
         """Codebooks fitted to a tensor by k-means (``rpqfx.fit.fit_codebooks``).
 
@@ -83,9 +93,11 @@ class RPQWeight(nn.Module):
             layout: How the tensor is seen as vectors.
             steps: Lloyd steps at most.
             seed: Of the k-means starts.
+            plan: Which way products run.
 
         Raises:
             InputError: If the tensor is not real, floating and finite.
+            SpecError: If spec and layout disagree, or the plan is none.
         """
         if not tensor.is_floating_point():
             raise InputError(f"only real floating tensors can be fitted, got {tensor.dtype}")
@@ -94,7 +106,7 @@ class RPQWeight(nn.Module):
         if not math.isfinite(std):
             raise InputError("the tensor has infinite or NaN elements; mend or skip it before fitting codebooks")
         with torch.device("meta"):
-            weight = cls(spec, layout, std=std, dtype=tensor.dtype)
+            weight = cls(spec, layout, std=std, plan=plan, dtype=tensor.dtype)
         fit = fit_codebooks(layout.to_vectors(tensor.detach()), spec, steps=steps, seed=seed)
         weight.codebooks = nn.Parameter(fit.codebooks, requires_grad=tensor.requires_grad)
         weight.codes = fit.codes
@@ -121,6 +133,26 @@ class RPQWeight(nn.Module):
             self.scale.fill_(1)
         if self.signs is not None:
             self.signs.copy_(pack_signs(torch.rand(self.codes.shape, device=self.codes.device) < 0.5))
+
+    @property
+    def plan(self) -> ops.Plan:
+        """Which way ``linear``, ``linear_t`` and ``conv`` run; both ways give the same result.
+
+        ``"contract"`` goes through the table of dot products, ``"expand"`` makes the tensor for the length of the
+        call, and ``"auto"`` takes the one that a cost model holds for cheaper. May be set at any time; ``rpqfx.tune``
+        sets what it measured. It is no tensor, so a state dict is without it. Weights that share codebooks each have
+        their own.
+
+        Raises:
+            SpecError: When set to anything else.
+        """
+        return self._plan
+
+    @plan.setter
+    def plan(self, plan: ops.Plan) -> None:
+        if plan not in ops.PLANS:
+            raise SpecError(f"plan is one of {', '.join(ops.PLANS)}, got {plan!r}")
+        self._plan = plan
 
     @property
     def tensors(self) -> ops.Tensors:
@@ -178,11 +210,11 @@ class RPQWeight(nn.Module):
             InputError: If width or dtype of ``x`` do not fit.
         """
         if self.layout.transposed:
-            y = ops.linear_t(self._zero(x, -1), self.tensors, self.spec.grad_factor)
+            y = ops.linear_t(self._zero(x, -1), self.tensors, self.spec.grad_factor, self.plan)
             y = y if rows is None else y[..., rows]
         else:
             some, zeroed = self.tensors if rows is None else self.tensors.vectors(rows), self.layout.zero_vector
-            y = ops.linear(x, some, bias if zeroed is None else None, self.spec.grad_factor)
+            y = ops.linear(x, some, bias if zeroed is None else None, self.spec.grad_factor, self.plan)
             if zeroed is None:
                 return y
             y = self._zero(y, -1)
@@ -201,8 +233,8 @@ class RPQWeight(nn.Module):
             InputError: If width or dtype of ``y`` do not fit.
         """
         if self.layout.transposed:
-            return self._zero(ops.linear(y, self.tensors, None, self.spec.grad_factor), -1)
-        return ops.linear_t(self._zero(y, -1), self.tensors, self.spec.grad_factor)
+            return self._zero(ops.linear(y, self.tensors, None, self.spec.grad_factor, self.plan), -1)
+        return ops.linear_t(self._zero(y, -1), self.tensors, self.spec.grad_factor, self.plan)
 
     def conv(
         self,
@@ -237,17 +269,19 @@ class RPQWeight(nn.Module):
             raise SpecError("a convolution's vectors are its filters (rows of its weight)")
         return ops.conv(
             x, self.tensors, self.layout.shape, bias, stride=stride, padding=padding, dilation=dilation, groups=groups,
-            transposed=transposed, output_padding=output_padding, grad_factor=self.spec.grad_factor,
+            transposed=transposed, output_padding=output_padding, grad_factor=self.spec.grad_factor, plan=self.plan,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
-        """The numbers of the spec."""
+        """The numbers of the spec, and what was chosen besides."""
         spec = self.spec
         text = f"N={spec.num_vectors}, D={spec.dim}, M={spec.sub_vectors}, d={spec.codebook_dim}, K={spec.entries}"
         text += f", R={spec.stages}" if spec.stages > 1 else ""
         text += f", G={spec.books}" if spec.books != spec.sub_vectors else ""
         flags = [name for name in ("scale", "signs") if getattr(spec, name)]
-        return ", ".join([text, *flags, *(["columns"] if self.layout.transposed else [])])
+        flags += ["columns"] if self.layout.transposed else []
+        flags += [f"plan={self.plan}"] if self.plan != "auto" else []
+        return ", ".join([text, *flags])
 
     def _zero(self, x: Tensor, axis: int) -> Tensor:
         """``x`` with the zero vector's element of an axis over vectors set to zero."""

@@ -11,7 +11,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from rpqfx.ops import reference
+from rpqfx.ops import cuda, reference
 from rpqfx.ops.cpu import build, kernels
 
 
@@ -60,4 +60,6 @@ def choose(x: Tensor, codes: Tensor) -> Backend:
     plain = type(x) in (Tensor, nn.Parameter) and type(codes) is Tensor and not torch.compiler.is_compiling()
     if plain and x.device.type == "cpu" and kernels.take(x.dtype, codes.dtype) and build.ready():
         return cast(Backend, kernels)
+    if plain and x.is_cuda and cuda.usable(x):
+        return cast(Backend, cuda)
     return cast(Backend, reference)

@@ -4,7 +4,8 @@ Each function has the signature and the meaning of its namesake there, for float
 float32 (of float32 products too: no tf32) and without atomics, so that the same call gives the same bits. Not measured
 on a GPU: block sizes are estimates, and what tests the kernels by default is Triton's interpreter.
 
-CUDA builds of torch bring Triton along; importing this module does not import it.
+Rows that are looked up, and sums of maps, run on torch's own operators. CUDA builds of torch bring Triton along;
+importing this module does not import it.
 """
 
 from __future__ import annotations
@@ -12,13 +13,29 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Iterator
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from rpqfx.codebook import _bins_to_codebooks, _bins_to_rows
+from rpqfx import codebook
 from rpqfx.errors import InputError
+from rpqfx.ops.reference import bin_sum, collect, gather_sum, lookup
+
+__all__ = [
+    "accumulate",
+    "bin_sum",
+    "bins",
+    "collect",
+    "contract",
+    "contract_grads",
+    "contract_t",
+    "expand",
+    "gather_sum",
+    "lookup",
+    "usable",
+]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # What Triton itself asks for.
@@ -69,14 +86,17 @@ def expand(codebooks: Tensor, codes: Tensor, scale: Tensor | None = None, signs:
     return _launch().expand(codebooks.contiguous(), codes, scale, signs)
 
 
-def contract(x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None = None) -> Tensor:
-    """``x @ W.T`` without ``W``: dot each sub-vector of ``x`` with every entry, then gather and sum.
+def contract(
+    x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """``x @ W.T + bias`` without ``W``: dot each sub-vector of ``x`` with every entry, then gather and sum.
 
     Args:
         x: ``[..., D]``, float32, float16 or bfloat16.
         codebooks: ``[R, G, K, d]``, of ``x``'s dtype.
         codes: ``[R, M, N]``, an integer.
         signs: Packed signs or None.
+        bias: ``[N]`` or None.
 
     Returns:
         ``[..., N]`` of ``x``'s dtype.
@@ -93,87 +113,38 @@ def contract(x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None =
         launch.gather_sum(launch.table(rows[part], codebooks, codes.shape[1]), codes, signs, x.dtype)
         for part in _slices(rows, codes, codebooks.shape[2])
     ]
-    return _join(parts).reshape(*x.shape[:-1], codes.shape[2])
+    y = _join(parts).reshape(*x.shape[:-1], codes.shape[2])
+    return y if bias is None else y + bias
 
 
 def contract_t(y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None = None) -> Tensor:
-    """``y @ W`` without ``W``: sum ``y`` into one bin per entry, then one small product.
-
-    Args:
-        y: ``[..., N]``, float32, float16 or bfloat16.
-        codebooks: ``[R, G, K, d]``, floating.
-        codes: ``[R, M, N]``, an integer.
-        signs: Packed signs or None.
-
-    Returns:
-        ``[..., D]`` of ``y``'s dtype.
-
-    Raises:
-        InputError: If a shape or a dtype does not fit.
-    """
-    codes, signs = _check_codes(codes, signs, codebooks.shape)
-    rows, wide = _rows("y", y, codes.shape[2]), codebooks.float()
-    bins = _launch().Bins(codes, signs, *codebooks.shape[1:3])
-    slices = _slices(rows, codes, codebooks.shape[2])
-    parts = [_bins_to_rows(bins(rows[part]), wide).to(y.dtype) for part in slices]
-    return _join(parts).reshape(*y.shape[:-1], codes.shape[1] * codebooks.shape[3])
+    """See ``rpqfx.codebook.contract_t``."""
+    return codebook.contract_t(y, codebooks, codes, signs=signs, bins=bins)
 
 
 def accumulate(x: Tensor, y: Tensor, codes: Tensor, books: int, entries: int, signs: Tensor | None = None) -> Tensor:
-    """The gradient of the codebooks in ``contract(x)`` when ``y`` is the gradient of its result.
-
-    Args:
-        x: ``[..., D]``, float32, float16 or bfloat16.
-        y: ``[..., N]``, likewise.
-        codes: ``[R, M, N]``, an integer.
-        books: ``G``.
-        entries: ``K``.
-        signs: Packed signs or None.
-
-    Returns:
-        ``[R, G, K, d]`` of ``x``'s dtype.
-
-    Raises:
-        InputError: If a shape or a dtype does not fit.
-    """
-    shape = (codes.shape[0], books, entries, x.shape[-1] // codes.shape[1])
-    codes, signs = _check_codes(codes, signs, shape)
-    rows, rows_y = _rows("x", x, codes.shape[1] * shape[3]), _rows("y", y, codes.shape[2])
-    bins = _launch().Bins(codes, signs, *shape[1:3])
-    total = x.new_zeros(shape, dtype=torch.float32)
-    for part in _slices(rows, codes, entries):
-        total += _bins_to_codebooks(bins(rows_y[part]), rows[part])
-    return total.to(x.dtype)
+    """See ``rpqfx.codebook.accumulate``."""
+    return codebook.accumulate(x, y, codes, books, entries, signs, bins=bins)
 
 
 def contract_grads(
     x: Tensor, y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Both gradients of ``contract(x)`` from one pass over the bins of ``y``, the gradient of its result.
+    """See ``rpqfx.codebook.contract_grads``."""
+    return codebook.contract_grads(x, y, codebooks, codes, signs, bins=bins)
 
-    Args:
-        x: ``[..., D]``, float32, float16 or bfloat16.
-        y: ``[..., N]``, likewise.
-        codebooks: ``[R, G, K, d]``, floating.
-        codes: ``[R, M, N]``, an integer.
-        signs: Packed signs or None.
 
-    Returns:
-        The gradient of ``x`` (``contract_t(y)``) and that of the codebooks (``accumulate(x, y)``), of ``x``'s dtype.
+def bins(y: Tensor, codes: Tensor, signs: Tensor | None, books: int, entries: int) -> Iterator[tuple[slice, Tensor]]:
+    """See ``rpqfx.steps.bins``.
 
     Raises:
         InputError: If a shape or a dtype does not fit.
     """
-    shape = codebooks.shape
-    codes, signs = _check_codes(codes, signs, shape)
-    rows, rows_y = _rows("x", x, codes.shape[1] * shape[3]), _rows("y", y, codes.shape[2])
-    bins = _launch().Bins(codes, signs, *shape[1:3])
-    total, wide, parts = x.new_zeros(shape, dtype=torch.float32), codebooks.float(), []
-    for part in _slices(rows, codes, shape[2]):
-        filled = bins(rows_y[part])
-        parts.append(_bins_to_rows(filled, wide).to(x.dtype))
-        total += _bins_to_codebooks(filled, rows[part])
-    return _join(parts).reshape(x.shape), total.to(x.dtype)
+    codes, signs = _check_codes(codes, signs, (codes.shape[0], books))
+    rows = _rows("y", y, codes.shape[2])
+    sums = _launch().Bins(codes, signs, books, entries)
+    for part in _slices(rows, codes, entries):
+        yield part, sums(rows[part])
 
 
 # ------------------------------------------------------------------------------------------ what they are made of

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 Plan = Literal["auto", "expand", "contract"]
+PLANS: tuple[Plan, ...] = get_args(Plan)
 
 
 @dataclass(frozen=True)

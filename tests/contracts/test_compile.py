@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 
-from rpqfx.ops import products
+from rpqfx.ops import PLANS, Plan, products
 from tests.helpers import assert_same, gradients
 from tests.kinds import CHANNELS, KINDS, NAMES
 
@@ -47,9 +47,11 @@ def test_compiled_equals_eager(name: str) -> None:
     assert_compiles(name, "aot_eager", 1e-9)
 
 
-@pytest.mark.parametrize("name", ["linear row", "conv2d", "embedding"])
-def test_compiled_with_all_options_equals_eager(name: str) -> None:
-    assert_compiles(name, "aot_eager", 1e-9, signs=True, scale=True, stages=2, sharing="layer", grad_scale="sqrt")
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("name", ["linear row", "linear column", "conv2d", "embedding"])
+def test_compiled_with_all_options_equals_eager(name: str, plan: Plan) -> None:
+    options = {"signs": True, "scale": True, "stages": 2, "sharing": "layer", "grad_scale": "sqrt"}
+    assert_compiles(name, "aot_eager", 1e-9, **options, plan=plan)
 
 
 @pytest.mark.parametrize("name", CHANNELS)

@@ -33,8 +33,6 @@ def arguments() -> dict[str, tuple[Any, ...]]:
         "matmul_t": (y, *held),
         "matmul_book": (x, y, codes, signs, SPEC.books, SPEC.entries),
         "conv": (image, *held, *CONV),
-        "gather_sum": (randn(5, 3, 1, 4, 4, 6), codes),
-        "bin_sum": (randn(6, 3, 12, 6), codes, SPEC.entries),
         "conv_book": (image, out, codes, signs, *CONV, SPEC.books, SPEC.entries),
         "expand": (*plain, scale, signs),
         "lookup": (torch.tensor([[3, 0], [11, 3]]), *plain, scale, signs),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rpqfx.codebook import CodebookSpec
 from rpqfx.nn import Layout, RPQWeight, VirtualWeight
-from rpqfx.ops import products
+from rpqfx.ops import PLANS, Plan
 from tests.helpers import randn
 from tests.kinds import KINDS, NAMES
 
@@ -65,24 +65,14 @@ def assert_keeps_no_weight(module: nn.Module, run: Callable[[], Any]) -> None:
     assert not large, f"kept for backward, with a weight of {limit} elements: {large}"
 
 
-def choose(table: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every product that can contract does, or none."""
-    for name in ("cheaper", "cheaper_conv"):
-        monkeypatch.setattr(products, name, lambda *args: "contract" if table else "expand")
-
-
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("table", [False, True, None], ids=["expand", "contract", "plan"])
+@pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_no_layer_keeps_its_weight(
-    name: str, table: bool | None, training: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_layer_keeps_its_weight(name: str, plan: Plan, training: bool) -> None:
     """Whichever way products run, with signs, scale, stages and scaled gradients too."""
-    if table is not None:
-        choose(table, monkeypatch)
     for options in ({}, {"bits": 2, "stages": 2, "signs": True, "scale": True, "grad_scale": "mean"}):
         kind = KINDS[name]
-        layer = kind.make(**options).train(training)
+        layer = kind.make(**options, plan=plan).train(training)
         inputs = [x.requires_grad_() if x.is_floating_point() else x for x in kind.make_inputs()]
         assert sum(x.numel() for x in inputs) < min(weight_sizes(layer))
         assert_keeps_no_weight(layer, lambda: layer(*inputs, **dict(kind.call)))  # noqa: B023
@@ -124,13 +114,12 @@ def test_no_layer_keeps_its_weight_for_a_second_backward(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("table", [False, True], ids=["expand", "contract"])
-def test_no_compiled_layer_keeps_its_weight(name: str, table: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("plan", ["expand", "contract"])
+def test_no_compiled_layer_keeps_its_weight(name: str, plan: Plan) -> None:
     """A compiler that sees a weight in the forward and again in the backward must not merge the two."""
-    choose(table, monkeypatch)
     torch.compiler.reset()
     kind = KINDS[name]
-    layer = kind.make()
+    layer = kind.make(plan=plan)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     inputs = [x.requires_grad_() if x.is_floating_point() else x for x in kind.make_inputs()]
     compiled(*inputs, **dict(kind.call))  # what is saved while compiling is not what is saved by the result

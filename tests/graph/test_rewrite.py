@@ -54,6 +54,30 @@ def rewritten(case: Case) -> tuple[nn.Module, nn.Module]:
     return copy.deepcopy(model), copy.deepcopy(small)
 
 
+@pytest.mark.parametrize("init", ["fit", "random"])
+@pytest.mark.parametrize("sharing", ["own", "role"])
+def test_plans_arrive_in_every_weight_and_change_no_result(init: str, sharing: str):
+    """Tied layers have one weight and so one plan; layers that share codebooks each have their own."""
+    model = GPT().eval()
+    rules = (Rule("tok", plan="contract"), Rule("blocks.1.*", plan="expand"))
+    policy = Policy(codebook_dim=4, bits=2, min_size=64, init=init, sharing=sharing, rules=rules)
+    small = rpqfx.rpqify(model, policy)
+    weights = held_weights(small)
+    assert weights["head.weight"] is weights["tok.weight"] and weights["tok.weight"].plan == "contract"
+    assert {weight.plan for name, weight in weights.items() if name.startswith("blocks.1.")} == {"expand"}
+    assert {weight.plan for name, weight in weights.items() if name.startswith("blocks.0.")} == {"auto"}
+    books = [weights[f"blocks.{i}.qkv.weight"].codebooks for i in range(2)]
+    assert (books[0] is books[1]) == (sharing == "role")
+    ids = torch.arange(6)[None]
+    outputs = {}
+    for plan in ("auto", "expand", "contract"):
+        for weight in weights.values():
+            weight.plan = plan
+        outputs[plan] = small(ids)
+    for found in outputs.values():
+        assert_outputs(found, outputs["auto"], 1e-5)
+
+
 def bits_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rpqfx.errors import CodeError, InputError, RewriteError
+from rpqfx.errors import CodeError, InputError, RewriteError, SpecError
 from rpqfx.nn import (
     RPQBilinear,
     RPQConv1d,
@@ -27,6 +27,7 @@ from rpqfx.nn import (
     RPQMultiheadAttention,
     RPQWeight,
 )
+from rpqfx.ops import PLANS
 from tests.helpers import SUFFIX, assert_equals_dense, dense_twin, randomise
 from tests.kinds import KINDS, NAMES, Kind
 
@@ -194,6 +195,40 @@ def test_deepcopy_and_pickle_are_exact_and_apart(kind: Kind) -> None:
             for parameter in other.parameters():
                 parameter.add_(1)
         assert not torch.equal(kind.run(layer), kind.run(other))
+
+
+# --------------------------------------------------------------------------------------------------------- plans
+
+
+def test_every_layer_takes_a_plan_and_every_plan_gives_the_same(kind: Kind) -> None:
+    """Outputs and gradients; the names in the state dict are the same too."""
+    layers = {plan: kind.make(plan=plan) for plan in PLANS}
+    for plan, layer in layers.items():
+        assert {weight.plan for _, weight in held(layer)} == {plan}
+        assert ("plan=" in repr(layer)) == (plan != "auto")
+        layer.load_state_dict(layers["auto"].state_dict())
+        assert_equals_dense(randomise(layer, 0), kind.make_dense(), *kind.make_inputs(), **dict(kind.call))
+    torch.testing.assert_close(kind.run(layers["expand"]), kind.run(layers["contract"]), rtol=1e-9, atol=1e-9)
+
+
+def test_a_plan_is_kept_by_copies_and_from_dense(kind: Kind) -> None:
+    layer = kind.make(plan="contract")
+    made = [
+        kind.layer.from_dense(
+            plain(kind.make_dense()), init=init, plan="contract", codebook_dim=4, **dict(kind.options)
+        )
+        for init in ("fit", "random")
+    ]
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), layer.to(torch.float32), *made):
+        assert {weight.plan for _, weight in held(other)} == {"contract"}
+
+
+def test_what_is_no_plan_is_refused(kind: Kind) -> None:
+    wrong = "^plan is one of auto, expand, contract, got 'fast'$"
+    with pytest.raises(SpecError, match=wrong):
+        kind.make(plan="fast")
+    with pytest.raises(SpecError, match=wrong):
+        kind.layer.from_dense(kind.make_dense(), plan="fast", codebook_dim=4, **dict(kind.options))
 
 
 # ------------------------------------------------------------------------------------------- devices and dtypes

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
+import pickle
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rpqfx import ops
 from rpqfx.codebook import CodebookSpec
 from rpqfx.errors import CodeError, InputError, SpecError
 from rpqfx.nn import Layout, RPQWeight
+from rpqfx.ops import PLANS
 from tests.helpers import (
     assert_same,
     codebook_options,
     dense_twin,
+    forms_run,
     generator,
     gradients,
     naive_tensor,
@@ -42,7 +47,8 @@ def weights(draw: st.DrawFn) -> RPQWeight:
     layout = draw(layouts())
     options = draw(codebook_options([(layout.num_vectors, layout.dim)]))
     spec = CodebookSpec.make(layout.num_vectors, layout.dim, **options)
-    return randomise(RPQWeight(spec, layout, dtype=torch.float64), draw(seeds))
+    weight = RPQWeight(spec, layout, plan=draw(st.sampled_from(PLANS)), dtype=torch.float64)
+    return randomise(weight, draw(seeds))
 
 
 def expected(weight: RPQWeight) -> torch.Tensor:
@@ -133,6 +139,80 @@ def test_grad_scale_divides_by_users_to_a_power(grad_scale: str, power: float, s
     assert torch.equal(grads[1]["scale"], grads[0]["scale"])
 
 
+# -------------------------------------------------------------------------------------------------------- plans
+
+PLANNED = {"contract": {"Contract"}, "expand": {"Matmul"}}
+
+
+@pytest.mark.parametrize("plan", PLANNED)
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("rows", [1, 4000])
+def test_a_pinned_plan_is_what_runs(plan: str, transposed: bool, rows: int) -> None:
+    """In both directions, for some rows too, and backward; whatever the batch would have spoken for."""
+    layout = Layout((12, 40) if transposed else (40, 12), transposed=transposed)
+    weight = RPQWeight(CodebookSpec(40, 12, 4, entries=4), layout, plan=plan)
+    x, y = torch.randn(rows, layout.cols), torch.randn(rows, layout.rows)
+    for product in (lambda: weight.linear(x), lambda: weight.linear(x, None, slice(2, 7)), lambda: weight.linear_t(y)):
+        with forms_run() as ran:
+            product().sum().backward()
+        assert ran == PLANNED[plan]
+
+
+def test_auto_takes_either_plan() -> None:
+    """By the batch: otherwise the test above could pass without a plan."""
+    weight, seen = RPQWeight(CodebookSpec(256, 256, 16, entries=256)), set()
+    for rows in (1, 4000):
+        with forms_run() as ran, torch.no_grad():
+            weight.linear(torch.zeros(rows, 256))
+        seen |= ran
+    assert weight.plan == "auto" and seen == {"Contract", "Matmul"}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_convolution_is_told_the_plan(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = RPQWeight(CodebookSpec(4, 9, 3, entries=2), Layout((4, 3, 3)), plan=plan)
+    told, conv = [], ops.conv
+    monkeypatch.setattr(ops, "conv", lambda *args, **kwargs: told.append(kwargs["plan"]) or conv(*args, **kwargs))
+    weight.conv(torch.zeros(1, 3, 5), None, (1,), (0,), (1,), 1)
+    assert told == [plan]
+
+
+def test_a_plan_changes_in_place_and_is_no_tensor() -> None:
+    weight = RPQWeight(CodebookSpec(40, 12, 4, entries=4))
+    keys = list(weight.state_dict())
+    weight.plan = "contract"
+    assert weight.plan == "contract" and list(weight.state_dict()) == keys
+    weight.load_state_dict(RPQWeight(weight.spec).state_dict())
+    weight.reset_parameters()
+    assert weight.plan == "contract"
+    for again in (copy.copy(weight), copy.deepcopy(weight), pickle.loads(pickle.dumps(weight)), weight.double()):
+        assert again.plan == "contract"
+
+
+def test_what_was_pickled_before_there_were_plans_chooses_for_itself() -> None:
+    weight = RPQWeight(CodebookSpec(40, 12, 4, entries=4), plan="expand")
+    state = {name: value for name, value in weight.__dict__.items() if name != "_plan"}
+    old = RPQWeight.__new__(RPQWeight)
+    old.__setstate__(state)
+    assert old.plan == "auto"
+    old.plan = "contract"
+    assert old.plan == "contract" and RPQWeight(weight.spec).plan == "auto"
+
+
+@pytest.mark.parametrize("plan", ["fast", "Expand", "", None, True, 1])
+def test_what_is_no_plan_is_refused(plan: object) -> None:
+    spec = CodebookSpec(40, 12, 4, entries=4)
+    wrong = rf"^plan is one of auto, expand, contract, got {plan!r}$"
+    weight = RPQWeight(spec, plan="expand")
+    with pytest.raises(SpecError, match=wrong):
+        weight.plan = plan
+    assert weight.plan == "expand"
+    with pytest.raises(SpecError, match=wrong):
+        RPQWeight(spec, plan=plan)
+    with pytest.raises(SpecError, match=wrong):
+        RPQWeight.from_dense(torch.zeros(40, 12), spec, plan=plan)
+
+
 # ----------------------------------------------------------------------------------------- making and mistakes
 
 
@@ -141,12 +221,12 @@ def test_from_dense_has_the_layout_of_its_tensor(layout: Layout, seed: int, scal
     """With an entry for each vector it is the tensor itself, but for the vector that is zero."""
     spec = CodebookSpec(layout.num_vectors, layout.dim, 1, entries=max(2, layout.num_vectors), scale=scale, signs=signs)
     tensor = randn(seed, *layout.shape)
-    weight = RPQWeight.from_dense(tensor, spec, layout)
+    weight = RPQWeight.from_dense(tensor, spec, layout, plan="contract")
     vectors = layout.to_vectors(tensor).clone()
     if layout.zero_vector is not None:
         vectors[layout.zero_vector] = 0
     torch.testing.assert_close(weight(), layout.to_tensor(vectors))
-    assert weight.spec == spec and weight.layout == layout
+    assert weight.spec == spec and weight.layout == layout and weight.plan == "contract"
     assert all(p.requires_grad == tensor.requires_grad for p in weight.parameters())
     assert not any(t.is_meta for t in (*weight.parameters(), *weight.buffers()))
 
@@ -169,6 +249,8 @@ def test_printing_gives_the_numbers(flags: dict, text: str) -> None:
     assert repr(RPQWeight(CodebookSpec(40, 12, 4, entries=4, **flags))) == f"RPQWeight({text})"
     columns = RPQWeight(CodebookSpec(40, 12, 4, entries=4, **flags), Layout((12, 40), transposed=True))
     assert repr(columns) == f"RPQWeight({text}, columns)"
+    columns.plan = "expand"
+    assert repr(columns) == f"RPQWeight({text}, columns, plan=expand)"
 
 
 def test_stored_bytes_are_those_of_the_module() -> None:

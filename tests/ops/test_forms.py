@@ -122,7 +122,7 @@ def test_a_convolution_that_contracts_takes_an_empty_batch(transposed: bool) -> 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_convolution_that_contracts_keeps_half_types(dtype: torch.dtype, transposed: bool) -> None:
-    """Results and gradients have the type of the input, and are close to those of float64."""
+    """Results have the type of the input, codebooks' gradients are float32, and all are close to those of float64."""
     spec = CodebookSpec(64, 48, 12, entries=8, stages=2)
     books, codes, _, _ = stored(spec, 0, dtype)
     form = ConvContract(4, 8, (64, 16, 3), (40,), (1,), (1,), (1,), transposed, (0,), 1)
@@ -133,6 +133,6 @@ def test_a_convolution_that_contracts_keeps_half_types(dtype: torch.dtype, trans
         lambda t, x, y: form.grads(x, y, t, codes, None)[1],
     ):  # fmt: skip
         ours, exact = run(books, x, y), run(books.double(), x.double(), y.double())
-        assert ours.dtype == dtype
+        assert ours.dtype == (torch.float32 if ours.shape == books.shape else dtype)
         error = (ours.double() - exact).abs().max() / exact.abs().max()
         assert error < (2e-2 if dtype is torch.bfloat16 else 3e-3)

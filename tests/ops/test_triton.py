@@ -159,8 +159,6 @@ def test_other_dtypes_and_widths_are_refused_everywhere() -> None:
         cuda.contract_grads(x, y[:, :8], **given)
     with pytest.raises(InputError, match="y is 8 wide"):
         cuda.accumulate(x, y[:, :8], *numbers)
-    with pytest.raises(InputError, match="x is 7 wide"):
-        cuda.accumulate(torch.zeros(2, 7), y, *numbers)
 
 
 def test_usable_asks_for_a_gpu_that_triton_serves(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,9 @@ def _compiled() -> Path:
     if sys.platform != "linux":
         raise Unusable(f"they are built on Linux only, this is {sys.platform}")
     command = _command()
-    key = hashlib.sha256(_SOURCE.read_bytes() + "\0".join([torch.__version__, *command]).encode()).hexdigest()[:16]
+    parts = [path.read_bytes() for path in sorted(_SOURCE.parent.glob("*.[hc]*")) if path.suffix in (".h", ".cpp")]
+    parts.append("\0".join([torch.__version__, *command]).encode())
+    key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     library = _cache() / f"kernels-{key}.so"
     if library.exists():
         return library
@@ -97,8 +99,8 @@ def _command() -> list[str]:
     includes = [f"-I{path}" for path in cpp_extension.include_paths("cpu")]
     libraries = [item for path in cpp_extension.library_paths("cpu") for item in (f"-L{path}", f"-Wl,-rpath,{path}")]
     return [
-        cpp_extension.get_cxx_compiler(), "-std=c++20", "-O3", "-fPIC", "-shared", "-fopenmp", "-w", *flags, *includes,
-        str(_SOURCE), *libraries, "-ltorch_cpu", "-lc10",
+        cpp_extension.get_cxx_compiler(), "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-shared", "-fopenmp",
+        "-w", *flags, *includes, str(_SOURCE), *libraries, "-ltorch_cpu", "-lc10",
     ]  # fmt: skip
 
 

@@ -1,0 +1,108 @@
+// Sums into bins, one for each entry: the adjoint of sums of gathers.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+
+#include <vector>
+
+#include "codes.h"
+
+namespace rpqfx {
+
+// bins[code(p, n), :rows] += sign * y[n, :rows] over all vectors, for up to WIDE rows.
+template <int V, bool EDGE, bool SIGNED, typename T, typename Code>
+void scatter_lines(const T* y, int64_t stride, const Codes<Code>& codes, int64_t p, int64_t rows, float* bins) {
+  const Code* code = codes.at(p, 0);
+  for (int64_t n = 0; n < codes.vectors; ++n) {
+    float* bin = bins + static_cast<int64_t>(code[n]) * V * LANES;
+    const Vec sign(SIGNED ? *codes.factors(p, n) : 1.0f);
+    for (int64_t v = 0; v < V; ++v) {
+      const T* line = y + n * stride + v * LANES;
+      const Vec term = EDGE ? load(line, std::clamp<int64_t>(rows - v * LANES, 0, LANES)) : load(line);
+      const Vec sum = load(bin + v * LANES);
+      (SIGNED ? at::vec::fmadd(term, sign, sum) : sum + term).store(bin + v * LANES);
+    }
+  }
+}
+
+template <typename T, typename Code>
+void scatter(const T* y, int64_t stride, const Codes<Code>& codes, int64_t p, int64_t rows, float* bins) {
+  with_shape(rows > LANES, rows % LANES != 0, codes.signs != nullptr, [&](auto wide, auto edge, auto with_signs) {
+    scatter_lines<decltype(wide)::value + 1, decltype(edge)::value, decltype(with_signs)::value>(
+        y, stride, codes, p, rows, bins);
+  });
+}
+
+// Lines of a [samples, N, length] tensor, summed into bins by codes.
+template <typename T, typename Code>
+void fill_bins(const T* y, int64_t samples, int64_t line, int64_t length, const Codes<Code>& codes, int64_t entries,
+               float* bins, int64_t bins_sample, int64_t bins_line) {
+  const int64_t blocks = (length + WIDE - 1) / WIDE;
+  at::parallel_for(0, samples * blocks * codes.uses, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> sums(entries * WIDE);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t sample = task / (blocks * codes.uses), from = task / codes.uses % blocks * WIDE;
+      const int64_t rows = std::min(WIDE, length - from), width = rows > LANES ? WIDE : LANES, p = task % codes.uses;
+      std::fill_n(sums.begin(), entries * width, 0.0f);
+      scatter(y + sample * codes.vectors * line + from, line, codes, p, rows, sums.data());
+      float* out = bins + sample * bins_sample + p * entries * bins_line + from;
+      for (int64_t k = 0; k < entries; ++k) std::copy_n(sums.data() + k * width, rows, out + k * bins_line);
+    }
+  });
+}
+
+// y [B, N, L] summed into bins by codes: [B, R, M, K, L], float32.
+Tensor bin_sum(const Tensor& y, const Tensor& codes, const std::optional<Tensor>& signs, int64_t entries) {
+  TORCH_CHECK_VALUE(y.dim() == 3 && y.is_contiguous() && y.size(1) == codes.size(2), "y ", y.sizes(),
+                    " does not go with codes ", codes.sizes());
+  const int64_t samples = y.size(0), length = y.size(2), uses = codes.size(0) * codes.size(1);
+  Tensor bins = at::empty({samples, codes.size(0), codes.size(1), entries, length}, y.options().dtype(at::kFloat));
+  by_float(y, [&](auto scalar) {
+    by_code(codes, signs, entries, [&](auto held) {
+      fill_bins(y.const_data_ptr<decltype(scalar)>(), samples, length, length, held, entries, bins.data_ptr<float>(),
+                uses * entries * length, length);
+    });
+  });
+  return bins;
+}
+
+// y [B, N] as lines of WIDE rows of the batch: [ceil(B / WIDE), N, WIDE], float32, zero past the last row.
+Tensor turn(const Tensor& y) {
+  const int64_t rows = y.size(0), vectors = y.size(1), blocks = (rows + WIDE - 1) / WIDE;
+  const int64_t tiles = (vectors + LANES - 1) / LANES;
+  Tensor lines = at::empty({blocks, vectors, WIDE}, y.options().dtype(at::kFloat));
+  by_float(y, [&](auto scalar) {
+    using T = decltype(scalar);
+    at::parallel_for(0, blocks * tiles, 16, [&](int64_t begin, int64_t end) {
+      alignas(64) float part[LANES * LANES];
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t block = task / tiles, n = task % tiles * LANES, count = std::min(LANES, vectors - n);
+        for (int64_t from = 0; from < WIDE; from += LANES) {
+          for (int64_t i = 0; i < LANES; ++i) {
+            const int64_t row = block * WIDE + from + i;
+            (row < rows ? load(y.const_data_ptr<T>() + row * vectors + n, count) : Vec(0)).store(part + i * LANES);
+          }
+          float* out = lines.data_ptr<float>() + (block * vectors + n) * WIDE + from;
+          at::vec::transpose_mxn<float>(part, LANES, out, WIDE, LANES, count);
+        }
+      }
+    });
+  });
+  return lines;
+}
+// y [B, N] summed into bins by codes: [R, M, K, ceil(B / WIDE) * WIDE], float32, zero past the last row.
+Tensor bin_rows(const Tensor& y, const Tensor& codes, const std::optional<Tensor>& signs, int64_t entries) {
+  TORCH_CHECK_VALUE(y.dim() == 2 && y.is_contiguous() && y.size(1) == codes.size(2), "y ", y.sizes(),
+                    " does not go with codes ", codes.sizes());
+  const Tensor lines = turn(y);
+  const int64_t blocks = lines.size(0);
+  Tensor bins = at::empty({codes.size(0), codes.size(1), entries, blocks * WIDE}, lines.options());
+  by_code(codes, signs, entries, [&](auto held) {
+    fill_bins(lines.const_data_ptr<float>(), blocks, WIDE, WIDE, held, entries, bins.data_ptr<float>(), WIDE,
+              blocks * WIDE);
+  });
+  return bins;
+}
+
+}  // namespace rpqfx

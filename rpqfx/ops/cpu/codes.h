@@ -1,0 +1,134 @@
+// What all kernels share: codes and signs as they are stored, loads and stores as float32, checks of arguments.
+//
+// Axes as in rpqfx/codebook.py; a use p = (r, m) is one codebook met by one sub-vector. A table [P, K, rows] holds the
+// dot products of entries with rows of the batch: adding up a gathered line of it is then one vector addition. Codes
+// are read as they are stored (uint8, int16 or uint16), signs as bits.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include <algorithm>
+#include <limits>
+#include <optional>
+#include <type_traits>
+
+namespace rpqfx {
+
+using at::Tensor;
+using Vec = at::vec::Vectorized<float>;
+constexpr int64_t LANES = Vec::size();
+constexpr int64_t WIDE = 2 * LANES;                       // rows of the batch that a table serves at most
+constexpr int64_t TILE = LANES >= 8 ? LANES / 2 : LANES;  // vectors whose sums are held in registers
+constexpr int64_t FEW = 4;                                // up to so many rows, lanes run along the vectors
+constexpr int64_t MOST_GROUPS = 8;                        // of threads that each keep a sum of all vectors
+constexpr int64_t GRAIN = 1 << 15;                        // elements that are worth another thread
+constexpr int64_t TABLE_BYTES = 1 << 20;                  // of a table that stays in a core's second-level cache
+
+// ------------------------------------------------------------------------------------------------ loads and stores
+
+inline Vec load(const float* p) { return Vec::loadu(p); }
+inline Vec load(const float* p, int64_t count) { return Vec::loadu(p, count); }
+inline Vec load(const c10::BFloat16* p, int64_t count = LANES) {
+  const auto half = at::vec::Vectorized<c10::BFloat16>::loadu(p, count);
+  return std::get<0>(at::vec::convert_bfloat16_float(half));
+}
+inline void store(float* p, const Vec& x, int64_t count) { x.store(p, count); }
+inline void store(c10::BFloat16* p, const Vec& x, int64_t count) {
+  at::vec::convert_float_bfloat16(x, Vec(0)).store(p, count);
+}
+
+// The signs of eight vectors as factors, for every byte.
+constexpr int64_t SIGNS_AT_ONCE = std::min<int64_t>(8, LANES);
+struct Signs {
+  float factors[256][8];
+  constexpr Signs() : factors() {
+    for (int byte = 0; byte < 256; ++byte)
+      for (int bit = 0; bit < 8; ++bit) factors[byte][bit] = byte >> bit & 1 ? -1.0f : 1.0f;
+  }
+};
+constexpr Signs SIGNS;
+
+template <typename Code>
+struct Codes {
+  const Code* codes;     // [P, N]
+  const uint8_t* signs;  // [P, bytes], a set bit means minus; or null
+  int64_t uses, vectors, bytes;
+
+  const Code* at(int64_t p, int64_t n) const { return codes + p * vectors + n; }
+  // Those of n and of the rest of its eight.
+  const float* factors(int64_t p, int64_t n) const { return SIGNS.factors[signs[p * bytes + (n >> 3)]] + (n & 7); }
+};
+
+// Kernels read and write where codes point, so those that could point outside are looked at first.
+template <typename Code>
+void check_range(const Code* codes, int64_t count, int64_t entries) {
+  if (std::is_unsigned_v<Code> && entries > std::numeric_limits<Code>::max()) return;
+  Code low = 0, high = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    low = std::min(low, codes[i]);
+    high = std::max(high, codes[i]);
+  }
+  TORCH_CHECK_INDEX(low >= 0 && high < entries, "codes hold ", int64_t(low), " to ", int64_t(high), ", but there are ",
+                    entries, " entries");
+}
+
+// Runs with the codes [R, M, N] as what they are stored as.
+template <typename Run>
+void by_code(const Tensor& codes, const std::optional<Tensor>& signs, int64_t entries, const Run& run) {
+  TORCH_CHECK_VALUE(codes.dim() == 3 && codes.is_contiguous(), "codes are [R, M, N] in order, got ", codes.sizes());
+  const int64_t uses = codes.size(0) * codes.size(1), vectors = codes.size(2), bytes = (vectors + 7) / 8;
+  if (signs) {
+    const bool fit = signs->scalar_type() == at::kByte && signs->is_contiguous() && signs->numel() == uses * bytes;
+    TORCH_CHECK_VALUE(fit, "signs ", signs->sizes(), " do not go with codes ", codes.sizes());
+  }
+  const uint8_t* bits = signs ? signs->const_data_ptr<uint8_t>() : nullptr;
+  const auto as = [&](auto code) {
+    using Code = decltype(code);
+    const Code* data = static_cast<const Code*>(codes.const_data_ptr());
+    check_range(data, codes.numel(), entries);
+    run(Codes<Code>{data, bits, uses, vectors, bytes});
+  };
+  switch (codes.scalar_type()) {
+    case at::kByte: return as(uint8_t{});
+    case at::kShort: return as(int16_t{});
+    case at::kUInt16: return as(uint16_t{});
+    case at::kInt: return as(int32_t{});
+    default: TORCH_CHECK_TYPE(false, "codes are uint8, int16, uint16 or int32, got ", codes.scalar_type());
+  }
+}
+
+void check_books(const Tensor& codebooks, const Tensor& codes) {
+  const bool fit = codebooks.dim() == 4 && codes.dim() == 3 && codebooks.size(0) == codes.size(0) &&
+                   codebooks.size(1) > 0 && codes.size(1) % codebooks.size(1) == 0;
+  TORCH_CHECK_VALUE(fit, "codebooks ", codebooks.sizes(), " do not go with codes ", codes.sizes());
+}
+
+void check_vector(const char* name, const std::optional<Tensor>& x, const Tensor& like, int64_t length) {
+  if (!x) return;
+  const bool fit = x->dim() == 1 && x->size(0) == length && x->is_contiguous() && x->scalar_type() == like.scalar_type();
+  TORCH_CHECK_VALUE(fit, name, " is ", x->sizes(), " of ", x->scalar_type(), ", expected ", length, " of ",
+                    like.scalar_type());
+}
+
+template <typename Run>
+void by_float(const Tensor& x, const Run& run) {
+  if (x.scalar_type() == at::kFloat) return run(float{});
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kBFloat16, "float32 or bfloat16 is expected, got ", x.scalar_type());
+  return run(c10::BFloat16{});
+}
+
+template <typename Run>
+void with_flag(bool flag, const Run& run) {
+  flag ? run(std::true_type{}) : run(std::false_type{});
+}
+
+// Three facts that inner loops are compiled for.
+template <typename Run>
+void with_shape(bool wide, bool edge, bool with_signs, const Run& run) {
+  with_flag(wide, [&](auto a) {
+    with_flag(edge, [&](auto b) { with_flag(with_signs, [&](auto c) { run(a, b, c); }); });
+  });
+}
+
+}  // namespace rpqfx

@@ -1,0 +1,61 @@
+"""Calls are timed in turns, and the median counts."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from rpqfx import timing
+
+CPU = torch.device("cpu")
+
+
+class Clock:
+    """A clock that calls move on by a given time."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.now, self.order = 0.0, []
+        patch.setattr(time, "perf_counter", lambda: self.now)
+
+    def call(self, name: str, *seconds: float) -> object:
+        left = list(seconds)
+
+        def run() -> None:
+            self.order.append(name)
+            self.now += left.pop(0) if len(left) > 1 else left[0]
+
+        return run
+
+
+def test_calls_take_turns_and_the_median_of_each_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call to warm up and one to choose a sample's size count for nothing, nor does one slow or one fast sample."""
+    clock = Clock(monkeypatch)
+    calls = [clock.call("a", 9.0, 9.0, 0.002, 0.5, 0.001), clock.call("b", 9.0, 9.0, 0.004)]
+    assert timing.in_turns(calls, CPU, 3) == pytest.approx([2.0, 4.0])
+    assert clock.order == ["a", "b"] * 5
+
+
+def test_short_calls_are_repeated_within_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    calls = [clock.call("a", timing.SAMPLE / 8), clock.call("b", 1e-9), clock.call("c", 3 * timing.SAMPLE)]
+    found = timing.in_turns(calls, CPU, 2)
+    assert found == pytest.approx([1e3 * timing.SAMPLE / 8, 1e-6, 3e3 * timing.SAMPLE])
+    one = ["a"] * 8 + ["b"] * timing.MOST_CALLS + ["c"]
+    assert clock.order == ["a", "b", "c"] * 2 + one * 2
+
+
+def test_a_slower_call_takes_longer_on_a_real_clock() -> None:
+    fast, slow = timing.in_turns([lambda: None, lambda: time.sleep(3e-3)], CPU, 3)
+    assert fast < 1 < 3 <= slow < 300
+
+
+def test_other_devices_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the clock is read, at both ends."""
+    waited = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    timing.in_turns([lambda: waited.append("call")], torch.device("cuda", 1), 1)
+    device = torch.device("cuda", 1)
+    assert waited[:4] == ["call", device, "call", device]
+    assert waited[4] == waited[-1] == device and set(waited[5:-1]) == {"call"}
