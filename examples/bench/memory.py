@@ -19,6 +19,7 @@ import argparse
 import gc
 import multiprocessing
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -206,8 +207,8 @@ def main() -> None:
         for half in (False, True):
             dense: Peak | None = None
             for rewritten in (False, True):
-                with context.Pool(1) as pool:
-                    found = pool.apply(measure, (name, rewritten, half))
+                with ProcessPoolExecutor(1, mp_context=context) as process:
+                    found = process.submit(measure, name, rewritten, half).result()
                 dense = dense or found
                 numbers = [f"{part / MB:,.0f}" for part in (*found[:3], found.allocated)]
                 ratio = f"{found.allocated / dense.allocated:.2f}"

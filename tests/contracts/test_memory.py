@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ import rpqfx
 from rpqfx import codebook
 from rpqfx.nn import RPQWeight
 from rpqfx.ops import products, reference
+from rpqfx.ops.conv_contract import ConvContract
 from rpqfx.ops.cpu import build, kernels
 from tests.helpers import randn
 from tests.models import Block
@@ -96,6 +98,25 @@ def test_the_bins_of_one_block_are_gone_before_the_next(
         run()
         found = peak(run) - rows.numel() * rows.element_size()
         assert found < 1.9 * block, f"{found} bytes, a block's bins are {block}"
+
+
+@pytest.mark.parametrize("backend", backends, ids=lambda backend: backend.__name__.rpartition(".")[2])
+def test_a_convolution_has_one_blocks_gradient_of_filters(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixteen blocks of one sample take what two take."""
+    monkeypatch.setattr("rpqfx.ops.conv_contract.MAP_ELEMENTS", 1)
+    monkeypatch.setattr("rpqfx.ops.operators.choose", lambda *args: backend)
+    layer = rpqfx.nn.RPQConv2d(64, 256, 3, padding=1, codebook_dim=72, bits=6, plan="contract")
+    held, form = (
+        layer.weight_rpq,
+        ConvContract(8, 64, (256, 64, 3, 3), (4, 4), (1, 1), (1, 1), (1, 1), False, (0, 0), 1),
+    )
+    x, y = randn(1, 16, 64, 4, 4, dtype=torch.float32), randn(2, 16, 256, 4, 4, dtype=torch.float32)
+    for count in (2, 16):
+        run = functools.partial(form.grads, x[:count], y[:count], held.codebooks.data, held.codes, None)
+        run()
+        found = peak(run) - 2 * count * x[0].nbytes  # results of blocks, and those joined
+        assert found < 6 * held.codebooks.nbytes
+    assert peak(functools.partial(form.book, x, y, held.codes, None)) < 6 * held.codebooks.nbytes
 
 
 # ------------------------------------------------------------------------------------------- the check can fail
