@@ -165,6 +165,7 @@ def contract_t(
     x = y.new_empty(rows.shape[0], codes.shape[1] * codebooks.shape[3])
     for part, filled in bins(rows, codes, signs, *codebooks.shape[1:3]):
         x[part] = steps.bins_to_rows(filled, entries)
+        del filled  # before the next block's are made
     return x.reshape(*y.shape[:-1], x.shape[-1])
 
 

@@ -37,6 +37,7 @@ def accumulate(
     total = _like_codebooks(flat, codes, books, entries)
     for part, filled in bins(y.reshape(-1, y.shape[-1]), codes, signs, books, entries):
         total = total + steps.bins_to_codebooks(filled, flat[part])
+        del filled  # before the next block's are made
     return total
 
 
@@ -67,6 +68,7 @@ def contract_grads(
     for part, filled in bins(y.reshape(-1, y.shape[-1]), codes, signs, books, entries):
         grad_x[part] = steps.bins_to_rows(filled, wide)
         total = total + steps.bins_to_codebooks(filled, flat[part])
+        del filled
     return grad_x.reshape(x.shape), total
 
 

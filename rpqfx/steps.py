@@ -100,11 +100,17 @@ def bins(y: Tensor, codes: Tensor, signs: Tensor | None, books: int, entries: in
     """``y [B, n]``, with its signs, summed over the vectors that use an entry, block by block of the batch.
 
     Yields:
-        A slice of the batch, and its bins ``[r, g, s, k, b]``, float32 where ``y`` is float16 or bfloat16.
+        A slice of the batch, and its bins ``[r, g, s, k, b]``, float32 where ``y`` is float16 or bfloat16. No name is
+        kept for them here, so a caller that drops its own has one block's alive at a time.
     """
     folded, of_all = fold_codes(codes, entries, signs), entries if signs is None else 2 * entries
-    for part, filled in _plain_bins(y.to(sum_dtype(y.dtype)), folded, books, of_all):
-        yield part, filled if signs is None else filled[..., :entries, :] - filled[..., entries:, :]
+    every = _plain_bins(y.to(sum_dtype(y.dtype)), folded, books, of_all)
+
+    def unfold(block: tuple[slice, Tensor]) -> tuple[slice, Tensor]:
+        part, filled = block
+        return part, filled[..., :entries, :] - filled[..., entries:, :]
+
+    yield from every if signs is None else map(unfold, every)
 
 
 def _plain_bins(y: Tensor, codes: Tensor, books: int, entries: int) -> Iterator[tuple[slice, Tensor]]:
@@ -117,8 +123,10 @@ def _plain_bins(y: Tensor, codes: Tensor, books: int, entries: int) -> Iterator[
         return
     order, first = runs(codes, entries)  # serves every block; compiled graphs always sort, since they serve every batch
     for part in blocks(y.shape[0], codes, entries):
-        filled = F.embedding_bag(order, y[part].t().contiguous(), first, mode="sum")
-        yield part, rearrange(filled, "(r g s k) b -> r g s k b", r=stages, g=books, k=entries)
+        yield part, rearrange(
+            F.embedding_bag(order, y[part].t().contiguous(), first, mode="sum"),
+            "(r g s k) b -> r g s k b", r=stages, g=books, k=entries,
+        )  # fmt: skip
 
 
 def bins_to_rows(bins: Tensor, codebooks: Tensor) -> Tensor:

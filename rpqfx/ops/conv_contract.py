@@ -46,19 +46,28 @@ class ConvContract(Geometry):
 
     def book(self, x: Tensor, y: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
         image, vectors = (y, x) if self.transposed else (x, y)
-        grads = [self._filters_grad(image[part], bins, codes) for part, bins in self._bins(vectors, codes, signs)]
-        return self._to_codebooks(sum(grads[1:], grads[0]), codes, signs)
+        total: Tensor | None = None
+        for part, bins in self._bins(vectors, codes, signs):
+            grad = self._filters_grad(image[part], bins, codes)
+            total = grad if total is None else total + grad
+            del bins, grad  # before the next block's are made
+        assert total is not None
+        return self._to_codebooks(total, codes, signs)
 
     def grads(
         self, x: Tensor, y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         if self.transposed:  # one needs the bins of x, the other the maps of y: nothing to share
             return self.left(y, codebooks, codes, signs), self.book(x, y, codes, signs)
-        filters, left, book = self._filters(codebooks, signs), [], []
+        filters, left = self._filters(codebooks, signs), []
+        total: Tensor | None = None
         for part, bins in self._bins(y, codes, signs):
             left.append(self._image(bins, filters).to(x.dtype))
-            book.append(self._filters_grad(x[part], bins, codes))
-        return _join(left), self._to_codebooks(sum(book[1:], book[0]), codes, signs)
+            grad = self._filters_grad(x[part], bins, codes)
+            total = grad if total is None else total + grad
+            del bins, grad
+        assert total is not None
+        return _join(left), self._to_codebooks(total, codes, signs)
 
     # ------------------------------------------------------------------------ between an image and the vectors' maps
 
@@ -96,8 +105,10 @@ class ConvContract(Geometry):
         blocks = _blocks(vectors.shape[0], codes.shape[0] * codes.shape[1] * entries * math.prod(size))
         runs = (steps.runs(codes, entries),) if len(blocks) > 1 else ()  # sorted once for all
         for part in blocks:
-            bins = operators.bin_sum(vectors[part].flatten(2), codes, entries, *runs)
-            yield part, rearrange(bins, "b r (g s) k l -> (b s) (g r k) l", s=share).unflatten(2, size)
+            yield part, rearrange(
+                operators.bin_sum(vectors[part].flatten(2), codes, entries, *runs),
+                "b r (g s) k l -> (b s) (g r k) l", s=share,
+            ).unflatten(2, size)  # fmt: skip
 
     def _image(self, bins: Tensor, filters: Tensor) -> Tensor:
         """The image ``[b, C, *size]`` that the entries' filters make of their maps."""

@@ -88,4 +88,5 @@ class Matmul:
     def grads(
         self, x: Tensor, y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        return self.left(y, codebooks, codes, signs), self.book(x, y, codes, signs)
+        book = self.book(x, y, codes, signs)  # first: what it takes for a moment is gone before there is a result
+        return self.left(y, codebooks, codes, signs), book

@@ -132,8 +132,9 @@ class Left(_Product):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         y, codebooks, codes, signs = ctx.saved_tensors
-        grad_y = Out.apply(ctx.form, grad, codebooks, codes, signs, None) if ctx.needs_input_grad[1] else None
+        # Codebooks first: the bins, which are dropped at once, are not there together with an input's whole gradient.
         grad_books = Book.apply(ctx.form, grad, y, codes, signs) if ctx.needs_input_grad[2] else None
+        grad_y = Out.apply(ctx.form, grad, codebooks, codes, signs, None) if ctx.needs_input_grad[1] else None
         return None, grad_y, _like(grad_books, codebooks), None, None
 
     @staticmethod

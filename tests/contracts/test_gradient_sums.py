@@ -1,0 +1,147 @@
+"""Gradients of codebooks are sums in float32, whatever the dtype that autocast multiplies in.
+
+An entry serves many vectors and many rows, so its gradient has many terms. Added up in bfloat16, which has eight bits,
+such a sum stops growing at some 256 terms.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rpqfx.nn import RPQConv2d, RPQConvTranspose2d, RPQEmbedding, RPQLinear
+from rpqfx.ops import products
+from tests.helpers import generator, randn
+
+UNIT = 2**-8  # half the distance from 1 to the next bfloat16
+SAMPLES = 512
+
+
+class Case(NamedTuple):
+    """A layer whose entries have many uses, its input's shape, and how many rows ids name."""
+
+    make: Callable[..., nn.Module]
+    shape: tuple[int, ...]
+    ids: int | None = None
+
+
+def _options(d: int) -> dict[str, Any]:
+    return {"codebook_dim": d, "bits": 2}
+
+
+CASES = {
+    "linear": Case(lambda **kw: RPQLinear(16, 256, **_options(8), **kw), (16,)),
+    "linear, columns": Case(lambda **kw: RPQLinear(256, 16, split="column", **_options(8), **kw), (256,)),
+    "linear, signs and stages": Case(
+        lambda **kw: RPQLinear(16, 256, signs=True, stages=2, scale=True, **_options(8), **kw), (16,)
+    ),
+    "embedding": Case(lambda **kw: RPQEmbedding(256, 16, **_options(8), **kw), (4,), ids=256),
+    "conv": Case(lambda **kw: RPQConv2d(4, 64, 3, padding=1, **_options(9), **kw), (4, 4, 4)),
+    "conv transposed": Case(lambda **kw: RPQConvTranspose2d(64, 4, 3, padding=1, **_options(9), **kw), (64, 4, 4)),
+}  # fmt: skip
+
+
+def _choose(table: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("cheaper", "cheaper_conv"):
+        monkeypatch.setattr(products, name, lambda *args: "contract" if table else "expand")
+
+
+def _layer(name: str, **options: Any) -> nn.Module:
+    """The layer of a case; its scale, if it has one, is such that products with bfloat16 numbers are exact."""
+    torch.manual_seed(0)
+    layer = CASES[name].make(**options)
+    if layer.weight_rpq.scale is not None:
+        layer.weight_rpq.scale.data.fill_(0.5)
+    return layer
+
+
+def _inputs(case: Case, layer: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """An input and a gradient of the output, bfloat16 numbers with a mean, so that sums of them grow."""
+    if case.ids is not None:
+        x = torch.randint(case.ids, (SAMPLES, *case.shape), generator=generator(1))
+    else:
+        x = (1 + 0.1 * randn(1, SAMPLES, *case.shape)).bfloat16().to(dtype)
+    with torch.no_grad():
+        shape = layer(x).shape
+    return x, (1 + 0.1 * randn(2, *shape)).bfloat16()
+
+
+def _exact(layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The gradient of the codebooks in float64, for the same bfloat16 inputs."""
+    exact = copy.deepcopy(layer).double()
+    exact(x.double() if x.is_floating_point() else x).backward(y.double())
+    return exact.weight_rpq.codebooks.grad
+
+
+def _error(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact).abs().max() / exact.abs().max())
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["backward inside", "backward outside"])
+@pytest.mark.parametrize("table", [True, False], ids=["contract", "expand"])
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_of_codebooks_are_float32_sums_under_autocast(
+    name: str, table: bool, inside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _choose(table, monkeypatch)
+    case, layer = CASES[name], _layer(name)
+    x, y = _inputs(case, layer, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = layer(x)
+        if inside:
+            out.backward(y.to(out.dtype))
+    if not inside:
+        out.backward(y.to(out.dtype))
+    grad, exact = layer.weight_rpq.codebooks.grad, _exact(layer, x, y)
+    assert grad.dtype == torch.float32
+    assert (grad != grad.bfloat16()).float().mean() > 0.2, "the sum was rounded to bfloat16"
+    # Through the expanded weight each of its N x D gradients is rounded, as a dense layer's are, and then summed.
+    error = _error(grad, exact)
+    assert error < (1e-5 if table or case.ids else UNIT)
+    assert _bfloat16_error(name) > 20 * error
+
+
+@functools.cache
+def _bfloat16_error(name: str) -> float:
+    """What is wrong with the gradient where those of single samples are added up in bfloat16."""
+    layer = _layer(name)
+    x, y = _inputs(CASES[name], layer, torch.float32)
+    exact = _exact(layer, x, y)
+    total = torch.zeros_like(exact, dtype=torch.bfloat16)
+    for one, grad in zip(x.split(1), y.split(1), strict=True):
+        total += _exact(layer, one, grad).bfloat16()
+    return _error(total, exact)
+
+
+@pytest.mark.parametrize("table", [True, False], ids=["contract", "expand"])
+def test_micro_batches_add_up_in_float32(table: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each adds less than half a bfloat16 step of what is there already."""
+    _choose(table, monkeypatch)
+    case, layer = CASES["linear"], _layer("linear")
+    x, y = _inputs(case, layer, torch.float32)
+    for one, grad in zip(x.split(1), y.split(1), strict=True):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = layer(one)
+        out.backward(grad)
+    found, exact = layer.weight_rpq.codebooks.grad, _exact(layer, x, y)
+    assert found.dtype == torch.float32
+    assert _error(found, exact) < (1e-5 if table else UNIT / 2)
+
+
+@pytest.mark.parametrize("table", [True, False], ids=["contract", "expand"])
+@pytest.mark.parametrize("name", CASES)
+def test_a_bfloat16_layer_rounds_its_gradient_once(name: str, table: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the codebooks are bfloat16 themselves, so is their gradient; the sum behind it is not."""
+    _choose(table, monkeypatch)
+    case, layer = CASES[name], _layer(name, dtype=torch.bfloat16)
+    x, y = _inputs(case, layer, torch.bfloat16)
+    layer(x).backward(y)
+    grad = layer.weight_rpq.codebooks.grad
+    assert grad.dtype == torch.bfloat16
+    assert _error(grad, _exact(layer, x, y)) < (1.01 * UNIT if table or case.ids else 1.5 * UNIT)
