@@ -14,6 +14,7 @@ from rpqfx import codebook
 # and enough rows for the matrix products that follow (measured).
 BIN_ELEMENTS = 2**22
 ROWS_AT_ONCE = 32
+FEW = 4  # up to so many rows (tokens being decoded, say) go through bins one sub-vector at a time
 
 _FLOATS = (torch.float32, torch.bfloat16)
 _CODES = (torch.uint8, torch.int16, torch.uint16, torch.int32)
@@ -33,7 +34,11 @@ def contract(
 
 def contract_t(y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None = None) -> Tensor:
     """See ``rpqfx.codebook.contract_t``."""
-    return codebook.contract_t(y, codebooks, codes, signs=signs, bins=bins)
+    rows = y.reshape(-1, y.shape[-1])
+    if rows.shape[0] > FEW:
+        return codebook.contract_t(y, codebooks, codes, signs=signs, bins=bins)
+    x = torch.ops.rpqfx_cpu.contract_t(rows.contiguous(), codebooks.contiguous(), codes.contiguous(), _flat(signs))
+    return x.view(*y.shape[:-1], x.shape[-1])
 
 
 def accumulate(x: Tensor, y: Tensor, codes: Tensor, books: int, entries: int, signs: Tensor | None = None) -> Tensor:
