@@ -126,9 +126,11 @@ class RPQWeight(nn.Module):
         if self.codebooks.is_meta:
             return
         self.codebooks.normal_(0, self.std / math.sqrt(self.spec.stages))
+        vectors, device = self.spec.num_vectors, self.codes.device
+        balanced = (torch.arange(vectors, device=device) % self.spec.entries).to(self.codes.dtype)
         for stage in self.codes:
             for codes in stage:
-                codes.copy_(torch.randperm(self.spec.num_vectors, device=codes.device) % self.spec.entries)
+                codes.copy_(balanced[torch.randperm(vectors, device=device)])
         if self.scale is not None:
             self.scale.fill_(1)
         if self.signs is not None:

@@ -39,6 +39,14 @@ def product(
         return form.out(x, codebooks, codes, signs, bias)
 
 
+def product_t(form: Form, y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
+    """``Left`` in the same way."""
+    if _differentiated(y, codebooks):
+        return Left.apply(form, y, codebooks, codes, signs)
+    with _as_given(y):
+        return form.left(y, codebooks, codes, signs)
+
+
 def _differentiated(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return True

@@ -17,7 +17,7 @@ from rpqfx.errors import InputError
 from rpqfx.ops.conv_contract import ConvContract
 from rpqfx.ops.conv_forms import Conv
 from rpqfx.ops.forms import Contract, Form, Matmul
-from rpqfx.ops.functions import Expand, Left, Lookup, Slow, product
+from rpqfx.ops.functions import Expand, Lookup, Slow, product, product_t
 from rpqfx.ops.plan import Plan, cheaper, cheaper_conv
 
 
@@ -66,7 +66,7 @@ def linear_t(y: Tensor, weight: Tensors, grad_factor: float = 1.0, plan: Plan = 
     """``y @ W``: ``[..., N]`` to ``[..., D]``."""
     y, scale = _prepare(y, weight, weight.codes.shape[2])
     y = y if scale is None else y * scale
-    return Left.apply(_form(y, weight, plan), y, _slow(weight.codebooks, grad_factor), weight.codes, weight.signs)
+    return product_t(_form(y, weight, plan), y, _slow(weight.codebooks, grad_factor), weight.codes, weight.signs)
 
 
 def conv(

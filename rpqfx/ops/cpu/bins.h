@@ -53,7 +53,7 @@ void fill_bins(const T* y, int64_t samples, int64_t line, int64_t length, const 
 }
 
 // y [B, N, L] summed into bins by codes: [B, R, M, K, L], float32.
-Tensor bin_sum(const Tensor& y, const Tensor& codes, const std::optional<Tensor>& signs, int64_t entries) {
+inline Tensor bin_sum(const Tensor& y, const Tensor& codes, const std::optional<Tensor>& signs, int64_t entries) {
   TORCH_CHECK_VALUE(y.dim() == 3 && y.is_contiguous() && y.size(1) == codes.size(2), "y ", y.sizes(),
                     " does not go with codes ", codes.sizes());
   const int64_t samples = y.size(0), length = y.size(2), uses = codes.size(0) * codes.size(1);

@@ -51,6 +51,7 @@ def _check(
             torch.randn(rows, vectors, generator=g).to(dtype),
         )
         same("contract", kernels.contract(x, codebooks, codes, signs, scale), x.double() @ weight.t() + scale.double())
+        same("contract_t", kernels.contract_t(y, codebooks, codes, signs), y.double() @ weight)
         grad_x, grad_books = kernels.contract_grads(x, y, codebooks, codes, signs)
         same("contract_t", grad_x, y.double() @ weight)
         exact = codebook.collect(y.double().t() @ x.double(), codes, books, entries, signs)

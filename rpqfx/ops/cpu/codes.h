@@ -101,7 +101,7 @@ void by_code(const Tensor& codes, const std::optional<Tensor>& signs, int64_t en
   }
 }
 
-void check_books(const Tensor& codebooks, const Tensor& codes) {
+inline void check_books(const Tensor& codebooks, const Tensor& codes) {
   const bool fit = codebooks.dim() == 4 && codes.dim() == 3 && codebooks.size(0) == codes.size(0) &&
                    codebooks.size(1) > 0 && codes.size(1) % codebooks.size(1) == 0;
   TORCH_CHECK_VALUE(fit, "codebooks ", codebooks.sizes(), " do not go with codes ", codes.sizes());
@@ -118,7 +118,7 @@ inline std::vector<Tensor> each_book(const Tensor& codebooks, int64_t sub_vector
   return books;
 }
 
-void check_vector(const char* name, const std::optional<Tensor>& x, const Tensor& like, int64_t length) {
+inline void check_vector(const char* name, const std::optional<Tensor>& x, const Tensor& like, int64_t length) {
   if (!x) return;
   const bool fit = x->dim() == 1 && x->size(0) == length && x->is_contiguous() && x->scalar_type() == like.scalar_type();
   TORCH_CHECK_VALUE(fit, name, " is ", x->sizes(), " of ", x->scalar_type(), ", expected ", length, " of ",

@@ -147,7 +147,7 @@ void contract_few(const Tensor& x, const Tensor& codebooks, const Codes<Code>& c
 }
 
 // x [..., D] @ W.T + bias: [..., N].
-Tensor contract(const Tensor& input, const Tensor& entries, const Tensor& codes, const std::optional<Tensor>& signs,
+inline Tensor contract(const Tensor& input, const Tensor& entries, const Tensor& codes, const std::optional<Tensor>& signs,
                 const std::optional<Tensor>& bias) {
   TORCH_CHECK(!input._fw_grad(0).defined(), "forward-mode differentiation does not reach compiled kernels");
   check_books(entries, codes);

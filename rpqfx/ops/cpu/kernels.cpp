@@ -4,11 +4,12 @@
 
 #include "bins.h"
 #include "contract.h"
-#include "grads.h"
+#include "contract_t.h"
 #include "rows.h"
 
 TORCH_LIBRARY_FRAGMENT(rpqfx_cpu, m) {
   m.def("contract(Tensor x, Tensor codebooks, Tensor codes, Tensor? signs, Tensor? bias) -> Tensor", rpqfx::contract);
+  m.def("contract_t(Tensor y, Tensor codebooks, Tensor codes, Tensor? signs) -> Tensor", rpqfx::contract_t);
   m.def("gather_sum(Tensor table, Tensor codes, Tensor? signs) -> Tensor", rpqfx::gather_sum);
   m.def("bin_sum(Tensor y, Tensor codes, Tensor? signs, int entries) -> Tensor", rpqfx::bin_sum);
   m.def(

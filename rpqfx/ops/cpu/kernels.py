@@ -23,8 +23,7 @@ def contract(
 
 def contract_t(y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None = None) -> Tensor:
     """See ``rpqfx.codebook.contract_t``."""
-    x, _ = _grads(None, y, codebooks, codes, signs, *codebooks.shape[1:])
-    return x.view(*y.shape[:-1], x.shape[-1])
+    return torch.ops.rpqfx_cpu.contract_t(y, codebooks, codes.contiguous(), _flat(signs))
 
 
 def accumulate(x: Tensor, y: Tensor, codes: Tensor, books: int, entries: int, signs: Tensor | None = None) -> Tensor:

@@ -43,7 +43,7 @@ void expand_rows(const Tensor& codebooks, const Codes<Code>& codes, const T* sca
 }
 
 // W[ids], or all of W: [rows, D].
-Tensor expand(const Tensor& codebooks, const Tensor& codes, const std::optional<Tensor>& scale,
+inline Tensor expand(const Tensor& codebooks, const Tensor& codes, const std::optional<Tensor>& scale,
               const std::optional<Tensor>& signs, const std::optional<Tensor>& ids) {
   check_books(codebooks, codes);
   TORCH_CHECK_VALUE(codebooks.is_contiguous() && (!ids || ids->is_contiguous()), "codebooks and ids lie in order");
@@ -66,7 +66,7 @@ Tensor expand(const Tensor& codebooks, const Tensor& codes, const std::optional<
 }
 
 // The adjoint of expand: grad [N, D] summed into the entries that it used, [R, G, K, d] float32.
-Tensor collect(const Tensor& grad, const Tensor& codes, const std::optional<Tensor>& signs, int64_t books,
+inline Tensor collect(const Tensor& grad, const Tensor& codes, const std::optional<Tensor>& signs, int64_t books,
                int64_t entries) {
   TORCH_CHECK_VALUE(grad.dim() == 2 && grad.is_contiguous() && grad.size(0) == codes.size(2) &&
                         grad.size(1) % codes.size(1) == 0 && books > 0 && codes.size(1) % books == 0,
