@@ -7,6 +7,7 @@ any number of times from nothing else. Forms hold plain numbers only: tensors ar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -153,9 +154,7 @@ class Conv:
 # ------------------------------------------------------------------------- what runs, as operators of their own
 
 
-def _opaque(
-    name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any] | None = None
-) -> Callable[..., Any]:
+def _opaque(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """``run``, which compiled graphs see as one operator; ``fake`` makes a result of the right shape from shapes.
 
     A compiler that saw inside would find the same expansion (or the same bins) in the forward and in the backward,
@@ -164,7 +163,7 @@ def _opaque(
     of this library.
     """
     operator = torch.library.custom_op(f"rpqfx::{name}", run, mutates_args=(), schema=schema)
-    operator.register_fake(fake or run)
+    operator.register_fake(fake)
 
     def call(*args: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():  # and not in torch.export, whose tracing runs the code itself
@@ -223,7 +222,29 @@ def _run_conv(
     output_padding: Sequence[int], groups: int,
 ) -> Tensor:  # fmt: skip
     weight = codebook.expand(codebooks, codes, signs=signs).view(tuple(weight_shape))
-    return torch.convolution(x, weight, None, stride, padding, dilation, transposed, output_padding, groups)
+    y = torch.convolution(x, weight, None, stride, padding, dilation, transposed, output_padding, groups)
+    return y.contiguous(memory_format=_memory_format(x))  # nothing to do but where a backend has an order of its own
+
+
+def _fake_conv(
+    x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None, weight_shape: Sequence[int],
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], transposed: bool,
+    output_padding: Sequence[int], groups: int,
+) -> Tensor:  # fmt: skip
+    """Counted out, since torch's own picks a backend by the batch's size and so binds a compiled graph to it."""
+    geometry = zip(x.shape[2:], weight_shape[2:], stride, padding, dilation, output_padding, strict=True)
+    sizes = [
+        (n - 1) * s - 2 * p + d * (k - 1) + more + 1 if transposed else (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d, more in geometry
+    ]
+    shape = (x.shape[0], weight_shape[1] * groups if transposed else weight_shape[0], *sizes)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    """Channels last where the input is, so that the order of a convolution's result is known without running it."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim(), torch.contiguous_format)
+    return torch.contiguous_format if x.is_contiguous() or not x.is_contiguous(memory_format=last) else last
 
 
 def _run_conv_book(
@@ -236,6 +257,14 @@ def _run_conv_book(
         y, x, weight, None, stride, padding, dilation, transposed, output_padding, groups, (False, True, False)
     )
     return codebook.collect(grad.reshape(weight_shape[0], -1), codes, books, entries, signs)
+
+
+def _fake_conv_book(
+    x: Tensor, y: Tensor, codes: Tensor, signs: Tensor | None, weight_shape: Sequence[int], stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int], transposed: bool, output_padding: Sequence[int], groups: int,
+    books: int, entries: int,
+) -> Tensor:  # fmt: skip
+    return x.new_empty(codes.shape[0], books, entries, math.prod(weight_shape[1:]) // codes.shape[1])
 
 
 _HELD = "Tensor codebooks, Tensor codes, Tensor? signs"
@@ -253,14 +282,14 @@ _contract_grads = _opaque(
     "contract_grads", f"(Tensor x, Tensor y, {_HELD}) -> (Tensor, Tensor)", codebook.contract_grads,
     _fake_contract_grads,
 )  # fmt: skip
-_matmul = _opaque("matmul", f"(Tensor x, {_HELD}) -> Tensor", _run_matmul)
-_matmul_t = _opaque("matmul_t", f"(Tensor y, {_HELD}) -> Tensor", _run_matmul_t)
+_matmul = _opaque("matmul", f"(Tensor x, {_HELD}) -> Tensor", _run_matmul, _fake_contract)
+_matmul_t = _opaque("matmul_t", f"(Tensor y, {_HELD}) -> Tensor", _run_matmul_t, _fake_contract_t)
 _matmul_book = _opaque(
     "matmul_book", "(Tensor x, Tensor y, Tensor codes, Tensor? signs, int books, int entries) -> Tensor",
-    _run_matmul_book,
+    _run_matmul_book, _fake_accumulate,
 )  # fmt: skip
-_conv = _opaque("conv", f"(Tensor x, {_HELD}, {_GEOMETRY}) -> Tensor", _run_conv)
+_conv = _opaque("conv", f"(Tensor x, {_HELD}, {_GEOMETRY}) -> Tensor", _run_conv, _fake_conv)
 _conv_book = _opaque(
     "conv_book", f"(Tensor x, Tensor y, Tensor codes, Tensor? signs, {_GEOMETRY}, int books, int entries) -> Tensor",
-    _run_conv_book,
+    _run_conv_book, _fake_conv_book,
 )  # fmt: skip
