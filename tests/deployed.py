@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.export import Dim
+from torch.utils._pytree import tree_leaves
 
 import rpqfx
 from rpqfx import Policy, Rule
@@ -78,7 +82,7 @@ class ResNet20(nn.Module):
         super().__init__()
         self.conv, self.bn = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
         widths = [16] * 4 + [32] * 3 + [64] * 3
-        self.blocks = nn.Sequential(*(BasicBlock(a, b, b // a) for a, b in zip(widths, widths[1:], strict=False)))
+        self.blocks = nn.Sequential(*(BasicBlock(a, b, b // a) for a, b in pairwise(widths)))
         self.head = nn.Linear(64, classes)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -171,9 +175,48 @@ class Deployed:
         return self.build().eval()
 
     def model(self) -> nn.Module:
+        """The rewritten model; the same tensors at each call."""
         dense = self.dense()
         torch.manual_seed(0)
         return rpqfx.rpqify(dense, self.policy)
+
+    def dynamic(self) -> tuple[Any, ...]:
+        """``dynamic_shapes`` of torch.export: every size from the least that has a meaning."""
+        least = {"batch": 1, "sequence": 1, "past": 0}
+        known = {name: Dim(name, min=least[name], max=4096) for name in self.sizes}
+        return replaced(self.axes, known)
+
+
+def replaced(axes: Any, known: dict[str, Any]) -> Any:
+    """The axes of arguments with each size's name replaced."""
+    if isinstance(axes, dict):
+        return {axis: known[name] for axis, name in axes.items()}
+    return type(axes)(replaced(each, known) for each in axes)
+
+
+def mark_dynamic(args: Any, axes: Any) -> Any:
+    """The arguments, with their axes told to vary (those of size 0 and 1 apart, which torch takes as they are)."""
+    if isinstance(args, Tensor):
+        for axis in axes:
+            if args.shape[axis] > 1:
+                torch._dynamo.mark_dynamic(args, axis)
+    else:
+        for arg, ax in zip(args, axes, strict=True):
+            mark_dynamic(arg, ax)
+    return args
+
+
+def run_as(plan: str, patch: pytest.MonkeyPatch) -> None:
+    """Makes every product run one way; ``"auto"`` leaves the choice."""
+    if plan != "auto":
+        patch.setattr("rpqfx.ops.products.cheaper", lambda *args, **kwargs: plan)
+
+
+def assert_close(found: Any, wanted: Any, tolerance: float = 1e-4) -> None:
+    """Equal within a tolerance of float32, which is relative to a tensor's largest element."""
+    for ours, theirs in zip(tree_leaves(found), tree_leaves(wanted), strict=True):
+        largest = float(theirs.detach().abs().max()) if theirs.numel() else 0.0
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * largest)
 
 
 def images(batch: int) -> tuple[Any, ...]:
