@@ -51,7 +51,8 @@ def table(x: Tensor, codebooks: Tensor) -> Tensor:
     stages, books, entries, d = codebooks.shape
     left = rearrange(codebooks, "r g k d -> g (r k) d")
     right = rearrange(x, "b (g s d) -> g d (s b)", g=books, d=d)
-    dots = torch.bmm(left, right).view(books * stages * entries * (x.shape[1] // (books * d)), x.shape[0])
+    dots = torch.bmm(left, right).view(-1)  # flat first: torch 2.11 cannot prove the merge for a batch of any size
+    dots = dots.view(books * stages * entries * (x.shape[1] // (books * d)), x.shape[0])
     return dots.to(sum_dtype(x.dtype))
 
 

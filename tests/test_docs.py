@@ -88,7 +88,7 @@ def test_the_readme_and_every_guide_have_snippets():
     """Otherwise the tests above would pass on nothing."""
     guides = {page.stem for page in with_snippets if page.parent.name == "guides"}
     assert ROOT / "README.md" in with_snippets
-    assert guides == {"choosing-a-policy", "layers", "rewriting", "saving", "troubleshooting"}
+    assert guides == {"choosing-a-policy", "compile-and-export", "layers", "rewriting", "saving", "troubleshooting"}
 
 
 # ------------------------------------------------------------------------------------------------------- names
