@@ -125,7 +125,8 @@ def contract(
     rows = _real(x).reshape(-1, x.shape[-1])
     folded = fold_codebooks(_real(codebooks), signs)
     codes = fold_codes(codes, codebooks.shape[2], signs)
-    if rows.shape[0] <= steps.GATHER_ROWS and not torch.compiler.is_compiling():
+    # First whether one graph serves every batch: to ask how many rows there are would bind the graph to the answer.
+    if not torch.compiler.is_compiling() and rows.shape[0] <= steps.GATHER_ROWS:
         y = steps.gather_few(steps.table(rows, folded), codes, folded).to(x.dtype)
     else:
         index = steps.table_index(codes, folded)

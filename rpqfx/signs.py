@@ -18,9 +18,7 @@ def pack_signs(minus: Tensor) -> Tensor:
         ``[..., ceil(N/8)]`` uint8, the first sign in the lowest bit.
     """
     padded = F.pad(minus.to(torch.uint8), (0, -minus.shape[-1] % 8))
-    positions = _bit_positions(minus.device)
-    weights = torch.bitwise_left_shift(torch.ones_like(positions), positions)
-    return (rearrange(padded, "... (byte bit) -> ... byte bit", bit=8) * weights).sum(-1, dtype=torch.uint8)
+    return (rearrange(padded, "... (byte bit) -> ... byte bit", bit=8) * _bits(minus.device)).sum(-1, dtype=torch.uint8)
 
 
 def unpack_signs(signs: Tensor, num_vectors: int) -> Tensor:
@@ -33,12 +31,16 @@ def unpack_signs(signs: Tensor, num_vectors: int) -> Tensor:
     Returns:
         ``[..., N]`` bool.
     """
-    bits = torch.bitwise_right_shift(signs[..., None], _bit_positions(signs.device)) & 1
+    bits = signs[..., None] & _bits(signs.device)
     return rearrange(bits, "... byte bit -> ... (byte bit)")[..., :num_vectors].bool()
 
 
-def _bit_positions(device: torch.device) -> Tensor:
-    return torch.arange(8, dtype=torch.uint8, device=device)
+def _bits(device: torch.device) -> Tensor:
+    """1, 2, 4 and so on to 128: the eight bits of a byte."""
+    positions = torch.arange(
+        8, dtype=torch.int32, device=device
+    )  # ONNX has shifts of bytes with another dtype's result
+    return torch.bitwise_left_shift(torch.ones_like(positions), positions).to(torch.uint8)
 
 
 def fold_codebooks(codebooks: Tensor, signs: Tensor | None) -> Tensor:

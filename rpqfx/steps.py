@@ -56,7 +56,8 @@ def table(x: Tensor, codebooks: Tensor) -> Tensor:
     stages, books, entries, d = codebooks.shape
     left = rearrange(codebooks, "r g k d -> g (r k) d")
     right = rearrange(x, "b (g s d) -> g d (s b)", g=books, d=d)
-    dots = torch.bmm(left, right).view(books * stages * entries * (x.shape[1] // (books * d)), x.shape[0])
+    dots = torch.bmm(left, right).view(-1)  # flat first: torch 2.11 cannot prove the merge for a batch of any size
+    dots = dots.view(books * stages * entries * (x.shape[1] // (books * d)), x.shape[0])
     return dots.to(sum_dtype(x.dtype))
 
 
@@ -71,8 +72,15 @@ def table_index(codes: Tensor, codebooks: Tensor) -> Tensor:
     return rearrange(codes.int() * share + first[..., None], "r m n -> n (r m)").contiguous()
 
 
+def for_onnx() -> bool:
+    """Whether ``torch.onnx.export`` is tracing, whose operators have no bags."""
+    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+
+
 def gather_sum(dots: Tensor, index: Tensor) -> Tensor:
     """``[b, n]``: sums the rows of a table that ``index [n, p]`` names."""
+    if for_onnx():
+        return sum((dots.index_select(0, one) for one in index[:, 1:].unbind(1)), dots.index_select(0, index[:, 0])).t()
     return F.embedding_bag(index, dots, mode="sum").t()
 
 
@@ -115,11 +123,17 @@ def bins(y: Tensor, codes: Tensor, signs: Tensor | None, books: int, entries: in
 
 def _plain_bins(y: Tensor, codes: Tensor, books: int, entries: int) -> Iterator[tuple[slice, Tensor]]:
     stages, sub_vectors, num_vectors = codes.shape
-    if y.shape[0] <= SCATTER_ROWS and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and y.shape[0] <= SCATTER_ROWS:  # in this order: the second binds a graph
         shape = (y.shape[0], stages * sub_vectors, num_vectors)
         index = rearrange(codes.long(), "r m n -> (r m) n").expand(shape)
         filled = y.new_zeros(*shape[:2], entries).scatter_add(2, index, y[:, None].expand(shape))
         yield slice(None), rearrange(filled, "b (r g s) k -> r g s k b", r=stages, g=books)
+        return
+    if for_onnx():
+        columns = y.t()
+        empty = columns.new_zeros(entries, y.shape[0])
+        each = [empty.index_put((one,), columns, accumulate=True) for one in codes.long().flatten(0, 1).unbind(0)]
+        yield slice(None), rearrange(torch.stack(each), "(r g s) k b -> r g s k b", r=stages, g=books)
         return
     order, first = runs(codes, entries)  # serves every block; compiled graphs always sort, since they serve every batch
     for part in blocks(y.shape[0], codes, entries):

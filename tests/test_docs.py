@@ -90,6 +90,7 @@ def test_the_readme_and_every_guide_have_snippets():
     assert ROOT / "README.md" in with_snippets
     assert guides == {
         "choosing-a-policy",
+        "compile-and-export",
         "layers",
         "rewriting",
         "saving",

@@ -5,7 +5,7 @@
 Beside each other: the dense layer (in float32, and in bfloat16 where the CPU multiplies it in hardware), gather and
 multiply (what RPQ-pytorch does, its own layer where it is installed), the codebooks through torch's own operators, and
 the codebooks as they run. Each has tensors of its own, and a run of one follows a run of another, so all find cold
-caches. The floor is what the work of the codebooks must take at the least: its bytes at the speed of the memory, or its
+caches ("again at once": a run that follows a run of the same layer, as few rows of a small model would). The floor is what the work of the codebooks must take at the least: its bytes at the speed of the memory, or its
 multiply-adds at the speed of the matrix product plus its additions at the speed of adding from the cache, all measured
 first.
 """
@@ -49,6 +49,12 @@ CPU_CASES = (
     *(Case(768, 768, 12, batch, backward) for batch in (64, 128, 256, 512) for backward in (False, True)),
 )  # fmt: skip
 GPU_CASES = (Case(9216, 9216, 72, 1), Case(9216, 9216, 72, 512), Case(9216, 9216, 72, 2048, True))
+
+
+HEAD = (
+    "| in x out, M, batch | pass | dense | dense bfloat16 | {gather} | torch's operators | rpqfx | again at once "
+    "| over dense | over gather | bytes, multiply-adds, additions | floor | of the floor |"
+)
 
 
 @dataclass(frozen=True)
@@ -172,17 +178,16 @@ def table(cases: tuple[Case, ...], device: torch.device, dtype: torch.dtype) -> 
         a, b, c, d, *rest = milliseconds(run, layers, x, plain=2)
         counted, floor = machine.floor(ours.weight_rpq, case)
         if i == 0:
-            print(
-                f"| in x out, M, batch | pass | dense | dense bfloat16 | {name} | torch's operators | rpqfx | over dense "
-                "| over gather | bytes, multiply-adds, additions | floor | of the floor |"
-            )
-            print("|" + "---|" * 12)
-        print(
-            f"| {case.wide} x {case.out}, {case.count}, B={case.batch} | {'f + b' if case.backward else 'f'} | {a:.2f} "
-            f"| {format(rest[0], '.2f') if rest else '-'} | {b:.2f} | {c:.2f} | {d:.2f} | {a / d:.1f} x | {b / d:.1f} x "
-            f"| {counted} | {floor:.2f} | {floor / d:.0%} |",
-            flush=True,
-        )
+            print(HEAD.format(gather=name) + "\n|" + "---|" * 13)
+        again = "-"
+        if case.batch <= 16:
+            again = f"{milliseconds(forward, [ours], x)[0]:.2f}"
+        cells = (
+            f"{case.wide} x {case.out}, {case.count}, B={case.batch}", "f + b" if case.backward else "f", f"{a:.2f}",
+            f"{rest[0]:.2f}" if rest else "-", f"{b:.2f}", f"{c:.2f}", f"{d:.2f}", again, f"{a / d:.1f} x",
+            f"{b / d:.1f} x", counted, f"{floor:.2f}", f"{floor / d:.0%}",
+        )  # fmt: skip
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def embedding(device: torch.device) -> None:

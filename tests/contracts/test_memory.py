@@ -82,22 +82,20 @@ def test_training_a_block_peaks_below_the_dense_one(
 def test_the_bins_of_one_block_are_gone_before_the_next(
     backend: Any, with_signs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Twenty blocks take what two take: the results, and one block's bins."""
-    monkeypatch.setattr(kernels, "BIN_ELEMENTS", 2**16)
-    monkeypatch.setattr("rpqfx.steps.TABLE_ELEMENTS", 2**16)
+    """Beside its results, a batch of many blocks takes what one of a few takes."""
+    monkeypatch.setattr("rpqfx.steps.TABLE_ELEMENTS", 2**18)
     books = randn(0, 1, 4, 64, 4, dtype=torch.float32)
     codes = torch.arange(4 * 64).remainder(64).to(torch.uint8).view(1, 4, 64)
     signs = codebook.pack_signs(codes % 2 == 0) if with_signs else None
-    block = 4 * 64 * 256 * books.element_size() * (2 if with_signs and backend is reference else 1)
-    x, y = randn(1, 5120, 16, dtype=torch.float32), randn(2, 5120, 64, dtype=torch.float32)
-    for rows, run in (
-        (x, lambda: backend.contract_t(y, books, codes, signs=signs)),
-        (x[:0], lambda: backend.accumulate(x, y, codes, 4, 64, signs)),
-        (x, lambda: backend.contract_grads(x, y, books, codes, signs)),
+    sizes = (8192, 65536)
+    inputs = [[randn(1, rows, width, dtype=torch.float32) for width in (16, 64)] for rows in sizes]
+    for results, run in (
+        (1, lambda x, y: backend.contract_t(y, books, codes, signs=signs)),
+        (0, lambda x, y: backend.accumulate(x, y, codes, 4, 64, signs)),
+        (1, lambda x, y: backend.contract_grads(x, y, books, codes, signs)),
     ):
-        run()
-        found = peak(run) - rows.numel() * rows.element_size()
-        assert found < 1.9 * block, f"{found} bytes, a block's bins are {block}"
+        few, many = (peak(functools.partial(run, x, y)) - results * x.nbytes for x, y in inputs)
+        assert many < 1.1 * few, f"{many} bytes for eight times the rows, {few} for them"
 
 
 @pytest.mark.parametrize("backend", backends, ids=lambda backend: backend.__name__.rpartition(".")[2])

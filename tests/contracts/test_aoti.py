@@ -1,0 +1,40 @@
+"""AOTInductor makes packages of rewritten models that run without this library."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.export import Dim, export
+
+import rpqfx
+from rpqfx import Policy, Rule
+from rpqfx.report import dense_bytes
+from tests.deployed import assert_close
+from tests.fresh import run_without_rpqfx
+
+
+def build() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(2048, 512), nn.Linear(512, 512), nn.GELU(), nn.Linear(512, 256))
+
+
+def test_a_package_runs_where_this_library_is_not(tmp_path: Path):
+    """For any batch; it holds codebooks and codes, not the weights."""
+    policy = Policy.from_scratch(codebook_dim=128, bits=4, rules=(Rule("3", codebook_dim=16, signs=True),))
+    model = rpqfx.rpqify(build(), policy)
+    with torch.no_grad():
+        program = export(model, (torch.zeros(3, dtype=torch.int64),), dynamic_shapes=({0: Dim("batch", min=1)},))
+    quick = {
+        "aot_inductor.compile_wrapper_opt_level": "O0",
+        "cpp_cache_precompile_headers": False,
+    }  # to build, not to run
+    where = str(tmp_path / "model.pt2")
+    package = torch._inductor.aoti_compile_and_package(program, package_path=where, inductor_configs=quick)
+    calls = [(torch.arange(7 * batch, 8 * batch),) for batch in (1, 3, 17)]
+    [(names, outputs)] = run_without_rpqfx("aoti", {package: calls}, tmp_path)
+    assert set(names) >= {key for key in model.state_dict() if "rpq" in key}
+    with torch.no_grad():
+        assert_close(outputs, [model(*call) for call in calls])
+    assert Path(package).stat().st_size < dense_bytes(build())
