@@ -5,9 +5,9 @@
 Beside each other: the dense layer (in float32, and in bfloat16 where the CPU multiplies it in hardware), gather and
 multiply (what RPQ-pytorch does, its own layer where it is installed), the codebooks through torch's own operators, and
 the codebooks as they run. Each has tensors of its own, and a run of one follows a run of another, so all find cold
-caches ("again at once": a run that follows a run of the same layer, as few rows of a small model would). The floor is what the work of the codebooks must take at the least: its bytes at the speed of the memory, or its
-multiply-adds at the speed of the matrix product plus its additions at the speed of adding from the cache, all measured
-first.
+caches ("again at once": a run that follows a run of the same layer, as few rows of a small model would). The floor is
+what the work of the codebooks must take at the least: its bytes at the speed of the memory, or its multiply-adds at the
+speed of the matrix product plus its additions at the speed of adding from the cache, all measured first.
 """
 
 from __future__ import annotations

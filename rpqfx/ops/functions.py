@@ -47,6 +47,15 @@ def product_t(form: Form, y: Tensor, codebooks: Tensor, codes: Tensor, signs: Te
         return form.left(y, codebooks, codes, signs)
 
 
+def look_up(
+    ids: Tensor, codebooks: Tensor, codes: Tensor, scale: Tensor | None, signs: Tensor | None, sparse: bool
+) -> Tensor:
+    """``Lookup`` in the same way."""
+    if _differentiated(codebooks, scale):
+        return Lookup.apply(ids, codebooks, codes, scale, signs, sparse)
+    return operators.lookup(ids, codebooks, codes, scale, signs)
+
+
 def _differentiated(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return True

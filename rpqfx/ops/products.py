@@ -17,7 +17,7 @@ from rpqfx.errors import InputError
 from rpqfx.ops.conv_contract import ConvContract
 from rpqfx.ops.conv_forms import Conv
 from rpqfx.ops.forms import Contract, Form, Matmul
-from rpqfx.ops.functions import Expand, Lookup, Slow, product, product_t
+from rpqfx.ops.functions import Expand, Slow, look_up, product, product_t
 from rpqfx.ops.plan import Plan, cheaper, cheaper_conv
 
 
@@ -49,7 +49,7 @@ def expand(weight: Tensors, grad_factor: float = 1.0) -> Tensor:
 def lookup(ids: Tensor, weight: Tensors, grad_factor: float = 1.0, sparse: bool = False) -> Tensor:
     """Rows ``[*ids.shape, D]``; ``sparse`` asks for a sparse gradient of the codebooks."""
     books = _slow(weight.codebooks, grad_factor)
-    return Lookup.apply(ids, books, weight.codes, weight.scale, weight.signs, sparse)
+    return look_up(ids, books, weight.codes, weight.scale, weight.signs, sparse)
 
 
 def linear(

@@ -53,7 +53,7 @@ void fill_bins(const T* y, int64_t samples, int64_t line, int64_t length, const 
 }
 
 // y [B, N, L] summed into bins by codes: [B, R, M, K, L], float32.
-inline Tensor bin_sum(const Tensor& y, const Tensor& codes, const std::optional<Tensor>& signs, int64_t entries) {
+inline Tensor bin_sum(const Tensor& y, const Tensor& codes, const Maybe& signs, int64_t entries) {
   TORCH_CHECK_VALUE(y.dim() == 3 && y.is_contiguous() && y.size(1) == codes.size(2), "y ", y.sizes(),
                     " does not go with codes ", codes.sizes());
   const int64_t samples = y.size(0), length = y.size(2), uses = codes.size(0) * codes.size(1);
@@ -90,7 +90,7 @@ void turn(const T* y, int64_t rows, int64_t vectors, float* lines) {
 // Rows [B, N] of a batch summed into bins by codes, some rows at a time, in memory that serves them all.
 class RowBins {
  public:
-  RowBins(const Tensor& codes, const std::optional<Tensor>& signs, int64_t entries, int64_t rows)
+  RowBins(const Tensor& codes, const Maybe& signs, int64_t entries, int64_t rows)
       : codes_(codes), signs_(signs), entries_(entries), uses_(codes.size(0) * codes.size(1)) {
     const int64_t fit = std::max(BIN_ELEMENTS / (uses_ * entries * WIDE), BIN_BLOCKS);
     const int64_t blocks = std::min(fit, (rows + WIDE - 1) / WIDE);
@@ -117,7 +117,7 @@ class RowBins {
 
  private:
   const Tensor& codes_;
-  const std::optional<Tensor>& signs_;
+  const Maybe& signs_;
   int64_t entries_, uses_;
   Tensor lines_, bins_;
 };

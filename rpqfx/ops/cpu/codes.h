@@ -17,6 +17,7 @@
 namespace rpqfx {
 
 using at::Tensor;
+using Maybe = std::optional<Tensor>;
 using Vec = at::vec::Vectorized<float>;
 constexpr int64_t LANES = Vec::size();
 constexpr int64_t WIDE = 2 * LANES;                       // rows of the batch that a table serves at most
@@ -78,7 +79,7 @@ void check_range(const Code* codes, int64_t count, int64_t entries) {
 
 // Runs with the codes [R, M, N] as what they are stored as.
 template <typename Run>
-void by_code(const Tensor& codes, const std::optional<Tensor>& signs, int64_t entries, const Run& run) {
+void by_code(const Tensor& codes, const Maybe& signs, int64_t entries, const Run& run) {
   TORCH_CHECK_VALUE(codes.dim() == 3 && codes.is_contiguous(), "codes are [R, M, N] in order, got ", codes.sizes());
   const int64_t uses = codes.size(0) * codes.size(1), vectors = codes.size(2), bytes = (vectors + 7) / 8;
   if (signs) {
@@ -118,7 +119,7 @@ inline std::vector<Tensor> each_book(const Tensor& codebooks, int64_t sub_vector
   return books;
 }
 
-inline void check_vector(const char* name, const std::optional<Tensor>& x, const Tensor& like, int64_t length) {
+inline void check_vector(const char* name, const Maybe& x, const Tensor& like, int64_t length) {
   if (!x) return;
   const bool fit = x->dim() == 1 && x->size(0) == length && x->is_contiguous() && x->scalar_type() == like.scalar_type();
   TORCH_CHECK_VALUE(fit, name, " is ", x->sizes(), " of ", x->scalar_type(), ", expected ", length, " of ",

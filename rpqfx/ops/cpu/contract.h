@@ -147,8 +147,8 @@ void contract_few(const Tensor& x, const Tensor& codebooks, const Codes<Code>& c
 }
 
 // x [..., D] @ W.T + bias: [..., N].
-inline Tensor contract(const Tensor& input, const Tensor& entries, const Tensor& codes, const std::optional<Tensor>& signs,
-                const std::optional<Tensor>& bias) {
+inline Tensor contract(const Tensor& input, const Tensor& entries, const Tensor& codes, const Maybe& signs,
+                const Maybe& bias) {
   TORCH_CHECK(!input._fw_grad(0).defined(), "forward-mode differentiation does not reach compiled kernels");
   check_books(entries, codes);
   TORCH_CHECK_VALUE(input.dim() > 0 && input.size(-1) == codes.size(1) * entries.size(3) &&

@@ -14,8 +14,6 @@
 
 namespace rpqfx {
 
-using Maybe = std::optional<Tensor>;
-
 // total [R, G, K, d] += bins [R, M, K, b] times the sub-vectors of x [b, M * d].
 inline void add_books(const Tensor& bins, const Tensor& x, Tensor& total) {
   const int64_t sub_vectors = bins.size(1), d = total.size(3), share = sub_vectors / total.size(1);

@@ -49,16 +49,14 @@ def _grads(
 
 def expand(codebooks: Tensor, codes: Tensor, scale: Tensor | None = None, signs: Tensor | None = None) -> Tensor:
     """See ``rpqfx.codebook.expand``."""
-    return torch.ops.rpqfx_cpu.expand(codebooks.contiguous(), codes.contiguous(), _flat(scale), _flat(signs), None)
+    return torch.ops.rpqfx_cpu.expand(codebooks, codes.contiguous(), _flat(scale), _flat(signs), None)
 
 
 def lookup(
     ids: Tensor, codebooks: Tensor, codes: Tensor, scale: Tensor | None = None, signs: Tensor | None = None
 ) -> Tensor:
     """See ``rpqfx.codebook.lookup``."""
-    which = ids.contiguous()
-    rows = torch.ops.rpqfx_cpu.expand(codebooks.contiguous(), codes.contiguous(), _flat(scale), _flat(signs), which)
-    return rows.view(*ids.shape, rows.shape[-1])
+    return torch.ops.rpqfx_cpu.expand(codebooks, codes.contiguous(), _flat(scale), _flat(signs), ids)
 
 
 def collect(grad: Tensor, codes: Tensor, books: int, entries: int, signs: Tensor | None = None) -> Tensor:

@@ -42,23 +42,27 @@ void expand_rows(const Tensor& codebooks, const Codes<Code>& codes, const T* sca
   }
 }
 
-// W[ids], or all of W: [rows, D].
-inline Tensor expand(const Tensor& codebooks, const Tensor& codes, const std::optional<Tensor>& scale,
-              const std::optional<Tensor>& signs, const std::optional<Tensor>& ids) {
-  check_books(codebooks, codes);
-  TORCH_CHECK_VALUE(codebooks.is_contiguous() && (!ids || ids->is_contiguous()), "codebooks and ids lie in order");
-  check_vector("scale", scale, codebooks, codes.size(2));
-  const int64_t rows = ids ? ids->numel() : codes.size(2), dim = codes.size(1) * codebooks.size(3);
-  const int64_t* which = ids ? ids->const_data_ptr<int64_t>() : nullptr;
+// W[ids] [..., D], or all of W [N, D].
+inline Tensor expand(const Tensor& entries, const Tensor& codes, const Maybe& scale, const Maybe& signs,
+                     const Maybe& which) {
+  check_books(entries, codes);
+  check_vector("scale", scale, entries, codes.size(2));
+  TORCH_CHECK_TYPE(!which || which->scalar_type() == at::kLong, "ids are int64");
+  const Tensor codebooks = entries.contiguous();
+  const Maybe picked = which ? Maybe(which->contiguous()) : std::nullopt;
+  const int64_t* ids = picked ? picked->const_data_ptr<int64_t>() : nullptr;
+  const int64_t rows = picked ? picked->numel() : codes.size(2), dim = codes.size(1) * codebooks.size(3);
   for (int64_t i = 0; ids && i < rows; ++i)
-    TORCH_CHECK_INDEX(which[i] >= 0 && which[i] < codes.size(2), "row ", which[i], " of ", codes.size(2));
-  Tensor out = at::empty({rows, dim}, codebooks.options());
+    TORCH_CHECK_INDEX(ids[i] >= 0 && ids[i] < codes.size(2), "row ", ids[i], " of ", codes.size(2));
+  std::vector<int64_t> shape = picked ? picked->sizes().vec() : std::vector<int64_t>{rows};
+  shape.push_back(dim);
+  Tensor out = at::empty(shape, codebooks.options());
   by_float(codebooks, [&](auto scalar) {
     using T = decltype(scalar);
     by_code(codes, signs, codebooks.size(2), [&](auto held) {
       const T* factors = scale ? scale->const_data_ptr<T>() : nullptr;
       at::parallel_for(0, rows, std::max<int64_t>(1, GRAIN / dim), [&](int64_t begin, int64_t end) {
-        expand_rows<T>(codebooks, held, factors, which, begin, end, out.data_ptr<T>());
+        expand_rows<T>(codebooks, held, factors, ids, begin, end, out.data_ptr<T>());
       });
     });
   });
@@ -66,7 +70,7 @@ inline Tensor expand(const Tensor& codebooks, const Tensor& codes, const std::op
 }
 
 // The adjoint of expand: grad [N, D] summed into the entries that it used, [R, G, K, d] float32.
-inline Tensor collect(const Tensor& grad, const Tensor& codes, const std::optional<Tensor>& signs, int64_t books,
+inline Tensor collect(const Tensor& grad, const Tensor& codes, const Maybe& signs, int64_t books,
                int64_t entries) {
   TORCH_CHECK_VALUE(grad.dim() == 2 && grad.is_contiguous() && grad.size(0) == codes.size(2) &&
                         grad.size(1) % codes.size(1) == 0 && books > 0 && codes.size(1) % books == 0,
