@@ -7,6 +7,8 @@ from typing import Literal, get_args
 
 import torch
 
+from rpqfx.ops.cpu import build
+
 Plan = Literal["auto", "expand", "contract"]
 PLANS: tuple[Plan, ...] = get_args(Plan)
 
@@ -30,18 +32,33 @@ class Costs:
     add: float
 
 
-# cpu: two cores, float32, torch 2.13, medians of 768 x 768 to 5120 x 1280 at 512 and 2048 rows: 160 G multiply-adds a
-# second, 0.17 ns an addition, 0.9 ns a result, 0.9 ns an expanded element. Convolutions: fitted to 3 x 3 and 1 x 1
-# filters of 64 to 1024 channels, 16 to 256 entries, images of 7 x 7 to 56 x 56; 1.6 ns an element of the table (a new
-# one touches new memory, and sub-vectors of eight channels run at half speed), 0.05 ns an addition. cuda: an estimate
-# from memory bandwidth, not measured on a GPU.
+# What examples/bench/plans.py is checked against: two cores with AVX-512, torch 2.13, 160 G multiply-adds a second in
+# float32 and 900 G in bfloat16 (AMX). With the compiled kernels an addition takes 0.025 ns, with torch's own operators
+# 0.17 ns. cuda: an estimate from memory bandwidth, not measured on a GPU.
 COSTS = {
-    "cpu": Costs(gather=28.0, output=146.0, expand=150.0, table=250.0, add=8.0),
+    "cpu float32": Costs(gather=5.0, output=15.0, expand=40.0, table=150.0, add=6.0),
+    "cpu bfloat16": Costs(gather=24.0, output=80.0, expand=150.0, table=600.0, add=30.0),
+    "cpu plain": Costs(gather=28.0, output=146.0, expand=150.0, table=250.0, add=8.0),
     "cuda": Costs(gather=100.0, output=100.0, expand=100.0, table=200.0, add=100.0),
 }
 
 
-def cheaper(codebooks_shape: tuple[int, ...], codes_shape: tuple[int, ...], rows: int, device: torch.device) -> Plan:
+def costs_of(device: torch.device, dtype: torch.dtype) -> Costs:
+    """The row of the table for what a product runs on."""
+    if device.type != "cpu":
+        return COSTS["cuda"]
+    name = f"cpu {str(dtype).removeprefix('torch.')}"
+    compiled = name in COSTS and (torch.compiler.is_compiling() or build.ready())
+    return COSTS[name if compiled else "cpu plain"]
+
+
+def cheaper(
+    codebooks_shape: tuple[int, ...],
+    codes_shape: tuple[int, ...],
+    rows: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> Plan:
     """The plan that costs less: the table of dot products, or the expanded matrix.
 
     Args:
@@ -49,11 +66,12 @@ def cheaper(codebooks_shape: tuple[int, ...], codes_shape: tuple[int, ...], rows
         codes_shape: ``(R, M, N)``.
         rows: ``B``. Left out of the choice in compiled graphs, which serve every batch.
         device: Where the product runs.
+        dtype: In which it runs.
 
     Returns:
         ``"contract"`` or ``"expand"``.
     """
-    costs = COSTS.get(device.type, COSTS["cuda"])
+    costs = costs_of(device, dtype)
     stages, _, entries, d = codebooks_shape
     _, sub_vectors, num_vectors = codes_shape
     contract = stages * (entries / num_vectors + costs.gather / d) + costs.output / (sub_vectors * d)
@@ -61,7 +79,11 @@ def cheaper(codebooks_shape: tuple[int, ...], codes_shape: tuple[int, ...], rows
 
 
 def cheaper_conv(
-    codebooks_shape: tuple[int, ...], codes_shape: tuple[int, ...], positions: int, device: torch.device
+    codebooks_shape: tuple[int, ...],
+    codes_shape: tuple[int, ...],
+    positions: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
 ) -> Plan:
     """The plan that costs less for a convolution whose entries are filters of whole channels.
 
@@ -70,11 +92,12 @@ def cheaper_conv(
         codes_shape: ``(R, M, N)``.
         positions: Of the vectors' maps in all samples. Left out of the choice in compiled graphs.
         device: Where the convolution runs.
+        dtype: In which it runs.
 
     Returns:
         ``"contract"`` or ``"expand"``.
     """
-    costs = COSTS.get(device.type, COSTS["cuda"])
+    costs = costs_of(device, dtype)
     stages, _, entries, d = codebooks_shape
     contract = stages * (entries / codes_shape[2] * (1 + costs.table / d) + costs.add / d)
     return _choose(contract, stages * costs.expand, positions)

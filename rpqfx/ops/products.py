@@ -119,7 +119,7 @@ def conv(
         plan = "expand"
     elif plan == "auto":
         positions = x.numel() // channels // (1 if transposed else math.prod(stride))  # of the vectors' maps, about
-        plan = cheaper_conv(books.shape, weight.codes.shape, positions, x.device)
+        plan = cheaper_conv(books.shape, weight.codes.shape, positions, x.device, x.dtype)
     form = (ConvContract if plan == "contract" else Conv)(
         books.shape[1], books.shape[2], weight_shape, tuple(x.shape[2:]), stride, padding, dilation, transposed,
         output_padding or (0,) * len(stride), groups,
@@ -149,7 +149,7 @@ def _scaled(y: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
 def _form(x: Tensor, weight: Tensors, plan: Plan) -> Form:
     shape = weight.codebooks.shape
     if plan == "auto":
-        plan = cheaper(shape, weight.codes.shape, x.numel() // x.shape[-1], x.device)
+        plan = cheaper(shape, weight.codes.shape, x.numel() // x.shape[-1], x.device, x.dtype)
     return (Contract if plan == "contract" else Matmul)(shape[1], shape[2])
 
 

@@ -215,7 +215,7 @@ def test_a_plan_is_kept_by_copies_and_from_dense(kind: Kind) -> None:
     layer = kind.make(plan="contract")
     made = [
         kind.layer.from_dense(
-            plain(kind.make_dense()), init=init, plan="contract", codebook_dim=4, **dict(kind.options)
+            plain(kind.make_dense()), init=init, plan="contract", **{"codebook_dim": 4, **dict(kind.options)}
         )
         for init in ("fit", "random")
     ]
@@ -228,7 +228,7 @@ def test_what_is_no_plan_is_refused(kind: Kind) -> None:
     with pytest.raises(SpecError, match=wrong):
         kind.make(plan="fast")
     with pytest.raises(SpecError, match=wrong):
-        kind.layer.from_dense(kind.make_dense(), plan="fast", codebook_dim=4, **dict(kind.options))
+        kind.layer.from_dense(kind.make_dense(), plan="fast", **{"codebook_dim": 4, **dict(kind.options)})
 
 
 # ------------------------------------------------------------------------------------------- devices and dtypes

@@ -12,10 +12,11 @@ namespace rpqfx {
 
 // bins[code(p, n), :rows] += sign * y[n, :rows] over all vectors, for up to WIDE rows.
 template <int V, bool EDGE, bool SIGNED, typename T, typename Code>
-void scatter_lines(const T* y, int64_t stride, const Codes<Code>& codes, int64_t p, int64_t rows, float* bins) {
+void scatter_lines(const T* y, int64_t stride, const Codes<Code>& codes, int64_t p, int64_t rows, float* bins,
+                   int64_t bins_line) {
   const Code* code = codes.at(p, 0);
   for (int64_t n = 0; n < codes.vectors; ++n) {
-    float* bin = bins + static_cast<int64_t>(code[n]) * V * LANES;
+    float* bin = bins + static_cast<int64_t>(code[n]) * bins_line;
     const Vec sign(SIGNED ? *codes.factors(p, n) : 1.0f);
     for (int64_t v = 0; v < V; ++v) {
       const T* line = y + n * stride + v * LANES;
@@ -27,10 +28,11 @@ void scatter_lines(const T* y, int64_t stride, const Codes<Code>& codes, int64_t
 }
 
 template <typename T, typename Code>
-void scatter(const T* y, int64_t stride, const Codes<Code>& codes, int64_t p, int64_t rows, float* bins) {
+void scatter(const T* y, int64_t stride, const Codes<Code>& codes, int64_t p, int64_t rows, float* bins,
+             int64_t bins_line) {
   with_shape(rows > LANES, rows % LANES != 0, codes.signs != nullptr, [&](auto wide, auto edge, auto with_signs) {
     scatter_lines<decltype(wide)::value + 1, decltype(edge)::value, decltype(with_signs)::value>(
-        y, stride, codes, p, rows, bins);
+        y, stride, codes, p, rows, bins, bins_line);
   });
 }
 
@@ -40,14 +42,20 @@ void fill_bins(const T* y, int64_t samples, int64_t line, int64_t length, const 
                float* bins, int64_t bins_sample, int64_t bins_line) {
   const int64_t blocks = (length + WIDE - 1) / WIDE;
   at::parallel_for(0, samples * blocks * codes.uses, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> sums(entries * WIDE);
+    std::vector<float> sums;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t sample = task / (blocks * codes.uses), from = task / codes.uses % blocks * WIDE;
       const int64_t rows = std::min(WIDE, length - from), width = rows > LANES ? WIDE : LANES, p = task % codes.uses;
-      std::fill_n(sums.begin(), entries * width, 0.0f);
-      scatter(y + sample * codes.vectors * line + from, line, codes, p, rows, sums.data());
+      const T* first = y + sample * codes.vectors * line + from;
       float* out = bins + sample * bins_sample + p * entries * bins_line + from;
-      for (int64_t k = 0; k < entries; ++k) std::copy_n(sums.data() + k * width, rows, out + k * bins_line);
+      if (rows == width) {
+        for (int64_t k = 0; k < entries; ++k) std::fill_n(out + k * bins_line, width, 0.0f);
+        scatter(first, line, codes, p, rows, out, bins_line);
+      } else {  // whole vectors would reach into the next line
+        sums.assign(entries * width, 0.0f);
+        scatter(first, line, codes, p, rows, sums.data(), width);
+        for (int64_t k = 0; k < entries; ++k) std::copy_n(sums.data() + k * width, rows, out + k * bins_line);
+      }
     }
   });
 }
@@ -97,12 +105,12 @@ class RowBins {
     at_once = blocks * WIDE;
     const auto floats = codes.options().dtype(at::kFloat);
     lines_ = at::empty({codes.size(2) * at_once}, floats);
-    bins_ = at::empty({uses_ * entries * at_once}, floats);
+    bins_ = at::empty({uses_ * entries * (at_once + LANES)}, floats);  // lines are apart, so as not to share cache sets
   }
 
   // y [b, N], b up to at_once: [R, M, K, b].
   Tensor fill(const Tensor& y) {
-    const int64_t rows = y.size(0), vectors = y.size(1), blocks = (rows + WIDE - 1) / WIDE, line = blocks * WIDE;
+    const int64_t rows = y.size(0), vectors = y.size(1), blocks = (rows + WIDE - 1) / WIDE, line = blocks * WIDE + LANES;
     by_float(y, [&](auto scalar) {
       turn(y.const_data_ptr<decltype(scalar)>(), rows, vectors, lines_.data_ptr<float>());
     });
