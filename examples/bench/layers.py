@@ -12,11 +12,15 @@ speed of the matrix product plus its additions at the speed of adding from the c
 
 from __future__ import annotations
 
+import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from unittest.mock import patch
 
 import torch
@@ -207,12 +211,30 @@ def embedding(device: torch.device) -> None:
     print(f"| 50272 x 9216, 72, 8 ids | {a:.3f} | {b:.1f} | {c:.3f} | {c / a:.1f} | {b / c:.0f} x |", flush=True)
 
 
+def opt66b() -> None:
+    """Seconds for a token of OPT-66B with random weights, by the example that shows it, where it can run."""
+    example = Path(__file__).parents[1] / "02_opt66b.py"
+    done = subprocess.run([sys.executable, str(example), "--json"], stdout=subprocess.PIPE, text=True)
+    if done.returncode:  # it has said what it lacks
+        return
+    found = json.loads(done.stdout.splitlines()[-1])
+    gather, ours = found["gather"]["token_s"], found["float32"]
+    print("\n| OPT-66B, one sequence, float32 | dense | gather + linear, scaled | rpqfx | over gather | resident |")
+    print("|---|---|---|---|---|---|")
+    print(
+        f"| seconds for a token | does not fit | {gather:.1f} | {ours['token_s']:.3f} "
+        f"| {gather / ours['token_s']:.0f} x | {ours['peak_bytes'] / 1e9:.2f} GB |",
+        flush=True,
+    )
+
+
 def main() -> None:
     torch.set_num_threads(2)
     cpu = torch.device("cpu")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     table(CPU_CASES, cpu, torch.float32)
     embedding(cpu)
+    opt66b()
     if torch.cuda.is_available():
         print(f"\n{torch.cuda.get_device_name()}")
         table(GPU_CASES, torch.device("cuda"), torch.bfloat16)

@@ -18,6 +18,7 @@ class Costs:
     """What steps cost on a device, in multiply-adds of its dense matrix product.
 
     Args:
+        dot: One multiply-add of the table of a linear map: its products are small ones.
         gather: One addition of a gathered element.
         output: One element of the result, written by column and copied into rows.
         expand: One element of the matrix made from its codes.
@@ -25,6 +26,7 @@ class Costs:
         add: One addition of an element of a gathered map.
     """
 
+    dot: float
     gather: float
     output: float
     expand: float
@@ -34,12 +36,13 @@ class Costs:
 
 # What examples/bench/plans.py is checked against: two cores with AVX-512, torch 2.13, 160 G multiply-adds a second in
 # float32 and 900 G in bfloat16 (AMX). With the compiled kernels an addition takes 0.025 ns, with torch's own operators
-# 0.17 ns. cuda: an estimate from memory bandwidth, not measured on a GPU.
+# 0.17 ns; products of the table run as fast in bfloat16 as in float32. cuda: an estimate from memory bandwidth, not
+# measured on a GPU.
 COSTS = {
-    "cpu float32": Costs(gather=5.0, output=15.0, expand=40.0, table=150.0, add=6.0),
-    "cpu bfloat16": Costs(gather=24.0, output=80.0, expand=150.0, table=600.0, add=30.0),
-    "cpu plain": Costs(gather=28.0, output=146.0, expand=150.0, table=250.0, add=8.0),
-    "cuda": Costs(gather=100.0, output=100.0, expand=100.0, table=200.0, add=100.0),
+    "cpu float32": Costs(dot=1.0, gather=5.0, output=15.0, expand=40.0, table=150.0, add=6.0),
+    "cpu bfloat16": Costs(dot=5.5, gather=24.0, output=80.0, expand=150.0, table=600.0, add=30.0),
+    "cpu plain": Costs(dot=1.0, gather=28.0, output=146.0, expand=150.0, table=250.0, add=8.0),
+    "cuda": Costs(dot=1.0, gather=100.0, output=100.0, expand=100.0, table=200.0, add=100.0),
 }
 
 
@@ -74,7 +77,7 @@ def cheaper(
     costs = costs_of(device, dtype)
     stages, _, entries, d = codebooks_shape
     _, sub_vectors, num_vectors = codes_shape
-    contract = stages * (entries / num_vectors + costs.gather / d) + costs.output / (sub_vectors * d)
+    contract = stages * (costs.dot * entries / num_vectors + costs.gather / d) + costs.output / (sub_vectors * d)
     return _choose(contract, stages * costs.expand, rows)
 
 
