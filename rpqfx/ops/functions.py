@@ -20,6 +20,7 @@ from torch.autograd import Function
 
 from rpqfx import codebook
 from rpqfx.ops import operators
+from rpqfx.ops.backend import choose
 from rpqfx.ops.forms import Form
 
 
@@ -53,13 +54,17 @@ def look_up(
     """``Lookup`` in the same way."""
     if _differentiated(codebooks, scale):
         return Lookup.apply(ids, codebooks, codes, scale, signs, sparse)
-    return operators.lookup(ids, codebooks, codes, scale, signs)
+    return choose(codebooks, codes).lookup(ids, codebooks, codes, scale, signs)
 
 
 def _differentiated(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return True
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 class _Mapped(Function):

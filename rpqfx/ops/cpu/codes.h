@@ -79,13 +79,13 @@ void check_range(const Code* codes, int64_t count, int64_t entries) {
 
 // Runs with the codes [R, M, N] as what they are stored as.
 template <typename Run>
-void by_code(const Tensor& codes, const Maybe& signs, int64_t entries, const Run& run) {
-  TORCH_CHECK_VALUE(codes.dim() == 3 && codes.is_contiguous(), "codes are [R, M, N] in order, got ", codes.sizes());
+void by_code(const Tensor& given, const Maybe& given_signs, int64_t entries, const Run& run) {
+  TORCH_CHECK_VALUE(given.dim() == 3, "codes are [R, M, N], got ", given.sizes());
+  const Tensor codes = given.contiguous();
+  const Maybe signs = given_signs ? Maybe(given_signs->contiguous()) : std::nullopt;
   const int64_t uses = codes.size(0) * codes.size(1), vectors = codes.size(2), bytes = (vectors + 7) / 8;
-  if (signs) {
-    const bool fit = signs->scalar_type() == at::kByte && signs->is_contiguous() && signs->numel() == uses * bytes;
-    TORCH_CHECK_VALUE(fit, "signs ", signs->sizes(), " do not go with codes ", codes.sizes());
-  }
+  TORCH_CHECK_VALUE(!signs || (signs->scalar_type() == at::kByte && signs->numel() == uses * bytes),
+                    "signs do not go with codes ", codes.sizes());
   const uint8_t* bits = signs ? signs->const_data_ptr<uint8_t>() : nullptr;
   const auto as = [&](auto code) {
     using Code = decltype(code);
@@ -121,7 +121,7 @@ inline std::vector<Tensor> each_book(const Tensor& codebooks, int64_t sub_vector
 
 inline void check_vector(const char* name, const Maybe& x, const Tensor& like, int64_t length) {
   if (!x) return;
-  const bool fit = x->dim() == 1 && x->size(0) == length && x->is_contiguous() && x->scalar_type() == like.scalar_type();
+  const bool fit = x->dim() == 1 && x->size(0) == length && x->scalar_type() == like.scalar_type();
   TORCH_CHECK_VALUE(fit, name, " is ", x->sizes(), " of ", x->scalar_type(), ", expected ", length, " of ",
                     like.scalar_type());
 }

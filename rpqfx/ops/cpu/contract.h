@@ -148,13 +148,14 @@ void contract_few(const Tensor& x, const Tensor& codebooks, const Codes<Code>& c
 
 // x [..., D] @ W.T + bias: [..., N].
 inline Tensor contract(const Tensor& input, const Tensor& entries, const Tensor& codes, const Maybe& signs,
-                const Maybe& bias) {
+                const Maybe& given_bias) {
   TORCH_CHECK(!input._fw_grad(0).defined(), "forward-mode differentiation does not reach compiled kernels");
   check_books(entries, codes);
   TORCH_CHECK_VALUE(input.dim() > 0 && input.size(-1) == codes.size(1) * entries.size(3) &&
                         input.scalar_type() == entries.scalar_type(),
                     "x ", input.sizes(), " does not go with codebooks ", entries.sizes(), " and codes ", codes.sizes());
-  check_vector("bias", bias, input, codes.size(2));
+  check_vector("bias", given_bias, input, codes.size(2));
+  const Maybe bias = given_bias ? Maybe(given_bias->contiguous()) : std::nullopt;
   const Tensor x = input.reshape({-1, input.size(-1)}).contiguous(), codebooks = entries.contiguous();
   const int64_t rows = x.size(0), vectors = codes.size(2);
   std::vector<int64_t> shape = input.sizes().vec();

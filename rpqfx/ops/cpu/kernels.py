@@ -18,12 +18,12 @@ def contract(
     x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
     """See ``rpqfx.codebook.contract``."""
-    return torch.ops.rpqfx_cpu.contract(x, codebooks, codes.contiguous(), _flat(signs), _flat(bias))
+    return torch.ops.rpqfx_cpu.contract(x, codebooks, codes, signs, bias)
 
 
 def contract_t(y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None = None) -> Tensor:
     """See ``rpqfx.codebook.contract_t``."""
-    return torch.ops.rpqfx_cpu.contract_t(y, codebooks, codes.contiguous(), _flat(signs))
+    return torch.ops.rpqfx_cpu.contract_t(y, codebooks, codes, signs)
 
 
 def accumulate(x: Tensor, y: Tensor, codes: Tensor, books: int, entries: int, signs: Tensor | None = None) -> Tensor:
@@ -44,35 +44,31 @@ def _grads(
 ) -> tuple[Tensor, Tensor]:
     rows = None if x is None else x.reshape(-1, x.shape[-1]).contiguous()
     flat = y.reshape(-1, y.shape[-1]).contiguous()
-    return torch.ops.rpqfx_cpu.grads(rows, flat, codebooks, codes.contiguous(), _flat(signs), *shape)
+    return torch.ops.rpqfx_cpu.grads(rows, flat, codebooks, codes, signs, *shape)
 
 
 def expand(codebooks: Tensor, codes: Tensor, scale: Tensor | None = None, signs: Tensor | None = None) -> Tensor:
     """See ``rpqfx.codebook.expand``."""
-    return torch.ops.rpqfx_cpu.expand(codebooks, codes.contiguous(), _flat(scale), _flat(signs), None)
+    return torch.ops.rpqfx_cpu.expand(codebooks, codes, scale, signs, None)
 
 
 def lookup(
     ids: Tensor, codebooks: Tensor, codes: Tensor, scale: Tensor | None = None, signs: Tensor | None = None
 ) -> Tensor:
     """See ``rpqfx.codebook.lookup``."""
-    return torch.ops.rpqfx_cpu.expand(codebooks, codes.contiguous(), _flat(scale), _flat(signs), ids)
+    return torch.ops.rpqfx_cpu.expand(codebooks, codes, scale, signs, ids)
 
 
 def collect(grad: Tensor, codes: Tensor, books: int, entries: int, signs: Tensor | None = None) -> Tensor:
     """See ``rpqfx.codebook.collect``."""
-    return torch.ops.rpqfx_cpu.collect(grad.contiguous(), codes.contiguous(), _flat(signs), books, entries)
+    return torch.ops.rpqfx_cpu.collect(grad.contiguous(), codes, signs, books, entries)
 
 
 def gather_sum(table: Tensor, codes: Tensor) -> Tensor:
     """See ``rpqfx.maps.gather_sum``."""
-    return torch.ops.rpqfx_cpu.gather_sum(table.contiguous(), codes.contiguous(), None)
+    return torch.ops.rpqfx_cpu.gather_sum(table.contiguous(), codes, None)
 
 
 def bin_sum(y: Tensor, codes: Tensor, entries: int, runs: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """See ``rpqfx.maps.bin_sum``; the codes need no sorting here."""
-    return torch.ops.rpqfx_cpu.bin_sum(y.contiguous(), codes.contiguous(), None, entries)
-
-
-def _flat(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
+    return torch.ops.rpqfx_cpu.bin_sum(y.contiguous(), codes, None, entries)

@@ -43,10 +43,11 @@ void expand_rows(const Tensor& codebooks, const Codes<Code>& codes, const T* sca
 }
 
 // W[ids] [..., D], or all of W [N, D].
-inline Tensor expand(const Tensor& entries, const Tensor& codes, const Maybe& scale, const Maybe& signs,
+inline Tensor expand(const Tensor& entries, const Tensor& codes, const Maybe& given_scale, const Maybe& signs,
                      const Maybe& which) {
   check_books(entries, codes);
-  check_vector("scale", scale, entries, codes.size(2));
+  check_vector("scale", given_scale, entries, codes.size(2));
+  const Maybe scale = given_scale ? Maybe(given_scale->contiguous()) : std::nullopt;
   TORCH_CHECK_TYPE(!which || which->scalar_type() == at::kLong, "ids are int64");
   const Tensor codebooks = entries.contiguous();
   const Maybe picked = which ? Maybe(which->contiguous()) : std::nullopt;
