@@ -1,6 +1,6 @@
 """A convolution three ways, in one run and in turns: dense, filters expanded for the call, and entries as filters.
 
-python examples/bench/convolutions.py       # two threads, float32, medians of 9, in milliseconds
+python examples/bench/convolutions.py       # two threads, float32, medians of 15, in milliseconds
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Layers against what they are compared with, in one run and in turns.
 
-    python examples/bench/layers.py             # two threads, float32, medians of 9, in milliseconds
+    python examples/bench/layers.py             # two threads, float32, medians of 15, in milliseconds
 
 Beside each other: the dense layer (in float32, and in bfloat16 where the CPU multiplies it in hardware), gather and
 multiply (what RPQ-pytorch does, its own layer where it is installed), the codebooks through torch's own operators, and
@@ -13,6 +13,7 @@ speed of the matrix product plus its additions at the speed of adding from the c
 from __future__ import annotations
 
 import json
+import random
 import statistics
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from rpqfx import codebook
 from rpqfx.nn import RPQEmbedding, RPQLinear
 from rpqfx.ops import operators, reference
 
-WARM_UP, RUNS = 2, 9
+WARM_UP, RUNS = 2, 15
 Layer = Callable[[Tensor], Tensor]
 
 
@@ -128,12 +129,14 @@ def milliseconds(run: Callable[..., None], layers: list[Layer], x: Tensor, plain
     """
     times: list[list[float]] = [[] for _ in layers]
     inputs = [x.detach().to(dtype_of(layer, x)).requires_grad_(x.requires_grad) for layer in layers]
+    order, shuffle = list(range(len(layers))), random.Random(0).shuffle
     for turn in range(WARM_UP + RUNS):
-        for i, (layer, given, found) in enumerate(zip(layers, inputs, times, strict=True)):
+        shuffle(order)  # no layer always comes after the one that empties the caches
+        for i in order:
             with torch_operators() if i == plain else nullcontext():
-                taken = seconds(lambda: run(layer, given), x.device)  # noqa: B023
+                taken = seconds(lambda: run(layers[i], inputs[i]), x.device)  # noqa: B023
             if turn >= WARM_UP:
-                found.append(1e3 * taken)
+                times[i].append(1e3 * taken)
     return [statistics.median(found) for found in times]
 
 

@@ -159,7 +159,10 @@ class RPQWeight(nn.Module):
     @property
     def tensors(self) -> ops.Tensors:
         """The stored tensors, as the operations take them."""
-        return ops.Tensors(self.codebooks, self.codes, self.scale, self.signs)
+        held, buffers = self._parameters, self._buffers
+        if "codebooks" in held and "scale" in held:  # torch's attribute lookup takes longer than a row's does
+            return ops.Tensors(held["codebooks"], buffers["codes"], held["scale"], buffers["signs"])  # type: ignore[arg-type]
+        return ops.Tensors(self.codebooks, self.codes, self.scale, self.signs)  # one is parametrised
 
     def forward(self, ids: Tensor | None = None) -> Tensor:
         """The tensor, or rows of it.

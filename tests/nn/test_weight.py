@@ -288,3 +288,18 @@ def test_codes_of_two_bytes_load_and_are_checked() -> None:
     state["codes"] = torch.full_like(state["codes"].int(), 40_000).to(torch.uint16)
     with pytest.raises(CodeError, match=r"codes holds 40000 to 40000, but the codebook has 40000 entries"):
         small.load_state_dict(state)
+
+
+def test_parametrised_codebooks_are_the_ones_in_use() -> None:
+    """torch.nn.utils.parametrize takes the Parameter away and computes an attribute instead."""
+    weight = RPQWeight(CodebookSpec(32, 8, 4, entries=4), dtype=torch.float64)
+    before = weight().detach()
+    torch.nn.utils.parametrize.register_parametrization(weight, "codebooks", Doubled())
+    torch.testing.assert_close(weight(), 2 * before)
+    x = torch.randn(3, 8, dtype=torch.float64)
+    torch.testing.assert_close(weight.linear(x), x @ (2 * before).T)
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
