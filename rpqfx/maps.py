@@ -35,7 +35,8 @@ def gather_sum(table: Tensor, codes: Tensor) -> Tensor:
     terms = torch.arange(sub_vectors * stages, device=codes.device, dtype=torch.int32) * entries
     index = (rearrange(codes.int(), "r m n -> n (m r)") + terms).contiguous()
     if torch.compiler.is_compiling() or positions < MAP_POSITIONS:  # in this order: no guard on a length
-        flat = rearrange(table, "b r m k l -> (m r k) (b l)").to(steps.sum_dtype(table.dtype))
+        flat = rearrange(table, "b r m k l -> m r k b l").contiguous().view(-1)  # flat first: as in rpqfx.steps.table
+        flat = flat.view(sub_vectors * stages * entries, batch * positions).to(steps.sum_dtype(table.dtype))
         y = F.embedding_bag(index, flat, mode="sum").to(table.dtype)
         return y.view(codes.shape[2], batch, positions).transpose(0, 1).contiguous()
     rows = rearrange(table, "b r m k l -> b (m r k) l")

@@ -83,5 +83,8 @@ class Conv(Geometry):
 
 
 def add_channels(y: Tensor, bias: Tensor | None) -> Tensor:
-    """``y [B, N, *size]`` with a number added to each channel, in place."""
-    return y if bias is None else y.add_(bias.to(y.dtype).view(-1, *[1] * (y.dim() - 2)))
+    """``y [B, N, *size]`` with a number added to each channel, in place where nothing is traced."""
+    if bias is None:
+        return y
+    shift = bias.to(y.dtype).view(-1, *[1] * (y.dim() - 2))
+    return y + shift if torch.compiler.is_compiling() else y.add_(shift)  # torch 2.11 compiles the latter wrongly

@@ -47,12 +47,13 @@ COSTS = {
 
 
 def costs_of(device: torch.device, dtype: torch.dtype) -> Costs:
-    """The row of the table for what a product runs on."""
+    """The row of the table for what a product runs on; exported graphs run on torch's own operators."""
     if device.type != "cpu":
         return COSTS["cuda"]
     name = f"cpu {str(dtype).removeprefix('torch.')}"
-    compiled = name in COSTS and (torch.compiler.is_compiling() or build.ready())
-    return COSTS[name if compiled else "cpu plain"]
+    if name not in COSTS or torch.compiler.is_dynamo_compiling():
+        return COSTS.get(name, COSTS["cpu plain"])
+    return COSTS[name if not torch.compiler.is_compiling() and build.ready() else "cpu plain"]
 
 
 def cheaper(

@@ -82,6 +82,7 @@ def test_compiled_graphs_choose_without_the_batch(shape: tuple[int, int, int, in
     """The choice that holds for large batches holds for all."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        patch.setattr(torch.compiler, "is_dynamo_compiling", lambda: True)
         compiled = [choice(shape, num_vectors, rows) for rows in (1, 7, 10**9)]
         convs = [cheaper_conv(shape, (shape[0], shape[1], num_vectors), rows, CPU) for rows in (1, 7, 10**9)]
     assert len(set(compiled)) == len(set(convs)) == 1

@@ -110,12 +110,14 @@ class RowBins {
 
   // y [b, N], b up to at_once: [R, M, K, b].
   Tensor fill(const Tensor& y) {
-    const int64_t rows = y.size(0), vectors = y.size(1), blocks = (rows + WIDE - 1) / WIDE, line = blocks * WIDE + LANES;
+    const int64_t rows = y.size(0), vectors = y.size(1), blocks = (rows + WIDE - 1) / WIDE;
+    const int64_t line = blocks * WIDE + LANES;
     by_float(y, [&](auto scalar) {
       turn(y.const_data_ptr<decltype(scalar)>(), rows, vectors, lines_.data_ptr<float>());
     });
     by_code(codes_, signs_, entries_, [&](auto held) {
-      fill_bins(lines_.const_data_ptr<float>(), blocks, WIDE, WIDE, held, entries_, bins_.data_ptr<float>(), WIDE, line);
+      fill_bins(lines_.const_data_ptr<float>(), blocks, WIDE, WIDE, held, entries_, bins_.data_ptr<float>(), WIDE,
+                line);
     });
     const Tensor filled = bins_.narrow(0, 0, uses_ * entries_ * line);
     return filled.view({codes_.size(0), codes_.size(1), entries_, line}).narrow(3, 0, rows);

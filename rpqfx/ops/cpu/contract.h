@@ -27,7 +27,8 @@ void write_rows(const float* sums, int64_t width, int64_t vectors, int64_t rows,
 
 // y = x @ W.T + bias for a block of up to WIDE rows, through tables of as many uses as fit in the cache.
 template <typename T, typename Code>
-void contract_block(const Tensor& x, int64_t real, const std::vector<Tensor>& books, const Codes<Code>& codes, const T* bias, T* y) {
+void contract_block(const Tensor& x, int64_t real, const std::vector<Tensor>& books, const Codes<Code>& codes,
+                    const T* bias, T* y) {
   const int64_t rows = x.size(0), sub_vectors = books[0].size(0), entries = books[0].size(1), d = books[0].size(2);
   const int64_t width = rows > LANES ? WIDE : LANES, tiles = (codes.vectors + LANES - 1) / LANES;
   const int64_t group = std::clamp<int64_t>(TABLE_BYTES / (entries * rows * int64_t(sizeof(T))), 1, sub_vectors);
@@ -97,12 +98,14 @@ void pick_line(const float* line, const Codes<Code>& codes, int64_t p, const cha
     Vec term = at::vec::gather<sizeof(float)>(line, at::vec::Vectorized<int32_t>::loadu(index));
     if (codes.signs) {
       float factors[LANES];
-      for (int64_t j = 0; j < LANES; j += SIGNS_AT_ONCE) std::copy_n(codes.factors(p, n + j), SIGNS_AT_ONCE, factors + j);
+      for (int64_t j = 0; j < LANES; j += SIGNS_AT_ONCE)
+        std::copy_n(codes.factors(p, n + j), SIGNS_AT_ONCE, factors + j);
       term = term * load(factors);
     }
     (load(sums + n) + term).store(sums + n);
   }
-  for (int64_t n = whole; n < codes.vectors; ++n) sums[n] += (codes.signs ? *codes.factors(p, n) : 1.0f) * line[code[n]];
+  for (int64_t n = whole; n < codes.vectors; ++n)
+    sums[n] += (codes.signs ? *codes.factors(p, n) : 1.0f) * line[code[n]];
 }
 
 // y = x @ W.T + bias for a few rows. A thread takes some uses, from reading their codebook (which is what takes the
@@ -110,7 +113,8 @@ void pick_line(const float* line, const Codes<Code>& codes, int64_t p, const cha
 template <typename T, typename Code>
 void contract_few(const Tensor& x, const Tensor& codebooks, const Codes<Code>& codes, const T* bias, T* y) {
   const int64_t rows = x.size(0), width = x.size(1), vectors = codes.vectors;
-  const int64_t stages = codebooks.size(0), books = codebooks.size(1), entries = codebooks.size(2), d = codebooks.size(3);
+  const int64_t stages = codebooks.size(0), books = codebooks.size(1);
+  const int64_t entries = codebooks.size(2), d = codebooks.size(3);
   const int64_t sub_vectors = codes.uses / stages, share = sub_vectors / books;
   const int64_t groups = std::min<int64_t>({codes.uses, at::get_num_threads(), MOST_GROUPS});
   const Tensor sums = at::empty({groups, rows, vectors}, x.options().dtype(at::kFloat));

@@ -45,7 +45,8 @@ void add_entries(const T* book, int64_t entries, int64_t d, const float* bins, i
 template <typename T, typename Code>
 void contract_t_few(const Tensor& y, const Tensor& codebooks, const Codes<Code>& codes, T* x) {
   const int64_t rows = y.size(0), vectors = codes.vectors;
-  const int64_t stages = codebooks.size(0), books = codebooks.size(1), entries = codebooks.size(2), d = codebooks.size(3);
+  const int64_t stages = codebooks.size(0), books = codebooks.size(1);
+  const int64_t entries = codebooks.size(2), d = codebooks.size(3);
   const int64_t sub_vectors = codes.uses / stages, share = sub_vectors / books;
   const Tensor values = y.to(at::kFloat);
   const int64_t grain = std::max<int64_t>(1, GRAIN / (stages * (entries * d + vectors)));

@@ -14,7 +14,8 @@ namespace rpqfx {
 template <typename T, typename Code>
 void expand_rows(const Tensor& codebooks, const Codes<Code>& codes, const T* scale, const int64_t* ids, int64_t begin,
                  int64_t end, T* out) {
-  const int64_t stages = codebooks.size(0), books = codebooks.size(1), entries = codebooks.size(2), d = codebooks.size(3);
+  const int64_t stages = codebooks.size(0), books = codebooks.size(1);
+  const int64_t entries = codebooks.size(2), d = codebooks.size(3);
   const int64_t sub_vectors = codes.uses / stages, share = sub_vectors / books;
   const T* first = codebooks.const_data_ptr<T>();
   for (int64_t i = begin; i < end; ++i) {
@@ -24,7 +25,8 @@ void expand_rows(const Tensor& codebooks, const Codes<Code>& codes, const T* sca
     for (int64_t p = 0; ids && p < codes.uses; ++p) __builtin_prefetch(codes.at(p, n));
     for (int64_t p = 0; ids && p < codes.uses; ++p) {
       const int64_t entry = (p / sub_vectors * books + p % sub_vectors / share) * entries + *codes.at(p, n);
-      for (int64_t from = 0; from < d; from += 64 / int64_t(sizeof(T))) __builtin_prefetch(first + entry * d + from, 0, 2);
+      for (int64_t from = 0; from < d; from += 64 / int64_t(sizeof(T)))
+        __builtin_prefetch(first + entry * d + from, 0, 2);
     }
     for (int64_t m = 0; m < sub_vectors; ++m) {
       T* to = out + (i * sub_vectors + m) * d;
@@ -75,7 +77,8 @@ inline Tensor collect(const Tensor& grad, const Tensor& codes, const Maybe& sign
                int64_t entries) {
   TORCH_CHECK_VALUE(grad.dim() == 2 && grad.is_contiguous() && grad.size(0) == codes.size(2) &&
                         grad.size(1) % codes.size(1) == 0 && books > 0 && codes.size(1) % books == 0,
-                    "a gradient ", grad.sizes(), " does not go with codes ", codes.sizes(), " and ", books, " codebooks");
+                    "a gradient ", grad.sizes(), " does not go with codes ", codes.sizes(), " and ", books,
+                    " codebooks");
   const int64_t stages = codes.size(0), sub_vectors = codes.size(1), d = grad.size(1) / sub_vectors;
   const int64_t share = sub_vectors / books, parts = stages * books < 8 ? std::min<int64_t>(share, 8) : 1;
   const int64_t size = entries * d;

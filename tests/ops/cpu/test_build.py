@@ -67,6 +67,16 @@ def test_a_compiled_library_is_found_again_without_a_compiler() -> None:
 
 
 @needs_kernels
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_fewer_vector_instructions_will_do(capability: str, tmp_path: Path) -> None:
+    """What torch takes for older machines (it obeys this variable) compiles, and passes the same check."""
+    done = attempt(RPQFX_CACHE=str(tmp_path), ATEN_CPU_CAPABILITY=capability)
+    assert done.stdout.split() == ["ready", "True"]
+    assert len(list(tmp_path.glob("*.checked"))) == 1
+
+
+@needs_kernels
 def test_kernels_that_are_wrong_are_not_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
