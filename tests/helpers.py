@@ -247,3 +247,14 @@ def assert_equals_dense(
     other = gradients(theirs, {**{name: leaves[name] for name in parameters}, **theirs_wanted}, seed, factors)
     for name, grad in mine.items():
         assert_same(grad, other[name], f"gradient of {name}", tolerance)
+
+
+def one_by_one(function: Any, in_dims: tuple[int | None, ...], *args: Tensor) -> Tensor:
+    """What vmap has to equal: a call for each index of the mapped axes."""
+    size = next(a.shape[d] for a, d in zip(args, in_dims, strict=True) if d is not None)
+    return torch.stack(
+        [
+            function(*[a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)])
+            for i in range(size)
+        ]
+    )

@@ -17,8 +17,10 @@ from rpqfx.errors import InputError
 from rpqfx.ops.conv_contract import ConvContract
 from rpqfx.ops.conv_forms import Conv
 from rpqfx.ops.forms import Contract, Form, Matmul
-from rpqfx.ops.functions import Expand, Slow, look_up, product, product_t
+from rpqfx.ops.functions import product, product_t
+from rpqfx.ops.mapped import Slow
 from rpqfx.ops.plan import Plan, cheaper, cheaper_conv
+from rpqfx.ops.rows import Expand, look_up
 
 
 class Tensors(NamedTuple):

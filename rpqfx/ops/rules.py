@@ -15,7 +15,8 @@ from torch import Tensor
 from rpqfx.ops import operators
 from rpqfx.ops.conv_forms import Conv
 from rpqfx.ops.forms import Contract, Form, Matmul
-from rpqfx.ops.functions import Book, Collect, Expand, Grads, Left, Lookup, Out
+from rpqfx.ops.functions import Book, Grads, Left, Out
+from rpqfx.ops.rows import Collect, Expand, Lookup
 
 
 class _Shifted:

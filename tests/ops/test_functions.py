@@ -13,8 +13,8 @@ from rpqfx.codebook import CodebookSpec
 from rpqfx.ops.conv_contract import ConvContract
 from rpqfx.ops.conv_forms import Conv
 from rpqfx.ops.forms import Contract, Form, Matmul
-from rpqfx.ops.functions import Book, Collect, Expand, Grads, Left, Lookup, Out
-from tests.helpers import assert_same, naive_expand, randn, stored
+from rpqfx.ops.functions import Book, Grads, Left, Out
+from tests.helpers import assert_same, one_by_one, randn, stored
 
 SPEC = CodebookSpec(5, 6, 2, entries=3, stages=2, books=3, scale=True, signs=True)
 FILTERS = CodebookSpec(4, 6, 2, entries=3, stages=2, books=3, signs=True)
@@ -62,51 +62,6 @@ def test_products_have_right_gradients_of_first_and_second_order(name: str, with
     ):
         assert gradcheck(function, inputs)
         assert gradgradcheck(function, inputs)
-
-
-@pytest.mark.parametrize("with_scale", [False, True])
-@pytest.mark.parametrize("with_signs", [False, True])
-def test_expand_and_collect_have_right_gradients_of_first_and_second_order(with_scale: bool, with_signs: bool) -> None:
-    books, codes, scale, signs = stored(SPEC, 4)
-    signs = signs if with_signs else None
-    books, scale, grad = (t.clone().requires_grad_() for t in (books, scale, randn(5, 5, 6)))
-
-    def expand(books: Tensor, scale: Tensor | None = None) -> Tensor:
-        return Expand.apply(books, codes, scale, signs)
-
-    inputs = (books, scale) if with_scale else (books,)
-    assert_same(expand(*inputs), naive_expand(books, codes, scale if with_scale else None, signs))
-    assert gradcheck(expand, inputs)
-    assert gradgradcheck(expand, inputs)
-
-    def collect(grad: Tensor) -> Tensor:
-        return Collect.apply(grad, codes, signs, 3, 3)
-
-    assert gradcheck(collect, (grad,))
-    assert gradgradcheck(collect, (grad,))
-
-
-def test_expand_gives_a_sparse_gradient_when_asked() -> None:
-    """It lists the entries in use and equals the dense gradient."""
-    books, codes, scale, signs = stored(SPEC, 6)
-    grad = randn(7, 5, 6)
-    grads = []
-    for sparse in (False, True):
-        leaf = books.clone().requires_grad_()
-        Lookup.apply(torch.arange(5), leaf, codes, scale, signs, sparse).backward(grad)
-        assert leaf.grad.is_sparse == sparse
-        grads.append(leaf.grad.to_dense())
-    assert_same(grads[1], grads[0])
-
-
-def one_by_one(function: Any, in_dims: tuple[int | None, ...], *args: Tensor) -> Tensor:
-    size = next(a.shape[d] for a, d in zip(args, in_dims, strict=True) if d is not None)
-    return torch.stack(
-        [
-            function(*[a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)])
-            for i in range(size)
-        ]
-    )
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -159,29 +114,6 @@ def test_vmap_of_both_gradients_is_one_call_a_sample(name: str, in_dims: tuple[i
     mapped = torch.vmap(run, in_dims)(*args)
     for i in range(2):
         assert_same(mapped[i], one_by_one(lambda *a, i=i: run(*a)[i], in_dims, *args))
-
-
-@pytest.mark.parametrize("in_dims", [(0, None, None), (None, 0, None), (None, None, 0), (0, 0, 0)])
-def test_vmap_of_expand_is_one_call_a_sample(in_dims: tuple[int | None, ...]) -> None:
-    _, codes, _, signs = stored(SPEC, 9)
-    books, scale = randn(1, 3, *SPEC.codebooks_shape), randn(2, 3, 5)
-    codes = torch.stack([codes, (codes + 1) % 3, (codes + 2) % 3])
-    args = [t if d == 0 else t[0] for t, d in zip((books, scale, codes), in_dims, strict=True)]
-
-    def run(books: Tensor, scale: Tensor, codes: Tensor) -> Tensor:
-        return Expand.apply(books, codes, scale, signs)
-
-    assert_same(torch.vmap(run, in_dims)(*args), one_by_one(run, in_dims, *args))
-
-
-def test_vmap_of_collect_is_one_call_a_sample() -> None:
-    _, codes, _, signs = stored(SPEC, 9)
-    grads = randn(1, 3, 5, 6)
-
-    def run(grad: Tensor) -> Tensor:
-        return Collect.apply(grad, codes, signs, 3, 3)
-
-    assert_same(torch.vmap(run)(grads), one_by_one(run, (0,), grads))
 
 
 def test_a_gradient_that_nobody_wants_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:

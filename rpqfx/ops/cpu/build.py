@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from rpqfx.errors import RPQError
+from rpqfx.ops.cpu import check
 
 SWITCH = "RPQFX_KERNELS"  # "0" in the environment: never compile, never load
 CACHE = "RPQFX_CACHE"  # in the environment: where compiled kernels are kept
@@ -32,25 +33,19 @@ _CAPABILITIES = {
 }
 
 
-class Unusable(RPQError):
-    """Why the kernels cannot be used here."""
-
-
 @functools.cache
 def ready() -> bool:
     """Whether the kernels are compiled, loaded and checked; the first call does all that."""
     try:
         if os.environ.get(SWITCH) == "0":
-            raise Unusable(f"{SWITCH}=0 in the environment")
+            raise RPQError(f"{SWITCH}=0 in the environment")
         library = _compiled()
         torch.ops.load_library(library)
         checked = library.with_suffix(".checked")
         if not checked.exists():
-            from rpqfx.ops.cpu import check  # it calls the kernels, which ask whether they are ready
-
             check.against_reference()
             checked.touch()
-    except (Unusable, OSError, RuntimeError) as reason:
+    except (RPQError, OSError, RuntimeError) as reason:
         _LOG.info("CPU kernels are not used, plain operators run instead: %s", reason)
         return False
     return True
@@ -59,7 +54,7 @@ def ready() -> bool:
 def _compiled() -> Path:
     """The library's file, compiled now if it is not there."""
     if sys.platform != "linux":
-        raise Unusable(f"they are built on Linux only, this is {sys.platform}")
+        raise RPQError(f"they are built on Linux only, this is {sys.platform}")
     command = _command()
     parts = [path.read_bytes() for path in sorted(_SOURCE.parent.glob("*.[hc]*")) if path.suffix in (".h", ".cpp")]
     parts.append("\0".join([torch.__version__, *command]).encode())
@@ -75,10 +70,10 @@ def _compiled() -> Path:
         try:
             result = subprocess.run([*command, "-o", str(built)], capture_output=True, text=True, timeout=600)
         except (OSError, subprocess.TimeoutExpired) as reason:
-            raise Unusable(f"no C++ compiler could be run ({reason}); set CXX to one, or install g++") from None
+            raise RPQError(f"no C++ compiler could be run ({reason}); set CXX to one, or install g++") from None
         if result.returncode:
             lines = [line for line in result.stderr.splitlines() if "error" in line] or result.stderr.splitlines()
-            raise Unusable(f"{command[0]} failed: {' | '.join(lines[:3])}")
+            raise RPQError(f"{command[0]} failed: {' | '.join(lines[:3])}")
         os.replace(built, library)
     _LOG.info("compiled CPU kernels in %.0f s", time.perf_counter() - start)
     return library
@@ -91,7 +86,7 @@ def _command() -> list[str]:
     try:
         from torch.utils import cpp_extension
     except ImportError as reason:
-        raise Unusable(f"torch's extension tools cannot be imported ({reason})") from None
+        raise RPQError(f"torch's extension tools cannot be imported ({reason})") from None
     finally:
         level.level = before
     capability = torch.backends.cpu.get_cpu_capability()

@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from rpqfx import nn
+from rpqfx.errors import RPQError
 from rpqfx.ops.cpu import build, check, kernels
 
 needs_kernels = pytest.mark.skipif(not build.ready(), reason="no compiled kernels on this machine")
@@ -96,6 +98,17 @@ def test_kernels_that_are_wrong_are_not_used(
 
 
 @needs_kernels
+@pytest.mark.parametrize(
+    "place",
+    [torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.device("meta")],
+    ids=lambda place: type(place).__name__,
+)
+def test_the_check_passes_wherever_the_first_use_is(place: Any) -> None:
+    with place:
+        check.against_reference()
+
+
+@needs_kernels
 @pytest.mark.parametrize("name", ["contract", "contract_grads", "expand", "lookup", "collect", "gather_sum", "bin_sum"])
 def test_the_check_looks_at_every_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = getattr(kernels, name)
@@ -105,7 +118,7 @@ def test_the_check_looks_at_every_kernel(name: str, monkeypatch: pytest.MonkeyPa
         return tuple(x * 1.2 for x in result) if isinstance(result, tuple) else result * 1.2
 
     monkeypatch.setattr(kernels, name, wrong)
-    with pytest.raises(build.Unusable, match="wrong"):
+    with pytest.raises(RPQError, match="wrong"):
         check.against_reference()
 
 
