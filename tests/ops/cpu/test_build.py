@@ -31,8 +31,9 @@ TRY = (
 
 def attempt(**environment: str) -> subprocess.CompletedProcess[str]:
     """A fresh process that runs a layer, with all that it logs."""
+    inherited = {name: value for name, value in os.environ.items() if name != build.SWITCH}
     return subprocess.run(
-        [sys.executable, "-c", TRY], env={**os.environ, **environment}, capture_output=True, text=True, check=True
+        [sys.executable, "-c", TRY], env={**inherited, **environment}, capture_output=True, text=True, check=True
     )
 
 
