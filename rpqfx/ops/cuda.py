@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 import os
+import sys
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from rpqfx import codebook
 from rpqfx.errors import InputError
+from rpqfx.ops import check
 from rpqfx.ops.reference import bin_sum, collect, gather_sum, lookup
 
 __all__ = [
@@ -37,6 +40,7 @@ __all__ = [
     "usable",
 ]
 
+_LOG = logging.getLogger("rpqfx")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # What Triton itself asks for.
 CAPABILITY = (8, 0)
@@ -53,13 +57,13 @@ def usable(x: Tensor) -> bool:
         x: Any tensor.
 
     Returns:
-        True for float32, float16 and bfloat16 on a GPU that Triton serves, with Triton installed. Under
-        ``TRITON_INTERPRET=1`` also for tensors on the CPU, which is for tests: it is slow.
+        True for float32, float16 and bfloat16 on a GPU that Triton serves, with Triton installed and its kernels found
+        right there. Under ``TRITON_INTERPRET=1`` also for tensors on the CPU, which is for tests: it is slow.
     """
     if x.dtype not in DTYPES or not _installed():
         return False
     if x.is_cuda:
-        return _capability(x.device) >= CAPABILITY
+        return _capability(x.device) >= CAPABILITY and _right(x.device)
     return x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -200,6 +204,17 @@ def _check_dtype(name: str, x: Tensor) -> None:
 @functools.cache
 def _installed() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _right(device: torch.device) -> bool:
+    """Whether the kernels do on a device what the plain functions do; asked once a process."""
+    try:
+        check.against_reference(sys.modules[__name__], device)
+    except Exception as reason:  # Triton's compiler and driver have errors of their own kinds
+        _LOG.info("CUDA kernels are not used, plain operators run instead: %s", reason)
+        return False
+    return True
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rpqfx.codebook import CodebookSpec
-from rpqfx.ops import cuda, triton_kernels, triton_launch
+from rpqfx.ops import check, cuda, triton_kernels, triton_launch
 from tests.helpers import naive_expand, randn, seeds, specs, stored
 
 DEVICE = "cpu" if triton_kernels.INTERPRETED else "cuda"
@@ -163,6 +163,16 @@ def test_strided_inputs_and_an_empty_batch() -> None:
     assert cuda.contract(x[:0], *held).shape == (0, 9)
     assert cuda.contract_t(y[:0], *held).shape == (0, 6)
     assert cuda.contract_grads(x[:0], y[:0], *held)[1].equal(torch.zeros_like(codebooks))
+
+
+def test_the_check_before_the_first_use_passes_and_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device(DEVICE)
+    monkeypatch.setattr(check, "ROWS", (1, 20))
+    monkeypatch.setattr(check, "CODES", {torch.uint8: 9})
+    assert cuda._right.__wrapped__(device)
+    right = cuda.contract
+    monkeypatch.setattr(cuda, "contract", lambda *args: right(*args) * 1.2)
+    assert not cuda._right.__wrapped__(device)
 
 
 def test_usable_says_whether_the_kernels_run() -> None:

@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 
 from rpqfx.errors import RPQError
-from rpqfx.ops.cpu import check
+from rpqfx.ops import check
+from rpqfx.ops.cpu import kernels
 
 SWITCH = "RPQFX_KERNELS"  # "0" in the environment: never compile, never load
 CACHE = "RPQFX_CACHE"  # in the environment: where compiled kernels are kept
@@ -43,7 +44,7 @@ def ready() -> bool:
         torch.ops.load_library(library)
         checked = library.with_suffix(".checked")
         if not checked.exists():
-            check.against_reference()
+            check.against_reference(kernels, torch.device("cpu"))
             checked.touch()
     except (RPQError, OSError, RuntimeError) as reason:
         _LOG.info("CPU kernels are not used, plain operators run instead: %s", reason)

@@ -14,7 +14,8 @@ import torch
 
 from rpqfx import nn
 from rpqfx.errors import RPQError
-from rpqfx.ops.cpu import build, check, kernels
+from rpqfx.ops import check
+from rpqfx.ops.cpu import build, kernels
 
 needs_kernels = pytest.mark.skipif(not build.ready(), reason="no compiled kernels on this machine")
 TRY = (
@@ -106,7 +107,7 @@ def test_kernels_that_are_wrong_are_not_used(
 )
 def test_the_check_passes_wherever_the_first_use_is(place: Any) -> None:
     with place:
-        check.against_reference()
+        check.against_reference(kernels, torch.device("cpu"))
 
 
 @needs_kernels
@@ -120,7 +121,7 @@ def test_the_check_looks_at_every_kernel(name: str, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(kernels, name, wrong)
     with pytest.raises(RPQError, match="wrong"):
-        check.against_reference()
+        check.against_reference(kernels, torch.device("cpu"))
 
 
 @needs_kernels
