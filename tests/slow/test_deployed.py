@@ -27,8 +27,8 @@ def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
-def graphs_to_train(name: str, model: nn.Module) -> int:
-    """How many graphs Inductor needs for all batches; each result and gradient is held against eager mode."""
+def graphs_to_train(name: str, model: nn.Module, compare: bool = True) -> int:
+    """How many graphs Inductor needs for all batches; each result and gradient is held against eager mode, if asked."""
     torch.compiler.reset()
     twin = copy.deepcopy(model)
     backend = CompileCounterWithBackend("inductor")
@@ -36,8 +36,11 @@ def graphs_to_train(name: str, model: nn.Module) -> int:
     for batch in BATCHES:
         args = arguments(name, batch)
         outputs, wanted = compiled(*args), twin(*args)
-        assert_close(outputs, wanted)
-        assert_same_gradients(model, outputs, twin, wanted)
+        if compare:
+            assert_close(outputs, wanted)
+            assert_same_gradients(model, outputs, twin, wanted)
+        else:
+            outputs.sum().backward()
     return backend.frame_count
 
 
@@ -48,9 +51,13 @@ def test_inductor_trains_every_batch_with_one_graph(name: str, plan: str, monkey
 
 
 def test_inductor_trains_a_resnet_with_as_many_graphs_as_the_dense_one():
-    """Its code for batch norm on a CPU depends on how many numbers are summed, so that some batches need their own."""
+    """Its code for batch norm on a CPU depends on how many numbers are summed, so that some batches need their own.
+
+    The dense model's gradients are only counted for: torch's own, compiled, differ from eager ones by up to 2e-3 here.
+    """
     case = DEPLOYED["resnet20"]
-    assert graphs_to_train("resnet20", case.model().train()) <= graphs_to_train("resnet20", case.dense().train())
+    dense = graphs_to_train("resnet20", case.dense().train(), compare=False)
+    assert graphs_to_train("resnet20", case.model().train()) <= dense
 
 
 @pytest.mark.parametrize(("name", "plan"), PLANS)
