@@ -26,9 +26,8 @@ class Mapped(Function):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "forward" in vars(
-            cls
-        ):  # torch asks for it at every call, and finding it out takes longer than a small layer
+        if "forward" in vars(cls):
+            # torch asks for it at every call, and finding it out takes longer than a small layer
             cls.forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
 
     @classmethod

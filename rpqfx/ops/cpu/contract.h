@@ -138,7 +138,7 @@ void contract_few(const Tensor& x, const Tensor& codebooks, const Codes<Code>& c
       }
     }
   });
-  at::parallel_for(0, rows, std::max<int64_t>(1, GRAIN / vectors), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, rows, std::max<int64_t>(1, GRAIN / (vectors + 1)), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)
       for (int64_t n = 0; n < vectors; n += LANES) {
         const int64_t count = std::min(LANES, vectors - n);
@@ -152,7 +152,7 @@ void contract_few(const Tensor& x, const Tensor& codebooks, const Codes<Code>& c
 
 // x [..., D] @ W.T + bias: [..., N].
 inline Tensor contract(const Tensor& input, const Tensor& entries, const Tensor& codes, const Maybe& signs,
-                const Maybe& given_bias) {
+                       const Maybe& given_bias) {
   TORCH_CHECK(!input._fw_grad(0).defined(), "forward-mode differentiation does not reach compiled kernels");
   check_books(entries, codes);
   TORCH_CHECK_VALUE(input.dim() > 0 && input.size(-1) == codes.size(1) * entries.size(3) &&

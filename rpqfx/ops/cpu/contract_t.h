@@ -15,7 +15,7 @@ namespace rpqfx {
 template <typename Code>
 void fill_line(const float* y, const Codes<Code>& codes, int64_t p, const char* next, int64_t bytes, float* bins) {
   const Code* code = codes.at(p, 0);
-  const int64_t lines = (codes.vectors + LANES - 1) / LANES, ahead = bytes / lines + 64;
+  const int64_t lines = codes.vectors / LANES + 1, ahead = bytes / lines + 64;
   for (int64_t n = 0; n < codes.vectors; n += LANES) {
     for (int64_t byte = 0; byte < ahead; byte += 64) __builtin_prefetch(next + n / LANES * ahead + byte, 0, 2);
     const int64_t end = std::min(n + LANES, codes.vectors);

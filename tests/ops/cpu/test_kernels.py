@@ -123,6 +123,14 @@ def test_views_are_read_right() -> None:
     close(kernels.contract_t(torch.ones(()).expand(7, 32), books, codes), torch.ones(7, 32).double() @ exact, x.dtype)
 
 
+@pytest.mark.parametrize("batch", [0, 1, 40])
+def test_a_matrix_without_vectors_has_empty_products(batch: int) -> None:
+    """A slice of a layer's rows may leave none, and nothing is divided by their number."""
+    books, codes, _, _ = stored(CodebookSpec(64, 32, 16, entries=16), 0, torch.float32)
+    assert kernels.contract(torch.ones(batch, 32), books, codes[..., :0]).shape == (batch, 0)
+    assert kernels.expand(books, codes[..., :0]).shape == (0, 32)
+
+
 @pytest.mark.parametrize("bad", [-1, 64, 10**12])
 def test_an_id_out_of_range_is_refused(bad: int) -> None:
     books, codes, _, _ = stored(CodebookSpec(64, 32, 16, entries=16), 0, torch.float32)
