@@ -59,7 +59,8 @@ class Policy(Options):
     allow_growth: bool | None = False
     rules: tuple[Rule, ...] = ()
     kinds: tuple[Kind, ...] = (
-        "linear", "embedding", "embedding_bag", "conv", "conv_transpose", "bilinear", "attention", "parameter",
+        "linear", "embedding", "embedding_bag", "conv", "conv_transpose", "bilinear", "attention", "recurrent",
+        "parameter",
     )  # fmt: skip
     ratio: float | None = None
     total_bytes: int | None = None

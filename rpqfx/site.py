@@ -13,7 +13,9 @@ from rpqfx.errors import SpecError
 from rpqfx.nn.layer import Split
 from rpqfx.nn.layout import Layout
 
-Kind = Literal["linear", "embedding", "embedding_bag", "conv", "conv_transpose", "bilinear", "attention", "parameter"]
+Kind = Literal[
+    "linear", "embedding", "embedding_bag", "conv", "conv_transpose", "bilinear", "attention", "recurrent", "parameter"
+]
 
 
 @dataclass(frozen=True)

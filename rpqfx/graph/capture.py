@@ -18,6 +18,7 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_flatten
 
 from rpqfx.errors import CaptureError
@@ -138,7 +139,8 @@ def _read(module: nn.Module, leaves: tuple[type[nn.Module], ...]) -> ModuleGraph
 
 
 def _is_builtin(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("torch.nn") or isinstance(module, _CONTAINERS)
+    kind = parametrize.type_before_parametrizations(module)
+    return kind.__module__.startswith("torch.nn") or isinstance(module, _CONTAINERS)
 
 
 def _defaults(module: nn.Module) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -11,11 +12,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.nn.utils import parametrize
 
-from rpqfx.graph.capture import Captured
+from rpqfx.graph.capture import Captured, ModuleGraph
 from rpqfx.graph.hints import Nearest, heads, initial_std
 from rpqfx.graph.obstacles import Obstacles, quantised_sites
 from rpqfx.nn.backed import backed_weights
+from rpqfx.nn.computed import computed_from, parametrised_at
 from rpqfx.nn.layer import zero_row
 from rpqfx.site import Kind, Site
 
@@ -27,6 +30,8 @@ _MODULE_KINDS: tuple[tuple[type[nn.Module], Kind], ...] = (
     (nn.modules.conv._ConvNd, "conv"),
     (nn.Bilinear, "bilinear"),
     (nn.MultiheadAttention, "attention"),
+    (nn.RNNBase, "recurrent"),
+    (nn.RNNCellBase, "recurrent"),
 )
 _CONVS = (F.conv1d, F.conv2d, F.conv3d)
 _TRANSPOSED_CONVS = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
@@ -66,8 +71,11 @@ def find_sites(captured: Captured) -> list[Site]:
     for places in owners.values():
         path, module, attribute, parameter = places[0]
         names = tuple(dict.fromkeys(f"{p}.{a}".lstrip(".") for p, _, a, _ in places))
-        found = [use for name in names for use in reads.get(name, ())]
-        role, unused = _role(places, found, captured)
+        stands = [computed_from(model, p, a) for p, _, a, _ in places]
+        uses = (*names, *(f"{p}.{a}".lstrip(".") for p, a in stands))
+        found = [use for name in dict.fromkeys(uses) for use in reads.get(name, ())]
+        holders = [(model.get_submodule(p), a) for p, a in stands]
+        role, unused = _role(parameter, holders, found, captured.graphs.get(stands[0][0]))
         table = [m for _, m, _, _ in places if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
         rows_only = table or role.kind in ("embedding", "embedding_bag", "conv", "conv_transpose", "parameter")
         sites.append(
@@ -75,7 +83,7 @@ def find_sites(captured: Captured) -> list[Site]:
                 name=names[0],
                 names=names,
                 kind=role.kind,
-                module_type=type(module),
+                module_type=parametrize.type_before_parametrizations(holders[0][0]),
                 shape=tuple(parameter.shape),
                 dtype=parameter.dtype,
                 lead=role.lead,
@@ -85,7 +93,7 @@ def find_sites(captured: Captured) -> list[Site]:
                 std=nearest_std.of(path),
                 heads=nearest_heads.of(path),
                 uses=tuple(dict.fromkeys(use.words for use in found)),
-                blocked=obstacles.to(parameter, module, names[0]) or unused,
+                blocked=obstacles.to(parameter, module) or unused,
             )
         )
     return sites + list(quantised_sites(model))
@@ -106,12 +114,13 @@ def _reads(captured: Captured) -> dict[str, list[_Read]]:
     """Every read of a Parameter in any graph, by the Parameter's qualified name."""
     found: dict[str, list[_Read]] = defaultdict(list)
     for path, node in _nodes(captured):
-        if node.op == "call_module":
+        computed = parametrised_at(str(node.target)) if node.op == "call_module" else None
+        if node.op == "call_module" and computed is None:
             found[f"{path}.{node.target}.weight".lstrip(".")].append(_Read(f"{path or 'model'} calls it", None))
-        elif node.op == "get_attr":
+        elif node.op in ("get_attr", "call_module"):
             for user, value, turned in _through_transposes(node):
                 where = f"{path or 'model'}: {_function_name(user)}"
-                name = f"{path}.{node.target}".lstrip(".")
+                name = f"{path}.{computed or node.target}".lstrip(".")
                 found[name].append(_Read(where, _role_in(user, value, turned)))
     return found
 
@@ -188,31 +197,56 @@ def _einsum_role(user: fx.Node, value: fx.Node) -> _Role | None:
 
 
 def _role(
-    places: list[tuple[str, nn.Module, str, nn.Parameter]], reads: list[_Read], captured: Captured
+    parameter: nn.Parameter, stands: list[tuple[nn.Module, str]], reads: list[_Read], graph: ModuleGraph | None
 ) -> tuple[_Role, str | None]:
-    """The tensor's role, and why that is not one for codebooks (None where it is)."""
-    for _, module, attribute, _ in places:
-        for kind_of, kind in _MODULE_KINDS:
-            if isinstance(module, kind_of) and attribute in ("weight", "in_proj_weight", *_QKV):
-                return _Role(kind, lead=2 if kind == "bilinear" else 1), None
+    """The tensor's role, and why that is not one for codebooks (None where it is).
+
+    Args:
+        parameter: The tensor.
+        stands: For each of its names, the module and the name of the weight that it is or is made into.
+        reads: Where graphs read it.
+        graph: Of its first module.
+    """
+    if (kind := _layer_kind(parameter, stands)) is not None:
+        return _Role(kind, lead=2 if kind == "bilinear" else 1), None
     roles = [read.role for read in reads if read.role is not None]
-    dims = places[0][3].dim()
+    dims = parameter.dim()
     if roles:
         if roles[0].kind == "linear" and dims > 2:
             return _Role("parameter", lead=dims - 1), None
         return dataclasses.replace(roles[0], lead=min(roles[0].lead, dims - 1)), None
     generic = _Role("parameter", lead=dims - 1)
-    graph = captured.graphs.get(places[0][0])
+    vector = None if _is_matrix(parameter) else "only one axis is longer than 1: a vector, not a weight"
     if graph is None or not graph.graphs:
-        return generic, None
+        return generic, vector
     ops = sorted({read.words.partition(": ")[2] for read in reads})
     if any(op.strip("_") not in _ADDITIVE for op in ops):
-        return generic, None
+        return generic, vector
     how = f"used by {', '.join(ops)}" if ops else "not used in its module's own forward"
     return generic, f"{how}, not as a weight of a product, a convolution or a lookup"
 
 
+def _layer_kind(parameter: nn.Parameter, stands: list[tuple[nn.Module, str]]) -> Kind | None:
+    """The kind of a torch.nn layer's own weight, also where a Parameter of another name is made into it."""
+    for module, attribute in stands:
+        own = attribute in module._parameters and module._parameters[attribute] is parameter
+        if not own and not _is_matrix(parameter):  # the magnitudes of weight norm
+            continue
+        for kind_of, kind in _MODULE_KINDS:
+            named = _RECURRENT.fullmatch(attribute) if kind == "recurrent" else attribute in _WEIGHTS
+            if isinstance(module, kind_of) and named:
+                return kind
+    return None
+
+
+def _is_matrix(parameter: nn.Parameter) -> bool:
+    """Whether at least two axes are longer than 1."""
+    return sum(size > 1 for size in parameter.shape) > 1
+
+
 _QKV = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+_WEIGHTS = ("weight", "in_proj_weight", *_QKV)
+_RECURRENT = re.compile(r"weight_(ih|hh|hr)(_l\d+(_reverse)?)?")
 
 
 def is_rewritten(model: nn.Module) -> bool:
