@@ -6,6 +6,7 @@ left out of lengths, indices and iteration. They stay in ``named_modules`` and i
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import ItemsView, Iterator, KeysView, ValuesView
 from typing import Any
 
@@ -30,14 +31,28 @@ class BackedContainer(Backed):
         return iter(self._items().values())
 
     def __delitem__(self, key: Any) -> None:
-        """As in torch, which numbers all children anew: the codebooks step aside for that."""
+        with self._aside():
+            super().__delitem__(key)  # type: ignore[misc]
+
+    @contextlib.contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Takes the codebooks out of the children while torch numbers all of them anew."""
         held = {name + SUFFIX: weight for name, weight in backed_weights(self).items()}
         for name in held:
             del self._modules[name]
         try:
-            super().__delitem__(key)  # type: ignore[misc]
+            yield
         finally:
             self._modules.update(held)
+
+
+class BackedList(BackedContainer):
+    """A ``ModuleList`` or ``Sequential`` whose codebooks are none of its items."""
+
+    def insert(self, index: int, module: nn.Module) -> Any:
+        """As in torch."""
+        with self._aside():
+            return super().insert(index, module)  # type: ignore[misc]
 
 
 class BackedDict(BackedContainer):
@@ -62,7 +77,7 @@ class BackedDict(BackedContainer):
         return self._items().values()
 
 
-class BackedParametrizations(BackedContainer):
+class BackedParametrizations(BackedList):
     """The list of one tensor's parametrizations, with an original in codebooks.
 
     To its readers the originals are always several (``is_tensor`` is False), because torch would otherwise overwrite
@@ -94,7 +109,7 @@ def _holds(name: str, child: nn.Module | None) -> bool:
     return name.endswith(SUFFIX) and isinstance(child, RPQWeight)
 
 
-register_adapter(nn.ModuleList, BackedContainer)
-register_adapter(nn.Sequential, BackedContainer)
+register_adapter(nn.ModuleList, BackedList)
+register_adapter(nn.Sequential, BackedList)
 register_adapter(nn.ModuleDict, BackedDict)
 register_adapter(ParametrizationList, BackedParametrizations)

@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations
 
 import rpqfx
 from rpqfx.errors import SpecError
-from rpqfx.graph import Site, capture, find_sites, is_rewritten
+from rpqfx.graph import Site, capture, find_sites, is_rewritten, leaf
 from tests.models import (
     BY_NAME,
     CNN,
@@ -283,17 +283,6 @@ def reason(model: nn.Module, name: str) -> str:
     return blocked
 
 
-class Doubled(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * x
-
-
-def parametrised() -> nn.Module:
-    layer = nn.Linear(16, 16)
-    parametrize.register_parametrization(layer, "weight", Doubled())
-    return layer
-
-
 def hooked() -> nn.Module:
     layer = nn.Linear(16, 16)
     layer.weight.register_hook(lambda grad: grad * 2)
@@ -315,6 +304,15 @@ class Positions(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.pos
+
+
+class LayerScale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.randn(256, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
 
 
 class Special(nn.Parameter):
@@ -350,19 +348,22 @@ class Traceable(nn.Module):
 
 
 BLOCKED = {
-    "parametrised": (parametrised, "parametrizations.weight.original", "its module is parametrised"),
-    "weight norm, new": (
-        lambda: parametrizations.weight_norm(nn.Linear(16, 16)),
-        "parametrizations.weight.original1",
-        "its module is parametrised",
-    ),
-    "spectral norm": (
-        lambda: parametrizations.spectral_norm(nn.Conv2d(16, 16, 3)),
+    "reflections": (
+        lambda: parametrizations.orthogonal(nn.Linear(16, 16), orthogonal_map="householder"),
         "parametrizations.weight.original",
-        "its module is parametrised",
+        "an orthogonal map of reflections reads signs from its diagonal",
     ),
-    "recurrent": (lambda: nn.LSTM(16, 16), "weight_ih_l0", "is also kept in the plain attribute '_flat_weights'"),
-    "gated recurrent": (lambda: nn.GRU(16, 16), "weight_hh_l0", "is also kept in the plain attribute '_flat_weights'"),
+    "magnitudes": (
+        lambda: parametrizations.weight_norm(nn.Linear(16, 16)),
+        "parametrizations.weight.original0",
+        "only one axis is longer than 1: a vector, not a weight",
+    ),
+    "layer scale": (LayerScale, "gamma", "only one axis is longer than 1: a vector, not a weight"),
+    "layer scale in an opaque module": (
+        lambda: leaf(LayerScale()),
+        "gamma",
+        "only one axis is longer than 1: a vector, not a weight",
+    ),
     "kept in a dictionary": (KeepsList, "fc.weight", "is also kept in the plain attribute 'favourites' of the model"),
     "sparse": (lambda: Holder(torch.eye(16).to_sparse()), "weight", "its layout is torch.sparse_coo, not strided"),
     "integer": (lambda: Holder(torch.ones(16, 16, dtype=torch.int8)), "weight", "its dtype is torch.int8"),
@@ -405,29 +406,22 @@ def test_what_must_stay_is_left_exactly_as_it_was(name: str):
     assert why.split(" of the model")[0].split("shares")[0] in records[f"inner.{parameter}"].reason
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-def test_the_old_weight_norm_is_left_alone():
-    model = nn.Sequential(torch.nn.utils.weight_norm(nn.Linear(16, 16)), nn.Linear(16, 16))
-    found = sites_of(model)
-    why = "a hook computes its module's weight from it (weight norm)"
-    assert found["0.weight_v"].blocked == found["0.weight_g"].blocked == why
-    small, x = rpqfx.rpqify(model, SMALL), torch.randn(3, 16)
-    assert is_rewritten(small[1]) and not is_rewritten(small[0])
-    torch.testing.assert_close(small[0](x), model[0](x), rtol=0, atol=0)
+def test_a_layers_own_weight_is_one_whatever_its_shape():
+    model = nn.Sequential(nn.Linear(64, 1), nn.LSTM(1, 16), nn.Conv1d(1, 64, 1), nn.Embedding(64, 1))
+    assert all(site.blocked is None for site in sites_of(model).values())
 
 
-@pytest.mark.parametrize("build", [parametrised, lambda: parametrizations.weight_norm(nn.Linear(16, 16))])
-def test_parametrised_modules_still_compute_what_they_did(build: Any):
-    model = nn.Sequential(build(), nn.Linear(16, 16))
-    small, x = rpqfx.rpqify(model, SMALL), torch.randn(3, 16)
-    assert parametrize.is_parametrized(small[0]) and is_rewritten(small)
-    torch.testing.assert_close(small[0](x), model[0](x), rtol=0, atol=0)
-
-
-def test_recurrent_layers_still_compute_what_they_did():
-    model = nn.ModuleDict({"rnn": nn.LSTM(16, 16, 2), "fc": nn.Linear(16, 16)})
-    small, x = rpqfx.rpqify(model, SMALL), torch.randn(5, 2, 16)
-    torch.testing.assert_close(small["rnn"](x), model["rnn"](x), rtol=0, atol=0)
+def test_weights_of_a_gpus_recurrent_layer_lie_in_one_buffer_of_its_own():
+    """As on a GPU, where the layer packs them; a view that somebody else has is still an obstacle."""
+    model = nn.ModuleDict({"rnn": nn.RNN(16, 16), "fc": nn.Linear(16, 16)})
+    buffer = torch.randn(512)
+    model["rnn"].weight_ih_l0.data, model["rnn"].weight_hh_l0.data = (
+        buffer[:256].view(16, 16),
+        buffer[256:].view(16, 16),
+    )
+    assert all(site.blocked is None for site in sites_of(model).values())
+    model["fc"].weight.data = buffer[256:].view(16, 16)
+    assert "shares its storage" in reason(model, "rnn.weight_ih_l0")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*quantized tensor creation functions")
