@@ -14,6 +14,7 @@ from rpqfx.codebook import CodebookSpec, GradScale
 from rpqfx.decision import Hold, Skip, as_decision, candidates, smallest, stored_bytes, together
 from rpqfx.errors import PolicyError
 from rpqfx.nn.layer import Split
+from rpqfx.nn.layout import Experts
 from rpqfx.ops import Plan
 from rpqfx.options import Init, Options, Rule, Sharing
 from rpqfx.site import Kind, Site
@@ -49,6 +50,7 @@ class Policy(Options):
     bits: int | None = 8
     stages: int | None = 1
     sharing: Sharing | None = "own"
+    experts: Experts | None = "shared"
     split: Split | Literal["auto"] | None = "auto"
     scale: bool | None = False
     signs: bool | None = False
@@ -59,7 +61,8 @@ class Policy(Options):
     allow_growth: bool | None = False
     rules: tuple[Rule, ...] = ()
     kinds: tuple[Kind, ...] = (
-        "linear", "embedding", "embedding_bag", "conv", "conv_transpose", "bilinear", "attention", "parameter",
+        "linear", "embedding", "embedding_bag", "conv", "conv_transpose", "bilinear", "attention", "recurrent",
+        "experts", "parameter",
     )  # fmt: skip
     ratio: float | None = None
     total_bytes: int | None = None

@@ -24,6 +24,7 @@ from rpqfx.errors import FormatError, RPQError
 from rpqfx.graph.match import is_rewritten
 from rpqfx.graph.rewrite import install, parameter_at
 from rpqfx.nn.backed import SUFFIX, backed_weights
+from rpqfx.nn.computed import hooked, refresh
 from rpqfx.nn.layout import Layout
 from rpqfx.nn.weight import RPQWeight
 from rpqfx.report import SiteRecord, attach_records, attached_records
@@ -110,6 +111,8 @@ def load(
         raise FormatError("build() must return the dense model, as it was before rpqify; it is already rewritten")
     _install_sites(model, manifest, path)
     _assign(model, manifest, tensors, path)
+    for module in model.modules():
+        refresh(module)
     records = [_record(values) for values in manifest["records"]]
     attach_records(model, records, manifest["notes"])
     return model
@@ -152,9 +155,10 @@ def _describe(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _all_tensors(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
     for path, module in model.named_modules(remove_duplicate=False):
         groups = (("parameter", module._parameters), ("buffer", module._buffers), ("attribute", module.__dict__))
+        computed = hooked(module)  # from what is saved, so not saved themselves
         for kind, group in groups:
             for name, tensor in group.items():
-                if isinstance(tensor, Tensor):
+                if isinstance(tensor, Tensor) and name not in computed:
                     yield kind, f"{path}.{name}".lstrip("."), tensor
 
 

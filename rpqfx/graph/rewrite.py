@@ -21,6 +21,7 @@ from rpqfx.graph.capture import Captured
 from rpqfx.graph.match import find_sites
 from rpqfx.nn import RPQLinear, RPQMultiheadAttention
 from rpqfx.nn.backed import back, backed_as
+from rpqfx.nn.computed import computed_from
 from rpqfx.nn.layer import random_weight
 from rpqfx.nn.layout import Layout
 from rpqfx.nn.weight import ReadAs, RPQWeight
@@ -95,12 +96,13 @@ class Snapshot:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._modules = [(m, type(m), dict(m._parameters), dict(m._modules)) for m in model.modules()]
+        self._modules = [(m, type(m), {**m.__dict__}, dict(m._parameters), dict(m._modules)) for m in model.modules()]
 
     def restore(self) -> None:
         """Makes the model what it was; its tensors were never touched."""
-        for module, kind, parameters, children in self._modules:
+        for module, kind, attributes, parameters, children in self._modules:
             module.__class__ = kind
+            module.__dict__.update(attributes)
             module._parameters, module._modules = parameters, children
         detach_records(self._model)
 
@@ -120,6 +122,7 @@ def install(model: nn.Module, names: Sequence[str], weight: RPQWeight) -> None:
         if id(owner) not in done:
             done.add(id(owner))
             back(owner, {attribute: weight})
+            _forget_flat_weights(model.get_submodule(computed_from(model, path, attribute)[0]))
         parent = model.get_submodule(path.rpartition(".")[0]) if path else model
         if type(parent) is nn.MultiheadAttention and isinstance(parent.out_proj, RPQLinear):
             parent.__class__ = RPQMultiheadAttention  # its forward calls out_proj rather than reading its weight
@@ -136,6 +139,12 @@ def _reader(model: nn.Module, site: Site) -> ReadAs:
         if any(isinstance(model.get_submodule(parent), nn.TransformerEncoderLayer) for parent in parents):
             return "tensor"
     return "virtual" if site.read_outside else "expanded"
+
+
+def _forget_flat_weights(module: nn.Module) -> None:
+    """Empties the list in which a parametrised recurrent layer would keep the dense tensor until its next call."""
+    if isinstance(module, nn.RNNBase) and "_flat_weights" in module.__dict__:
+        module._flat_weights = [None] * len(module._flat_weights_names)
 
 
 def _check_owners(model: nn.Module, sites: Sequence[Site]) -> None:
@@ -188,7 +197,7 @@ def _make(model: nn.Module, members: list[tuple[Site, Hold]], seed: int) -> list
 
 
 def _layout(site: Site, hold: Hold) -> Layout:
-    layout = site.layout(hold.split)
+    layout = site.layout(hold.split, hold.experts)
     if (layout.num_vectors, layout.dim) != (hold.spec.num_vectors, hold.spec.dim):
         raise RewriteError(
             f"{site.name}: the decision has {hold.spec.num_vectors} vectors of length {hold.spec.dim}, the site "
