@@ -136,11 +136,17 @@ class Policy(Options):
         before = other_bytes + sum(site.dense_bytes for site in sites)
         limit = self.total_bytes if self.total_bytes is not None else int(self.ratio * before)  # type: ignore[operator]
         free: dict[str, list[Candidate[Hold | Skip]]] = {}
+        alike: dict[object, list[Candidate[Hold | Skip]]] = {}  # most layers of a model are like another one
         for site in sites:
             options, decision = self.options_for(site), decisions[site.name]
             fixed = self._rule_sets_shape(site) or self._refused(site, options) is not None
-            alone = [Candidate(decision, stored_bytes(site, decision), 0.0)]
-            free[site.name] = alone if fixed else candidates(site, options)
+            if fixed:
+                free[site.name] = [Candidate(decision, stored_bytes(site, decision), 0.0)]
+                continue
+            same = (site.shape, site.dtype, site.lead, site.flipped, site.splits, site.heads, site.taps, options)
+            if same not in alike:
+                alike[same] = candidates(site, options)
+            free[site.name] = alike[same]
         return choose(free, limit, before, other_bytes)
 
     def __call__(self, site: Site) -> Hold | Skip:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from rpqfx.codebook import CodebookSpec
 from rpqfx.errors import FormatError, RPQError
 from rpqfx.graph.match import is_rewritten
-from rpqfx.graph.rewrite import install, parameter_at
+from rpqfx.graph.rewrite import install_all, parameter_at
 from rpqfx.nn.backed import SUFFIX, backed_weights
 from rpqfx.nn.computed import hooked, refresh
 from rpqfx.nn.layout import Layout
@@ -248,6 +248,7 @@ def _read_safetensors(path: Path) -> tuple[str, str, dict[str, Tensor]]:
 
 
 def _install_sites(model: nn.Module, manifest: dict[str, Any], path: Any) -> None:
+    placed = []
     for site in manifest["sites"]:
         spec, layout = CodebookSpec.from_dict(site["spec"]), Layout.from_dict(site["layout"])
         for name in site["names"]:
@@ -260,7 +261,8 @@ def _install_sites(model: nn.Module, manifest: dict[str, Any], path: Any) -> Non
         with torch.device("meta"):
             weight = RPQWeight(spec, layout, std=site["std"], plan=site.get("plan", "auto"))  # older files have none
             weight.read_as = site.get("read_as", "expanded")
-            install(model, site["names"], weight)
+        placed.append((site["names"], weight))
+    install_all(model, placed)
 
 
 def _assign(model: nn.Module, manifest: dict[str, Any], tensors: dict[str, Tensor], path: Any) -> None:

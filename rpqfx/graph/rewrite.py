@@ -8,7 +8,7 @@ flags, attributes and methods, so nothing that refers to it has to be found and 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -79,7 +79,7 @@ def rewrite(
     _check_owners(captured.model, [by_name[name] for name in made])
     for name, weight in made.items():
         weight.read_as = _reader(captured.model, by_name[name])
-        install(captured.model, by_name[name].names, weight)
+    install_all(captured.model, [(by_name[name].names, weight) for name, weight in made.items()])
     records = [
         SiteRecord.of(site, settled.get(site.name, Skip("no decision")), errors.get(site.name)) for site in sites
     ]
@@ -115,13 +115,28 @@ def install(model: nn.Module, names: Sequence[str], weight: RPQWeight) -> None:
         names: Qualified names of the Parameter.
         weight: Its codebooks; the same object everywhere, so that what was tied stays tied.
     """
-    done: set[int] = set()
-    for name in names:
-        path, _, attribute = name.rpartition(".")
-        owner = model.get_submodule(path)
-        if id(owner) not in done:
-            done.add(id(owner))
-            back(owner, {attribute: weight})
+    install_all(model, [(names, weight)])
+
+
+def install_all(model: nn.Module, placed: Iterable[tuple[Sequence[str], RPQWeight]]) -> None:
+    """``install`` for many tensors, each module taking on all of its own at once (its class is made once).
+
+    Args:
+        model: The model.
+        placed: Names and codebooks of each tensor.
+    """
+    paths: dict[int, str] = {}
+    owned: dict[int, dict[str, RPQWeight]] = defaultdict(dict)
+    for names, weight in placed:
+        for name in names:
+            path, _, attribute = name.rpartition(".")
+            owner = id(model.get_submodule(path))
+            paths.setdefault(owner, path)
+            owned[owner][attribute] = weight
+    for owner, weights in owned.items():
+        path = paths[owner]
+        back(model.get_submodule(path), weights)
+        for attribute in weights:
             _forget_flat_weights(model.get_submodule(computed_from(model, path, attribute)[0]))
         parent = model.get_submodule(path.rpartition(".")[0]) if path else model
         if type(parent) is nn.MultiheadAttention and isinstance(parent.out_proj, RPQLinear):
