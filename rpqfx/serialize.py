@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from rpqfx.codebook import CodebookSpec
 from rpqfx.errors import FormatError, RPQError
 from rpqfx.graph.match import is_rewritten
+from rpqfx.graph.pretrained import adapt_pretrained
 from rpqfx.graph.rewrite import install, parameter_at
 from rpqfx.nn.backed import SUFFIX, backed_weights
 from rpqfx.nn.layout import Layout
@@ -110,6 +111,7 @@ def load(
         raise FormatError("build() must return the dense model, as it was before rpqify; it is already rewritten")
     _install_sites(model, manifest, path)
     _assign(model, manifest, tensors, path)
+    adapt_pretrained(model)
     records = [_record(values) for values in manifest["records"]]
     attach_records(model, records, manifest["notes"])
     return model

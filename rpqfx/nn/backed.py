@@ -9,7 +9,7 @@ itself, hooks, flags, attributes, methods. For the torch.nn layers that class is
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -28,11 +28,15 @@ class Backed(nn.Module):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Refuses to lay a dense Parameter over one that is held in codebooks."""
         if name + SUFFIX in self.__dict__.get("_modules", {}):
-            raise RewriteError(
-                f"{type(self).__name__}.{name} is held in codebooks and cannot be assigned; "
-                f"train or load {name}{SUFFIX}, or build the layer anew with from_dense"
-            )
+            raise _fixed(self, name)
         super().register_parameter(name, param)
+
+
+def _fixed(module: nn.Module, name: str) -> RewriteError:
+    return RewriteError(
+        f"{type(module).__name__}.{name} is held in codebooks and cannot be assigned; "
+        f"train or load {name}{SUFFIX}, or build the layer anew with from_dense"
+    )
 
 
 def weight_of(module: nn.Module, name: str) -> RPQWeight | None:
@@ -60,9 +64,9 @@ def expanded(name: str) -> property:
 
     def read(self: nn.Module) -> Any:
         weight = weight_of(self, name)
-        return self._parameters[name] if weight is None else weight()
+        return self._parameters[name] if weight is None else VirtualWeight(weight)
 
-    return property(read, doc=f"``{name}``, expanded from its codebooks at each read.")
+    return property(read, _tie(name), doc=f"``{name}``, expanded from its codebooks at each read.")
 
 
 def _virtual(name: str) -> property:
@@ -71,7 +75,18 @@ def _virtual(name: str) -> property:
         assert weight is not None
         return VirtualWeight(weight)
 
-    return property(read, doc=f"``{name}``, held in codebooks.")
+    return property(read, _tie(name), doc=f"``{name}``, held in codebooks.")
+
+
+def _tie(name: str) -> Callable[[nn.Module, Any], None]:
+    """What assigning to such a property does: another module's codebook-held tensor is tied, anything else refused."""
+
+    def write(self: nn.Module, value: Any) -> None:
+        if not isinstance(value, VirtualWeight) or value.flipped:
+            raise _fixed(self, name)
+        self._modules[name + SUFFIX] = value.held
+
+    return write
 
 
 _LAYERS: dict[type[nn.Module], type[Backed]] = {}

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rpqfx.errors import RewriteError
+from rpqfx.nn.resize import resize_rows
 from rpqfx.nn.weight import RPQWeight
 
 # What ``rpqfx.nn.served`` puts here: by torch function, one that takes its arguments and returns its result, or
@@ -49,6 +50,8 @@ class VirtualWeight:
         weight: The codebooks.
         flipped: Whether this is the transpose of a two-dimensional tensor.
     """
+
+    _is_hf_initialized = True  # by which transformers' initialisers leave it alone: its codebooks have been drawn
 
     def __init__(self, weight: RPQWeight, flipped: bool = False) -> None:
         self.held = weight
@@ -148,6 +151,13 @@ class VirtualWeight:
     def data(self) -> VirtualWeight:
         """Itself; what is changed in place through it is refused rather than lost."""
         return self
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        """More or fewer rows, as tables of tokens get; other values are refused."""
+        if self.flipped:
+            self._change("data")
+        resize_rows(self.held, _dense(value))
 
     def contiguous(self) -> VirtualWeight:
         """Itself."""
