@@ -16,6 +16,7 @@ from torch import nn
 
 from rpqfx.errors import RewriteError
 from rpqfx.nn import served as _served  # noqa: F401 (fills the table of calls that virtual weights serve)
+from rpqfx.nn.expanded import ExpandedWeight
 from rpqfx.nn.virtual import VirtualWeight
 from rpqfx.nn.weight import RPQWeight
 
@@ -60,11 +61,18 @@ def backed_weights(module: nn.Module) -> dict[str, RPQWeight]:
 
 
 def expanded(name: str) -> property:
-    """A property that reads a Parameter wherever it is held, as a plain tensor made anew at each read."""
+    """A property that reads a Parameter of a layer wherever it is held.
+
+    What it gives, made anew at each read, is as ``RPQWeight.read_as`` says.
+    """
 
     def read(self: nn.Module) -> Any:
         weight = weight_of(self, name)
-        return self._parameters[name] if weight is None else VirtualWeight(weight)
+        if weight is None:
+            return self._parameters[name]
+        if weight.read_as == "expanded":
+            return ExpandedWeight.of(weight)
+        return VirtualWeight(weight) if weight.read_as == "virtual" else weight()
 
     return property(read, _tie(name), doc=f"``{name}``, expanded from its codebooks at each read.")
 
@@ -82,9 +90,10 @@ def _tie(name: str) -> Callable[[nn.Module, Any], None]:
     """What assigning to such a property does: another module's codebook-held tensor is tied, anything else refused."""
 
     def write(self: nn.Module, value: Any) -> None:
-        if not isinstance(value, VirtualWeight) or value.flipped:
+        read = value._virtual if type(value) is ExpandedWeight else value
+        if not isinstance(read, VirtualWeight) or not read.is_whole:
             raise _fixed(self, name)
-        self._modules[name + SUFFIX] = value.held
+        self._modules[name + SUFFIX] = read.held
 
     return write
 

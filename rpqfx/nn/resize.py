@@ -65,10 +65,10 @@ def row_obstacle(held: RPQWeight) -> str | None:
     Args:
         held: The tensor.
     """
-    if not held.layout.transposed:
+    if held.layout.vector_axes[0] == 0:
         return None
     return (
-        "the vectors of this weight lie along its columns, so that more or fewer rows need other codebooks; "
+        "the vectors of this weight do not lie along its rows, so that more or fewer of them need other codebooks; "
         'rewrite the model with a Rule that says split="row" for it'
     )
 

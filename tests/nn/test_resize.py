@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rpqfx.codebook import CodebookSpec, unpack_signs
 from rpqfx.errors import RewriteError
-from rpqfx.nn import Layout, RPQEmbedding, RPQLinear, RPQWeight
+from rpqfx.nn import Layout, RPQEmbedding, RPQLinear, RPQWeight, VirtualWeight
 from rpqfx.nn.resize import resize_rows
 from tests.helpers import naive_tensor, randn, randomise, specs
 
@@ -111,6 +111,19 @@ def test_rows_of_more_than_one_axis():
     assert weight.spec.num_vectors == 3 and torch.equal(weight(), table[:1])
 
 
+@pytest.mark.parametrize("transposed", [True, False])
+def test_experts_that_share_codebooks_and_such_as_do_not(transposed: bool):
+    spec = CodebookSpec(12, 4, 2, entries=3)
+    shape = (3, 4, 4)
+    shared = held(spec, 0, Layout(shape, transposed=transposed, experts="shared"))
+    table = shared().detach()
+    resize_rows(shared, torch.cat([table, table[:2]]))
+    assert shared.spec.num_vectors == 20 and torch.equal(shared(), torch.cat([table, table[:2]]))
+    own = held(CodebookSpec(4, 12, 2, entries=3), 0, Layout(shape, transposed=transposed, experts="own"))
+    with pytest.raises(RewriteError, match="do not lie along its rows"):
+        resize_rows(own, own().detach()[:2])
+
+
 def test_on_the_meta_device_only_shapes_change():
     weight = RPQWeight(CodebookSpec(6, 4, 2, entries=3, scale=True, signs=True), device="meta")
     resize_rows(weight, torch.empty(9, 4, device="meta"))
@@ -154,7 +167,7 @@ def test_a_layers_weight_takes_rows_as_a_dense_ones_does():
     table(torch.tensor([12])).sum().backward()
     assert scale.grad.shape == (13,)
     table.weight.data = table.weight.data
-    with pytest.raises(RewriteError, match="would change the values"):
+    with pytest.raises(RewriteError, match="would change a weight"):
         table.weight.data += 1
     with pytest.raises(RewriteError, match="would change the values"):
         table.weight.data = 2 * table.weight.data
@@ -174,5 +187,5 @@ def test_a_dense_weight_is_not_laid_over_codebooks():
     for value in (nn.Parameter(torch.randn(10, 8)), torch.randn(10, 8), None, head.weight.t()):
         with pytest.raises(RewriteError, match="cannot be assigned"):
             head.weight = value
-    with pytest.raises(RewriteError):
-        head.weight.t().data = torch.randn(8, 10)
+    with pytest.raises(RewriteError, match="would change a weight"):
+        VirtualWeight(head.weight_rpq).t().data = torch.randn(8, 10)

@@ -552,7 +552,7 @@ def test_merging_an_adapter_into_codebooks_is_refused(name: str):
         model.merge_and_unload,
         lambda: model.merge_and_unload(safe_merge=True),
     ):
-        with pytest.raises(RewriteError, match="would change the values"):
+        with pytest.raises(RewriteError, match="would change"):
             merge()
         assert torch.equal(logits(model, name), before)
         assert_same_values(model, held)
