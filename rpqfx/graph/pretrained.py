@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import weakref
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,8 +34,8 @@ def adapt_pretrained(model: nn.Module) -> None:
         if not is_pretrained(module):
             continue
         ties, known = module._tied_weights_keys, getattr(module, "all_tied_weights_keys", None)
-        if isinstance(ties, dict) and ties:
-            module.__dict__["_tied_weights_keys"] = _patterns(module, ties)
+        if isinstance(ties, dict) or ties is None:
+            module.__dict__["_tied_weights_keys"] = _patterns(module, ties or {}) or ties
         if isinstance(known, dict) and known:
             module.__dict__["all_tied_weights_keys"] = _names(module, known)
         # "As on the hub" are names and shapes of dense tensors: codebooks are saved under the names they have.
@@ -52,9 +53,10 @@ def _patterns(model: nn.Module, ties: dict[str, str]) -> dict[str, str]:
 
     Patterns, not names: of names that stand for Parameters, others (peft) conclude that their owner is a layer.
     """
-    found: dict[str, str] = {}
+    whole = {target for target, source in ties.items() if _tied(model, target, source) is not None}
+    found = _shared(model, whole)
     for target, source in ties.items():
-        if _tied(model, target, source) is None:
+        if target not in whole:
             found[target] = source
             continue
         found[re.escape(f"{target}{SUFFIX}.")] = re.escape(f"{source}{SUFFIX}.")
@@ -62,6 +64,15 @@ def _patterns(model: nn.Module, ties: dict[str, str]) -> dict[str, str]:
         if bias not in ties and bias in dict(model.named_parameters(remove_duplicate=False)):
             found[re.escape(bias)] = re.escape(bias)  # tied to itself: tie_weights() pads the biases of what it ties
     return found
+
+
+def _shared(model: nn.Module, whole: set[str]) -> dict[str, str]:
+    """Patterns for codebooks that several weights share, but for those names of weights that are tied as a whole."""
+    groups: dict[int, list[str]] = defaultdict(list)
+    for path, child in model.named_modules(remove_duplicate=False):
+        if isinstance(child, RPQWeight) and path.removesuffix(SUFFIX) not in whole:
+            groups[id(child.codebooks)].append(re.escape(f"{path}.codebooks"))
+    return {other: names[0] for names in groups.values() for other in names[1:]}
 
 
 def _names(model: nn.Module, ties: dict[str, str]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import pickle
 import weakref
@@ -110,6 +111,16 @@ def test_ties_of_what_stays_dense_or_apart_are_left():
     small = rpqfx.rpqify(Pretrained(tied=False), only_head)
     assert small._tied_weights_keys == TIES
     assert rewritten(tied=False)._tied_weights_keys == TIES
+
+
+def test_codebooks_that_weights_share_go_by_one_name():
+    policy = dataclasses.replace(SMALL, sharing="shape", allow_growth=True)
+    small = rpqfx.rpqify(Pretrained(tied=False), policy)
+    assert small.head.weight_rpq.codebooks is small.table.weight_rpq.codebooks
+    assert small._tied_weights_keys == {
+        "head.weight": "table.weight",
+        r"head\.weight_rpq\.codebooks": r"table\.weight_rpq\.codebooks",
+    }
 
 
 @pytest.mark.parametrize("rows", [50, 30])

@@ -318,6 +318,39 @@ def test_save_pretrained_writes_the_state_dict_under_its_own_names(name: str, in
     assert torch.equal(logits(again.eval(), name), logits(small, name))
 
 
+@pytest.mark.parametrize("sharing", ["role", "shape"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "vit"])
+def test_codebooks_that_layers_share_are_written_once(name: str, sharing: str, tmp_path: Path):
+    load_file = pytest.importorskip("safetensors.torch").load_file
+    policy = Policy.from_scratch(codebook_dim=8, bits=4, min_size=1024, sharing=sharing)
+    small = rpqfx.rpqify(build(name), policy)
+    small.save_pretrained(tmp_path)
+    written = load_file(tmp_path / "model.safetensors")
+    assert sum("codebooks" in key for key in written) < sum("codes" in key for key in written)
+    again = rpqfx.rpqify(build(name), policy)
+    assert not again.load_state_dict(written, strict=False).unexpected_keys
+    assert torch.equal(logits(again, name), logits(small, name))
+    before = values(small)
+    small.tie_weights()
+    small.init_weights()
+    assert_same_values(small, before)
+    if name != "vit":
+        before = logits(small, name)
+        small.resize_token_embeddings(310)
+        assert torch.equal(logits(small, name)[..., :300], before)
+
+
+def test_every_option_of_a_spec_is_written_tied_and_resized(tmp_path: Path):
+    policy = Policy.from_scratch(codebook_dim=8, bits=4, min_size=1024, scale=True, signs=True, stages=2)
+    small = rpqfx.rpqify(build("gpt2").bfloat16(), policy)
+    small.tie_weights()
+    before = logits(small, "gpt2")
+    small.resize_token_embeddings(310)
+    assert torch.equal(logits(small, "gpt2")[..., :300], before)
+    small.save_pretrained(tmp_path)
+    assert tables(small)[0].weight_rpq is tables(small)[1].weight_rpq
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_saved_and_loaded_with_a_config(name: str, tmp_path: Path):
     small, _ = rewritten(name)
@@ -579,6 +612,16 @@ def test_adapters_that_start_by_changing_the_weight_are_refused(start: str):
     with pytest.raises(RewriteError, match="would change the values"):
         adapted(small, target_modules=["q_proj"], init_lora_weights=start)
     assert_same_values(small, before)
+
+
+def test_adapters_that_take_the_weight_apart():
+    small, _ = rewritten("llama")
+    before, held = logits(small, "llama"), values(small)
+    model = adapted(small, target_modules=["q_proj", "v_proj"], use_dora=True)
+    assert_close(logits(model.eval(), "llama"), before)
+    losses = trained(model, "llama")
+    assert losses[-1] < losses[0]
+    assert_same_values(model.unload(), held)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
