@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from rpqfx.codebook import CodebookSpec
 from rpqfx.errors import FormatError, RPQError
 from rpqfx.graph.match import is_rewritten
+from rpqfx.graph.pretrained import adapt_pretrained
 from rpqfx.graph.rewrite import install_all, parameter_at
 from rpqfx.nn.backed import SUFFIX, backed_weights
 from rpqfx.nn.computed import hooked, refresh
@@ -113,6 +114,7 @@ def load(
     _assign(model, manifest, tensors, path)
     for module in model.modules():
         refresh(module)
+    adapt_pretrained(model)
     records = [_record(values) for values in manifest["records"]]
     attach_records(model, records, manifest["notes"])
     return model

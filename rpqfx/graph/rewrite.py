@@ -19,6 +19,7 @@ from rpqfx.errors import RewriteError
 from rpqfx.fit import fit_codebooks
 from rpqfx.graph.capture import Captured
 from rpqfx.graph.match import find_sites
+from rpqfx.graph.pretrained import adapt_pretrained
 from rpqfx.nn import RPQLinear, RPQMultiheadAttention
 from rpqfx.nn.backed import back, backed_as
 from rpqfx.nn.computed import computed_from
@@ -80,6 +81,7 @@ def rewrite(
     for name, weight in made.items():
         weight.read_as = _reader(captured.model, by_name[name])
     install_all(captured.model, [(by_name[name].names, weight) for name, weight in made.items()])
+    adapt_pretrained(captured.model)
     records = [
         SiteRecord.of(site, settled.get(site.name, Skip("no decision")), errors.get(site.name)) for site in sites
     ]
@@ -96,12 +98,13 @@ class Snapshot:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._modules = [(m, type(m), {**m.__dict__}, dict(m._parameters), dict(m._modules)) for m in model.modules()]
+        self._modules = [(m, type(m), dict(m.__dict__), dict(m._parameters), dict(m._modules)) for m in model.modules()]
 
     def restore(self) -> None:
         """Makes the model what it was; its tensors were never touched."""
         for module, kind, attributes, parameters, children in self._modules:
             module.__class__ = kind
+            module.__dict__.clear()
             module.__dict__.update(attributes)
             module._parameters, module._modules = parameters, children
         detach_records(self._model)

@@ -9,7 +9,7 @@ itself, hooks, flags, attributes, methods. For the torch.nn layers that class is
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -32,14 +32,18 @@ class Backed(nn.Module):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Refuses to lay a dense Parameter over one that is held in codebooks."""
         if name + SUFFIX in self.__dict__.get("_modules", {}):
-            raise RewriteError(
-                f"{type(self).__name__}.{name} is held in codebooks and cannot be assigned; "
-                f"train or load {name}{SUFFIX}, or build the layer anew with from_dense"
-            )
+            raise _fixed(self, name)
         super().register_parameter(name, param)
 
     def _adopt(self) -> None:
         """Called when Parameters have moved into codebooks, to drop what else kept them."""
+
+
+def _fixed(module: nn.Module, name: str) -> RewriteError:
+    return RewriteError(
+        f"{type(module).__name__}.{name} is held in codebooks and cannot be assigned; "
+        f"train or load {name}{SUFFIX}, or build the layer anew with from_dense"
+    )
 
 
 def weight_of(module: nn.Module, name: str) -> RPQWeight | None:
@@ -76,7 +80,7 @@ def expanded(name: str) -> property:
             return ExpandedWeight.of(weight)
         return VirtualWeight(weight) if weight.read_as == "virtual" else weight()
 
-    return property(read, doc=f"``{name}``, expanded from its codebooks at each read.")
+    return property(read, _tie(name), doc=f"``{name}``, expanded from its codebooks at each read.")
 
 
 def _virtual(name: str, plain_when_compiled: bool) -> property:
@@ -87,7 +91,19 @@ def _virtual(name: str, plain_when_compiled: bool) -> property:
             return weight()
         return VirtualWeight(weight)
 
-    return property(read, doc=f"``{name}``, held in codebooks.")
+    return property(read, _tie(name), doc=f"``{name}``, held in codebooks.")
+
+
+def _tie(name: str) -> Callable[[nn.Module, Any], None]:
+    """What assigning to such a property does: another module's codebook-held tensor is tied, anything else refused."""
+
+    def write(self: nn.Module, value: Any) -> None:
+        read = value._virtual if type(value) is ExpandedWeight else value
+        if not isinstance(read, VirtualWeight) or not read.is_whole:
+            raise _fixed(self, name)
+        self._modules[name + SUFFIX] = read.held
+
+    return write
 
 
 def _is_computed_from(base: type[nn.Module], name: str) -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor
 from rpqfx.errors import RewriteError
 from rpqfx.nn.part import Part
 from rpqfx.nn.remade import Remade, not_kept
+from rpqfx.nn.resize import resize_rows
 from rpqfx.nn.views import LATE, Views
 
 # What ``rpqfx.nn.served`` puts here: by torch function, one that takes its arguments and returns its result, or
@@ -64,6 +65,8 @@ class VirtualWeight(Views):
         order: The axes of the part, in the order they have here.
         views: Further views, as (function, arguments, keywords), of which codebooks know nothing.
     """
+
+    _is_hf_initialized = True  # by which transformers' initialisers leave it alone: its codebooks have been drawn
 
     @classmethod
     def __torch_function__(
@@ -171,6 +174,13 @@ class VirtualWeight(Views):
     def data(self) -> VirtualWeight:
         """Itself; what is changed in place through it is refused rather than lost."""
         return self
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        """More or fewer rows, as tables of tokens get; other values are refused."""
+        if not self.is_whole:
+            self.refuse("data")
+        resize_rows(self.held, value.expand_dense() if isinstance(value, VirtualWeight) else value)
 
     def contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> Any:
         """Itself, or where its axes have another order, the tensor."""
