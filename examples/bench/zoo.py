@@ -65,7 +65,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--limit", type=int, default=240, help="seconds for one model")
     parser.add_argument("--backend", default="aot_eager", help="of torch.compile, such as inductor")
-    parser.add_argument("--skip", nargs="*", default=[], choices=CHECKS, help="checks to leave out")
+    parser.add_argument("--skip", nargs="*", default=[], choices=CHECKS, help="checks to leave out; earlier results of them stay")
     parser.add_argument("--again", action="store_true", help="also models that have a result")
     parser.add_argument("--failed", action="store_true", help="also models whose result has a failure")
     parser.add_argument("--list", action="store_true", help="only list the models")
@@ -113,13 +113,15 @@ def _child(name: str, results: Path, skip: tuple[str, ...], backend: str) -> Non
     library = name.partition("/")[0]
     entry = next(m for m in catalogue([library]) if m.id == name)
     file = _file(results, entry)
+    kept = {k: v for k, v in ((_read(file) or {}).get("checks") or {}).items() if k in skip}  # of an earlier run
     log = os.open(file.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
 
     def told(result: dict[str, Any]) -> None:
         draft = file.with_suffix(".part")
-        draft.write_text(json.dumps({**result, "versions": versions(library)}, indent=1), encoding="utf-8")
+        whole = {**result, "checks": {**result["checks"], **kept}, "versions": versions(library)}
+        draft.write_text(json.dumps(whole, indent=1), encoding="utf-8")
         draft.replace(file)
 
     file.unlink(missing_ok=True)

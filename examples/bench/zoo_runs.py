@@ -167,6 +167,26 @@ def gradient_error(
     return worst, where
 
 
+def buffer_error(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> tuple[float, str]:
+    """The largest difference of a floating buffer, over the largest element of it, and its name.
+
+    A batch's mean may be zero but for rounding; it counts by a thousandth of its module's largest buffer at least.
+    """
+    largest: dict[str, float] = {}
+    for name, b in wanted.items():
+        owner = name.rpartition(".")[0]
+        largest[owner] = max(largest.get(owner, 0.0), _largest(b) if b.is_floating_point() else 0.0)
+    worst, where = 0.0, ""
+    for name, b in wanted.items():
+        if name in found and b.is_floating_point():
+            a, scale = found[name], max(_largest(b), 1e-3 * largest[name.rpartition(".")[0]], 1e-30)
+            same = a.shape == b.shape and torch.equal(a.isfinite(), b.isfinite())
+            error = _largest(a.double() - b.double()) / scale if same else float("inf")
+            if error > worst:
+                worst, where = error, f"the buffer {name}"
+    return worst, where
+
+
 def _dense(x: Tensor) -> Tensor:
     return x.detach().to_dense() if x.is_sparse else x.detach()
 
