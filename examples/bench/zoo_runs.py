@@ -95,6 +95,7 @@ def run(
     training: bool = False,
     dtype: torch.dtype = torch.float32,
     function: Callable[..., Any] | None = None,
+    backward: bool = True,
 ) -> Run:
     """One forward and backward of a random linear function of all outputs.
 
@@ -104,12 +105,13 @@ def run(
         training: In train mode.
         dtype: Of the arguments, and of what the model makes.
         function: Called in place of the model, such as a compiled one.
+        backward: Whether gradients are taken.
     """
     model.train(training)
     model.zero_grad(set_to_none=True)
     call = arguments(entry, training, dtype)
     seed_all(1)
-    with precision(dtype):
+    with precision(dtype), torch.set_grad_enabled(backward):
         result = (model if function is None else function)(*call.args, **call.kwargs or {})
         outputs = floating(entry.pick(result) if entry.pick else result)
         total = torch.zeros((), dtype=torch.float64)
