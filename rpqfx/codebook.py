@@ -49,6 +49,7 @@ __all__ = [
     "lookup",
     "nearest_divisor",
     "pack_signs",
+    "select_sub_vectors",
     "select_vectors",
     "unpack_signs",
 ]
@@ -184,16 +185,45 @@ def select_vectors(
     Returns:
         The same three, of the vectors that ``index`` names.
     """
+    some = None
+    if signs is not None and isinstance(index, slice) and index.step in (None, 1) and not (index.start or 0) % 8:
+        start, stop, _ = index.indices(codes.shape[-1])  # whole bytes
+        some = signs[..., start // 8 : -(-max(start, stop) // 8)]
+    elif signs is not None:
+        some = pack_signs(_pick(unpack_signs(signs, codes.shape[-1]), index, -1))
+    return _pick(codes, index, -1), None if scale is None else _pick(scale, index, -1), some
 
-    def pick(x: Tensor) -> Tensor:
-        if isinstance(index, slice):
-            return x[..., index]
-        if x.dtype is torch.uint16:  # torch's selection does not know it; int16 holds the same bits
-            return x.view(torch.int16).index_select(-1, index).view(torch.uint16)
-        return x.index_select(-1, index)
 
-    some = None if signs is None else pack_signs(pick(unpack_signs(signs, codes.shape[-1])))
-    return pick(codes), None if scale is None else pick(scale), some
+def select_sub_vectors(
+    index: Tensor | slice, codebooks: Tensor, codes: Tensor, signs: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The codebooks, codes and signs of some sub-vectors, of every vector.
+
+    Args:
+        index: One-dimensional integer tensor (none below zero), or a slice. Where several sub-vectors share a codebook
+            but not all do, it names all or none of those that share one.
+        codebooks: ``[R, G, K, d]``.
+        codes: ``[R, M, N]``.
+        signs: Packed signs or None.
+
+    Returns:
+        The same three, of the sub-vectors that ``index`` names. Codebooks that all sub-vectors share stay whole.
+    """
+    books, share = codebooks, codes.shape[1] // codebooks.shape[1]
+    if codebooks.shape[1] > 1 and isinstance(index, slice):
+        start, stop, _ = index.indices(codes.shape[1])
+        books = codebooks[:, start // share : stop // share]
+    elif codebooks.shape[1] > 1:
+        books = codebooks.index_select(1, index[::share] // share)  # type: ignore[index]
+    return books, _pick(codes, index, 1), None if signs is None else _pick(signs, index, 1)
+
+
+def _pick(x: Tensor, index: Tensor | slice, axis: int) -> Tensor:
+    if isinstance(index, slice):
+        return x[..., index] if axis == -1 else x[:, index]
+    if x.dtype is torch.uint16:  # torch's selection does not know it; int16 holds the same bits
+        return x.view(torch.int16).index_select(axis, index).view(torch.uint16)
+    return x.index_select(axis, index)
 
 
 def _real(x: Tensor) -> Tensor:

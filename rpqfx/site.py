@@ -33,6 +33,7 @@ class Site:
         zero_vector: A row that is zero and stays zero.
         std: Standard deviation that the model's configuration gives its initial weights, where it says one.
         heads: Attention heads of its module, or of the model where the module has none.
+        read_outside: Whether the forward of another module reads it from its owner.
         uses: Where the model's graphs use it, in words.
         blocked: Why it cannot be rewritten, or None.
     """
@@ -49,6 +50,7 @@ class Site:
     zero_vector: int | None = None
     std: float | None = None
     heads: int | None = None
+    read_outside: bool = False
     uses: tuple[str, ...] = field(default=(), compare=False)
     blocked: str | None = None
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rpqfx.errors import RewriteError
 from rpqfx.graph.copying import copy_model
+from rpqfx.nn.part import Part
 from rpqfx.nn.weight import RPQWeight
 from rpqfx.ops import Plan
 from rpqfx.ops.conv_contract import ConvContract
@@ -37,8 +38,8 @@ class Use:
         autocast: The dtype that autocast computes in there, or None where it is off.
         gradients: Whether autograd recorded the product.
         input_gradient: Whether the input takes a gradient.
-        arguments: Those after the input and the bias: start, stop and step of the rows in use (none: all) of
-            ``linear``, the geometry of ``conv``.
+        arguments: Of ``conv`` its geometry.
+        path: How the part in use was taken of the weight (see ``rpqfx.nn.part.Part``); empty for all of it.
     """
 
     product: Product
@@ -50,15 +51,16 @@ class Use:
     gradients: bool
     input_gradient: bool
     arguments: tuple[Any, ...] = ()
+    path: tuple[Any, ...] = ()
 
     @classmethod
-    def of(cls, product: Product, x: Tensor, arguments: tuple[Any, ...] = ()) -> Use:
+    def of(cls, product: Product, x: Tensor, arguments: tuple[Any, ...] = (), path: tuple[Any, ...] = ()) -> Use:
         """The use that a call with input ``x`` is, under the autocast and the grad mode of this moment."""
         kind, gradients = x.device.type, torch.is_grad_enabled()
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         return cls(
             product, tuple(x.shape), tuple(x.stride()), x.dtype, x.device, autocast, gradients,
-            gradients and x.requires_grad, arguments,
+            gradients and x.requires_grad, arguments, path,
         )  # fmt: skip
 
     @property
@@ -84,11 +86,16 @@ class Use:
 
     def ask(self, weight: RPQWeight, x: Tensor) -> Tensor:
         """The product of a weight with an input like the one there was."""
+        part = weight.part()
+        for step, *arguments in self.path:
+            if step == "take":  # some experts: as many as there were
+                ids = torch.arange(arguments[0], device=x.device) % part.layout.shape[0]
+                part = part.take(ids)
+            else:
+                part = getattr(part, step)(*arguments)
         if self.product == "conv":
-            return weight.conv(x, None, *self.arguments)
-        if self.product == "linear_t":
-            return weight.linear_t(x)
-        return weight.linear(x, None, slice(*self.arguments) if self.arguments else None)
+            return part.conv(x, None, *self.arguments)
+        return part.linear_t(x) if self.product == "linear_t" else part.linear(x)
 
 
 class Trial:
@@ -173,29 +180,13 @@ class _Noting(RPQWeight):
 
     uses: Counter[Use]
 
-    def linear(self, x: Tensor, bias: Tensor | None = None, rows: slice | None = None) -> Tensor:
-        self.uses[Use.of("linear", x, () if rows is None else (rows.start, rows.stop, rows.step))] += 1
-        return super().linear(x, bias, rows)
+    def part(self) -> Part:
+        whole = super().part()
+        whole.note = self._noted
+        return whole
 
-    def linear_t(self, y: Tensor) -> Tensor:
-        self.uses[Use.of("linear_t", y)] += 1
-        return super().linear_t(y)
-
-    def conv(
-        self,
-        x: Tensor,
-        bias: Tensor | None,
-        stride: tuple[int, ...],
-        padding: tuple[int, ...],
-        dilation: tuple[int, ...],
-        groups: int,
-        transposed: bool = False,
-        output_padding: tuple[int, ...] | None = None,
-    ) -> Tensor:
-        sizes = (tuple(stride), tuple(padding), tuple(dilation), groups, transposed)
-        rest = None if output_padding is None else tuple(output_padding)
-        self.uses[Use.of("conv", x, (*sizes, rest))] += 1
-        return super().conv(x, bias, stride, padding, dilation, groups, transposed, output_padding)
+    def _noted(self, product: Product, x: Tensor, arguments: tuple[Any, ...], path: tuple[Any, ...]) -> None:
+        self.uses[Use.of(product, x, arguments, path)] += 1
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import rpqfx
 from rpqfx.errors import RewriteError
 from rpqfx.nn import RPQConv2d, RPQLinear, RPQMultiheadAttention, RPQWeight
+from rpqfx.nn.part import Part
 from rpqfx.uses import Trial, Use, observe
 from tests.helpers import forms_run
 from tests.kinds import KINDS, NAMES
@@ -23,14 +24,14 @@ every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.r
 PRODUCTS = ("linear", "linear_t", "conv")
 
 
-def asked(patch: pytest.MonkeyPatch) -> list[tuple[RPQWeight, str, Tensor, Tensor]]:
-    """Every product that is asked of any weight from now on: the weight, the method, input and output."""
+def asked(patch: pytest.MonkeyPatch) -> list[tuple[Part, str, Tensor, Tensor]]:
+    """Every product that is asked of any weight from now on: the part of it, the method, input and output."""
     seen = []
 
     def spy(name: str) -> Any:
-        run = getattr(RPQWeight, name)
+        run = getattr(Part, name)
 
-        def method(self: RPQWeight, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        def method(self: Part, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             y = run(self, x, *args, **kwargs)
             seen.append((self, name, x, y))
             return y
@@ -38,8 +39,13 @@ def asked(patch: pytest.MonkeyPatch) -> list[tuple[RPQWeight, str, Tensor, Tenso
         return method
 
     for name in PRODUCTS:
-        patch.setattr(RPQWeight, name, spy(name))
+        patch.setattr(Part, name, spy(name))
     return seen
+
+
+def memory(tensor: Tensor) -> int:
+    """Where a tensor, or what it is a view of, lies."""
+    return tensor.untyped_storage().data_ptr()
 
 
 # -------------------------------------------------------------------------------------------------------- noting
@@ -52,19 +58,19 @@ def test_every_product_of_a_model_is_noted(case: Case, training: bool) -> None:
     small = rpqfx.rpqify(case.model(torch.float32), case.policy).train(training)
     args, kwargs = case.arguments(torch.float32)
     found = observe(small, args, kwargs, gradients=training)
-    paths = {id(module): path for path, module in small.named_modules() if isinstance(module, RPQWeight)}
+    paths = {memory(module.codes): path for path, module in small.named_modules() if isinstance(module, RPQWeight)}
     with pytest.MonkeyPatch.context() as patch, torch.set_grad_enabled(training):
         calls = asked(patch)
         small(*args, **kwargs)
     wanted: dict[str, Counter[Any]] = {path: Counter() for path in paths.values()}
-    for weight, product, x, _ in calls:
-        wanted[paths[id(weight)]][product, tuple(x.shape), x.dtype, training and x.requires_grad] += 1
+    for part, product, x, _ in calls:
+        wanted[paths[memory(part.tensors.codes)]][product, tuple(x.shape), x.dtype, training and x.requires_grad] += 1
     told = {
         path: Counter([(use.product, use.shape, use.dtype, use.input_gradient) for use in uses.elements()])
         for path, uses in found.items()
     }
     assert told == wanted
-    assert calls or case.name in ("experts", "subclassed", "read from outside")  # which compute with the tensor
+    assert calls or case.name in ("experts", "subclassed")  # which compute with the tensor
     assert {use.gradients for uses in found.values() for use in uses} <= {training}
 
 
@@ -210,13 +216,14 @@ def test_a_use_asks_for_what_the_layer_asked_for(name: str, monkeypatch: pytest.
                 parameter.zero_()
     inputs, kwargs = KINDS[name].make_inputs(), dict(KINDS[name].call)
     found = observe(layer, inputs, kwargs, gradients=False)
-    paths = {id(module): path for path, module in layer.named_modules() if isinstance(module, RPQWeight)}
+    weights = {memory(m.codes): (path, m) for path, m in layer.named_modules() if isinstance(m, RPQWeight)}
     calls = asked(monkeypatch)
     layer(*inputs, **kwargs)
     uses = {path: iter(list(counted.elements())) for path, counted in found.items()}
     assert len(calls) == sum(counted.total() for counted in found.values())
-    for weight, _, x, y in list(calls):
-        use = next(uses[paths[id(weight)]])
+    for part, _, x, y in list(calls):
+        path, weight = weights[memory(part.tensors.codes)]
+        use = next(uses[path])
         torch.testing.assert_close(use.ask(weight, x), y, rtol=0, atol=0)
         assert use.input().shape == x.shape and use.input().stride() == x.stride() and use.input().dtype == x.dtype
     assert calls or "embedding" in name
@@ -272,9 +279,9 @@ def test_a_stand_in_shares_its_numbers_with_the_weight(monkeypatch: pytest.Monke
     (use,) = observe(layer, (torch.randn(3, 12),), {}, gradients=True)["weight_rpq"]
     calls = asked(monkeypatch)
     Trial(layer.weight_rpq, use, "contract")
-    twin = calls[0][0]
+    twin = calls[0][0].tensors._asdict()
     for name, tensor in layer.weight_rpq.state_dict().items():
-        assert twin.state_dict()[name].data_ptr() == tensor.data_ptr()
+        assert twin[name].data_ptr() == tensor.data_ptr()
 
 
 # ----------------------------------------------------------------------------------------------------- compiled
@@ -310,4 +317,4 @@ def test_attention_with_three_inputs_asks_for_rows() -> None:
     layer = RPQMultiheadAttention(16, 2, codebook_dim=4, bits=2)
     x = [torch.randn(5, 2, 16) for _ in range(3)]
     uses = observe(layer, tuple(x), {}, gradients=False)["in_proj_weight_rpq"]
-    assert [use.arguments for use in uses] == [(16 * i, 16 * i + 16, None) for i in range(3)]
+    assert [use.path[-1] for use in uses] == [("narrow", 0, 16 * i, 16) for i in range(3)]

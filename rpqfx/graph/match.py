@@ -84,6 +84,7 @@ def find_sites(captured: Captured) -> list[Site]:
                 zero_vector=next((row for t in table if (row := zero_row(t)) is not None), None),
                 std=nearest_std.of(path),
                 heads=nearest_heads.of(path),
+                read_outside=any(use.outside for use in found),
                 uses=tuple(dict.fromkeys(use.words for use in found)),
                 blocked=obstacles.to(parameter, module, names[0]) or unused,
             )
@@ -100,6 +101,7 @@ class _Read:
 
     words: str
     role: _Role | None
+    outside: bool = False
 
 
 def _reads(captured: Captured) -> dict[str, list[_Read]]:
@@ -112,7 +114,7 @@ def _reads(captured: Captured) -> dict[str, list[_Read]]:
             for user, value, turned in _through_transposes(node):
                 where = f"{path or 'model'}: {_function_name(user)}"
                 name = f"{path}.{node.target}".lstrip(".")
-                found[name].append(_Read(where, _role_in(user, value, turned)))
+                found[name].append(_Read(where, _role_in(user, value, turned), "." in str(node.target)))
     return found
 
 

@@ -23,7 +23,7 @@ from rpqfx.nn import RPQLinear, RPQMultiheadAttention
 from rpqfx.nn.backed import back, backed_as
 from rpqfx.nn.layer import random_weight
 from rpqfx.nn.layout import Layout
-from rpqfx.nn.weight import RPQWeight
+from rpqfx.nn.weight import ReadAs, RPQWeight
 from rpqfx.report import SiteRecord, attach_records, detach_records
 from rpqfx.site import Site
 
@@ -77,6 +77,7 @@ def rewrite(
                 progress(len(made), len(held), name)
     _check_owners(captured.model, [by_name[name] for name in made])
     for name, weight in made.items():
+        weight.read_as = _reader(captured.model, by_name[name])
         install(captured.model, by_name[name].names, weight)
     records = [
         SiteRecord.of(site, settled.get(site.name, Skip("no decision")), errors.get(site.name)) for site in sites
@@ -122,6 +123,19 @@ def install(model: nn.Module, names: Sequence[str], weight: RPQWeight) -> None:
         parent = model.get_submodule(path.rpartition(".")[0]) if path else model
         if type(parent) is nn.MultiheadAttention and isinstance(parent.out_proj, RPQLinear):
             parent.__class__ = RPQMultiheadAttention  # its forward calls out_proj rather than reading its weight
+
+
+def _reader(model: nn.Module, site: Site) -> ReadAs:
+    """What reading the tensor from its layer has to give.
+
+    torch.nn's encoder layers read the weights of their children for a fast path, which they take with plain tensors
+    only and which gives padded positions other values.
+    """
+    for path in site.module_names:
+        parents = [path.rsplit(".", up)[0] for up in range(1, path.count(".") + 1)] + [""] if path else []
+        if any(isinstance(model.get_submodule(parent), nn.TransformerEncoderLayer) for parent in parents):
+            return "tensor"
+    return "virtual" if site.read_outside else "expanded"
 
 
 def _check_owners(model: nn.Module, sites: Sequence[Site]) -> None:

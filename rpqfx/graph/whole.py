@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from rpqfx.errors import CaptureError
 from rpqfx.nn.layer import RPQLayer
-from rpqfx.nn.virtual import VirtualWeight
+from rpqfx.nn.virtual import VirtualWeight, tracing
 from rpqfx.nn.weight import RPQWeight
 
 
@@ -57,7 +57,8 @@ def whole_graph(
     """
     tracer = _WholeTracer()
     try:
-        return fx.GraphModule(model, tracer.trace(model), type(model).__name__)
+        with tracing():
+            return fx.GraphModule(model, tracer.trace(model), type(model).__name__)
     except Exception as error:  # a foreign forward may raise anything; the cause is chained
         if example_inputs is None and example_kwargs is None:
             raise CaptureError(

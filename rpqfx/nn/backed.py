@@ -16,6 +16,7 @@ from torch import nn
 
 from rpqfx.errors import RewriteError
 from rpqfx.nn import served as _served  # noqa: F401 (fills the table of calls that virtual weights serve)
+from rpqfx.nn.expanded import ExpandedWeight
 from rpqfx.nn.virtual import VirtualWeight
 from rpqfx.nn.weight import RPQWeight
 
@@ -56,11 +57,18 @@ def backed_weights(module: nn.Module) -> dict[str, RPQWeight]:
 
 
 def expanded(name: str) -> property:
-    """A property that reads a Parameter wherever it is held, as a plain tensor made anew at each read."""
+    """A property that reads a Parameter of a layer wherever it is held.
+
+    What it gives, made anew at each read, is as ``RPQWeight.read_as`` says.
+    """
 
     def read(self: nn.Module) -> Any:
         weight = weight_of(self, name)
-        return self._parameters[name] if weight is None else weight()
+        if weight is None:
+            return self._parameters[name]
+        if weight.read_as == "expanded":
+            return ExpandedWeight.of(weight)
+        return VirtualWeight(weight) if weight.read_as == "virtual" else weight()
 
     return property(read, doc=f"``{name}``, expanded from its codebooks at each read.")
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rpqfx.nn.backed import expanded, register_layer, weight_of
+from rpqfx.nn.bags import bags
 from rpqfx.nn.layer import CodebookOptions, RPQLayer
 from rpqfx.ops import scale_grad
 
@@ -90,24 +90,9 @@ class RPQEmbeddingBag(_Table, nn.EmbeddingBag):
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """Bags ``[B, L]``, or ``[T]`` with ``offsets [B]``, to ``[B, embedding_dim]``."""
-        flat = input.reshape(-1)
-        rows = _rows(self, flat)
-        place = torch.arange(flat.shape[0], device=input.device, dtype=torch.int64)
-        padding = None
-        if self.padding_idx is not None:  # every padded place points to one more row, which bags leave out
-            padding = flat.shape[0]
-            rows = torch.cat([rows, torch.zeros_like(rows[:1]) if padding else rows.new_zeros(1, self.embedding_dim)])
-            place = place.masked_fill(flat == self.padding_idx, padding)
-        return F.embedding_bag(
-            place.view(input.shape),
-            rows,
-            None if offsets is None else offsets.long(),
-            scale_grad_by_freq=self.scale_grad_by_freq,
-            mode=self.mode,
-            per_sample_weights=per_sample_weights,
-            include_last_offset=self.include_last_offset,
-            padding_idx=padding,
-        )
+        rows = _rows(self, input.reshape(-1))
+        last = self.include_last_offset
+        return bags(input, rows, self.padding_idx, offsets, per_sample_weights, self.mode, last)
 
 
 def _rows(layer: RPQEmbedding | RPQEmbeddingBag, ids: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """A Parameter that is not there: what foreign code reads in place of a codebook-held weight.
 
 It knows the shape, and when torch is called with it in a place that the codebooks can serve (a linear map, a matrix
-product, a convolution, a lookup, an einsum of two operands) it is never made. In any other place it becomes the
-plain tensor for as long as that call needs it. No forward is traced or changed for this: every branch, flag, hook
-and default argument of the module works as before (``docs/design/rewriting.md`` says why that was chosen).
+product, a convolution, a lookup, an einsum of two operands) it is never made. Views of it, such as slices, chunks, one
+expert's matrix or a transpose, are virtual too. In any other place it becomes the plain tensor for as long as that
+call needs it, and again for the call's backward. No forward is traced or changed for this: every branch, flag, hook and
+default argument of the module works as before (``docs/design/rewriting.md`` says why that was chosen).
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import torch
 from torch import Tensor
 
 from rpqfx.errors import RewriteError
-from rpqfx.nn.weight import RPQWeight
+from rpqfx.nn.part import Part
+from rpqfx.nn.remade import Remade, not_kept
+from rpqfx.nn.views import LATE, Views
 
 # What ``rpqfx.nn.served`` puts here: by torch function, one that takes its arguments and returns its result, or
 # NotImplemented where only the plain tensor will do.
@@ -37,22 +40,30 @@ def initialising() -> Iterator[None]:
         _initialising = before
 
 
-def _changes(name: str) -> bool:
-    """Whether a torch function or method works in place, by torch's own convention."""
-    return name.endswith("_") and not name.endswith("__")
+@contextlib.contextmanager
+def tracing() -> Iterator[None]:
+    """While a model is traced symbolically: views are taken of the whole tensor, which is a node of the graph."""
+    before, VirtualWeight.tracing = VirtualWeight.tracing, True
+    try:
+        yield
+    finally:
+        VirtualWeight.tracing = before
 
 
-class VirtualWeight:
-    """A codebook-held tensor, or the transpose of one, that torch functions accept in place of a tensor.
+def changes(name: str) -> bool:
+    """Whether a torch function or method of this name works in place, by torch's own convention."""
+    return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
+
+
+class VirtualWeight(Views):
+    """A codebook-held tensor, or a view of one, that torch functions accept in place of a tensor.
 
     Args:
         weight: The codebooks.
-        flipped: Whether this is the transpose of a two-dimensional tensor.
+        part: What of them this is; all, if left out.
+        order: The axes of the part, in the order they have here.
+        views: Further views, as (function, arguments, keywords), of which codebooks know nothing.
     """
-
-    def __init__(self, weight: RPQWeight, flipped: bool = False) -> None:
-        self.held = weight
-        self.flipped = flipped
 
     @classmethod
     def __torch_function__(
@@ -60,47 +71,79 @@ class VirtualWeight:
     ) -> Any:
         kwargs = kwargs or {}
         first = args[0] if args else next(iter(kwargs.values()), None)  # nn.init passes it by name
-        if isinstance(first, VirtualWeight) and _changes(getattr(func, "__name__", "")):
-            return first._change(func.__name__)
+        if isinstance(first, VirtualWeight) and changes(getattr(func, "__name__", "")):
+            return first.refuse(func.__name__)
+        return cls.answer(func, args, kwargs)
+
+    @classmethod
+    def answer(cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a function that changes nothing in place returns."""
         serve = SERVED.get(func)
         if serve is not None:
             result = serve(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        return func(*[_dense(arg) for arg in args], **{key: _dense(value) for key, value in kwargs.items()})
+        made: list[Remade] = []
+        plain = [as_dense(arg, made) for arg in args]
+        named = {key: as_dense(value, made) for key, value in kwargs.items()}
+        with not_kept(made):
+            return func(*plain, **named)
 
     def expand_dense(self) -> Tensor:
         """The plain tensor."""
-        dense = self.held()
-        return dense.t() if self.flipped else dense
+        if self.tracing:
+            dense = self.held()
+        else:
+            dense = self.part.dense().contiguous()  # as a Parameter is: foreign code may view it
+        if self.order != tuple(range(len(self.order))):
+            dense = dense.permute(self.order)
+        for view, args, kwargs in self.views:
+            dense = getattr(dense, view)(*args, **kwargs)
+        return dense
+
+    def remade(self, tensor: Tensor) -> Remade:
+        """How its plain tensor, as ``expand_dense`` gave it, is made again."""
+        part = self.part
+        books, codes, scale, signs = part.tensors
+        fixed = type(part.tensors)(books.detach(), codes, None if scale is None else scale.detach(), signs)
+        again = VirtualWeight(self.held, Part(fixed, part.layout), self.order, self.views)
+        return Remade(tensor, again.expand_dense, [t for t in fixed if t is not None])
 
     # What can be told without the tensor.
 
     @property
-    def shape(self) -> torch.Size:
-        """Of the tensor."""
-        shape = self.held.layout.shape
-        return torch.Size(reversed(shape) if self.flipped else shape)
-
-    @property
-    def ndim(self) -> int:
-        """Number of axes."""
-        return len(self.held.layout.shape)
-
-    @property
     def dtype(self) -> torch.dtype:
         """Of the codebooks."""
-        return self.held.codebooks.dtype
+        return self.part.tensors.codebooks.dtype
 
     @property
     def device(self) -> torch.device:
         """Of the codebooks."""
-        return self.held.codebooks.device
+        return self.part.tensors.codebooks.device
 
     @property
     def requires_grad(self) -> bool:
-        """Of the codebooks."""
-        return self.held.codebooks.requires_grad
+        """Of the codebooks. Setting it is refused: freeze the codebooks, which are the Parameters."""
+        return self.part.tensors.codebooks.requires_grad
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        if not self.is_whole:
+            raise RewriteError("a view of a weight cannot be frozen alone; set requires_grad of the whole weight")
+        self.held.requires_grad_(value)
+
+    def requires_grad_(self, requires_grad: bool = True) -> VirtualWeight:
+        """Freezes or frees the codebooks."""
+        self.requires_grad = requires_grad
+        return self
+
+    @property
+    def grad(self) -> None:
+        """None: gradients are those of the codebooks."""
+        return None
+
+    is_leaf = False
+    grad_fn = None
 
     def size(self, dim: int | None = None) -> Any:
         """As ``Tensor.size``."""
@@ -114,50 +157,34 @@ class VirtualWeight:
         """Number of elements."""
         return self.shape.numel()
 
+    def element_size(self) -> int:
+        """Bytes of an element."""
+        return self.dtype.itemsize
+
     def __len__(self) -> int:
         return self.shape[0]
 
     def __repr__(self) -> str:
         return f"VirtualWeight({tuple(self.shape)}, {self.held.extra_repr()})"
 
-    # Transposes, as long as nothing needs the tensor.
-
-    @property
-    def T(self) -> Any:
-        """The transpose."""
-        return self.t() if self.ndim == 2 else self.expand_dense().T
-
-    @property
-    def mT(self) -> Any:
-        """The transpose of the last two axes."""
-        return self.t() if self.ndim == 2 else self.expand_dense().mT
-
-    def t(self) -> Any:
-        """The transpose."""
-        if self.ndim != 2 or self.held.layout.lead != 1:
-            return self.expand_dense().t()
-        return VirtualWeight(self.held, not self.flipped)
-
-    def transpose(self, first: int, second: int) -> Any:
-        """As ``Tensor.transpose``."""
-        if self.ndim == 2 and {first % 2, second % 2} == {0, 1}:
-            return self.t()
-        return self.expand_dense().transpose(first, second)
-
     @property
     def data(self) -> VirtualWeight:
         """Itself; what is changed in place through it is refused rather than lost."""
         return self
 
-    def contiguous(self) -> VirtualWeight:
-        """Itself."""
-        return self
+    def contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> Any:
+        """Itself, or where its axes have another order, the tensor."""
+        if memory_format is torch.contiguous_format and not self.flipped:
+            return self
+        return self._call("contiguous", memory_format=memory_format)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Itself where nothing changes, else the converted tensor."""
         if kwargs or len(args) != 1 or args[0] not in (self.dtype, self.device):
-            return self.expand_dense().to(*args, **kwargs)
+            return self._call("to", *args, **kwargs)
         return self
+
+    # Everything else.
 
     def __matmul__(self, other: Any) -> Any:
         return VirtualWeight.__torch_function__(torch.matmul, (), (self, other))
@@ -168,14 +195,18 @@ class VirtualWeight:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):  # asked for by copying, pickling and compilers, before there is anything to expand
             raise AttributeError(name)
-        if _changes(name):
-            return lambda *args, **kwargs: self._change(name)
+        if changes(name):
+            return lambda *args, **kwargs: self.refuse(name)
+        if name in LATE:
+            return lambda *args, **kwargs: self._view(name, *args, **kwargs)
+        if callable(getattr(Tensor, name, None)):
+            return lambda *args, **kwargs: self._call(name, *args, **kwargs)
         return getattr(self.expand_dense(), name)
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        self._change("__setitem__")
+        self.refuse("__setitem__")
 
-    def _change(self, name: str) -> VirtualWeight:
+    def refuse(self, name: str) -> VirtualWeight:
         """Refuses to change in place what is made anew at each read, and would be lost."""
         if _initialising:
             return self
@@ -187,8 +218,10 @@ class VirtualWeight:
 
 def _operator(function: Callable[..., Any], swapped: bool = False) -> Callable[..., Any]:
     def apply(self: VirtualWeight, *args: Any) -> Any:
-        values = (self.expand_dense(), *(_dense(arg) for arg in args))
-        return function(*reversed(values)) if swapped else function(*values)
+        made: list[Remade] = []
+        values = (as_dense(self, made), *[as_dense(arg, made) for arg in args])
+        with not_kept(made):
+            return function(*reversed(values)) if swapped else function(*values)
 
     return apply
 
@@ -196,15 +229,18 @@ def _operator(function: Callable[..., Any], swapped: bool = False) -> Callable[.
 for _name in ("add", "sub", "mul", "truediv", "pow"):
     setattr(VirtualWeight, f"__r{_name}__", _operator(getattr(operator, _name), swapped=True))
     setattr(VirtualWeight, f"__{_name}__", _operator(getattr(operator, _name)))
-for _name in ("floordiv", "mod", "neg", "pos", "abs", "lt", "le", "gt", "ge", "eq", "ne", "getitem"):
+for _name in ("floordiv", "mod", "neg", "pos", "abs", "lt", "le", "gt", "ge", "eq", "ne"):
     setattr(VirtualWeight, f"__{_name}__", _operator(getattr(operator, _name)))
-setattr(VirtualWeight, "__iter__", _operator(iter))  # noqa: B010
 VirtualWeight.__hash__ = object.__hash__  # type: ignore[method-assign]
 
 
-def _dense(value: Any) -> Any:
+def as_dense(value: Any, made: list[Remade]) -> Any:
+    """A value with the plain tensor in place of a virtual weight; ``made`` takes how it is made again."""
     if isinstance(value, VirtualWeight):
-        return value.expand_dense()
-    if isinstance(value, (list, tuple)) and any(isinstance(item, VirtualWeight) for item in value):
-        return type(value)([_dense(item) for item in value])
+        dense = value.expand_dense()
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not dense.is_inference():
+            made.append(value.remade(dense))
+        return dense
+    if isinstance(value, (list, tuple)) and any([isinstance(item, VirtualWeight) for item in value]):
+        return type(value)([as_dense(item, made) for item in value])
     return value

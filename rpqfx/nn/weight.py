@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from rpqfx.codebook import CodebookSpec, pack_signs
 from rpqfx.errors import CodeError, InputError, SpecError
 from rpqfx.fit import fit_codebooks
 from rpqfx.nn.layout import Layout
+from rpqfx.nn.part import Part
+
+ReadAs = Literal["expanded", "virtual", "tensor"]
 
 
 class RPQWeight(nn.Module):
@@ -44,6 +48,9 @@ class RPQWeight(nn.Module):
     scale: nn.Parameter | None
     signs: Tensor | None
     _plan: ops.Plan = "auto"  # also of modules that were pickled before there was a choice
+    read_as: ReadAs = "expanded"
+    """What reading it from its layer gives: an ``ExpandedWeight``; where another module's forward is known to read it a
+    ``VirtualWeight``; or a plain tensor, where that other module treats any but plain tensors differently."""
 
     def __init__(
         self,
@@ -164,6 +171,10 @@ class RPQWeight(nn.Module):
             return ops.Tensors(held["codebooks"], buffers["codes"], held["scale"], buffers["signs"])  # type: ignore[arg-type]
         return ops.Tensors(self.codebooks, self.codes, self.scale, self.signs)  # one is parametrised
 
+    def part(self) -> Part:
+        """The whole tensor as a [`Part`][rpqfx.nn.part.Part], of which parts may be taken."""
+        return Part(self.tensors, self.layout, self.spec.grad_factor, self._plan)
+
     def forward(self, ids: Tensor | None = None) -> Tensor:
         """The tensor, or rows of it.
 
@@ -173,10 +184,7 @@ class RPQWeight(nn.Module):
         Returns:
             The tensor in its layout's shape, or ``[*ids.shape, cols]``.
         """
-        if ids is not None:
-            return self.lookup(ids)
-        vectors = ops.expand(self.tensors, self.spec.grad_factor)
-        return self.layout.to_tensor(self._zero(vectors, 0))
+        return self.part().dense() if ids is None else self.lookup(ids)
 
     def lookup(self, ids: Tensor, sparse: bool = False) -> Tensor:
         """Rows of the matrix ``[rows, cols]``.
@@ -191,14 +199,7 @@ class RPQWeight(nn.Module):
         Raises:
             InputError: If ``ids`` are not integers.
         """
-        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            raise InputError(f"rows are looked up by integers, got {ids.dtype}")
-        if self.layout.transposed:
-            return self().reshape(self.layout.rows, self.layout.cols)[ids.long()]
-        rows = ops.lookup(ids.long(), self.tensors, self.spec.grad_factor, sparse)
-        if self.layout.zero_vector is None:
-            return rows
-        return rows.masked_fill((ids == self.layout.zero_vector)[..., None], 0)
+        return self.part().lookup(ids, sparse)
 
     def linear(self, x: Tensor, bias: Tensor | None = None, rows: slice | None = None) -> Tensor:
         """``x @ matrix.T + bias``, as a linear layer whose weight is the matrix ``[rows, cols]``.
@@ -214,15 +215,14 @@ class RPQWeight(nn.Module):
         Raises:
             InputError: If width or dtype of ``x`` do not fit.
         """
-        if self.layout.transposed:
-            y = ops.linear_t(self._zero(x, -1), self.tensors, self.spec.grad_factor, self.plan)
-            y = y if rows is None else y[..., rows]
-        else:
-            some, zeroed = self.tensors if rows is None else self.tensors.vectors(rows), self.layout.zero_vector
-            y = ops.linear(x, some, bias if zeroed is None else None, self.spec.grad_factor, self.plan)
-            if zeroed is None:
-                return y
-            y = self._zero(y, -1)
+        if rows is None:
+            return self.part().linear(x, bias)
+        start, stop, _ = rows.indices(self.layout.rows)
+        matrix = replace(self.layout, shape=(self.layout.rows, self.layout.cols), lead=1)
+        some = self.part().seen_as(matrix).narrow(0, start, stop - start)
+        if some is not None:
+            return some.linear(x, bias)
+        y = self.part().linear(x)[..., rows]  # their columns' sub-vectors do not end where the rows do
         return y if bias is None else y + bias.to(y.dtype)
 
     def linear_t(self, y: Tensor) -> Tensor:
@@ -237,9 +237,7 @@ class RPQWeight(nn.Module):
         Raises:
             InputError: If width or dtype of ``y`` do not fit.
         """
-        if self.layout.transposed:
-            return self._zero(ops.linear(y, self.tensors, None, self.spec.grad_factor, self.plan), -1)
-        return ops.linear_t(self._zero(y, -1), self.tensors, self.spec.grad_factor, self.plan)
+        return self.part().linear_t(y)
 
     def conv(
         self,
@@ -270,12 +268,7 @@ class RPQWeight(nn.Module):
         Raises:
             InputError: If channels or dtype of ``x`` do not fit.
         """
-        if self.layout.transposed or self.layout.lead != 1:
-            raise SpecError("a convolution's vectors are its filters (rows of its weight)")
-        return ops.conv(
-            x, self.tensors, self.layout.shape, bias, stride=stride, padding=padding, dilation=dilation, groups=groups,
-            transposed=transposed, output_padding=output_padding, grad_factor=self.spec.grad_factor, plan=self.plan,
-        )  # fmt: skip
+        return self.part().conv(x, bias, stride, padding, dilation, groups, transposed, output_padding)
 
     def extra_repr(self) -> str:
         """The numbers of the spec, and what was chosen besides."""
@@ -285,15 +278,9 @@ class RPQWeight(nn.Module):
         text += f", G={spec.books}" if spec.books != spec.sub_vectors else ""
         flags = [name for name in ("scale", "signs") if getattr(spec, name)]
         flags += ["columns"] if self.layout.transposed else []
+        flags += [f"{self.layout.experts} codebooks of {self.layout.shape[0]} experts"] if self.layout.experts else []
         flags += [f"plan={self.plan}"] if self.plan != "auto" else []
         return ", ".join([text, *flags])
-
-    def _zero(self, x: Tensor, axis: int) -> Tensor:
-        """``x`` with the zero vector's element of an axis over vectors set to zero."""
-        if self.layout.zero_vector is None:
-            return x
-        zeros = torch.zeros_like(x.select(axis, 0))
-        return torch.select_scatter(x, zeros, axis, self.layout.zero_vector)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         codes = state_dict.get(prefix + "codes")

@@ -42,6 +42,11 @@ class Tensors(NamedTuple):
         """The same matrix, with some of its vectors only (see ``codebook.select_vectors``)."""
         return Tensors(self.codebooks, *codebook.select_vectors(index, self.codes, self.scale, self.signs))
 
+    def sub_vectors(self, index: Tensor | slice) -> Tensors:
+        """Some sub-vectors of every vector (see ``codebook.select_sub_vectors``)."""
+        books, codes, signs = codebook.select_sub_vectors(index, self.codebooks, self.codes, self.signs)
+        return Tensors(books, codes, self.scale, signs)
+
 
 def expand(weight: Tensors, grad_factor: float = 1.0) -> Tensor:
     """The matrix ``[N, D]`` (see ``rpqfx.codebook.expand``)."""

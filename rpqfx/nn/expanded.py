@@ -1,0 +1,96 @@
+"""What people read as a layer's weight: the expanded tensor, which knows where it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rpqfx.nn.remade import Remade, not_kept
+from rpqfx.nn.virtual import SERVED, VirtualWeight, changes
+from rpqfx.nn.weight import RPQWeight
+
+_SETTERS = {Tensor.data.__set__: "data", Tensor.requires_grad.__set__: "requires_grad"}  # type: ignore[attr-defined]
+
+
+class _Related(type(Tensor)):  # type: ignore[misc]
+    """Parameters count as related: torch.testing compares tensors of related classes only."""
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return super().__instancecheck__(instance) or type(instance) is nn.Parameter
+
+
+class ExpandedWeight(Tensor, metaclass=_Related):
+    """The tensor of a codebook-held weight, made when it was read.
+
+    A tensor like any other, but that products with it run on the codebooks, that autograd does not keep it for
+    backward, and that changing it in place is refused, since the change would be lost. What is computed of it, views
+    included, is a plain tensor.
+    """
+
+    _virtual: VirtualWeight
+
+    @staticmethod
+    def of(weight: RPQWeight) -> Tensor:
+        """Expands a weight.
+
+        Args:
+            weight: The codebooks.
+        """
+        dense = weight()
+        if torch.compiler.is_compiling() or type(dense) is not Tensor:  # a graph that is being made takes the tensor
+            return dense
+        made = dense.as_subclass(ExpandedWeight)
+        made._virtual = VirtualWeight(weight)
+        return made
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        first: Any = args[0] if args else next(iter(kwargs.values()), None)
+        if _is_one(first):
+            if func in _SETTERS:
+                return setattr(first._virtual, _SETTERS[func], args[1])
+            if func is Tensor.requires_grad_:
+                first._virtual.requires_grad_(*args[1:], **kwargs)
+                return first
+            if func == Tensor.data.__get__:  # type: ignore[attr-defined]
+                return first
+            if changes(getattr(func, "__name__", "")):
+                first._virtual.refuse(func.__name__)
+                return first
+        serve = SERVED.get(func)
+        if serve is not None:
+            result = serve(*[_virtual_of(arg) for arg in args], **{key: _virtual_of(x) for key, x in kwargs.items()})
+            if result is not NotImplemented and not isinstance(result, (VirtualWeight, tuple)):
+                return result
+        made: list[Remade] = []
+        with torch._C.DisableTorchFunctionSubclass():
+            plain = [_plain(arg, made) for arg in args]
+            named = {key: _plain(value, made) for key, value in kwargs.items()}
+        with not_kept(made):
+            return func(*plain, **named)
+
+
+def _plain(value: Any, made: list[Remade]) -> Any:
+    """A value with plain tensors for expanded weights; ``made`` takes how they are made again."""
+    if _is_one(value):
+        tensor = value.as_subclass(Tensor)
+        if torch.is_grad_enabled():
+            made.append(value._virtual.remade(tensor))
+        return tensor
+    if isinstance(value, (list, tuple)) and any(_is_one(item) for item in value):
+        return type(value)([_plain(item, made) for item in value])
+    return value
+
+
+def _virtual_of(value: Any) -> Any:
+    return value._virtual if _is_one(value) else value
+
+
+def _is_one(value: Any) -> bool:
+    return type(value) is ExpandedWeight and "_virtual" in value.__dict__

@@ -1,0 +1,89 @@
+"""Calls that need the tensor itself: it is made for the call, and made again for the call's backward.
+
+Whatever such a call asks autograd to keep is kept, but for the tensor and views of it: of those a recipe is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rpqfx.errors import InputError
+
+
+class Remade:
+    """A tensor that can be made again from what it was made of.
+
+    Args:
+        tensor: The tensor, as long as the call takes.
+        make: Makes an equal one.
+        sources: What it is made of; changing one in place before backward is an error, as it is for a saved tensor.
+    """
+
+    def __init__(self, tensor: Tensor, make: Callable[[], Tensor], sources: Sequence[Tensor]) -> None:
+        self.storage = tensor.untyped_storage().data_ptr()
+        self.dtype = tensor.dtype
+        self._make = make
+        self._sources = sources
+        self._versions = [source._version for source in sources]
+        self._again: Tensor | None = None
+
+    def again(self) -> Tensor:
+        """The tensor; made once for all that one backward unpacks, and gone with the last of it."""
+        if self._again is None:
+            if [source._version for source in self._sources] != self._versions:
+                raise InputError(
+                    "codebooks were changed in place between a forward and its backward; "
+                    "step the optimizer after backward, or run the forward again"
+                )
+            with torch.no_grad():
+                self._again = self._make()
+        return self._again
+
+
+@dataclass(frozen=True)
+class _View:
+    """A view of a remade tensor, as autograd keeps it."""
+
+    of: Remade
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+@contextlib.contextmanager
+def not_kept(made: Sequence[Remade]) -> Iterator[None]:
+    """While it lasts, autograd keeps recipes in place of these tensors and of views of them.
+
+    Under torch.compile, which decides itself what to compute again, and under torch.func, which allows no hooks, it
+    does nothing.
+
+    Args:
+        made: The tensors.
+    """
+    by_storage = {(one.storage, one.dtype): one for one in made}
+
+    def pack(tensor: Tensor) -> Any:
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
+            return tensor
+        found = by_storage.get((tensor.untyped_storage().data_ptr(), tensor.dtype))
+        if found is None:
+            return tensor
+        return _View(found, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+
+    with contextlib.ExitStack() as stack:
+        if made:
+            with contextlib.suppress(RuntimeError):
+                stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, _unpack))
+        yield
+
+
+def _unpack(kept: Any) -> Tensor:
+    if isinstance(kept, _View):
+        return kept.of.again().as_strided(kept.size, kept.stride, kept.offset)
+    return kept
