@@ -183,7 +183,7 @@ _CLASSES: tuple[tuple[str, str, int, dict[str, Any]], ...] = (
     ),
     ("nest:Nest", "nest", 64, {"img_size": 64, "depths": (1, 1, 2), "embed_dims": (48, 96, 192), "num_heads": (3, 6, 12)}),
     ("resnetv2:ResNetV2", "bit", 64, {"layers": (1, 1, 1, 1), "width_factor": 0.5, "conv_layer": "@StdConv2d"}),
-    ("resnetv2:ResNetV2", "resnetv2 aa", 64, {"layers": (1, 1, 1, 1), "width_factor": 0.5, "stem_type": "deep"}),
+    ("resnetv2:ResNetV2", "resnetv2 aa", 64, {"layers": (1, 1, 1, 1), "stem_type": "deep"}),
     (
         "volo:VOLO", "volo", 64,
         {"img_size": 64, "layers": (1, 1, 1, 1), "embed_dims": (96, 192, 192, 192), "num_heads": (3, 6, 6, 6)},

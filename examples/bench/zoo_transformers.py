@@ -229,7 +229,7 @@ _IMAGES: tuple[tuple[str, str, int, dict[str, Any]], ...] = (
     ("focalnet", "ImageClassification", 32, {"embed_dim": 32, "hidden_sizes": [32, 64], "depths": [1, 1], "focal_levels": [1, 1], "focal_windows": [3, 3], "image_size": 32, "num_labels": 16}),
     ("convnext", "ImageClassification", 32, _STAGES),
     ("convnextv2", "ImageClassification", 32, _STAGES),
-    ("cvt", "ImageClassification", 32, {"embed_dim": [16, 32, 64], "num_heads": [1, 2, 4], "depth": [1, 1, 1], "num_labels": 16}),
+    ("cvt", "ImageClassification", 32, {"embed_dim": [16, 32, 64], "num_heads": [1, 2, 4], "depth": [1, 2, 3], "num_labels": 16}),
     ("resnet", "ImageClassification", 32, {"embedding_size": 32, **_STAGES, "layer_type": "basic"}),
     ("regnet", "ImageClassification", 32, {"embedding_size": 32, "groups_width": 16, **_STAGES}),
     ("bit", "ImageClassification", 32, {"embedding_size": 32, "num_groups": 8, **_STAGES}),

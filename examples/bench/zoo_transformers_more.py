@@ -57,7 +57,7 @@ def _speech() -> list[Model]:
         ("sew-d", {"squeeze_factor": 1, "pos_att_type": ("p2c", "c2p"), "position_buckets": 8}),
     ):
         options = {**usual._SPEECH, **more}
-        found.append(_entry(name, usual.auto(name, "", options), wave))
+        found.append(_entry(name, usual.auto(name, "", options), wave, grad_inputs=False))  # they set requires_grad
     tall = _keywords(input_features=lambda: torch.randn(2, 20, 16))
     bart = {"d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
             "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "vocab_size": _VOCAB, "pad_token_id": 0, "decoder_start_token_id": 2,
@@ -177,7 +177,7 @@ def _pairs() -> list[Model]:
         _entry("vilt", usual.auto("vilt", "", vilt), both),
         _entry("lxmert", usual.auto("lxmert", "", lxmert), seen),
         _entry("visual_bert", usual.auto("visual_bert", "", {**_TEXT, "visual_embedding_dim": 32}), regions),
-        _entry("lilt", usual.auto("lilt", "", {**_TEXT, "channel_shrink_ratio": 4, "max_2d_position_embeddings": 64}), boxes),
+        _entry("lilt", usual.auto("lilt", "", {**_TEXT, "hidden_size": 96, "channel_shrink_ratio": 4, "max_2d_position_embeddings": 64}), boxes),
         _entry("bros", usual.auto("bros", "", _TEXT), _keywords(input_ids=_ids(), bbox=lambda: torch.rand(2, 12, 8))),
         _entry("layoutlmv3", usual.auto("layoutlmv3", "", layout), laid),
         _entry("canine", usual.auto("canine", "", {**_TEXT, "num_hash_buckets": 64, "downsampling_rate": 4, "local_transformer_stride": 8}), _keywords(input_ids=_ids(16))),
@@ -222,8 +222,6 @@ def _detectors() -> list[Model]:
     plain = {"use_timm_backbone": False, "backbone": None, "use_pretrained_backbone": False}
     swin = {"model_type": "swin", "embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 4], "image_size": 64, "patch_size": 4, "window_size": 2,
             "out_features": ["stage1", "stage2", "stage3", "stage4"]}  # fmt: skip
-    mask = {"feature_size": 32, "mask_feature_size": 32, "hidden_dim": 64, "encoder_feedforward_dim": 64, "encoder_layers": 1, "decoder_layers": 2,
-            "num_attention_heads": 4, "dim_feedforward": 128, "num_queries": 5, "num_labels": 8}  # fmt: skip
     rt = {"encoder_hidden_dim": 32, "encoder_in_channels": [24, 32, 64], "encoder_ffn_dim": 64, "encoder_attention_heads": 4, "d_model": 32, "num_queries": 5,
           "decoder_in_channels": [32, 32, 32], "decoder_ffn_dim": 64, "decoder_layers": 2, "decoder_attention_heads": 4, "num_denoising": 0,
           "backbone": None, "use_pretrained_backbone": False, "num_labels": 8, "feat_strides": [8, 16, 32]}  # fmt: skip
@@ -241,18 +239,8 @@ def _detectors() -> list[Model]:
         ),
         _entry("table-transformer", _configured("table-transformer", "TableTransformerForObjectDetection", backbone_config=last, **plain, **_DETR), picture),
         _entry("rt_detr", _configured("rt_detr", "RTDetrForObjectDetection", backbone_config=_backbone("rt_detr_resnet"), **rt), picture),
-        _entry("mask2former", _configured("mask2former", "Mask2FormerForUniversalSegmentation", backbone_config=swin, **mask), picture),
-        _entry(
-            "maskformer",
-            _configured("maskformer", "MaskFormerForInstanceSegmentation", backbone_config=swin, fpn_feature_size=32, mask_feature_size=32,
-                        decoder_config={"model_type": "detr", "backbone_config": None, **plain, **_DETR}, num_labels=8),
-            picture,
-        ),
         _entry("upernet", _configured("upernet", "UperNetForSemanticSegmentation", backbone_config=swin, hidden_size=32, num_labels=8, auxiliary_in_channels=64, auxiliary_channels=16), picture),
-        _entry("superpoint", usual.auto("superpoint", "", {"encoder_hidden_sizes": [16, 16, 32, 32], "decoder_hidden_size": 64, "descriptor_decoder_dim": 64}), picture),
-        _entry("vitmatte", _configured("vitmatte", "VitMatteForImageMatting", backbone_config={"model_type": "vitdet", **{**_IMAGE, "mlp_ratio": 2}, "num_channels": 4, "out_features": ["stage2"]},
-                                       hidden_size=64, convstream_hidden_sizes=[16, 24, 32], fusion_hidden_sizes=[32, 24, 16, 16]),
-               _keywords(pixel_values=lambda: torch.randn(1, 4, 32, 32))),
+        _entry("superpoint", usual.auto("superpoint", "KeypointDetection", {"encoder_hidden_sizes": [16, 16, 32, 32], "decoder_hidden_size": 64, "descriptor_decoder_dim": 64}), picture),
     ]  # fmt: skip
 
 
