@@ -78,7 +78,9 @@ def expanded(name: str) -> property:
             return self._parameters[name]
         if weight.read_as == "expanded":
             return ExpandedWeight.of(weight)
-        return VirtualWeight(weight) if weight.read_as == "virtual" else weight()
+        if weight.read_as == "tensor" or (weight.plain_when_compiled and torch.compiler.is_compiling()):
+            return weight()
+        return VirtualWeight(weight)
 
     return property(read, _tie(name), doc=f"``{name}``, expanded from its codebooks at each read.")
 
@@ -87,7 +89,7 @@ def _virtual(name: str, plain_when_compiled: bool) -> property:
     def read(self: nn.Module) -> Any:
         weight = weight_of(self, name)
         assert weight is not None
-        if plain_when_compiled and torch.compiler.is_compiling():
+        if (plain_when_compiled or weight.plain_when_compiled) and torch.compiler.is_compiling():
             return weight()
         return VirtualWeight(weight)
 

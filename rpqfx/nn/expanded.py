@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rpqfx.nn.remade import Remade, not_kept
-from rpqfx.nn.virtual import SERVED, VirtualWeight, changes
+from rpqfx.nn.virtual import CHANGES, SERVED, VirtualWeight
 from rpqfx.nn.weight import RPQWeight
 
 _SETTERS = {Tensor.data.__set__: "data", Tensor.requires_grad.__set__: "requires_grad"}  # type: ignore[attr-defined]
@@ -61,8 +61,8 @@ class ExpandedWeight(Tensor, metaclass=_Related):
                 return first
             if func == Tensor.data.__get__:  # type: ignore[attr-defined]
                 return first
-            if changes(getattr(func, "__name__", "")):
-                first._virtual.change(func.__name__, *args[1:])
+            if func in CHANGES:
+                first._virtual.change(CHANGES[func], *args[1:])
                 return first
         serve = SERVED.get(func)
         if serve is not None:

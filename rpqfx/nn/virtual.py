@@ -51,10 +51,18 @@ def tracing() -> Iterator[None]:
         VirtualWeight.tracing = before
 
 
-def changes(name: str) -> bool:
+def _changes(name: str) -> bool:
     """Whether a torch function or method of this name works in place, by torch's own convention."""
-    inplace = name.startswith("__i") and name not in ("__iter__", "__invert__", "__int__", "__index__")
-    return inplace or (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
+    return (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__imul__", "__itruediv__")
+
+
+# Functions that work in place, with their names; a table, because compilers cannot ask a function for its name.
+CHANGES = {
+    getattr(place, name): name
+    for place in (torch, Tensor, torch.nn.functional, torch.nn.init)
+    for name in dir(place)
+    if _changes(name) and callable(getattr(place, name))
+}
 
 
 class VirtualWeight(Views):
@@ -75,8 +83,8 @@ class VirtualWeight(Views):
     ) -> Any:
         kwargs = kwargs or {}
         first = args[0] if args else next(iter(kwargs.values()), None)  # nn.init passes it by name
-        if isinstance(first, VirtualWeight) and changes(getattr(func, "__name__", "")):
-            return first.change(func.__name__, *args[1:])
+        if isinstance(first, VirtualWeight) and func in CHANGES:
+            return first.change(CHANGES[func], *args[1:])
         return cls.answer(func, args, kwargs)
 
     @classmethod
@@ -206,7 +214,7 @@ class VirtualWeight(Views):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):  # asked for by copying, pickling and compilers, before there is anything to expand
             raise AttributeError(name)
-        if changes(name):
+        if _changes(name):
             return lambda *args, **kwargs: self.change(name, *args)
         if name in LATE:
             return lambda *args, **kwargs: self._view(name, *args, **kwargs)
