@@ -248,7 +248,8 @@ def as_dense(value: Any, made: list[Remade]) -> Any:
     """A value with the plain tensor in place of a virtual weight; ``made`` takes how it is made again."""
     if isinstance(value, VirtualWeight):
         dense = value.expand_dense()
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not dense.is_inference():
+        graph = value.tracing or torch.compiler.is_compiling()
+        if torch.is_grad_enabled() and not graph and not dense.is_inference():
             made.append(value.remade(dense))
         return dense
     if isinstance(value, (list, tuple)) and any([isinstance(item, VirtualWeight) for item in value]):
