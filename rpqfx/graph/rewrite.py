@@ -98,7 +98,7 @@ class Snapshot:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._modules = [(m, type(m), {**m.__dict__}, dict(m._parameters), dict(m._modules)) for m in model.modules()]
+        self._modules = [(m, type(m), dict(m.__dict__), dict(m._parameters), dict(m._modules)) for m in model.modules()]
 
     def restore(self) -> None:
         """Makes the model what it was; its tensors were never touched."""
