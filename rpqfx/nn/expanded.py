@@ -77,6 +77,57 @@ class ExpandedWeight(Tensor, metaclass=_Related):
             return func(*plain, **named)
 
 
+class FixedWeight(Tensor, metaclass=_Related):
+    """The tensor of a codebook-held weight, for a reader that treats tensors with a torch function differently.
+
+    To torch it is a plain tensor, which it keeps for backward; only that changing it in place is refused here, too.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    _virtual: VirtualWeight
+    _is_hf_initialized = True  # as of a VirtualWeight
+
+    @staticmethod
+    def of(weight: RPQWeight) -> Tensor:
+        """Expands a weight.
+
+        Args:
+            weight: The codebooks.
+        """
+        dense = weight()
+        if torch.compiler.is_compiling() or type(dense) is not Tensor:
+            return dense
+        made = dense.as_subclass(FixedWeight)
+        made._virtual = VirtualWeight(weight)
+        return made
+
+    def requires_grad_(self, requires_grad: bool = True) -> FixedWeight:
+        """Freezes or frees the codebooks."""
+        self._virtual.requires_grad_(requires_grad)
+        return self
+
+
+def _refusal(name: str) -> Callable[..., FixedWeight]:
+    def refuse(self: FixedWeight, *args: Any, **kwargs: Any) -> FixedWeight:
+        self._virtual.refuse(name)
+        return self
+
+    return refuse
+
+
+def _passed_on(name: str, read: Callable[[FixedWeight], Any]) -> property:
+    return property(read, lambda self, value: setattr(self._virtual, name, value))
+
+
+for _name in dir(Tensor):
+    if _name == "__setitem__" or (changes(_name) and not _name.startswith("_") and _name != "requires_grad_"):
+        setattr(FixedWeight, _name, _refusal(_name))
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
+    setattr(FixedWeight, f"__i{_name}__", _refusal(f"__i{_name}__"))
+FixedWeight.data = _passed_on("data", lambda self: self)  # type: ignore[assignment]
+FixedWeight.requires_grad = _passed_on("requires_grad", Tensor.requires_grad.__get__)  # type: ignore
+
+
 def _plain(value: Any, made: list[Remade]) -> Any:
     """A value with plain tensors for expanded weights; ``made`` takes how they are made again."""
     if _is_one(value):
