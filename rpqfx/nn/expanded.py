@@ -80,7 +80,7 @@ class ExpandedWeight(Tensor, metaclass=_Related):
 class FixedWeight(Tensor, metaclass=_Related):
     """The tensor of a codebook-held weight, for a reader that treats tensors with a torch function differently.
 
-    To torch it is a plain tensor, which it keeps for backward; only that changing it in place is refused here, too.
+    To torch it is a plain tensor, which it keeps for backward; changes in place are answered as anywhere else.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -107,12 +107,12 @@ class FixedWeight(Tensor, metaclass=_Related):
         return self
 
 
-def _refusal(name: str) -> Callable[..., FixedWeight]:
-    def refuse(self: FixedWeight, *args: Any, **kwargs: Any) -> FixedWeight:
-        self._virtual.refuse(name)
+def _change(name: str) -> Callable[..., FixedWeight]:
+    def change(self: FixedWeight, *args: Any, **kwargs: Any) -> FixedWeight:
+        self._virtual.change(name, *args)
         return self
 
-    return refuse
+    return change
 
 
 def _passed_on(name: str, read: Callable[[FixedWeight], Any]) -> property:
@@ -121,9 +121,9 @@ def _passed_on(name: str, read: Callable[[FixedWeight], Any]) -> property:
 
 for _name in dir(Tensor):
     if _name == "__setitem__" or (changes(_name) and not _name.startswith("_") and _name != "requires_grad_"):
-        setattr(FixedWeight, _name, _refusal(_name))
+        setattr(FixedWeight, _name, _change(_name))
 for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
-    setattr(FixedWeight, f"__i{_name}__", _refusal(f"__i{_name}__"))
+    setattr(FixedWeight, f"__i{_name}__", _change(f"__i{_name}__"))
 FixedWeight.data = _passed_on("data", lambda self: self)  # type: ignore[assignment]
 FixedWeight.requires_grad = _passed_on("requires_grad", Tensor.requires_grad.__get__)  # type: ignore
 

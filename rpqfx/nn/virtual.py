@@ -181,7 +181,12 @@ class VirtualWeight(Views):
         """More or fewer rows, as tables of tokens get; other values are refused."""
         if not self.is_whole:
             self.refuse("data")
-        resize_rows(self.held, value.expand_dense() if isinstance(value, VirtualWeight) else value)
+        read = getattr(value, "_virtual", value)
+        if isinstance(read, VirtualWeight):
+            if read.is_whole and read.held is self.held:  # as after ``weight.data *= 2``
+                return
+            value = read.expand_dense()
+        resize_rows(self.held, value)
 
     def contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> Any:
         """Itself, or where its axes have another order, the tensor."""
@@ -245,6 +250,12 @@ def _operator(function: Callable[..., Any], swapped: bool = False) -> Callable[.
     return apply
 
 
+def _inplace(name: str) -> Callable[..., Any]:
+    return lambda self, *args: self.change(name, *args)
+
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
+    setattr(VirtualWeight, f"__i{_name}__", _inplace(f"__i{_name}__"))
 for _name in ("add", "sub", "mul", "truediv", "pow"):
     setattr(VirtualWeight, f"__r{_name}__", _operator(getattr(operator, _name), swapped=True))
     setattr(VirtualWeight, f"__{_name}__", _operator(getattr(operator, _name)))

@@ -37,7 +37,7 @@ def set_item(weight: Tensor) -> None:
 
 
 CHANGES: list[Callable[[Tensor], Any]] = [
-    assign_data, add_to_data, set_item, lambda w: w.mul_(2), lambda w: w.data.copy_(w.detach()),
+    assign_data, add_to_data, set_item, lambda w: w.mul_(w.detach()), lambda w: w.data.copy_(w.detach()),
     lambda w: w.data.zero_(), nn.init.normal_, nn.init.xavier_uniform_,
 ]  # fmt: skip
 
@@ -66,6 +66,17 @@ def test_it_is_a_tensor_whose_gradient_is_the_codebooks(read_as: str):
     found, made.weight_rpq.codebooks.grad = made.weight_rpq.codebooks.grad, None
     made(x).sum().backward()
     torch.testing.assert_close(found, made.weight_rpq.codebooks.grad)
+
+
+@pytest.mark.parametrize("read_as", [*READ_AS, "virtual"])
+@torch.no_grad()
+def test_it_may_be_multiplied_by_a_number(read_as: str):
+    made = layer(read_as)
+    before = made.weight_rpq()
+    made.weight.mul_(2)
+    made.weight.data *= 2
+    made.weight.data /= 8
+    assert torch.equal(made.weight_rpq(), before / 2)
 
 
 @pytest.mark.parametrize("read_as", READ_AS)
