@@ -51,9 +51,13 @@ def tracing() -> Iterator[None]:
         VirtualWeight.tracing = before
 
 
-def _changes(name: str) -> bool:
+_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")
+CHANGING_OPERATORS = ("__setitem__", *[f"__i{name}__" for name in _OPERATORS])
+
+
+def changes(name: str) -> bool:
     """Whether a torch function or method of this name works in place, by torch's own convention."""
-    return (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__imul__", "__itruediv__")
+    return (name.endswith("_") and not name.endswith("__")) or name in CHANGING_OPERATORS
 
 
 # Functions that work in place, with their names; a table, because compilers cannot ask a function for its name.
@@ -61,7 +65,7 @@ CHANGES = {
     getattr(place, name): name
     for place in (torch, Tensor, torch.nn.functional, torch.nn.init)
     for name in dir(place)
-    if _changes(name) and callable(getattr(place, name))
+    if changes(name) and callable(getattr(place, name))
 }
 
 
@@ -189,7 +193,12 @@ class VirtualWeight(Views):
         """More or fewer rows, as tables of tokens get; other values are refused."""
         if not self.is_whole:
             self.refuse("data")
-        resize_rows(self.held, value.expand_dense() if isinstance(value, VirtualWeight) else value)
+        read = getattr(value, "_virtual", value)
+        if isinstance(read, VirtualWeight):
+            if read.is_whole and read.held is self.held:  # as after ``weight.data *= 2``
+                return
+            value = read.expand_dense()
+        resize_rows(self.held, value)
 
     def contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> Any:
         """Itself, or where its axes have another order, the tensor."""
@@ -214,7 +223,7 @@ class VirtualWeight(Views):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):  # asked for by copying, pickling and compilers, before there is anything to expand
             raise AttributeError(name)
-        if _changes(name):
+        if changes(name):
             return lambda *args, **kwargs: self.change(name, *args)
         if name in LATE:
             return lambda *args, **kwargs: self._view(name, *args, **kwargs)
@@ -253,6 +262,12 @@ def _operator(function: Callable[..., Any], swapped: bool = False) -> Callable[.
     return apply
 
 
+def _inplace(name: str) -> Callable[..., Any]:
+    return lambda self, *args: self.change(name, *args)
+
+
+for _name in CHANGING_OPERATORS[1:]:
+    setattr(VirtualWeight, _name, _inplace(_name))
 for _name in ("add", "sub", "mul", "truediv", "pow"):
     setattr(VirtualWeight, f"__r{_name}__", _operator(getattr(operator, _name), swapped=True))
     setattr(VirtualWeight, f"__{_name}__", _operator(getattr(operator, _name)))
