@@ -17,7 +17,7 @@ from torch import nn
 
 from rpqfx.errors import RewriteError
 from rpqfx.nn.backed import SUFFIX, weight_of
-from rpqfx.nn.resize import resize_rows, row_obstacle
+from rpqfx.nn.changes import resize_rows, row_obstacle
 from rpqfx.nn.weight import RPQWeight
 
 # What is set on a model's instances, and so to be taken back with a rewrite that is.

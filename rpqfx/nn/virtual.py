@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from rpqfx.errors import RewriteError
+from rpqfx.nn.changes import multiply, resize_rows
 from rpqfx.nn.part import Part
 from rpqfx.nn.remade import Remade, not_kept
-from rpqfx.nn.resize import resize_rows
 from rpqfx.nn.views import LATE, Views
 
 # What ``rpqfx.nn.served`` puts here: by torch function, one that takes its arguments and returns its result, or
@@ -239,7 +239,7 @@ class VirtualWeight(Views):
         number = len(args) == 1 and isinstance(args[0], (int, float)) and self.is_whole
         if not number or name not in ("mul_", "div_", "__imul__", "__itruediv__"):
             return self.refuse(name)
-        self.held.multiply_(args[0] if "mul" in name else 1 / args[0])
+        multiply(self.held, args[0] if "mul" in name else 1 / args[0])
         return self
 
     def refuse(self, name: str) -> VirtualWeight:

@@ -1,4 +1,4 @@
-"""More or fewer rows for a tensor that is held in codebooks.
+"""Changes in place that codebooks can follow exactly: a tensor times a number, and more or fewer rows.
 
 Code that resizes a table (a vocabulary, as a rule) makes a dense tensor with the old rows and new ones, and assigns it.
 Old rows keep their codes to the bit; new rows get the nearest that the codebooks already hold.
@@ -17,6 +17,25 @@ from rpqfx.errors import RewriteError
 from rpqfx.fit.kmeans import nearest
 from rpqfx.nn.weight import RPQWeight
 from rpqfx.signs import fold_codebooks
+
+
+@torch.no_grad()
+def multiply(held: RPQWeight, factor: float) -> None:
+    """Multiplies a codebook-held tensor by a number, in place.
+
+    Args:
+        held: The tensor.
+        factor: The number.
+
+    Raises:
+        RewriteError: If it has no scale, and its codebooks are those of other weights too.
+    """
+    if held.scale is None and held.shares_codebooks:
+        raise RewriteError(
+            "this weight shares its codebooks with others, which would be multiplied too; "
+            "give it a scale (Rule(..., scale=True)) or codebooks of its own"
+        )
+    (held.codebooks if held.scale is None else held.scale).mul_(factor)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rpqfx.codebook import CodebookSpec, unpack_signs
 from rpqfx.errors import RewriteError
 from rpqfx.nn import Layout, RPQEmbedding, RPQLinear, RPQWeight, VirtualWeight
-from rpqfx.nn.resize import resize_rows
+from rpqfx.nn.changes import resize_rows
 from tests.helpers import naive_tensor, randn, randomise, specs
 
 SEEDS = st.integers(0, 2**32 - 1)
