@@ -45,7 +45,7 @@ def test_rows_that_stay_keep_their_codes_and_new_ones_are_the_nearest(spec: Code
     weight = held(spec, seed)
     before, table, codebooks = copy.deepcopy(weight), weight().detach(), weight.codebooks
     kept = min(rows, spec.num_vectors)
-    wanted = torch.cat([table[:kept], randn(seed, rows - kept, spec.dim)])
+    wanted = torch.cat([table[:kept], randn(seed + 1, rows - kept, spec.dim)])  # apart from the entries: no ties
     resize_rows(weight, wanted)
     assert weight.spec.num_vectors == rows == weight.layout.rows and weight.codebooks is codebooks
     assert torch.equal(weight.codebooks, before.codebooks) and weight.codes.shape == weight.spec.codes_shape
