@@ -74,6 +74,7 @@ def find_sites(captured: Captured) -> list[Site]:
                 zero_vector=next((row for t in table if (row := zero_row(t)) is not None), None),
                 std=nearest_std.of(path),
                 heads=nearest_heads.of(path),
+                readers=_readers([m for _, m, _, _ in places], found),
                 read_outside=any(use.outside for use in found),
                 plain_when_compiled=any(use.left for use in found) or _unknown(captured, stands, role),
                 uses=tuple(dict.fromkeys(use.words for use in found)),
@@ -81,6 +82,13 @@ def find_sites(captured: Captured) -> list[Site]:
             )
         )
     return sites + list(quantised_sites(model))
+
+
+def _readers(owners: list[nn.Module], reads: list[Read]) -> tuple[type[nn.Module], ...]:
+    """Classes whose code reads a tensor; the owner of a parametrised one hands it to the parametrizations."""
+    lists = [child for owner in owners if isinstance(owner, parametrize.ParametrizationList) for child in owner]
+    outside = [read.reader for read in reads if read.outside]
+    return tuple(dict.fromkeys([*map(type, owners), *map(type, lists), *outside]))
 
 
 def _unknown(captured: Captured, stands: list[tuple[str, str]], role: Role) -> bool:

@@ -18,10 +18,11 @@ from rpqfx.decision import Hold, Skip, as_decision
 from rpqfx.errors import RewriteError
 from rpqfx.fit import fit_codebooks
 from rpqfx.graph.capture import Captured
+from rpqfx.graph.code import needs_tensors
 from rpqfx.graph.match import find_sites
 from rpqfx.graph.pretrained import adapt_pretrained
 from rpqfx.nn import RPQLinear, RPQMultiheadAttention
-from rpqfx.nn.backed import back, backed_as
+from rpqfx.nn.backed import back, backed_as, layer_for
 from rpqfx.nn.computed import computed_from
 from rpqfx.nn.layer import random_weight
 from rpqfx.nn.layout import Layout
@@ -151,13 +152,16 @@ def _reader(model: nn.Module, site: Site) -> ReadAs:
     """What reading the tensor from its layer has to give.
 
     torch.nn's encoder layers read the weights of their children for a fast path, which they take with plain tensors
-    only and which gives padded positions other values.
+    only and which gives padded positions other values. A layer of torch.nn does not read its own weight.
     """
     for path in site.module_names:
         parents = [path.rsplit(".", up)[0] for up in range(1, path.count(".") + 1)] + [""] if path else []
         if any(isinstance(model.get_submodule(parent), nn.TransformerEncoderLayer) for parent in parents):
             return "tensor"
-    return "virtual" if site.read_outside else "expanded"
+    if any(needs_tensors(reader) for reader in site.readers):
+        return "expanded"
+    owners = [type(model.get_submodule(path)) for path in site.module_names]
+    return "virtual" if site.read_outside or any(layer_for(owner) is None for owner in owners) else "expanded"
 
 
 def _forget_flat_weights(module: nn.Module) -> None:

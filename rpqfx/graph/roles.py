@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx
+from torch import fx, nn
 
 from rpqfx.graph.capture import Captured
 from rpqfx.nn.computed import parametrised_at
@@ -55,12 +55,14 @@ class Read:
     Args:
         words: Who reads it, and with what function.
         role: What that makes of it; None where that is nothing by which it is a weight.
+        reader: Class of the module.
         outside: Whether its owner is another module.
         left: Whether it is the left operand of an operator that torch.compile hands over with operands exchanged.
     """
 
     words: str
     role: Role | None
+    reader: type[nn.Module]
     outside: bool = False
     left: bool = False
 
@@ -82,17 +84,19 @@ def reads_of(captured: Captured) -> dict[str, list[Read]]:
     """
     axes = {name: p.dim() for name, p in captured.model.named_parameters(remove_duplicate=False)}
     found: dict[str, list[Read]] = defaultdict(list)
+    modules = dict(captured.model.named_modules())
     for path, node in _nodes(captured):
+        reader = type(modules[path])
         computed = parametrised_at(str(node.target)) if node.op == "call_module" else None
         if node.op == "call_module" and computed is None:
-            found[f"{path}.{node.target}.weight".lstrip(".")].append(Read(f"{path or 'model'} calls it", None))
+            found[f"{path}.{node.target}.weight".lstrip(".")].append(Read(f"{path or 'model'} calls it", None, reader))
         elif node.op in ("get_attr", "call_module"):
             name = f"{path}.{computed or node.target}".lstrip(".")
             outside = node.op == "get_attr" and "." in str(node.target)
             for user, value, seen in _uses(node, _Seen(axes.get(name, 2))):
                 where = f"{path or 'model'}: {_function_name(user)}"
                 left = user.target in _EXCHANGED and user.args[0] is value
-                found[name].append(Read(where, _role(user, value, seen), outside, left))
+                found[name].append(Read(where, _role(user, value, seen), reader, outside, left))
     return found
 
 

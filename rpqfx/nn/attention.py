@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from rpqfx.errors import InputError
-from rpqfx.nn.backed import expanded, register_layer
+from rpqfx.nn.backed import held, register_layer
 from rpqfx.nn.layer import RPQLayer, Split, apply_linear
 from rpqfx.nn.linear import RPQLinear
 from rpqfx.ops import Plan
@@ -41,10 +41,10 @@ class RPQMultiheadAttention(RPQLayer, nn.MultiheadAttention):
 
     _dense = nn.MultiheadAttention
     _weights = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-    in_proj_weight = expanded("in_proj_weight")
-    q_proj_weight = expanded("q_proj_weight")
-    k_proj_weight = expanded("k_proj_weight")
-    v_proj_weight = expanded("v_proj_weight")
+    in_proj_weight = held("in_proj_weight")
+    q_proj_weight = held("q_proj_weight")
+    k_proj_weight = held("k_proj_weight")
+    v_proj_weight = held("v_proj_weight")
 
     @classmethod
     def _splits(cls) -> bool:

@@ -30,7 +30,10 @@ class Backed(nn.Module):
     """Base of every module that holds at least one Parameter in codebooks."""
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Refuses to lay a dense Parameter over one that is held in codebooks."""
+        """Refuses to lay a dense Parameter over one that is held in codebooks; one that is read so is tied."""
+        if isinstance(param, (ExpandedWeight, FixedWeight)) and weight_of(self, name) is not None:
+            _tie(name)(self, param)
+            return
         if name + SUFFIX in self.__dict__.get("_modules", {}):
             raise _fixed(self, name)
         super().register_parameter(name, param)
@@ -66,10 +69,15 @@ def backed_weights(module: nn.Module) -> dict[str, RPQWeight]:
     }
 
 
-def expanded(name: str) -> property:
-    """A property that reads a Parameter of a layer wherever it is held.
+def held(name: str, plain_when_compiled: bool = False) -> property:
+    """A property that reads a Parameter wherever it is held.
 
-    What it gives, made anew at each read, is as ``RPQWeight.read_as`` says.
+    Args:
+        name: Of the Parameter.
+        plain_when_compiled: Whether compiled code is to read a plain tensor.
+
+    Returns:
+        The property. What it gives, made anew at each read, is as ``RPQWeight.read_as`` says.
     """
 
     def read(self: nn.Module) -> Any:
@@ -80,21 +88,10 @@ def expanded(name: str) -> property:
             return ExpandedWeight.of(weight)
         if weight.read_as == "tensor":
             return FixedWeight.of(weight)
-        plain = weight.plain_when_compiled and torch.compiler.is_compiling()
-        return weight() if plain else VirtualWeight(weight)
+        plain = plain_when_compiled or weight.plain_when_compiled
+        return weight() if plain and torch.compiler.is_compiling() else VirtualWeight(weight)
 
-    return property(read, _tie(name), doc=f"``{name}``, expanded from its codebooks at each read.")
-
-
-def _virtual(name: str, plain_when_compiled: bool) -> property:
-    def read(self: nn.Module) -> Any:
-        weight = weight_of(self, name)
-        assert weight is not None
-        if (plain_when_compiled or weight.plain_when_compiled) and torch.compiler.is_compiling():
-            return weight()
-        return VirtualWeight(weight)
-
-    return property(read, _tie(name), doc=f"``{name}``, held in codebooks.")
+    return property(read, _tie(name), doc=f"``{name}``, held in codebooks and made anew at each read.")
 
 
 def _tie(name: str) -> Callable[[nn.Module, Any], None]:
@@ -142,6 +139,8 @@ def back(module: nn.Module, weights: Mapping[str, RPQWeight]) -> None:
     for name, weight in weights.items():
         del module._parameters[name]
         module._modules[name + SUFFIX] = weight
+        if not isinstance(module, tuple(_LAYERS.values())):
+            weight.__dict__.setdefault("read_as", "virtual")
     assert isinstance(module, Backed)
     module._adopt()
 
@@ -233,7 +232,7 @@ def _backed_class(base: type[nn.Module], names: tuple[str, ...]) -> type[Backed]
     """One class for each base and names, so that equal modules are of one class."""
     if (base, names) in _FOREIGN:
         return _FOREIGN[base, names]
-    body: dict[str, Any] = {name: _virtual(name, _is_computed_from(base, name)) for name in names}
+    body: dict[str, Any] = {name: held(name, _is_computed_from(base, name)) for name in names}
     body |= {"_rpq_base": base, "_rpq_names": names, "__module__": base.__module__, "__doc__": base.__doc__}
     adapter = next((_ADAPTERS[known] for known in base.__mro__ if known in _ADAPTERS), None)
     bases = (_Foreign, base) if adapter is None else (_Foreign, adapter, base)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from rpqfx.errors import InputError
-from rpqfx.nn.backed import expanded, register_layer
+from rpqfx.nn.backed import held, register_layer
 from rpqfx.nn.layer import RPQLayer, Split, apply_linear
 from rpqfx.nn.layout import Layout
 
@@ -30,7 +30,7 @@ class RPQBilinear(RPQLayer, nn.Bilinear):
     """
 
     _dense = nn.Bilinear
-    weight = expanded("weight")
+    weight = held("weight")
 
     @classmethod
     def layout(cls, dense: nn.Module, name: str, split: Split = "row") -> Layout:

@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rpqfx.nn.backed import expanded, register_layer, weight_of
+from rpqfx.nn.backed import held, register_layer, weight_of
 from rpqfx.nn.layer import RPQLayer
 from rpqfx.nn.weight import RPQWeight
 
@@ -15,7 +15,7 @@ from rpqfx.nn.weight import RPQWeight
 class _Conv(RPQLayer):
     """A convolution whose vectors are its filters, ``[out_channels, in_channels/groups * prod(kernel_size)]``."""
 
-    weight = expanded("weight")
+    weight = held("weight")
 
     def forward(self: Any, input: Tensor) -> Tensor:
         """``[B, C, *spatial]`` or ``[C, *spatial]``, as the dense layer."""
@@ -30,7 +30,7 @@ class _Conv(RPQLayer):
 class _ConvTranspose(RPQLayer):
     """A transposed convolution whose vectors are ``[in_channels, out_channels/groups * prod(kernel_size)]``."""
 
-    weight = expanded("weight")
+    weight = held("weight")
 
     def forward(self: Any, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """``[B, C, *spatial]`` or ``[C, *spatial]``, as the dense layer."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rpqfx.nn.backed import expanded, register_layer, weight_of
+from rpqfx.nn.backed import held, register_layer, weight_of
 from rpqfx.nn.bags import bags
 from rpqfx.nn.layer import CodebookOptions, RPQLayer
 from rpqfx.ops import scale_grad
@@ -16,7 +16,7 @@ from rpqfx.ops import scale_grad
 class _Table(RPQLayer):
     """A table whose vectors are its rows."""
 
-    weight = expanded("weight")
+    weight = held("weight")
 
     @classmethod
     def from_pretrained(cls: Any, embeddings: Tensor, freeze: bool = True, *args: Any, **kwargs: Any) -> Any:
@@ -56,7 +56,7 @@ class RPQEmbedding(_Table, nn.Embedding):
     """
 
     _dense = nn.Embedding
-    weight = expanded("weight")
+    weight = held("weight")
 
     def forward(self, input: Tensor) -> Tensor:
         """Integer ids of any shape to ``[*ids.shape, embedding_dim]``."""
@@ -86,7 +86,7 @@ class RPQEmbeddingBag(_Table, nn.EmbeddingBag):
     """
 
     _dense = nn.EmbeddingBag
-    weight = expanded("weight")
+    weight = held("weight")
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """Bags ``[B, L]``, or ``[T]`` with ``offsets [B]``, to ``[B, embedding_dim]``."""

@@ -32,6 +32,7 @@ class ExpandedWeight(Tensor, metaclass=_Related):
 
     _virtual: VirtualWeight
     _is_hf_initialized = True  # as of a VirtualWeight
+    _is_param = True  # to isinstance(w, nn.Parameter), which is what it stands for
 
     @staticmethod
     def of(weight: RPQWeight) -> Tensor:
@@ -86,6 +87,7 @@ class FixedWeight(Tensor, metaclass=_Related):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     _virtual: VirtualWeight
     _is_hf_initialized = True  # as of a VirtualWeight
+    _is_param = True  # to isinstance(w, nn.Parameter), which is what it stands for
 
     @staticmethod
     def of(weight: RPQWeight) -> Tensor:

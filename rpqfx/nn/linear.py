@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from rpqfx.nn.backed import expanded, register_layer
+from rpqfx.nn.backed import held, register_layer
 from rpqfx.nn.layer import RPQLayer, apply_linear
 
 
@@ -27,7 +27,7 @@ class RPQLinear(RPQLayer, nn.Linear):
     """
 
     _dense = nn.Linear
-    weight = expanded("weight")
+    weight = held("weight")
 
     @classmethod
     def _splits(cls) -> bool:
