@@ -375,6 +375,7 @@ def check_model(
         pair = Pair(entry, dense, small)
     except Exception as error:
         result["checks"]["rewrite"] = _failure("failed", error)
+        result["checks"]["coverage"] = coverage(dense, None, set())
         told(result)
         return result
     result["checks"]["rewrite"] = {"state": "ok", "detail": ""}

@@ -256,9 +256,9 @@ _IMAGES: tuple[tuple[str, str, int, dict[str, Any]], ...] = (
     ("mlcd_vision_model", "", 32, {**_VISION, "num_key_value_groups": 1}),
     ("aimv2_vision_model", "", 32, {**_VISION, "is_native": True}),
     ("textnet", "ImageClassification", 64, {"num_labels": 16}),
-    ("hgnet_v2", "ImageClassification", 64, {"num_labels": 16, "stem_channels": [3, 16, 16], "stage_in_channels": [16, 32], "stage_mid_channels": [16, 16], "stage_out_channels": [32, 64],
+    ("hgnet_v2", "ImageClassification", 64, {"num_labels": 16, "stem_channels": [3, 16, 16], "stage_in_channels": [16, 64], "stage_mid_channels": [32, 32], "stage_out_channels": [64, 128],
                                              "stage_num_blocks": [1, 1], "stage_downsample": [False, True], "stage_light_block": [False, True], "stage_kernel_size": [3, 5], "stage_numb_of_layers": [2, 2],
-                                             "embedding_size": 16, "hidden_sizes": [32, 64], "depths": [1, 1]}),
+                                             "embedding_size": 16, "hidden_sizes": [64, 128], "depths": [1, 1]}),
 )  # fmt: skip
 
 
