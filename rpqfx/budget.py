@@ -67,7 +67,9 @@ def choose(candidates: Mapping[str, Sequence[Candidate[T]]], limit: int, before:
 
 
 def _best(candidates: Mapping[str, Sequence[Candidate[T]]], price: float) -> dict[str, Candidate[T]]:
-    return {n: min(group, key=lambda c: (c.distortion + price * c.size, c.size)) for n, group in candidates.items()}
+    groups = {id(group): group for group in candidates.values()}  # sites that are alike share theirs
+    best = {key: min(group, key=lambda c: (c.distortion + price * c.size, c.size)) for key, group in groups.items()}
+    return {name: best[id(group)] for name, group in candidates.items()}
 
 
 def _total(chosen: Mapping[str, Candidate[T]], other: int) -> int:

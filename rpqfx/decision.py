@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from rpqfx.budget import Candidate
 from rpqfx.codebook import CodebookSpec, default_codebook_dim, nearest_divisor
 from rpqfx.errors import PolicyError, SpecError
 from rpqfx.nn.layer import Split
+from rpqfx.nn.layout import Experts
 from rpqfx.ops import Plan
 from rpqfx.options import Init, Options
 from rpqfx.site import Site
@@ -36,6 +38,7 @@ class Hold:
         init: Codebooks fitted to the weight, or drawn anew with its standard deviation.
         group: Sites of one group and one shape of codebooks share them.
         plan: Which way its products run.
+        experts: Whether experts share codebooks, where it is a tensor of experts.
     """
 
     spec: CodebookSpec
@@ -43,6 +46,7 @@ class Hold:
     init: Init = "fit"
     group: str | None = None
     plan: Plan = "auto"
+    experts: Experts = "shared"
 
 
 def as_decision(site: Site, answer: CodebookSpec | Hold | Skip) -> Hold | Skip:
@@ -60,10 +64,12 @@ def as_decision(site: Site, answer: CodebookSpec | Hold | Skip) -> Hold | Skip:
     if not isinstance(answer, CodebookSpec):
         raise PolicyError(f"{site.name}: a policy returns a CodebookSpec, a Hold or a Skip, got {answer!r}")
     splits: tuple[Split, ...] = ("row", "column") if site.splits else ("row",)
-    for split in splits:
-        layout = site.layout(split)
-        if (layout.num_vectors, layout.dim) == (answer.num_vectors, answer.dim):
-            return Hold(answer, split)
+    sharings: tuple[Experts, ...] = ("shared", "own") if site.experts else ("shared",)
+    for experts, split in itertools.product(sharings, splits):
+        layout = site.layout(split, experts)
+        fits = (layout.num_vectors, layout.dim) == (answer.num_vectors, answer.dim)
+        if fits and layout.unit % answer.codebook_dim == 0:
+            return Hold(answer, split, experts=experts)
     row = site.layout("row")
     raise PolicyError(
         f"{site.name}: the spec has {answer.num_vectors} vectors of length {answer.dim}, "
@@ -140,7 +146,8 @@ def _no_gain(site: Site, options: Options, sharers: int = 1) -> Skip:
 def candidates(site: Site, options: Options) -> list[Candidate[Hold | Skip]]:
     """Every spec a budget may choose for a site, and leaving it dense."""
     found = [Candidate[Hold | Skip](Skip("the budget affords it dense"), site.dense_bytes, 0.0)]
-    dims = sorted({nearest_divisor(site.layout("row").dim, d) for d in (2, 4, 8, 16, 32, 64, 128)})
+    unit = site.layout("row", options.experts or "shared").unit
+    dims = sorted({nearest_divisor(unit, d) for d in (2, 4, 8, 16, 32, 64, 128)})
     for d in dims if options.codebooks is None else (None,):
         for bits in range(2, 13):
             for sharing in ("own", "layer"):
@@ -154,8 +161,9 @@ def candidates(site: Site, options: Options) -> list[Candidate[Hold | Skip]]:
 
 
 def _hold(site: Site, options: Options, split: Split, bits: int) -> Hold:
-    layout = site.layout(split)
-    dim, count = layout.dim, options.codebooks
+    experts = options.experts or "shared"
+    layout = site.layout(split, experts)
+    dim, count = layout.unit, options.codebooks
     if count == "heads":
         if site.heads is None:
             raise PolicyError(f"{site.name}: the model names no number of heads; give codebooks as a number")
@@ -171,15 +179,16 @@ def _hold(site: Site, options: Options, split: Split, bits: int) -> Hold:
     else:
         asked = options.codebook_dim
         d = default_codebook_dim(dim, site.taps) if asked is None else nearest_divisor(dim, asked)
-    books = 1 if options.sharing == "layer" else None
+    books = layout.dim // dim if options.sharing == "layer" else None  # one, or one an expert
     try:
         spec = CodebookSpec(
-            layout.num_vectors, dim, d, 2**bits, options.stages or 1, books, bool(options.scale), bool(options.signs),
-            options.grad_scale or "sum",
+            layout.num_vectors, layout.dim, d, 2**bits, options.stages or 1, books, bool(options.scale),
+            bool(options.signs), options.grad_scale or "sum",
         )  # fmt: skip
     except SpecError as error:
         raise PolicyError(f"{site.name}: {error}") from error
-    return Hold(spec, split, options.init or "fit", _group(site, options, layout.dim), options.plan or "auto")
+    group = _group(site, options, layout.dim)
+    return Hold(spec, split, options.init or "fit", group, options.plan or "auto", experts)
 
 
 def _group(site: Site, options: Options, dim: int) -> str | None:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from rpqfx.errors import RewriteError
+from rpqfx.nn.computed import hooked, refresh
 from rpqfx.nn.layer import RPQLayer
+from rpqfx.nn.recurrent import BackedCell
 from rpqfx.nn.virtual import initialising
 from rpqfx.nn.weight import RPQWeight
 
@@ -38,10 +40,11 @@ def materialize(
     owners = [(name, m) for name, m in model.named_modules() if _owns_meta(m)]
     general = getattr(model, "_init_weights", None)
     if init is None:
-        stuck = [name or type(m).__name__ for name, m in owners if not hasattr(m, "reset_parameters") and not general]
+        stuck = [name or type(m).__name__ for name, m in owners if not _resets(m) and not general]
         if stuck:
             raise RewriteError(
-                f"these modules have no reset_parameters, so their tensors would stay without values: "
+                "these modules have no reset_parameters, or none that knows all of their tensors, which would stay "
+                "without values: "
                 f"{', '.join(stuck[:5])}{' ...' if len(stuck) > 5 else ''}; pass init=, a function of a module"
             )
     made: dict[int, Tensor] = {}
@@ -58,6 +61,8 @@ def materialize(
     for _, module in owners:
         if not isinstance(module, RPQWeight):
             _initialise(module, init, general)
+    for _, module in owners:
+        refresh(module)
     return model
 
 
@@ -68,13 +73,18 @@ def _initialise(
     with initialising():
         if init is not None:
             init(module)
-        elif isinstance(module, RPQLayer):
+        elif isinstance(module, (RPQLayer, BackedCell)):
             module.reset_rest()
         elif general is not None:
             general(module)
         else:
             reset: Any = module.reset_parameters
             reset()
+
+
+def _resets(module: nn.Module) -> bool:
+    """Whether a module draws all its tensors itself; torch's layers know nothing of what norms and pruning add."""
+    return hasattr(module, "reset_parameters") and not hooked(module)
 
 
 def _owns_meta(module: nn.Module) -> bool:

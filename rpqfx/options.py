@@ -13,6 +13,7 @@ from torch import nn
 from rpqfx.codebook import GradScale
 from rpqfx.errors import PolicyError
 from rpqfx.nn.layer import Split
+from rpqfx.nn.layout import Experts
 from rpqfx.ops import PLANS, Plan
 from rpqfx.site import Site
 
@@ -38,6 +39,8 @@ class Options:
         sharing: One codebook for each sub-vector (``"own"``), one for the layer (``"layer"``), or for each
             sub-vector one that all layers of equal shape (``"shape"``) or of equal role (``"role"``: their names
             differ in numbers only) share.
+        experts: Tensors of experts, ``[E, out, in]``: one set of codebooks for all of them (``"shared"``) or one for
+            each (``"own"``).
         split: Vectors along outputs (``"row"``), inputs (``"column"``), or whichever is smaller (``"auto"``).
         scale: A trainable factor for each vector.
         signs: A random fixed sign for each use of an entry.
@@ -56,6 +59,7 @@ class Options:
     min_bits: int | None = None
     stages: int | None = None
     sharing: Sharing | None = None
+    experts: Experts | None = None
     split: Split | Literal["auto"] | None = None
     scale: bool | None = None
     signs: bool | None = None
@@ -74,6 +78,7 @@ class Options:
                 raise PolicyError(f"{name} is a whole number from {low}{f' to {high}' if high else ''}, got {value!r}")
         allowed = {
             "sharing": ("own", "layer", "shape", "role"),
+            "experts": ("shared", "own"),
             "split": ("row", "column", "auto"),
             "grad_scale": ("sum", "sqrt", "mean"),
             "init": ("fit", "random"),

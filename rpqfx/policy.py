@@ -14,6 +14,7 @@ from rpqfx.codebook import CodebookSpec, GradScale
 from rpqfx.decision import Hold, Skip, as_decision, candidates, smallest, stored_bytes, together
 from rpqfx.errors import PolicyError
 from rpqfx.nn.layer import Split
+from rpqfx.nn.layout import Experts
 from rpqfx.ops import Plan
 from rpqfx.options import Init, Options, Rule, Sharing
 from rpqfx.site import Kind, Site
@@ -49,6 +50,7 @@ class Policy(Options):
     bits: int | None = 8
     stages: int | None = 1
     sharing: Sharing | None = "own"
+    experts: Experts | None = "shared"
     split: Split | Literal["auto"] | None = "auto"
     scale: bool | None = False
     signs: bool | None = False
@@ -59,7 +61,8 @@ class Policy(Options):
     allow_growth: bool | None = False
     rules: tuple[Rule, ...] = ()
     kinds: tuple[Kind, ...] = (
-        "linear", "embedding", "embedding_bag", "conv", "conv_transpose", "bilinear", "attention", "parameter",
+        "linear", "embedding", "embedding_bag", "conv", "conv_transpose", "bilinear", "attention", "recurrent",
+        "experts", "parameter",
     )  # fmt: skip
     ratio: float | None = None
     total_bytes: int | None = None
@@ -133,11 +136,17 @@ class Policy(Options):
         before = other_bytes + sum(site.dense_bytes for site in sites)
         limit = self.total_bytes if self.total_bytes is not None else int(self.ratio * before)  # type: ignore[operator]
         free: dict[str, list[Candidate[Hold | Skip]]] = {}
+        alike: dict[object, list[Candidate[Hold | Skip]]] = {}  # most layers of a model are like another one
         for site in sites:
             options, decision = self.options_for(site), decisions[site.name]
             fixed = self._rule_sets_shape(site) or self._refused(site, options) is not None
-            alone = [Candidate(decision, stored_bytes(site, decision), 0.0)]
-            free[site.name] = alone if fixed else candidates(site, options)
+            if fixed:
+                free[site.name] = [Candidate(decision, stored_bytes(site, decision), 0.0)]
+                continue
+            same = (site.shape, site.dtype, site.lead, site.flipped, site.splits, site.heads, site.taps, options)
+            if same not in alike:
+                alike[same] = candidates(site, options)
+            free[site.name] = alike[same]
         return choose(free, limit, before, other_bytes)
 
     def __call__(self, site: Site) -> Hold | Skip:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -178,7 +179,13 @@ def report(model: nn.Module) -> Report:
         codes += new_integers
         shared = sum(t.nbytes for t in floats) - new_floats
         after = new_floats + new_integers
-        sites.append(dataclasses.replace(record, after=after, shared=shared, plan=weight.plan))
+        shape = weight.layout.shape  # a table may have got more or fewer rows since
+        before = record.before // math.prod(record.shape) * math.prod(shape)
+        sites.append(
+            dataclasses.replace(
+                record, shape=shape, spec=weight.spec, before=before, after=after, shared=shared, plan=weight.plan
+            )
+        )
     other = _unseen([*model.parameters(), *model.buffers()], seen)
     dense = sum(site.before for site in sites if site.spec is not None)
     return Report(tuple(sites), dense + other, codebooks, codes, other, tuple(notes))

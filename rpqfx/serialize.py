@@ -22,8 +22,10 @@ from torch import Tensor, nn
 from rpqfx.codebook import CodebookSpec
 from rpqfx.errors import FormatError, RPQError
 from rpqfx.graph.match import is_rewritten
-from rpqfx.graph.rewrite import install, parameter_at
+from rpqfx.graph.pretrained import adapt_pretrained
+from rpqfx.graph.rewrite import install_all, parameter_at
 from rpqfx.nn.backed import SUFFIX, backed_weights
+from rpqfx.nn.computed import hooked, refresh
 from rpqfx.nn.layout import Layout
 from rpqfx.nn.weight import RPQWeight
 from rpqfx.report import SiteRecord, attach_records, attached_records
@@ -110,6 +112,9 @@ def load(
         raise FormatError("build() must return the dense model, as it was before rpqify; it is already rewritten")
     _install_sites(model, manifest, path)
     _assign(model, manifest, tensors, path)
+    for module in model.modules():
+        refresh(module)
+    adapt_pretrained(model)
     records = [_record(values) for values in manifest["records"]]
     attach_records(model, records, manifest["notes"])
     return model
@@ -152,9 +157,10 @@ def _describe(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _all_tensors(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
     for path, module in model.named_modules(remove_duplicate=False):
         groups = (("parameter", module._parameters), ("buffer", module._buffers), ("attribute", module.__dict__))
+        computed = hooked(module)  # from what is saved, so not saved themselves
         for kind, group in groups:
             for name, tensor in group.items():
-                if isinstance(tensor, Tensor):
+                if isinstance(tensor, Tensor) and name not in computed:
                     yield kind, f"{path}.{name}".lstrip("."), tensor
 
 
@@ -244,6 +250,7 @@ def _read_safetensors(path: Path) -> tuple[str, str, dict[str, Tensor]]:
 
 
 def _install_sites(model: nn.Module, manifest: dict[str, Any], path: Any) -> None:
+    placed = []
     for site in manifest["sites"]:
         spec, layout = CodebookSpec.from_dict(site["spec"]), Layout.from_dict(site["layout"])
         for name in site["names"]:
@@ -256,7 +263,8 @@ def _install_sites(model: nn.Module, manifest: dict[str, Any], path: Any) -> Non
         with torch.device("meta"):
             weight = RPQWeight(spec, layout, std=site["std"], plan=site.get("plan", "auto"))  # older files have none
             weight.read_as = site.get("read_as", "expanded")
-            install(model, site["names"], weight)
+        placed.append((site["names"], weight))
+    install_all(model, placed)
 
 
 def _assign(model: nn.Module, manifest: dict[str, Any], tensors: dict[str, Tensor], path: Any) -> None:

@@ -11,9 +11,20 @@ from torch import nn
 
 from rpqfx.errors import SpecError
 from rpqfx.nn.layer import Split
-from rpqfx.nn.layout import Layout
+from rpqfx.nn.layout import Experts, Layout
 
-Kind = Literal["linear", "embedding", "embedding_bag", "conv", "conv_transpose", "bilinear", "attention", "parameter"]
+Kind = Literal[
+    "linear",
+    "embedding",
+    "embedding_bag",
+    "conv",
+    "conv_transpose",
+    "bilinear",
+    "attention",
+    "recurrent",
+    "experts",
+    "parameter",
+]
 
 
 @dataclass(frozen=True)
@@ -29,6 +40,7 @@ class Site:
         dtype: Of the Parameter.
         lead: Axes that make the rows of its matrix.
         flipped: Whether its outputs are the matrix's columns (``x @ w``) rather than its rows (``x @ w.T``).
+        experts: Whether it is a matrix for each index of its first axis.
         splits: Whether vectors may also lie along inputs.
         zero_vector: A row that is zero and stays zero.
         std: Standard deviation that the model's configuration gives its initial weights, where it says one.
@@ -46,6 +58,7 @@ class Site:
     dtype: torch.dtype
     lead: int = 1
     flipped: bool = False
+    experts: bool = False
     splits: bool = False
     zero_vector: int | None = None
     std: float | None = None
@@ -74,11 +87,12 @@ class Site:
         """Bytes of the dense tensor."""
         return self.numel * self.dtype.itemsize
 
-    def layout(self, split: Split = "row") -> Layout:
+    def layout(self, split: Split = "row", experts: Experts = "shared") -> Layout:
         """How the tensor is seen as vectors.
 
         Args:
             split: ``"row"`` for one vector an output, ``"column"`` for one vector an input.
+            experts: Whether experts share codebooks, where it is a tensor of experts.
 
         Raises:
             SpecError: If this site's vectors can only lie along outputs.
@@ -86,4 +100,6 @@ class Site:
         if split == "column" and not self.splits:
             raise SpecError(f"{self.name}: vectors of a {self.kind} lie along its outputs; use split='row'")
         transposed = self.flipped != (split == "column")
+        if self.experts:
+            return Layout(self.shape, 1, transposed, None, experts)
         return Layout(self.shape, self.lead, transposed, self.zero_vector)

@@ -151,7 +151,23 @@ def naive_tensor(weight: RPQWeight, codebooks: Tensor, scale: Tensor | None) -> 
         keep = torch.ones(len(vectors), 1, dtype=vectors.dtype)
         keep[layout.zero_vector] = 0
         vectors = vectors * keep
-    return (vectors.t() if layout.transposed else vectors).reshape(layout.shape)
+    return seen_as(layout, vectors)
+
+
+def seen_as(layout: Layout, vectors: Tensor) -> Tensor:
+    """Vectors as the tensor that a layout says they are, from the definition of layouts."""
+    if layout.experts is None:
+        return (vectors.t() if layout.transposed else vectors).reshape(layout.shape)
+    experts, rows, cols = layout.shape
+    count, length = (cols, rows) if layout.transposed else (rows, cols)
+    matrices = []
+    for e in range(experts):
+        if layout.experts == "shared":
+            matrix = vectors[e * count : (e + 1) * count]
+        else:
+            matrix = vectors[:, e * length : (e + 1) * length]
+        matrices.append(matrix.t() if layout.transposed else matrix)
+    return torch.stack(matrices)
 
 
 def dense_twin(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, float]]:

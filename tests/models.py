@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from rpqfx import Policy
 from rpqfx.codebook import unpack_signs
 from rpqfx.nn import RPQWeight
+from tests.helpers import seen_as
 
 SMALL = Policy(codebook_dim=4, bits=2, min_size=64)
 SUFFIX = "_rpq"
@@ -340,6 +341,31 @@ class Subclassed(nn.Module):
         return self.fc(self.conv(x).mean((2, 3)))
 
 
+class Recurrent(nn.Module):
+    """Every kind of recurrent layer, one in a subclass, over padded sequences of several lengths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(12, 16, 2, batch_first=True, dropout=0.2, bidirectional=True, proj_size=8)
+        self.gru = Halved(16, 16, bias=False)
+        self.rnn = nn.RNN(16, 16, nonlinearity="relu")
+        self.cells = nn.ModuleList([nn.LSTMCell(16, 16), nn.GRUCell(16, 16), nn.RNNCell(16, 16)])
+
+    def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        y, (h, _) = self.lstm(packed)
+        y, _ = nn.utils.rnn.pad_packed_sequence(y)
+        y, _ = self.rnn(self.gru(y)[0])
+        step, cell = self.cells[0](y[-1])
+        return self.cells[2](self.cells[1](step, cell)), h
+
+
+class Halved(nn.GRU):
+    def forward(self, x: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        y, h = super().forward(x / 2, hx)
+        return y * self.weight_ih_l0.mean(), h
+
+
 class OutsideReader(nn.Module):
     """Reads a child's weight instead of calling it."""
 
@@ -397,6 +423,12 @@ def _randint(high: int, *shape: int) -> Callable[[torch.Generator], tuple[tuple[
     return lambda g: ((torch.randint(high, shape, generator=g),), {})
 
 
+_BIDIRECTIONAL = tuple(
+    f"lstm.weight_{part}_l{layer}{direction}"
+    for layer in range(2)
+    for direction in ("", "_reverse")
+    for part in ("ih", "hh", "hr")
+)
 _BLOCK = ("qkv.weight", "proj.weight", "fc1.weight", "fc2.weight")
 _LAYER = ("self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight", "linear2.weight")
 CASES = [
@@ -517,6 +549,16 @@ CASES = [
         ("conv.weight", "fc.weight"),
         Policy(codebook_dim=9, bits=1, min_size=64),
     ),
+    Case(
+        "recurrent",
+        Recurrent,
+        lambda g: ((torch.randn(3, 5, 12, generator=g), torch.tensor([3, 5, 2])), {}),
+        (
+            *_BIDIRECTIONAL,
+            *(f"{name}.weight_{part}_l0" for name in ("gru", "rnn") for part in ("ih", "hh")),
+            *(f"cells.{i}.weight_{part}" for i in range(3) for part in ("ih", "hh")),
+        ),
+    ),
     Case("read from outside", OutsideReader, _randint(20, 3, 4), ("fc.weight", "table.weight")),
     Case("frozen", frozen_mlp, _randn(5, 12), ("fc1.weight", "fc2.weight")),
 ]
@@ -552,7 +594,7 @@ def definition(weight: RPQWeight, codebooks: Tensor, scale: Tensor | None = None
     if weight.layout.zero_vector is not None:
         keep = torch.arange(count) != weight.layout.zero_vector
         vectors = vectors * keep[:, None].to(vectors.dtype)
-    return (vectors.t() if weight.layout.transposed else vectors).reshape(weight.layout.shape)
+    return seen_as(weight.layout, vectors)
 
 
 def dense_run(

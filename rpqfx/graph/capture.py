@@ -18,10 +18,12 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_flatten
 
 from rpqfx.errors import CaptureError
 from rpqfx.graph.copying import copy_model
+from rpqfx.graph.leaves import is_leaf
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
@@ -32,8 +34,8 @@ class ModuleGraph:
 
     Args:
         graphs: Its fx graphs, children as leaves: in eval and in train mode, with every argument symbolic and with
-            those that have defaults at their defaults, as far as each can be traced. Empty for torch.nn's own layers
-            and for opaque modules.
+            those that have defaults at their defaults, as far as each can be traced. Empty for torch.nn's own layers,
+            for leaves and for opaque modules.
         opaque: Why its forward could not be read, or None.
     """
 
@@ -86,7 +88,7 @@ def capture(
         model: Any module; its state is as before when this returns (lazy modules with example inputs apart).
         example_inputs: Positional inputs of one call.
         example_kwargs: Keyword inputs of that call.
-        leaves: Classes whose forward is not to be read.
+        leaves: Classes whose forward is not to be read, besides what [`leaf`][rpqfx.graph.leaf] was given.
 
     Returns:
         The model with one graph for each module.
@@ -119,7 +121,7 @@ def _lazy(model: nn.Module) -> str | None:
 
 
 def _read(module: nn.Module, leaves: tuple[type[nn.Module], ...]) -> ModuleGraph:
-    if _is_builtin(module) or isinstance(module, leaves):
+    if _is_builtin(module) or is_leaf(module) or isinstance(module, leaves):
         return ModuleGraph()
     if isinstance(module, torch.jit.ScriptModule):
         return ModuleGraph(opaque="it is a ScriptModule")
@@ -138,7 +140,8 @@ def _read(module: nn.Module, leaves: tuple[type[nn.Module], ...]) -> ModuleGraph
 
 
 def _is_builtin(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("torch.nn") or isinstance(module, _CONTAINERS)
+    kind = parametrize.type_before_parametrizations(module)
+    return kind.__module__.startswith("torch.nn") or isinstance(module, _CONTAINERS)
 
 
 def _defaults(module: nn.Module) -> dict[str, Any]:

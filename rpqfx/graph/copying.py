@@ -25,8 +25,9 @@ def copy_model(model: nn.Module, keep: Sequence[nn.Parameter] = ()) -> nn.Module
     memo: dict[int, Any] = {id(parameter): parameter for parameter in keep}
     for module in model.modules():  # tensors that a hook computes (weight norm) have a history, which cannot be copied
         for value in module.__dict__.values():
-            if isinstance(value, torch.Tensor) and value.grad_fn is not None:
-                memo[id(value)] = value.detach().clone()
+            for tensor in value if isinstance(value, list) else (value,):  # recurrent layers list theirs as well
+                if isinstance(tensor, torch.Tensor) and tensor.grad_fn is not None:
+                    memo[id(tensor)] = tensor.detach().clone()
     for parameter in model.parameters():
         if parameter.layout != torch.strided:  # nn.Parameter copies strided tensors only
             memo[id(parameter)] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)

@@ -25,40 +25,41 @@ class Obstacles:
         self._aliases = _storage_aliases(model)
         self._kept = _kept_elsewhere(model)
 
-    def to(self, parameter: nn.Parameter, module: nn.Module, name: str) -> str | None:
+    def to(self, parameter: nn.Parameter, module: nn.Module) -> str | None:
         """Why a Parameter cannot be held in codebooks, or None.
 
         Args:
             parameter: The Parameter.
             module: Its owner.
-            name: Its qualified name.
         """
-        found = _own_obstacle(parameter, module, name)
+        found = _own_obstacle(parameter, module)
         return found or self._aliases.get(id(parameter)) or self._kept.get(id(parameter))
 
 
-def _own_obstacle(parameter: nn.Parameter, module: nn.Module, name: str) -> str | None:
+def _own_obstacle(parameter: nn.Parameter, module: nn.Module) -> str | None:
     checks: tuple[tuple[Callable[[], Any], str], ...] = (
         (lambda: isinstance(module, torch.jit.ScriptModule), "its module is a ScriptModule"),
         (
             lambda: isinstance(module, fx.GraphModule),
             "it belongs to an fx GraphModule itself, which makes its own class",
         ),
-        (lambda: isinstance(module, parametrize.ParametrizationList), "its module is parametrised"),
+        (
+            lambda: isinstance(module, parametrize.ParametrizationList) and _is_householder(module),
+            "an orthogonal map of reflections reads signs from its diagonal",
+        ),
         (lambda: parameter.layout != torch.strided, f"its layout is {parameter.layout}, not strided"),
         (lambda: parameter.is_quantized or not parameter.dtype.is_floating_point, f"its dtype is {parameter.dtype}"),
         (lambda: parameter.dtype.itemsize < 2, f"its dtype is {parameter.dtype}"),
         (lambda: type(parameter) is not nn.Parameter, f"it is a {type(parameter).__name__}, not a plain Parameter"),
         (lambda: parameter._backward_hooks, "it has a gradient hook, which codebooks would not call"),
         (lambda: parameter.numel() == 0, "it is empty"),
-        (lambda: _is_split_norm(module, name), "a hook computes its module's weight from it (weight norm)"),
     )
     return next((reason for check, reason in checks if check()), None)
 
 
-def _is_split_norm(module: nn.Module, name: str) -> bool:
-    attribute = name.rpartition(".")[2]
-    return attribute.endswith(("_g", "_v", "_orig")) and attribute.rpartition("_")[0] in module.__dict__
+def _is_householder(parametrised: nn.Module) -> bool:
+    maps = (getattr(child, "orthogonal_map", None) for child in parametrised.children())
+    return any(getattr(found, "name", None) == "householder" for found in maps)
 
 
 def _storage_aliases(model: nn.Module) -> dict[int, str]:
@@ -68,20 +69,24 @@ def _storage_aliases(model: nn.Module) -> dict[int, str]:
         if parameter.layout == torch.strided and not parameter.is_meta and type(parameter) is nn.Parameter:
             by_storage[parameter.untyped_storage().data_ptr()][id(parameter)] = name
     by_storage.pop(0, None)
+    # On a GPU recurrent layers keep their weights in one buffer of their own, each in its part of it.
+    packed = [{id(p) for p in m.parameters(recurse=False)} for m in model.modules() if isinstance(m, nn.RNNBase)]
     found = {}
     for group in by_storage.values():
-        for key in group if len(group) > 1 else ():
+        if len(group) < 2 or any(group.keys() <= own for own in packed):
+            continue
+        for key in group:
             others = ", ".join(other for k, other in group.items() if k != key)
             found[key] = f"shares its storage with {others} through a view"
     return found
 
 
 def _kept_elsewhere(model: nn.Module) -> dict[int, str]:
-    """Parameters that a module also keeps in a plain attribute, as recurrent layers do in a flat list."""
+    """Parameters that a module also keeps in a plain attribute, where codebooks cannot take their place."""
     found = {}
     for path, module in model.named_modules():
         for key, value in module.__dict__.items():
-            if key in ("_parameters", "_modules", "_buffers"):
+            if key in ("_parameters", "_modules", "_buffers") or _is_flat_list(module, key):
                 continue
             inside = value.values() if isinstance(value, dict) else value
             items = inside if isinstance(inside, (list, tuple)) or isinstance(value, dict) else (value,)
@@ -89,6 +94,11 @@ def _kept_elsewhere(model: nn.Module) -> dict[int, str]:
                 if isinstance(item, nn.Parameter):
                     found[id(item)] = f"is also kept in the plain attribute {key!r} of {path or 'the model'}"
     return found
+
+
+def _is_flat_list(module: nn.Module, key: str) -> bool:
+    """Whether this is the second list of a recurrent layer's weights, which it makes anew where they have changed."""
+    return key == "_flat_weights" and isinstance(module, nn.RNNBase)
 
 
 def quantised_sites(model: nn.Module) -> Iterable[Site]:

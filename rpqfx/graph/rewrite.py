@@ -8,7 +8,7 @@ flags, attributes and methods, so nothing that refers to it has to be found and 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -19,8 +19,10 @@ from rpqfx.errors import RewriteError
 from rpqfx.fit import fit_codebooks
 from rpqfx.graph.capture import Captured
 from rpqfx.graph.match import find_sites
+from rpqfx.graph.pretrained import adapt_pretrained
 from rpqfx.nn import RPQLinear, RPQMultiheadAttention
 from rpqfx.nn.backed import back, backed_as
+from rpqfx.nn.computed import computed_from
 from rpqfx.nn.layer import random_weight
 from rpqfx.nn.layout import Layout
 from rpqfx.nn.weight import ReadAs, RPQWeight
@@ -78,7 +80,8 @@ def rewrite(
     _check_owners(captured.model, [by_name[name] for name in made])
     for name, weight in made.items():
         weight.read_as = _reader(captured.model, by_name[name])
-        install(captured.model, by_name[name].names, weight)
+    install_all(captured.model, [(by_name[name].names, weight) for name, weight in made.items()])
+    adapt_pretrained(captured.model)
     records = [
         SiteRecord.of(site, settled.get(site.name, Skip("no decision")), errors.get(site.name)) for site in sites
     ]
@@ -95,12 +98,14 @@ class Snapshot:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._modules = [(m, type(m), dict(m._parameters), dict(m._modules)) for m in model.modules()]
+        self._modules = [(m, type(m), dict(m.__dict__), dict(m._parameters), dict(m._modules)) for m in model.modules()]
 
     def restore(self) -> None:
         """Makes the model what it was; its tensors were never touched."""
-        for module, kind, parameters, children in self._modules:
+        for module, kind, attributes, parameters, children in self._modules:
             module.__class__ = kind
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
             module._parameters, module._modules = parameters, children
         detach_records(self._model)
 
@@ -113,13 +118,29 @@ def install(model: nn.Module, names: Sequence[str], weight: RPQWeight) -> None:
         names: Qualified names of the Parameter.
         weight: Its codebooks; the same object everywhere, so that what was tied stays tied.
     """
-    done: set[int] = set()
-    for name in names:
-        path, _, attribute = name.rpartition(".")
-        owner = model.get_submodule(path)
-        if id(owner) not in done:
-            done.add(id(owner))
-            back(owner, {attribute: weight})
+    install_all(model, [(names, weight)])
+
+
+def install_all(model: nn.Module, placed: Iterable[tuple[Sequence[str], RPQWeight]]) -> None:
+    """``install`` for many tensors, each module taking on all of its own at once (its class is made once).
+
+    Args:
+        model: The model.
+        placed: Names and codebooks of each tensor.
+    """
+    paths: dict[int, str] = {}
+    owned: dict[int, dict[str, RPQWeight]] = defaultdict(dict)
+    for names, weight in placed:
+        for name in names:
+            path, _, attribute = name.rpartition(".")
+            owner = id(model.get_submodule(path))
+            paths.setdefault(owner, path)
+            owned[owner][attribute] = weight
+    for owner, weights in owned.items():
+        path = paths[owner]
+        back(model.get_submodule(path), weights)
+        for attribute in weights:
+            _forget_flat_weights(model.get_submodule(computed_from(model, path, attribute)[0]))
         parent = model.get_submodule(path.rpartition(".")[0]) if path else model
         if type(parent) is nn.MultiheadAttention and isinstance(parent.out_proj, RPQLinear):
             parent.__class__ = RPQMultiheadAttention  # its forward calls out_proj rather than reading its weight
@@ -136,6 +157,12 @@ def _reader(model: nn.Module, site: Site) -> ReadAs:
         if any(isinstance(model.get_submodule(parent), nn.TransformerEncoderLayer) for parent in parents):
             return "tensor"
     return "virtual" if site.read_outside else "expanded"
+
+
+def _forget_flat_weights(module: nn.Module) -> None:
+    """Empties the list in which a parametrised recurrent layer would keep the dense tensor until its next call."""
+    if isinstance(module, nn.RNNBase) and "_flat_weights" in module.__dict__:
+        module._flat_weights = [None] * len(module._flat_weights_names)
 
 
 def _check_owners(model: nn.Module, sites: Sequence[Site]) -> None:
@@ -188,7 +215,7 @@ def _make(model: nn.Module, members: list[tuple[Site, Hold]], seed: int) -> list
 
 
 def _layout(site: Site, hold: Hold) -> Layout:
-    layout = site.layout(hold.split)
+    layout = site.layout(hold.split, hold.experts)
     if (layout.num_vectors, layout.dim) != (hold.spec.num_vectors, hold.spec.dim):
         raise RewriteError(
             f"{site.name}: the decision has {hold.spec.num_vectors} vectors of length {hold.spec.dim}, the site "

@@ -10,13 +10,14 @@ import torch
 from torch import fx, nn
 
 from rpqfx.errors import CaptureError
+from rpqfx.graph.leaves import is_leaf
 from rpqfx.nn.layer import RPQLayer
 from rpqfx.nn.virtual import VirtualWeight, tracing
 from rpqfx.nn.weight import RPQWeight
 
 
 class _WholeTracer(fx.Tracer):
-    """Leaves: torch.nn's own layers, the RPQ ones, and the codebooks of any other module."""
+    """Leaves: torch.nn's own layers, the RPQ ones, the codebooks of any other module, and what ``leaf`` was given."""
 
     failed = ""  # innermost module whose forward raised
 
@@ -29,7 +30,7 @@ class _WholeTracer(fx.Tracer):
             raise
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, (RPQLayer, RPQWeight)) or super().is_leaf_module(m, module_qualified_name)
+        return is_leaf(m) or isinstance(m, (RPQLayer, RPQWeight)) or super().is_leaf_module(m, module_qualified_name)
 
     def create_arg(self, a: Any) -> Any:
         """A codebook-held Parameter of a traced module becomes a call of its codebooks."""

@@ -1,5 +1,7 @@
 """Layers whose weights are held in codebooks."""
 
+from rpqfx.nn import containers as _containers  # noqa: F401 (registers what containers need to be backed)
+from rpqfx.nn import recurrent as _recurrent  # noqa: F401 (registers what recurrent layers need to be backed)
 from rpqfx.nn.attention import RPQMultiheadAttention
 from rpqfx.nn.bilinear import RPQBilinear
 from rpqfx.nn.conv import (

@@ -9,13 +9,16 @@ itself, hooks, flags, attributes, methods. For the torch.nn layers that class is
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from rpqfx.errors import RewriteError
 from rpqfx.nn import served as _served  # noqa: F401 (fills the table of calls that virtual weights serve)
+from rpqfx.nn.computed import refresh
 from rpqfx.nn.expanded import ExpandedWeight
 from rpqfx.nn.virtual import VirtualWeight
 from rpqfx.nn.weight import RPQWeight
@@ -29,11 +32,18 @@ class Backed(nn.Module):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Refuses to lay a dense Parameter over one that is held in codebooks."""
         if name + SUFFIX in self.__dict__.get("_modules", {}):
-            raise RewriteError(
-                f"{type(self).__name__}.{name} is held in codebooks and cannot be assigned; "
-                f"train or load {name}{SUFFIX}, or build the layer anew with from_dense"
-            )
+            raise _fixed(self, name)
         super().register_parameter(name, param)
+
+    def _adopt(self) -> None:
+        """Called when Parameters have moved into codebooks, to drop what else kept them."""
+
+
+def _fixed(module: nn.Module, name: str) -> RewriteError:
+    return RewriteError(
+        f"{type(module).__name__}.{name} is held in codebooks and cannot be assigned; "
+        f"train or load {name}{SUFFIX}, or build the layer anew with from_dense"
+    )
 
 
 def weight_of(module: nn.Module, name: str) -> RPQWeight | None:
@@ -70,16 +80,36 @@ def expanded(name: str) -> property:
             return ExpandedWeight.of(weight)
         return VirtualWeight(weight) if weight.read_as == "virtual" else weight()
 
-    return property(read, doc=f"``{name}``, expanded from its codebooks at each read.")
+    return property(read, _tie(name), doc=f"``{name}``, expanded from its codebooks at each read.")
 
 
-def _virtual(name: str) -> property:
-    def read(self: nn.Module) -> VirtualWeight:
+def _virtual(name: str, plain_when_compiled: bool) -> property:
+    def read(self: nn.Module) -> Any:
         weight = weight_of(self, name)
         assert weight is not None
+        if plain_when_compiled and torch.compiler.is_compiling():
+            return weight()
         return VirtualWeight(weight)
 
-    return property(read, doc=f"``{name}``, held in codebooks.")
+    return property(read, _tie(name), doc=f"``{name}``, held in codebooks.")
+
+
+def _tie(name: str) -> Callable[[nn.Module, Any], None]:
+    """What assigning to such a property does: another module's codebook-held tensor is tied, anything else refused."""
+
+    def write(self: nn.Module, value: Any) -> None:
+        read = value._virtual if type(value) is ExpandedWeight else value
+        if not isinstance(read, VirtualWeight) or not read.is_whole:
+            raise _fixed(self, name)
+        self._modules[name + SUFFIX] = read.held
+
+    return write
+
+
+def _is_computed_from(base: type[nn.Module], name: str) -> bool:
+    """Whether a Parameter is one that torch computes a weight from: compilers know its functions for plain tensors."""
+    layer = any(known.__module__.startswith("torch.nn.modules.") for known in base.__mro__ if known is not nn.Module)
+    return issubclass(base, parametrize.ParametrizationList) or (layer and name.endswith(("_v", "_orig")))
 
 
 _LAYERS: dict[type[nn.Module], type[Backed]] = {}
@@ -109,6 +139,8 @@ def back(module: nn.Module, weights: Mapping[str, RPQWeight]) -> None:
     for name, weight in weights.items():
         del module._parameters[name]
         module._modules[name + SUFFIX] = weight
+    assert isinstance(module, Backed)
+    module._adopt()
 
 
 def backed_as(module: nn.Module, names: Iterable[str]) -> type[nn.Module]:
@@ -127,21 +159,42 @@ def backed_as(module: nn.Module, names: Iterable[str]) -> type[nn.Module]:
         if name + SUFFIX in module.__dict__ or hasattr(type(module), name + SUFFIX):
             raise RewriteError(f"{type(module).__name__} already has an attribute {name + SUFFIX!r}")
     before = type(module)
-    held = {*backed_weights(module), *names}
     if isinstance(module, tuple(_LAYERS.values())):
         return before
-    base = getattr(before, "_rpq_base", before)
-    layer = layer_for(base)
     try:
-        if layer is not None and all(isinstance(getattr(layer, name, None), property) for name in held):
-            target = layer
-        else:  # a foreign class, or a Parameter that someone added to a torch.nn layer
-            target = _backed_class(base, tuple(sorted(held)))
+        target = _extended(before, {*backed_weights(module), *names}, parametrize.is_parametrized(module))
         module.__class__ = target  # some classes only refuse when it comes to it
         module.__class__ = before
     except Exception as error:  # extending a foreign class runs its own code
         raise RewriteError(f"{before.__name__} cannot take on codebook-held Parameters: {error}") from error
     return target
+
+
+def _extended(before: type[nn.Module], held: set[str], parametrised: bool) -> type[nn.Module]:
+    """The class of a module whose class is ``before`` once it holds these Parameters in codebooks."""
+    if parametrised and before.__module__ == parametrize.__name__:
+        # Parametrising made a class for this one module, and undoing it looks at that class and its first base.
+        body = {name: value for name, value in vars(before).items() if name not in ("__dict__", "__weakref__")}
+        return type(before.__name__, (_extended(before.__bases__[0], held, False),), body)
+    base = getattr(before, "_rpq_base", before)
+    layer = layer_for(base)
+    if layer is not None and all(isinstance(getattr(layer, name, None), property) for name in held):
+        return layer
+    return _backed_class(base, tuple(sorted(held)))  # a foreign class, or a Parameter added to a torch.nn layer
+
+
+# What a class of torch.nn needs besides properties to work with held Parameters, by that class.
+_ADAPTERS: dict[type[nn.Module], type[Backed]] = {}
+
+
+def register_adapter(dense: type[nn.Module], adapter: type[Backed]) -> None:
+    """Lays ``adapter`` over ``dense`` and its subclasses when they are backed.
+
+    Args:
+        dense: A class of torch.nn that cannot do with properties alone.
+        adapter: What comes before it in the order of bases.
+    """
+    _ADAPTERS[dense] = adapter
 
 
 _FOREIGN: dict[tuple[type[nn.Module], tuple[str, ...]], type[Backed]] = {}
@@ -157,14 +210,31 @@ class _Foreign(Backed):
         reduced = super().__reduce_ex__(protocol)
         return (_new, (self._rpq_base, self._rpq_names), *reduced[2:])
 
+    def _adopt(self) -> None:
+        super()._adopt()
+        if not any(weight.codebooks.is_meta for weight in backed_weights(self).values()):
+            refresh(self)
+
+    def __delattr__(self, name: str) -> None:
+        """Refuses to drop what a hook computes from codebooks: torch then looks for the dense Parameter in vain."""
+        held = [name + ending for ending in ("_v", "_orig") if name + ending + SUFFIX in self._modules]
+        if held:
+            raise RewriteError(
+                f"{type(self).__name__}.{name} is computed from {held[0]}, which is held in codebooks and cannot take "
+                "its place as a dense Parameter; remove the weight norm, spectral norm or pruning before rewriting"
+            )
+        super().__delattr__(name)
+
 
 def _backed_class(base: type[nn.Module], names: tuple[str, ...]) -> type[Backed]:
     """One class for each base and names, so that equal modules are of one class."""
     if (base, names) in _FOREIGN:
         return _FOREIGN[base, names]
-    body: dict[str, Any] = {name: _virtual(name) for name in names}
+    body: dict[str, Any] = {name: _virtual(name, _is_computed_from(base, name)) for name in names}
     body |= {"_rpq_base": base, "_rpq_names": names, "__module__": base.__module__, "__doc__": base.__doc__}
-    _FOREIGN[base, names] = type(base.__name__, (_Foreign, base), body)
+    adapter = next((_ADAPTERS[known] for known in base.__mro__ if known in _ADAPTERS), None)
+    bases = (_Foreign, base) if adapter is None else (_Foreign, adapter, base)
+    _FOREIGN[base, names] = type(base.__name__, bases, body)
     return _FOREIGN[base, names]
 
 

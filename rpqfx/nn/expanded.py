@@ -31,6 +31,7 @@ class ExpandedWeight(Tensor, metaclass=_Related):
     """
 
     _virtual: VirtualWeight
+    _is_hf_initialized = True  # as of a VirtualWeight
 
     @staticmethod
     def of(weight: RPQWeight) -> Tensor:

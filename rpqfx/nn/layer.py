@@ -234,6 +234,8 @@ def initial_std(module: nn.Module, name: str) -> float:
         return math.sqrt(2 / (shape[0] + shape[1]))
     if isinstance(module, nn.Bilinear):  # uniform within 1 / sqrt(in1_features)
         return 1 / math.sqrt(3 * shape[1])
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):  # uniform within 1 / sqrt(hidden_size)
+        return 1 / math.sqrt(3 * module.hidden_size)
     return 1 / math.sqrt(3 * max(1, math.prod(shape[1:])))  # uniform within 1 / sqrt(fan_in)
 
 

@@ -49,11 +49,12 @@ def _matmul(input: Any, other: Any) -> Any:
     if _is_matrix(input) and isinstance(other, Tensor):
         if other.dim() == 1:
             return _apply(other, input, transpose=True)
-        return _apply(other.transpose(-1, -2), input, transpose=True).transpose(-1, -2)
+        return _apply(other.transpose(-1, -2), input, transpose=True).transpose(-1, -2).contiguous()
     if _are_experts(other) and isinstance(input, Tensor) and input.dim() > 1:
         return _of_experts(input, other)
     if _are_experts(input) and isinstance(other, Tensor) and other.dim() > 1:
-        return _of_experts(other.transpose(-1, -2), input.mT).transpose(-1, -2)
+        y = _of_experts(other.transpose(-1, -2), input.mT)
+        return y if y is NotImplemented else y.transpose(-1, -2).contiguous()
     return NotImplemented
 
 

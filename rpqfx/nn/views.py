@@ -78,7 +78,7 @@ class Views:
     @property
     def T(self) -> Any:
         """The transpose."""
-        return self.permute(*range(self.ndim - 1, -1, -1))
+        return self.permute(list(range(self.ndim))[::-1])
 
     @property
     def mT(self) -> Any:
@@ -167,6 +167,8 @@ class Views:
 
     def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """A method of the tensor."""
+        if self.tracing:
+            return getattr(self.expand_dense(), name)(*args, **kwargs)  # type: ignore[attr-defined]
         return type(self).answer(getattr(Tensor, name), (self, *args), kwargs)  # type: ignore[attr-defined]
 
     def _view(self, name: str, *args: Any, **kwargs: Any) -> Any:

@@ -20,6 +20,7 @@ from torch import Tensor
 from rpqfx.errors import RewriteError
 from rpqfx.nn.part import Part
 from rpqfx.nn.remade import Remade, not_kept
+from rpqfx.nn.resize import resize_rows
 from rpqfx.nn.views import LATE, Views
 
 # What ``rpqfx.nn.served`` puts here: by torch function, one that takes its arguments and returns its result, or
@@ -64,6 +65,8 @@ class VirtualWeight(Views):
         order: The axes of the part, in the order they have here.
         views: Further views, as (function, arguments, keywords), of which codebooks know nothing.
     """
+
+    _is_hf_initialized = True  # by which transformers' initialisers leave it alone: its codebooks have been drawn
 
     @classmethod
     def __torch_function__(
@@ -172,6 +175,13 @@ class VirtualWeight(Views):
         """Itself; what is changed in place through it is refused rather than lost."""
         return self
 
+    @data.setter
+    def data(self, value: Any) -> None:
+        """More or fewer rows, as tables of tokens get; other values are refused."""
+        if not self.is_whole:
+            self.refuse("data")
+        resize_rows(self.held, value.expand_dense() if isinstance(value, VirtualWeight) else value)
+
     def contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> Any:
         """Itself, or where its axes have another order, the tensor."""
         if memory_format is torch.contiguous_format and not self.flipped:
@@ -238,7 +248,8 @@ def as_dense(value: Any, made: list[Remade]) -> Any:
     """A value with the plain tensor in place of a virtual weight; ``made`` takes how it is made again."""
     if isinstance(value, VirtualWeight):
         dense = value.expand_dense()
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not dense.is_inference():
+        graph = value.tracing or torch.compiler.is_compiling()
+        if torch.is_grad_enabled() and not graph and not dense.is_inference():
             made.append(value.remade(dense))
         return dense
     if isinstance(value, (list, tuple)) and any([isinstance(item, VirtualWeight) for item in value]):

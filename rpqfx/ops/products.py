@@ -132,7 +132,7 @@ def conv(
         output_padding or (0,) * len(stride), groups,
     )  # fmt: skip
     inside = bias if transposed or per_channel is None else None
-    y = product(form, x, books, weight.codes, weight.signs, inside)
+    y = _laid_out_as(x, product(form, x, books, weight.codes, weight.signs, inside))
     if transposed or per_channel is None:
         return y
     return _scaled(y, per_channel, None if bias is None else bias.view(per_channel.shape))
@@ -142,6 +142,14 @@ def scale_grad(x: Tensor, factor: Tensor | float) -> Tensor:
     """``x``, to the last bit, with its gradient multiplied by ``factor`` (broadcast over ``x``)."""
     fixed = x.detach()
     return fixed + (x - fixed) * factor
+
+
+def _laid_out_as(x: Tensor, y: Tensor) -> Tensor:
+    """``y`` with its channels last in memory where those of ``x`` are, as torch's convolutions do: dropout follows it."""
+    kinds = {4: torch.channels_last, 5: torch.channels_last_3d}
+    if x.dim() not in kinds or x.is_contiguous() or not x.is_contiguous(memory_format=kinds[x.dim()]):
+        return y
+    return y.contiguous(memory_format=kinds[x.dim()])
 
 
 def _slow(codebooks: Tensor, grad_factor: float) -> Tensor:

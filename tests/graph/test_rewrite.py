@@ -630,7 +630,8 @@ def test_plain_specs_are_decisions():
 
 def test_a_decision_for_what_must_stay_is_refused_and_changes_nothing():
     """Obstacles hold whoever decides."""
-    model = nn.Sequential(nn.Linear(12, 48), nn.LSTM(48, 16))
+    model = nn.Sequential(nn.Linear(12, 48), nn.Linear(48, 16))
+    model.favourite = [model[1].weight]
     captured, sites, decisions = steps(model)
     blocked = next(site for site in sites if site.blocked)
     row = blocked.layout("row")

@@ -27,6 +27,7 @@ from rpqfx.nn import (
     RPQMultiheadAttention,
     RPQWeight,
 )
+from rpqfx.nn.backed import backed_weights
 from rpqfx.ops import PLANS
 from tests.helpers import SUFFIX, assert_equals_dense, dense_twin, randomise
 from tests.kinds import KINDS, NAMES, Kind
@@ -109,6 +110,19 @@ def test_reading_a_weight_gives_the_expanded_tensor(kind: Kind) -> None:
         torch.testing.assert_close(read(layer, name), weights[name])
         assert read(layer, name).shape == read(dense, name).shape
         assert read(layer, name).requires_grad
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("kind", [KINDS[name] for name in NAMES if "attention" not in name])
+def test_what_follows_a_layer_may_change_its_result_in_place(kind: Kind, plan: str) -> None:
+    """As activations with inplace=True do; gradients stay those of the other activation."""
+    layer = randomise(kind.make(plan=plan), 0)
+    grads = []
+    for inplace in (False, True):
+        layer.zero_grad()
+        nn.functional.relu(kind.run(layer), inplace=inplace).sum().backward()
+        grads.append(next(iter(backed_weights(layer).values())).codebooks.grad)
+    assert torch.equal(grads[0], grads[1])
 
 
 def test_assigning_a_weight_is_refused(kind: Kind) -> None:
