@@ -13,8 +13,6 @@ from torch import Tensor, nn
 import rpqfx
 from tests.zoo_bench import checks, coverage, models, page, runs
 
-ALL = ("eval", "train", "names", "deepcopy", "pickle", "save_load", "compile", "steps")
-
 
 class Net(nn.Module):
     def __init__(self) -> None:
@@ -35,7 +33,9 @@ class Noisy(Net):
 
 
 def states(
-    change: Callable[[nn.Module], Any] = lambda small: None, build: Callable[[], nn.Module] = Net, skip: tuple[str, ...] = ("compile",)
+    change: Callable[[nn.Module], Any] = lambda small: None,
+    build: Callable[[], nn.Module] = Net,
+    skip: tuple[str, ...] = ("compile",),
 ) -> dict[str, str]:
     """The state of each check of a rewritten model that was changed."""
     entry = models.Model("torch/net", "net", build, models.floats((8, 64)))
@@ -183,7 +183,17 @@ def test_the_page_has_a_row_for_each_model_and_names_what_is_missed():
     result = checks.check_model(entry, rewrite=lambda dense: rpqfx.rpqify(dense, policy), skip=("compile",))
     text = page.page([result])
     row = next(line for line in text.splitlines() if line.startswith("| torch/net | net |"))
-    assert [cell.strip() for cell in row.split("|")][4:13] == ["50.0%", "32", "32", "yes", "yes", "yes", "yes", "?", "32"]
+    assert [cell.strip() for cell in row.split("|")][4:13] == [
+        "50.0%",
+        "32",
+        "32",
+        "yes",
+        "yes",
+        "yes",
+        "yes",
+        "?",
+        "32",
+    ]
     assert "| torch/net | second.weight | 64 x 80 | 20,480 | kept for the test |" in text
 
 

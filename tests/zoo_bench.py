@@ -7,10 +7,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "bench"))
 
-import zoo_checks as checks  # noqa: E402
-import zoo_coverage as coverage  # noqa: E402
-import zoo_models as models  # noqa: E402
-import zoo_page as page  # noqa: E402
-import zoo_runs as runs  # noqa: E402
+import zoo_checks as checks
+import zoo_coverage as coverage
+import zoo_models as models
+import zoo_page as page
+import zoo_runs as runs
 
 __all__ = ["checks", "coverage", "models", "page", "runs"]

@@ -13,7 +13,7 @@ _CLASSIFIERS: tuple[tuple[str, str, int, dict[str, Any]], ...] = (
     ("densenet121", "densenet", 64, {}),
     ("efficientnet_b0", "efficientnet", 64, {}),
     ("googlenet", "googlenet", 64, {"init_weights": False}),
-    ("inception_v3", "inception v3", 96, {"init_weights": False, "aux_logits": False}),
+    ("inception_v3", "inception v3", 139, {"init_weights": False, "aux_logits": False}),
     ("mnasnet0_5", "mnasnet", 64, {}),
     ("mobilenet_v2", "mobilenetv2", 64, {}),
     ("mobilenet_v3_small", "mobilenetv3", 64, {}),
@@ -97,8 +97,10 @@ def _shrunk() -> list[Model]:
             MSBlockConfig(2, 96, 96, [3, 3, 3], [], [1, 4, 4], []),
             MSBlockConfig(4, 96, 192, [3, 3, 3], [3, 3, 3], [1, 2, 2], [1, 2, 2]),
         ]  # fmt: skip
-        return MViT((32, 32), 4, blocks, residual_pool=True, residual_with_cls_embed=False, rel_pos_embed=True,
-                    proj_after_attn=True, num_classes=16, patch_embed_kernel=(3, 7, 7), patch_embed_stride=(2, 4, 4))  # fmt: skip
+        return MViT(
+            (32, 32), 4, blocks, residual_pool=True, residual_with_cls_embed=False, rel_pos_embed=True,
+            proj_after_attn=True, num_classes=16, patch_embed_kernel=(3, 7, 7), patch_embed_stride=(2, 4, 4),
+        )  # fmt: skip
 
     def vgg() -> nn.Module:
         from torchvision.models import VGG

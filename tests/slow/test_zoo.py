@@ -7,10 +7,13 @@ import pytest
 from tests.zoo_bench import checks, coverage, models
 
 pytestmark = pytest.mark.slow
+LEFT = {"torch/orthogonal": "reads signs from its diagonal"}  # models that have a weight which cannot be held, and why
 
 
 @pytest.mark.parametrize("entry", models.catalogue(["torch"]), ids=lambda entry: entry.id)
 def test_it_passes_every_check(entry: models.Model) -> None:
     result = checks.check_model(entry)
     assert {name: check["detail"] for name, check in result["checks"].items() if check["state"] == "failed"} == {}
-    assert coverage.share([result["checks"]["coverage"]["sums"]]) > 0.995, result["checks"]["coverage"]["missed"]
+    missed = result["checks"]["coverage"]["missed"]
+    assert coverage.share([result["checks"]["coverage"]["sums"]]) > 0.995 or entry.id in LEFT, missed
+    assert [line["reason"] for line in missed if LEFT.get(entry.id, "nothing") not in line["reason"]] == []
