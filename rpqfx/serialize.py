@@ -143,7 +143,7 @@ def _describe(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for path, module in model.named_modules(remove_duplicate=False):
         for name, weight in backed_weights(module).items():
             how = {"spec": weight.spec.to_dict(), "layout": weight.layout.to_dict(), "std": weight.std}
-            how["read_as"] = weight.read_as
+            how |= {"read_as": weight.read_as, "shares_codebooks": weight.shares_codebooks}
             site = sites.setdefault(id(weight), {"names": [], **how, "plan": weight.plan})
             site["names"].append(f"{path}.{name}".lstrip("."))
     records, notes = attached_records(model) or ((), ())
@@ -263,6 +263,7 @@ def _install_sites(model: nn.Module, manifest: dict[str, Any], path: Any) -> Non
         with torch.device("meta"):
             weight = RPQWeight(spec, layout, std=site["std"], plan=site.get("plan", "auto"))  # older files have none
             weight.read_as = site.get("read_as", "expanded")
+            weight.shares_codebooks = site.get("shares_codebooks", False)
         placed.append((site["names"], weight))
     install_all(model, placed)
 

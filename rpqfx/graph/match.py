@@ -104,10 +104,9 @@ def _role(
     if graph is None or not graph.graphs:
         return generic, vector
     ops = sorted({read.words.partition(": ")[2] for read in reads})
-    if any(op.strip("_") not in ADDITIVE for op in ops):
+    if not ops or any(op.strip("_") not in ADDITIVE for op in ops):  # without any, some other module may read it
         return generic, vector
-    how = f"used by {', '.join(ops)}" if ops else "not used in its module's own forward"
-    return generic, f"{how}, not as a weight of a product, a convolution or a lookup"
+    return generic, f"used by {', '.join(ops)}, not as a weight of a product, a convolution or a lookup"
 
 
 def _layer_kind(parameter: nn.Parameter, stands: list[tuple[nn.Module, str]]) -> Kind | None:

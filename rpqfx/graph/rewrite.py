@@ -233,8 +233,8 @@ def _share(model: nn.Module, members: list[tuple[Site, Hold]], weights: list[RPQ
     if len(dtypes) > 1:
         names = ", ".join(site.name for site, _ in members)
         raise RewriteError(f"{names} cannot share codebooks: their dtypes or devices differ")
-    for weight in weights[1:]:
-        weight.codebooks = first.codebooks
+    for weight in weights:
+        weight.codebooks, weight.shares_codebooks = first.codebooks, True
     if members[0][1].init != "fit" or first.codebooks.is_meta:
         return
     whole = CodebookSpec(

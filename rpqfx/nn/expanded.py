@@ -62,7 +62,7 @@ class ExpandedWeight(Tensor, metaclass=_Related):
             if func == Tensor.data.__get__:  # type: ignore[attr-defined]
                 return first
             if changes(getattr(func, "__name__", "")):
-                first._virtual.refuse(func.__name__)
+                first._virtual.change(func.__name__, *args[1:])
                 return first
         serve = SERVED.get(func)
         if serve is not None:

@@ -133,6 +133,7 @@ class Part:
             raise InputError(f"rows are looked up by integers, got {ids.dtype}")
         if self.layout.transposed:
             return self.dense().reshape(self.layout.rows, self.layout.cols)[ids.long()]
+        sparse = sparse and not torch.compiler.is_compiling()  # compilers cannot trace how such a gradient is made
         rows = ops.lookup(ids.long(), self.tensors, self.grad_factor, sparse)
         if self.layout.zero_vector is None:
             return rows

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rpqfx.nn.layout import Layout
 from rpqfx.nn.part import Part
 from rpqfx.nn.weight import RPQWeight
 
@@ -147,11 +148,23 @@ class Views:
         if sizes == tuple(self.shape):
             return self
         if not (self.tracing or self.views or self.flipped or layout.experts) and sizes == (layout.rows, layout.cols):
-            matrix = type(layout)(sizes, 1, layout.transposed, layout.zero_vector)
+            matrix = Layout(sizes, 1, layout.transposed, layout.zero_vector)
             return type(self)(self.held, self.part.seen_as(matrix))
+        if self.is_matrix and not (self.tracing or self.flipped) and (experts := self._experts(sizes)) is not None:
+            return type(self)(self.held, self.part.seen_as(experts))
         return self._view("reshape", *shape)
 
     view = reshape
+
+    def _experts(self, sizes: tuple[int, ...]) -> Layout | None:
+        """A matrix whose rows are those of several experts, as a matrix for each."""
+        layout = self.part.layout
+        if len(sizes) != 3 or sizes[2] != layout.cols or layout.zero_vector is not None:
+            return None
+        experts = Layout(sizes, 1, layout.transposed, None, "own" if layout.transposed else "shared")
+        _, books, _, d = self.part.tensors.codebooks.shape
+        apart = experts.unit % d == 0 and (books == 1 or books % sizes[0] == 0)
+        return experts if not layout.transposed or apart else None
 
     def flatten(self, start_dim: int = 0, end_dim: int = -1) -> Any:
         """As ``Tensor.flatten``."""

@@ -53,7 +53,8 @@ def tracing() -> Iterator[None]:
 
 def changes(name: str) -> bool:
     """Whether a torch function or method of this name works in place, by torch's own convention."""
-    return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
+    inplace = name.startswith("__i") and name not in ("__iter__", "__invert__", "__int__", "__index__")
+    return inplace or (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
 
 
 class VirtualWeight(Views):
@@ -75,7 +76,7 @@ class VirtualWeight(Views):
         kwargs = kwargs or {}
         first = args[0] if args else next(iter(kwargs.values()), None)  # nn.init passes it by name
         if isinstance(first, VirtualWeight) and changes(getattr(func, "__name__", "")):
-            return first.refuse(func.__name__)
+            return first.change(func.__name__, *args[1:])
         return cls.answer(func, args, kwargs)
 
     @classmethod
@@ -206,7 +207,7 @@ class VirtualWeight(Views):
         if name.startswith("_"):  # asked for by copying, pickling and compilers, before there is anything to expand
             raise AttributeError(name)
         if changes(name):
-            return lambda *args, **kwargs: self.refuse(name)
+            return lambda *args, **kwargs: self.change(name, *args)
         if name in LATE:
             return lambda *args, **kwargs: self._view(name, *args, **kwargs)
         if callable(getattr(Tensor, name, None)):
@@ -215,6 +216,14 @@ class VirtualWeight(Views):
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.refuse("__setitem__")
+
+    def change(self, name: str, *args: Any) -> VirtualWeight:
+        """A change in place: all of the tensor may be multiplied by a number; anything else is refused."""
+        number = len(args) == 1 and isinstance(args[0], (int, float)) and self.is_whole
+        if not number or name not in ("mul_", "div_", "__imul__", "__itruediv__"):
+            return self.refuse(name)
+        self.held.multiply_(args[0] if "mul" in name else 1 / args[0])
+        return self
 
     def refuse(self, name: str) -> VirtualWeight:
         """Refuses to change in place what is made anew at each read, and would be lost."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rpqfx import ops
 from rpqfx.codebook import CodebookSpec, pack_signs
-from rpqfx.errors import CodeError, InputError, SpecError
+from rpqfx.errors import CodeError, InputError, RewriteError, SpecError
 from rpqfx.fit import fit_codebooks
 from rpqfx.nn.layout import Layout
 from rpqfx.nn.part import Part
@@ -51,6 +51,9 @@ class RPQWeight(nn.Module):
     read_as: ReadAs = "expanded"
     """What reading it from its layer gives: an ``ExpandedWeight``; where another module's forward is known to read it a
     ``VirtualWeight``; or a plain tensor, where that other module treats any but plain tensors differently."""
+
+    shares_codebooks: bool = False
+    """Whether its codebooks are those of other weights, too."""
 
     def __init__(
         self,
@@ -142,6 +145,23 @@ class RPQWeight(nn.Module):
             self.scale.fill_(1)
         if self.signs is not None:
             self.signs.copy_(pack_signs(torch.rand(self.codes.shape, device=self.codes.device) < 0.5))
+
+    @torch.no_grad()
+    def multiply_(self, factor: float) -> None:
+        """Multiplies the tensor by a number, in place.
+
+        Args:
+            factor: The number.
+
+        Raises:
+            RewriteError: If it has no scale, and its codebooks are those of other weights too.
+        """
+        if self.scale is None and self.shares_codebooks:
+            raise RewriteError(
+                "this weight shares its codebooks with others, which would be multiplied too; "
+                "give it a scale (Rule(..., scale=True)) or codebooks of its own"
+            )
+        (self.codebooks if self.scale is None else self.scale).mul_(factor)
 
     @property
     def plan(self) -> ops.Plan:

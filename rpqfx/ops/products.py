@@ -145,7 +145,7 @@ def scale_grad(x: Tensor, factor: Tensor | float) -> Tensor:
 
 
 def _laid_out_as(x: Tensor, y: Tensor) -> Tensor:
-    """``y`` with its channels last in memory where those of ``x`` are, as torch's convolutions do: dropout follows it."""
+    """``y`` with channels last in memory where those of ``x`` are, as torch's convolutions do: dropout follows it."""
     kinds = {4: torch.channels_last, 5: torch.channels_last_3d}
     if x.dim() not in kinds or x.is_contiguous() or not x.is_contiguous(memory_format=kinds[x.dim()]):
         return y

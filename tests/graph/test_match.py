@@ -264,6 +264,21 @@ def test_experts_are_one_matrix_of_all_their_rows():
     assert (site.layout("column").num_vectors, site.layout("column").dim) == (3 * 16, 24)
 
 
+def test_a_parameter_that_its_own_module_does_not_use_is_offered():
+    """Some other module may read it, such as one whose forward cannot be followed."""
+
+    class Store(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(16, 8))
+
+        def forward(self, x):
+            return x
+
+    site = sites_of(Store())["w"]
+    assert (site.kind, site.blocked) == ("parameter", None)
+
+
 def test_a_module_that_cannot_be_read_still_offers_its_parameters():
     found = sites_of(Opaque())
     assert {found[name].kind for name in ("positive", "negative", "gain")} == {"parameter"}
@@ -361,7 +376,6 @@ class Positions(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.pos = nn.Parameter(torch.randn(16, 16))
-        self.unused = nn.Parameter(torch.randn(16, 16))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.pos
@@ -438,7 +452,6 @@ BLOCKED = {
     "gradient hook": (hooked, "weight", "it has a gradient hook, which codebooks would not call"),
     "graph module": (lambda: fx.symbolic_trace(Traceable()), "w", "it belongs to an fx GraphModule itself"),
     "added": (Positions, "pos", "used by add, not as a weight of a product, a convolution or a lookup"),
-    "unused": (Positions, "unused", "not used in its module's own forward, not as a weight"),
     "subclass": (lambda: Holder(Special(torch.randn(16, 16))), "weight", "it is a Special, not a plain Parameter"),
     "empty": (lambda: nn.Linear(0, 16), "weight", "it is empty"),
 }

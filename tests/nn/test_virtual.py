@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from rpqfx.codebook import CodebookSpec
 from rpqfx.errors import RewriteError
 from rpqfx.nn import Layout, RPQWeight, VirtualWeight
+from rpqfx.nn.expanded import ExpandedWeight
 from rpqfx.nn.virtual import initialising
 from tests.helpers import assert_same, gradients, naive_tensor, randn, randomise
 
@@ -216,7 +218,9 @@ def test_it_can_be_a_key_and_be_compared() -> None:
 
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "zero_": lambda w: w.zero_(),
-    "data.mul_": lambda w: w.data.mul_(2),
+    "data.add_": lambda w: w.data.add_(2),
+    "mul_ by a tensor": lambda w: w.mul_(randn(0, 8)),
+    "mul_ of a part": lambda w: w[:2].mul_(2),
     "add_": lambda w: w.add_(1),
     "copy_": lambda w: w.copy_(w),
     "torch.relu_": lambda w: torch.relu_(w),
@@ -242,6 +246,28 @@ def test_a_change_in_place_is_refused_rather_than_lost(name: str) -> None:
     with torch.no_grad(), pytest.raises(RewriteError):
         change(VirtualWeight(weight))
     assert torch.equal(weight.codebooks, before)
+
+
+MULTIPLIED: dict[str, Callable[[Any], Any]] = {
+    "mul_": lambda w: w.mul_(3),
+    "data.mul_": lambda w: w.data.mul_(3),
+    "div_": lambda w: w.div_(0.25),
+}
+
+
+@pytest.mark.parametrize("name", MULTIPLIED)
+@pytest.mark.parametrize("transposed", [False, True], ids=["signs", "scale"])
+@pytest.mark.parametrize("read", [VirtualWeight, ExpandedWeight.of])
+def test_all_of_a_weight_may_be_multiplied_by_a_number(name: str, transposed: bool, read: Callable[..., Any]) -> None:
+    """As models do that rescale themselves; codebooks that other weights share are not, unless a scale can be."""
+    weight = make(transposed)
+    before = weight().detach()
+    with torch.no_grad():
+        MULTIPLIED[name](read(weight))
+    torch.testing.assert_close(weight(), before * (4 if name == "div_" else 3))
+    weight.shares_codebooks = True
+    with torch.no_grad(), contextlib.nullcontext() if transposed else pytest.raises(RewriteError, match="shares its"):
+        MULTIPLIED[name](read(weight))
 
 
 def test_three_axes_have_transposes_too() -> None:
