@@ -152,7 +152,9 @@ def _detector(name: str) -> Callable[[], nn.Module]:
         anchors = AnchorGenerator(((16, 32), (48, 64)), ((0.5, 1.0),) * 2)
         if name == "SSD":
             boxes = DefaultBoxGenerator([[2], [2]], scales=[0.2, 0.5, 0.9])
-            return detection.ssd.SSD(Pyramid(), boxes, (96, 96), 5, detections_per_img=5, topk_candidates=20)
+            heads = detection.ssd.SSDHead([32, 32], boxes.num_anchors_per_location(), 5)
+            few = {"head": heads, "detections_per_img": 5, "topk_candidates": 20}
+            return detection.ssd.SSD(Pyramid(), boxes, (96, 96), 5, **few)
         if name == "FCOS":
             anchors = AnchorGenerator(((8,), (16,)), ((1.0,),) * 2)
         few = {"detections_per_img": 5, "topk_candidates": 20, "anchor_generator": anchors}
