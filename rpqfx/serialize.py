@@ -33,6 +33,7 @@ from rpqfx.report import SiteRecord, attach_records, attached_records
 FORMAT = "rpqfx"
 FORMAT_VERSION = 1
 _SAFETENSORS = ".safetensors"
+_FLAGS = {"read_as", "plain_when_compiled", "shares_codebooks"}  # of a weight; older files have none
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -143,7 +144,7 @@ def _describe(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for path, module in model.named_modules(remove_duplicate=False):
         for name, weight in backed_weights(module).items():
             how = {"spec": weight.spec.to_dict(), "layout": weight.layout.to_dict(), "std": weight.std}
-            how |= {"read_as": weight.read_as, "shares_codebooks": weight.shares_codebooks}
+            how |= {flag: getattr(weight, flag) for flag in _FLAGS}
             site = sites.setdefault(id(weight), {"names": [], **how, "plan": weight.plan})
             site["names"].append(f"{path}.{name}".lstrip("."))
     records, notes = attached_records(model) or ((), ())
@@ -262,8 +263,8 @@ def _install_sites(model: nn.Module, manifest: dict[str, Any], path: Any) -> Non
                 raise FormatError(f"{path} holds {name} of shape {layout.shape}, build() made it {shape}")
         with torch.device("meta"):
             weight = RPQWeight(spec, layout, std=site["std"], plan=site.get("plan", "auto"))  # older files have none
-            weight.read_as = site.get("read_as", "expanded")
-            weight.shares_codebooks = site.get("shares_codebooks", False)
+            for flag in _FLAGS & site.keys():
+                setattr(weight, flag, site[flag])
         placed.append((site["names"], weight))
     install_all(model, placed)
 

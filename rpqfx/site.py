@@ -46,6 +46,7 @@ class Site:
         std: Standard deviation that the model's configuration gives its initial weights, where it says one.
         heads: Attention heads of its module, or of the model where the module has none.
         read_outside: Whether the forward of another module reads it from its owner.
+        plain_when_compiled: Whether compiled code has to read it as a plain tensor (see ``RPQWeight``).
         uses: Where the model's graphs use it, in words.
         blocked: Why it cannot be rewritten, or None.
     """
@@ -64,6 +65,7 @@ class Site:
     std: float | None = None
     heads: int | None = None
     read_outside: bool = False
+    plain_when_compiled: bool = False
     uses: tuple[str, ...] = field(default=(), compare=False)
     blocked: str | None = None
 

@@ -75,11 +75,18 @@ def find_sites(captured: Captured) -> list[Site]:
                 std=nearest_std.of(path),
                 heads=nearest_heads.of(path),
                 read_outside=any(use.outside for use in found),
+                plain_when_compiled=any(use.left for use in found) or _unknown(captured, stands, role),
                 uses=tuple(dict.fromkeys(use.words for use in found)),
                 blocked=obstacles.to(parameter, module) or unused,
             )
         )
     return sites + list(quantised_sites(model))
+
+
+def _unknown(captured: Captured, stands: list[tuple[str, str]], role: Role) -> bool:
+    """Whether the code that uses it is the module's own and could not be read."""
+    graph = captured.graphs.get(stands[0][0])
+    return role.kind in ("parameter", "experts") and (graph is None or not graph.graphs)
 
 
 def _role(

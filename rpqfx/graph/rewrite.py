@@ -80,6 +80,7 @@ def rewrite(
     _check_owners(captured.model, [by_name[name] for name in made])
     for name, weight in made.items():
         weight.read_as = _reader(captured.model, by_name[name])
+        weight.plain_when_compiled = by_name[name].plain_when_compiled
     install_all(captured.model, [(by_name[name].names, weight) for name, weight in made.items()])
     adapt_pretrained(captured.model)
     records = [

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 from rpqfx.errors import RewriteError
 from rpqfx.nn import served as _served  # noqa: F401 (fills the table of calls that virtual weights serve)
 from rpqfx.nn.computed import refresh
-from rpqfx.nn.expanded import ExpandedWeight
+from rpqfx.nn.expanded import ExpandedWeight, FixedWeight
 from rpqfx.nn.virtual import VirtualWeight
 from rpqfx.nn.weight import RPQWeight
 
@@ -78,7 +78,10 @@ def expanded(name: str) -> property:
             return self._parameters[name]
         if weight.read_as == "expanded":
             return ExpandedWeight.of(weight)
-        return VirtualWeight(weight) if weight.read_as == "virtual" else weight()
+        if weight.read_as == "tensor":
+            return FixedWeight.of(weight)
+        plain = weight.plain_when_compiled and torch.compiler.is_compiling()
+        return weight() if plain else VirtualWeight(weight)
 
     return property(read, _tie(name), doc=f"``{name}``, expanded from its codebooks at each read.")
 
@@ -87,7 +90,7 @@ def _virtual(name: str, plain_when_compiled: bool) -> property:
     def read(self: nn.Module) -> Any:
         weight = weight_of(self, name)
         assert weight is not None
-        if plain_when_compiled and torch.compiler.is_compiling():
+        if (plain_when_compiled or weight.plain_when_compiled) and torch.compiler.is_compiling():
             return weight()
         return VirtualWeight(weight)
 
@@ -98,7 +101,7 @@ def _tie(name: str) -> Callable[[nn.Module, Any], None]:
     """What assigning to such a property does: another module's codebook-held tensor is tied, anything else refused."""
 
     def write(self: nn.Module, value: Any) -> None:
-        read = value._virtual if type(value) is ExpandedWeight else value
+        read = value._virtual if type(value) in (ExpandedWeight, FixedWeight) else value
         if not isinstance(read, VirtualWeight) or not read.is_whole:
             raise _fixed(self, name)
         self._modules[name + SUFFIX] = read.held

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rpqfx.nn.remade import Remade, not_kept
-from rpqfx.nn.virtual import SERVED, VirtualWeight, changes
+from rpqfx.nn.virtual import CHANGES, CHANGING_OPERATORS, SERVED, VirtualWeight, changes
 from rpqfx.nn.weight import RPQWeight
 
 _SETTERS = {Tensor.data.__set__: "data", Tensor.requires_grad.__set__: "requires_grad"}  # type: ignore[attr-defined]
@@ -61,8 +61,8 @@ class ExpandedWeight(Tensor, metaclass=_Related):
                 return first
             if func == Tensor.data.__get__:  # type: ignore[attr-defined]
                 return first
-            if changes(getattr(func, "__name__", "")):
-                first._virtual.change(func.__name__, *args[1:])
+            if func in CHANGES:
+                first._virtual.change(CHANGES[func], *args[1:])
                 return first
         serve = SERVED.get(func)
         if serve is not None:
@@ -75,6 +75,57 @@ class ExpandedWeight(Tensor, metaclass=_Related):
             named = {key: _plain(value, made) for key, value in kwargs.items()}
         with not_kept(made):
             return func(*plain, **named)
+
+
+class FixedWeight(Tensor, metaclass=_Related):
+    """The tensor of a codebook-held weight, for a reader that treats tensors with a torch function differently.
+
+    To torch it is a plain tensor, which it keeps for backward; changes in place are answered as anywhere else.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    _virtual: VirtualWeight
+    _is_hf_initialized = True  # as of a VirtualWeight
+
+    @staticmethod
+    def of(weight: RPQWeight) -> Tensor:
+        """Expands a weight.
+
+        Args:
+            weight: The codebooks.
+        """
+        dense = weight()
+        if torch.compiler.is_compiling() or type(dense) is not Tensor:
+            return dense
+        made = dense.as_subclass(FixedWeight)
+        made._virtual = VirtualWeight(weight)
+        return made
+
+    def requires_grad_(self, requires_grad: bool = True) -> FixedWeight:
+        """Freezes or frees the codebooks."""
+        self._virtual.requires_grad_(requires_grad)
+        return self
+
+
+def _change(name: str) -> Callable[..., FixedWeight]:
+    def change(self: FixedWeight, *args: Any, **kwargs: Any) -> FixedWeight:
+        self._virtual.change(name, *args)
+        return self
+
+    return change
+
+
+def _passed_on(name: str, read: Callable[[FixedWeight], Any]) -> property:
+    return property(read, lambda self, value: setattr(self._virtual, name, value))
+
+
+for _name in dir(Tensor):
+    if changes(_name) and _name[:1].isalpha() and _name != "requires_grad_":
+        setattr(FixedWeight, _name, _change(_name))
+for _name in CHANGING_OPERATORS:
+    setattr(FixedWeight, _name, _change(_name))
+FixedWeight.data = _passed_on("data", lambda self: self)  # type: ignore[assignment]
+FixedWeight.requires_grad = _passed_on("requires_grad", Tensor.requires_grad.__get__)  # type: ignore
 
 
 def _plain(value: Any, made: list[Remade]) -> Any:

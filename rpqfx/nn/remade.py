@@ -26,7 +26,10 @@ class Remade:
     """
 
     def __init__(self, tensor: Tensor, make: Callable[[], Tensor], sources: Sequence[Tensor]) -> None:
-        self.storage = tensor.untyped_storage().data_ptr()
+        try:
+            self.storage = tensor.untyped_storage().data_ptr()
+        except RuntimeError:  # wrappers of torch.func and of tracers have no memory; with them there are no hooks
+            self.storage = 0
         self.dtype = tensor.dtype
         self._make = make
         self._sources = sources
@@ -66,7 +69,7 @@ def not_kept(made: Sequence[Remade]) -> Iterator[None]:
     Args:
         made: The tensors.
     """
-    by_storage = {(one.storage, one.dtype): one for one in made}
+    by_storage = {(one.storage, one.dtype): one for one in made if one.storage}
 
     def pack(tensor: Tensor) -> Any:
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
@@ -77,7 +80,7 @@ def not_kept(made: Sequence[Remade]) -> Iterator[None]:
         return _View(found, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
     with contextlib.ExitStack() as stack:
-        if made:
+        if by_storage:
             with contextlib.suppress(RuntimeError):
                 stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, _unpack))
         yield

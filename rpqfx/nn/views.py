@@ -188,7 +188,10 @@ class Views:
         """A view that codebooks know nothing of; a graph that is being made takes it of the tensor."""
         if torch.compiler.is_compiling():
             return self._call(name, *args, **kwargs)
-        return type(self)(self.held, self.part, self.order, (*self.views, (name, args, kwargs)))
+        late = type(self)(self.held, self.part, self.order, (*self.views, (name, args, kwargs)))
+        if not self.tracing:
+            _ = late.shape  # raises what torch raises, here rather than later
+        return late
 
 
 def _indexed(weight: Views, index: Any) -> Any:

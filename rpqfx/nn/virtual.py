@@ -51,10 +51,22 @@ def tracing() -> Iterator[None]:
         VirtualWeight.tracing = before
 
 
+_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")
+CHANGING_OPERATORS = ("__setitem__", *[f"__i{name}__" for name in _OPERATORS])
+
+
 def changes(name: str) -> bool:
     """Whether a torch function or method of this name works in place, by torch's own convention."""
-    inplace = name.startswith("__i") and name not in ("__iter__", "__invert__", "__int__", "__index__")
-    return inplace or (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
+    return (name.endswith("_") and not name.endswith("__")) or name in CHANGING_OPERATORS
+
+
+# Functions that work in place, with their names; a table, because compilers cannot ask a function for its name.
+CHANGES = {
+    getattr(place, name): name
+    for place in (torch, Tensor, torch.nn.functional, torch.nn.init)
+    for name in dir(place)
+    if changes(name) and callable(getattr(place, name))
+}
 
 
 class VirtualWeight(Views):
@@ -75,8 +87,8 @@ class VirtualWeight(Views):
     ) -> Any:
         kwargs = kwargs or {}
         first = args[0] if args else next(iter(kwargs.values()), None)  # nn.init passes it by name
-        if isinstance(first, VirtualWeight) and changes(getattr(func, "__name__", "")):
-            return first.change(func.__name__, *args[1:])
+        if isinstance(first, VirtualWeight) and func in CHANGES:
+            return first.change(CHANGES[func], *args[1:])
         return cls.answer(func, args, kwargs)
 
     @classmethod
@@ -181,7 +193,12 @@ class VirtualWeight(Views):
         """More or fewer rows, as tables of tokens get; other values are refused."""
         if not self.is_whole:
             self.refuse("data")
-        resize_rows(self.held, value.expand_dense() if isinstance(value, VirtualWeight) else value)
+        read = getattr(value, "_virtual", value)
+        if isinstance(read, VirtualWeight):
+            if read.is_whole and read.held is self.held:  # as after ``weight.data *= 2``
+                return
+            value = read.expand_dense()
+        resize_rows(self.held, value)
 
     def contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> Any:
         """Itself, or where its axes have another order, the tensor."""
@@ -245,6 +262,12 @@ def _operator(function: Callable[..., Any], swapped: bool = False) -> Callable[.
     return apply
 
 
+def _inplace(name: str) -> Callable[..., Any]:
+    return lambda self, *args: self.change(name, *args)
+
+
+for _name in CHANGING_OPERATORS[1:]:
+    setattr(VirtualWeight, _name, _inplace(_name))
 for _name in ("add", "sub", "mul", "truediv", "pow"):
     setattr(VirtualWeight, f"__r{_name}__", _operator(getattr(operator, _name), swapped=True))
     setattr(VirtualWeight, f"__{_name}__", _operator(getattr(operator, _name)))

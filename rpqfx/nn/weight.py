@@ -52,6 +52,10 @@ class RPQWeight(nn.Module):
     """What reading it from its layer gives: an ``ExpandedWeight``; where another module's forward is known to read it a
     ``VirtualWeight``; or a plain tensor, where that other module treats any but plain tensors differently."""
 
+    plain_when_compiled: bool = False
+    """Whether compiled code reads a plain tensor instead of a ``VirtualWeight``: torch.compile exchanges the operands
+    of ``w @ x`` and of ``w > x`` where ``w`` is no tensor, without a word."""
+
     shares_codebooks: bool = False
     """Whether its codebooks are those of other weights, too."""
 
