@@ -72,7 +72,6 @@ _MODELS: tuple[tuple[str, str, int, dict[str, Any]], ...] = (
     ("hrnet_w18_small", "hrnet", 64, {}),
     ("iformer_t", "iformer", 64, {}),
     ("inception_next_atto", "inception next", 64, {"depths": (1, 1, 2, 1)}),
-    ("inception_resnet_v2", "inception resnet", 139, {}),
     ("inception_v3", "inception v3", 139, {}),
     ("inception_v4", "inception v4", 139, {}),
     ("lcnet_050", "lcnet", 64, {}),

@@ -26,7 +26,6 @@ _CLASSIFIERS: tuple[tuple[str, str, int, dict[str, Any]], ...] = (
 _SEGMENTERS = (
     ("lraspp_mobilenet_v3_large", "lraspp", 64),
     ("deeplabv3_mobilenet_v3_large", "deeplabv3", 64),
-    ("fcn_resnet50", "fcn", 64),
 )
 _DETECTORS = (
     ("FasterRCNN", "faster r-cnn", {}),
@@ -40,7 +39,6 @@ _VIDEO = (
     ("r3d_18", "resnet 3d", (1, 3, 4, 32, 32)),
     ("mc3_18", "resnet mc3", (1, 3, 4, 32, 32)),
     ("r2plus1d_18", "resnet (2+1)d", (1, 3, 4, 32, 32)),
-    ("s3d", "s3d", (1, 3, 16, 224, 224)),
 )
 
 
