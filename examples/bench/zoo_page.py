@@ -56,8 +56,9 @@ def summary(results: Results, chosen: set[str]) -> list[str]:
 
 
 def passed(result: dict[str, Any]) -> bool:
-    """Whether no check of a model failed."""
-    return bool(result["checks"]) and all(check["state"] != "failed" for check in result["checks"].values())
+    """Whether every check of a model has run, and none failed."""
+    checks = result["checks"]
+    return set(_COLUMNS) <= set(checks) and all(check["state"] != "failed" for check in checks.values())
 
 
 def architectures(results: Results) -> set[str]:
