@@ -54,7 +54,7 @@ def main() -> None:
     waiting = [m for m in chosen if options.again or _wanted(_read(_file(results, m)), options.failed)]
     print(f"{len(waiting)} of {len(chosen)} models to run")
     failed = _run_all(waiting, results, options)
-    print("\n".join(summary(_stored(results))))
+    print("\n".join(summary(_stored(results), {m.id for m in chosen})))
     sys.exit(1 if failed else 0)
 
 
@@ -65,7 +65,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--limit", type=int, default=240, help="seconds for one model")
     parser.add_argument("--backend", default="aot_eager", help="of torch.compile, such as inductor")
-    parser.add_argument("--skip", nargs="*", default=[], choices=CHECKS, help="checks to leave out; earlier results of them stay")
+    parser.add_argument(
+        "--skip", nargs="*", default=[], choices=CHECKS, help="checks to leave out; earlier results of them stay"
+    )
     parser.add_argument("--again", action="store_true", help="also models that have a result")
     parser.add_argument("--failed", action="store_true", help="also models whose result has a failure")
     parser.add_argument("--list", action="store_true", help="only list the models")

@@ -7,6 +7,7 @@ the codebooks stand for. A check that fails never keeps the others from running.
 from __future__ import annotations
 
 import contextlib
+import copy
 import pickle
 import signal
 import tempfile
@@ -20,14 +21,14 @@ import torch
 from torch import Tensor, nn
 from zoo_coverage import coverage
 from zoo_models import Model
-from zoo_runs import TOLERANCE, Run, arguments, buffer_error, floating, gradient_error, output_error, precision, run, seed_all
+from zoo_pairs import Pair, differences, held_weights, wake
+from zoo_runs import TOLERANCE, output_error, run, seed_all
+from zoo_steps import train, train_twin
 
 import rpqfx
 from rpqfx.graph.copying import copy_model
-from rpqfx.nn import RPQWeight
 
 CHECKS = ("eval", "train", "names", "deepcopy", "pickle", "save_load", "compile", "steps", "coverage")
-SUFFIX = "_rpq"
 Result = dict[str, Any]
 
 
@@ -37,87 +38,6 @@ class NotApplicable(Exception):
 
 class Failed(Exception):
     """The rewritten model differs from its twin."""
-
-
-# ------------------------------------------------------------------------------------------------ the two models
-
-
-def held_weights(small: nn.Module) -> dict[str, RPQWeight]:
-    """Every codebook-held Parameter under its qualified name; a tied one under each."""
-    return {
-        name.removesuffix(SUFFIX): module
-        for name, module in small.named_modules(remove_duplicate=False)
-        if isinstance(module, RPQWeight)
-    }
-
-
-@torch.no_grad()
-def fill(twin: nn.Module, small: nn.Module) -> nn.Module:
-    """Sets a dense model's rewritten Parameters to the expanded tensors."""
-    for name, weight in held_weights(small).items():
-        twin.get_parameter(name).copy_(weight())
-    return twin
-
-
-class Pair:
-    """A rewritten model and its twin, in float32 and, where that is asked for, in float64."""
-
-    def __init__(self, entry: Model, dense: nn.Module, small: nn.Module) -> None:
-        self.entry, self.dense, self.small = entry, dense, small
-        self.twin = fill(copy_model(dense), small)
-
-    def copies(self, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
-        """Both of them, to be changed."""
-        small = copy_model(self.small).to(dtype)
-        return small, fill(copy_model(self.twin).to(dtype), small)
-
-
-@torch.no_grad()
-def wake(model: nn.Module) -> nn.Module:
-    """Disturbs every Parameter that is constant: a zero head or layer scale would hide all that comes before it."""
-    generator = torch.Generator().manual_seed(9)
-    for parameter in model.parameters():
-        if parameter.numel() > 1 and bool((parameter == parameter.flatten()[0]).all()):
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
-def book_grads(small: nn.Module, twin: nn.Module) -> dict[int, Tensor]:
-    """What the twin's gradients are for codebooks and scales, by the tensor's id: they go through expanding."""
-    totals: dict[int, Tensor] = {}
-    for weight, name in {weight: name for name, weight in held_weights(small).items()}.items():
-        dense = twin.get_parameter(name).grad
-        floats = [t for t in weight.parameters() if t.requires_grad]
-        if dense is None or not floats:
-            continue
-        with torch.enable_grad():
-            grads = torch.autograd.grad(weight(), floats, dense.to_dense() if dense.is_sparse else dense)
-        for tensor, grad in zip(floats, grads, strict=True):
-            totals[id(tensor)] = totals[id(tensor)] + grad if id(tensor) in totals else grad
-    return totals
-
-
-def gradients(small: nn.Module, twin: nn.Module) -> tuple[dict[str, Tensor | None], dict[str, Tensor | None]]:
-    """Gradients of all Parameters of the rewritten model, its own and the twin's, by name."""
-    books = book_grads(small, twin)
-    of_books = {id(t) for weight in held_weights(small).values() for t in weight.parameters()}
-    dense = dict(twin.named_parameters(remove_duplicate=False))
-    trained = {name: p for name, p in small.named_parameters() if p.requires_grad}
-    wanted = {name: books.get(id(p)) if id(p) in of_books else dense[name].grad for name, p in trained.items()}
-    return {name: p.grad for name, p in trained.items()}, wanted
-
-
-def differences(
-    small: nn.Module, twin: nn.Module, found: Run, wanted: Run, dtype: torch.dtype
-) -> tuple[float, str]:
-    """The worst relative error of outputs, gradients and buffers, and what has it."""
-    mine, theirs = gradients(small, twin)
-    errors = [
-        (output_error(found.outputs, wanted.outputs), "an output"),
-        gradient_error({**found.inputs, **mine}, {**wanted.inputs, **theirs}, dtype),
-    ]
-    errors.append(buffer_error(found.buffers, wanted.buffers))
-    return max(errors, key=lambda error: error[0])
 
 
 # ---------------------------------------------------------------------------------------------------- the checks
@@ -209,8 +129,6 @@ def _same_outputs(pair: Pair, other: nn.Module) -> Result:
 
 
 def check_deepcopy(pair: Pair) -> Result:
-    import copy
-
     try:
         copy.deepcopy(pair.twin)
     except Exception as error:
@@ -262,80 +180,17 @@ def check_steps(pair: Pair, steps: int = 3) -> Result:
     for dtype in (torch.float32, torch.float64):
         name = str(dtype).removeprefix("torch.")
         small, twin = pair.copies(dtype)
-        mine, theirs = _train(pair.entry, small, dtype, steps), _train_twin(pair.entry, small, twin, dtype, steps, pair)
+        mine, theirs = train(pair.entry, small, dtype, steps), train_twin(pair.entry, small, twin, dtype, steps, pair)
         ours, dense = torch.tensor(mine).double(), torch.tensor(theirs).double()
         if not bool(dense.isfinite().all()):
             raise NotApplicable(f"the dense model's losses are not finite: {theirs}")
         worst[name] = float(((ours - dense).abs() / dense.abs().clamp(min=1e-12)).max())
         if worst[name] <= 1e-4:
             return {"precision": name, "error": worst[name], "losses": [mine, theirs], "detail": ""}
-    again = _train_twin(pair.entry, *pair.copies(torch.float64), torch.float64, steps, pair)
+    again = train_twin(pair.entry, *pair.copies(torch.float64), torch.float64, steps, pair)
     if again != theirs:
         raise NotApplicable(f"the dense model is not reproducible: its losses were {theirs}, and then {again}")
     raise Failed(f"losses differ by {worst['float64']:.2g} in float64, {worst['float32']:.2g} in float32")
-
-
-def loss_of(entry: Model, model: nn.Module, dtype: torch.dtype, step: int) -> Tensor:
-    """Mean square distance of all outputs from random ones."""
-    call = arguments(entry, True, dtype)
-    seed_all(10 + step)
-    with precision(dtype):
-        result = model(*call.args, **call.kwargs or {})
-        outputs = [x for x in floating(entry.pick(result) if entry.pick else result) if x.requires_grad]
-        generator = torch.Generator().manual_seed(7)
-        total = torch.zeros((), dtype=dtype)
-        for x in outputs:
-            target = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(dtype)
-            total = total + (torch.where(x.isfinite(), x, 0.0) - target).square().mean()
-    return total
-
-
-def _optimiser(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=1e-3, foreach=False)
-
-
-def _train(entry: Model, small: nn.Module, dtype: torch.dtype, steps: int) -> list[float]:
-    small.train()
-    optimiser, losses = _optimiser([p for p in small.parameters() if p.requires_grad]), []
-    for step in range(steps):
-        optimiser.zero_grad()
-        loss = loss_of(entry, small, dtype, step)
-        loss.backward()
-        _densify(small)
-        optimiser.step()
-        losses.append(float(loss.detach()))
-    return losses
-
-
-def _train_twin(
-    entry: Model, small: nn.Module, twin: nn.Module, dtype: torch.dtype, steps: int, pair: Pair
-) -> list[float]:
-    """The dense model, whose weights are expanded before each step from codebooks of its own."""
-    mirror, _ = pair.copies(dtype)
-    twin.train()
-    held = {id(twin.get_parameter(name)) for name in held_weights(mirror)}
-    books = list({id(p): p for weight in held_weights(mirror).values() for p in weight.parameters()}.values())
-    rest = [p for p in twin.parameters() if id(p) not in held]
-    optimiser, losses = _optimiser([p for p in [*rest, *books] if p.requires_grad]), []
-    for step in range(steps):
-        fill(twin, mirror)
-        twin.zero_grad()
-        loss = loss_of(entry, twin, dtype, step)
-        loss.backward()
-        _densify(twin)
-        grads = book_grads(mirror, twin)
-        for book in books:
-            book.grad = grads.get(id(book))
-        optimiser.step()
-        losses.append(float(loss.detach()))
-    return losses
-
-
-def _densify(model: nn.Module) -> None:
-    """AdamW takes no sparse gradients."""
-    for p in model.parameters():
-        if p.grad is not None and p.grad.is_sparse:
-            p.grad = p.grad.to_dense()
 
 
 # -------------------------------------------------------------------------------------------------------- all of it
@@ -375,6 +230,7 @@ def check_model(
         pair = Pair(entry, dense, small)
     except Exception as error:
         result["checks"]["rewrite"] = _failure("failed", error)
+        result["checks"]["coverage"] = coverage(dense, None, set())
         told(result)
         return result
     result["checks"]["rewrite"] = {"state": "ok", "detail": ""}

@@ -11,18 +11,20 @@ import rpqfx
 CLASSES = ("rewritten", "policy", "no weight", "missed")
 
 
-def coverage(dense: nn.Module, small: nn.Module, held: set[str]) -> dict[str, Any]:
+def coverage(dense: nn.Module, small: nn.Module | None, held: set[str]) -> dict[str, Any]:
     """Sorts every Parameter with two or more axes, by what the model itself has and not by what the report counts.
 
     Args:
         dense: The model as it was.
-        small: The rewritten one.
+        small: The rewritten one, or None where it could not be rewritten.
         held: Names of the Parameters that are in codebooks.
 
     Returns:
         Bytes and number of each class, and every tensor that is missed, with name, shape, bytes and reason.
     """
-    reasons = {name: site.reason for site in rpqfx.report(small).skipped for name in site.names}
+    skipped = rpqfx.report(small).skipped if small is not None else ()
+    reasons = {name: site.reason for site in skipped for name in site.names}
+    unknown = "the report does not name it" if small is not None else "the model was not rewritten"
     names: dict[int, list[str]] = {}
     tensors = {}
     for name, parameter in dense.named_parameters(remove_duplicate=False):
@@ -40,11 +42,11 @@ def coverage(dense: nn.Module, small: nn.Module, held: set[str]) -> dict[str, An
         sums[kind]["count"] += 1
         if kind in told:
             line = {"name": names[key][0], "shape": list(parameter.shape), "bytes": parameter.nbytes}
-            told[kind].append({**line, "reason": reason or "the report does not name it"})
-    unnamed = [line["name"] for line in told["missed"] if line["reason"] == "the report does not name it"]
+            told[kind].append({**line, "reason": reason or unknown})
+    unnamed = [line["name"] for line in told["missed"] if line["reason"] == unknown] if small is not None else []
     return {
         "state": "failed" if unnamed else "ok",
-        "detail": f"the report does not name {unnamed[0]}" if unnamed else "",
+        "detail": f"{unnamed[0]}: {unknown}" if unnamed else "",
         "sums": sums,
         "missed": told["missed"],
         "no_weight": told["no weight"],
@@ -56,7 +58,7 @@ def _class(reason: str | None) -> str:
         return "missed"
     if "fewer than min_size" in reason or reason.startswith("would not shrink"):
         return "policy"
-    return "no weight" if "not as a weight of" in reason else "missed"
+    return "no weight" if reason.startswith("used by") and "not as a weight of" in reason else "missed"
 
 
 def share(sums: list[dict[str, Any]]) -> float:

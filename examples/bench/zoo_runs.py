@@ -71,7 +71,7 @@ def seed_all(seed: int) -> None:
 def arguments(model: Model, training: bool, dtype: torch.dtype = torch.float32) -> Call:
     """The same arguments at each call; floating ones take gradients where the entry says so."""
     seed_all(0)
-    call = (training and model.train_call or model.call)()
+    call = ((training and model.train_call) or model.call)()
 
     def leaf(value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.is_floating_point():

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import zoo_layers as layers
 import zoo_raw as raw
 from torch import nn
 from torch.nn.utils import parametrizations, prune
@@ -46,10 +47,12 @@ def _transformers() -> list[Model]:
             "decoder", "transformer decoder",
             lambda: nn.TransformerDecoder(nn.TransformerDecoderLayer(**options), 2), pair,
         ),
-        _entry("attention", "multihead attention", raw.Attention, pair),
-        _entry("attention_dims", "multihead attention", lambda: raw.Attention(kdim=64, vdim=64, add_bias_kv=True), pair),
-        _entry("attention_masked", "multihead attention", lambda: raw.Attention(masked=True, bias=False), pair),
-        _entry("attention_kdim", "multihead attention", lambda: raw.Attention(kdim=80, vdim=80), floats((2, 10, 64), (2, 7, 80))),
+        _entry("attention", "multihead attention", layers.Attention, pair),
+        _entry("attention_dims", "multihead attention", lambda: layers.Attention(kdim=64, vdim=64, add_bias_kv=True),
+            pair),
+        _entry("attention_masked", "multihead attention", lambda: layers.Attention(masked=True, bias=False), pair),
+        _entry("attention_kdim", "multihead attention", lambda: layers.Attention(kdim=80, vdim=80), floats((2, 10,
+            64), (2, 7, 80))),
     ]  # fmt: skip
 
 
@@ -65,14 +68,22 @@ def _recurrent() -> list[Model]:
         "rnn_relu": (nn.RNN, {"nonlinearity": "relu", "num_layers": 2}, 64),
     }
 
-    def build(kind: type[nn.Module], options: dict[str, Any], width: int, of: type = raw.Tagger) -> Callable[[], Any]:
+    def build(
+        kind: type[nn.Module], options: dict[str, Any], width: int, of: type = layers.Tagger
+    ) -> Callable[[], Any]:
         return lambda: of(kind(64, 64, batch_first=True, **options), width)
 
     found = [_entry(name, name.partition("_")[0], build(*how), _ids(128)) for name, how in kinds.items()]
-    found.append(_entry("lstm_packed", "lstm", build(nn.LSTM, {}, 64, raw.Packed), _ids(128)))
+    found.append(_entry("lstm_packed", "lstm", build(nn.LSTM, {}, 64, layers.Packed), _ids(128)))
     for cell in (nn.LSTMCell, nn.GRUCell, nn.RNNCell):
-        found.append(_entry(cell.__name__.lower(), cell.__name__, lambda cell=cell: raw.Cells(cell(64, 64)), _SEQUENCE))
+        found.append(
+            _entry(cell.__name__.lower(), cell.__name__, lambda cell=cell: layers.Cells(cell(64, 64)), _SEQUENCE)
+        )
     return found
+
+
+def _activated(kind: Callable[..., nn.Module], width: int, options: dict[str, Any]) -> Callable[[], nn.Module]:
+    return lambda: nn.Sequential(kind(width, 64, 3, **options), nn.ReLU())
 
 
 def _convolutions() -> list[Model]:
@@ -87,18 +98,19 @@ def _convolutions() -> list[Model]:
             ("_grouped", {"groups": 2, "padding": 1}),
             ("_circular", {"padding": "same", "padding_mode": "circular"}),
         ):
-            build = lambda kind=plain, width=shape[1], options=options: nn.Sequential(kind(width, 64, 3, **options), nn.ReLU())  # noqa: E731
+            build = _activated(plain, shape[1], options)
             found.append(_entry(f"conv{axes}d{name}", f"conv{axes}d", build, floats(shape)))
         for name, options in (("", {"stride": 2, "output_padding": 1}), ("_grouped", {"groups": 2, "padding": 1})):
-            build = lambda kind=turned, width=shape[1], options=options: nn.Sequential(kind(width, 64, 3, **options), nn.ReLU())  # noqa: E731
+            build = _activated(turned, shape[1], options)
             found.append(_entry(f"conv_transpose{axes}d{name}", f"transposed conv{axes}d", build, floats(shape)))
     return [
         *found,
-        _entry("unet", "unet", raw.UNet, images(32)),
+        _entry("unet", "unet", layers.UNet, images(32)),
         _entry("hyper_conv", "dynamic convolution", raw.HyperConv, floats((2, 24, 8, 8))),
         _entry(
             "standardised", "standardised conv2d",
-            lambda: nn.Sequential(raw.Standardised(16, 32, 3), nn.GroupNorm(4, 32), nn.ReLU(), raw.Standardised(32, 16, 3)),
+            lambda: nn.Sequential(layers.Standardised(16, 32, 3), nn.GroupNorm(4, 32), nn.ReLU(),
+                layers.Standardised(32, 16, 3)),
             floats((2, 16, 9, 9)),
         ),
     ]  # fmt: skip
@@ -135,17 +147,22 @@ def _normalised() -> list[Model]:
     for name, wrap in ways.items():
         found.append(_entry(f"{name}_linear", name.removesuffix("_old"), _wrapped(wrap, _mlp), _SEQUENCE))
         found.append(_entry(f"{name}_conv", name.removesuffix("_old"), _wrapped(wrap, _conv), floats((2, 16, 9, 9))))
-    found.append(_entry("orthogonal", "orthogonal", _wrapped(parametrizations.orthogonal, _mlp), _SEQUENCE))
+    found.append(_entry("orthogonal", "orthogonal", _reflections, _SEQUENCE))
     cayley = _wrapped(lambda layer: parametrizations.orthogonal(layer, orthogonal_map="cayley"), _mlp)
     found.append(_entry("orthogonal_cayley", "orthogonal", cayley, _SEQUENCE))
     return found
 
 
+def _reflections() -> nn.Module:
+    """The last layer alone: the map reads signs from its tensor's diagonal, so that one stays dense."""
+    model = _mlp()
+    parametrizations.orthogonal(model[3], orthogonal_map="householder")
+    return model
+
+
 def _raw() -> list[Model]:
     ways = ("matmul", "transposed", "einsum", "tensordot", "addmm", "columns")
-    found = [
-        _entry(f"raw_{how}", "raw mlp", lambda how=how: raw.RawMLP(how), floats((2, 10, 96))) for how in ways
-    ]
+    found = [_entry(f"raw_{how}", "raw mlp", lambda how=how: raw.RawMLP(how), floats((2, 10, 96))) for how in ways]
     for how in ("bmm", "matmul", "baddbmm", "einsum"):
         found.append(_entry(f"experts_{how}", "experts", lambda how=how: raw.Experts(how), _SEQUENCE))
     for how in ("rows", "chunk", "split", "view", "columns"):
@@ -160,21 +177,22 @@ def _raw() -> list[Model]:
         _entry("merged", "merged factors", raw.Merged, floats((2, 10, 96))),
         _entry("listed", "parameter list", raw.Listed, _SEQUENCE),
         _entry("tensor_train", "tensor train", raw.Factored, floats((2, 5, 256))),
-        _entry("bilinear", "bilinear", lambda: raw.Bilinear(False), pair),
-        _entry("bilinear_raw", "bilinear", lambda: raw.Bilinear(True), pair),
+        _entry("bilinear", "bilinear", lambda: layers.Bilinear(False), pair),
+        _entry("bilinear_raw", "bilinear", lambda: layers.Bilinear(True), pair),
     ]
 
 
 def _lookups() -> list[Model]:
     found = [
-        _entry(f"bag_{mode}", "embedding bag", lambda mode=mode: raw.Bag(mode), _ids(256)) for mode in ("sum", "mean", "max")
+        _entry(f"bag_{mode}", "embedding bag", lambda mode=mode: layers.Bag(mode), _ids(256))
+        for mode in ("sum", "mean", "max")
     ]
     return [
         *found,
-        _entry("bag_raw", "embedding bag", lambda: raw.Bag("sum", raw=True), _ids(256)),
+        _entry("bag_raw", "embedding bag", lambda: layers.Bag("sum", raw=True), _ids(256)),
         _entry("tied", "tied lm", lambda: raw.TiedLM(False), _ids(256)),
         _entry("tied_read", "tied lm", lambda: raw.TiedLM(True), _ids(256)),
-        _entry("adaptive_softmax", "adaptive softmax", raw.AdaptiveHead, _ids(400)),
+        _entry("adaptive_softmax", "adaptive softmax", layers.AdaptiveHead, _ids(400)),
         _entry(
             "padded_embedding", "embedding",
             lambda: nn.Sequential(nn.Embedding(256, 64, padding_idx=5), nn.Linear(64, 64)), _ids(256),

@@ -13,7 +13,7 @@ _CLASSIFIERS: tuple[tuple[str, str, int, dict[str, Any]], ...] = (
     ("densenet121", "densenet", 64, {}),
     ("efficientnet_b0", "efficientnet", 64, {}),
     ("googlenet", "googlenet", 64, {"init_weights": False}),
-    ("inception_v3", "inception v3", 96, {"init_weights": False, "aux_logits": False}),
+    ("inception_v3", "inception v3", 139, {"init_weights": False, "aux_logits": False}),
     ("mnasnet0_5", "mnasnet", 64, {}),
     ("mobilenet_v2", "mobilenetv2", 64, {}),
     ("mobilenet_v3_small", "mobilenetv3", 64, {}),
@@ -26,7 +26,6 @@ _CLASSIFIERS: tuple[tuple[str, str, int, dict[str, Any]], ...] = (
 _SEGMENTERS = (
     ("lraspp_mobilenet_v3_large", "lraspp", 64),
     ("deeplabv3_mobilenet_v3_large", "deeplabv3", 64),
-    ("fcn_resnet50", "fcn", 64),
 )
 _DETECTORS = (
     ("FasterRCNN", "faster r-cnn", {}),
@@ -40,7 +39,6 @@ _VIDEO = (
     ("r3d_18", "resnet 3d", (1, 3, 4, 32, 32)),
     ("mc3_18", "resnet mc3", (1, 3, 4, 32, 32)),
     ("r2plus1d_18", "resnet (2+1)d", (1, 3, 4, 32, 32)),
-    ("s3d", "s3d", (1, 3, 16, 224, 224)),
 )
 
 
@@ -97,8 +95,10 @@ def _shrunk() -> list[Model]:
             MSBlockConfig(2, 96, 96, [3, 3, 3], [], [1, 4, 4], []),
             MSBlockConfig(4, 96, 192, [3, 3, 3], [3, 3, 3], [1, 2, 2], [1, 2, 2]),
         ]  # fmt: skip
-        return MViT((32, 32), 4, blocks, residual_pool=True, residual_with_cls_embed=False, rel_pos_embed=True,
-                    proj_after_attn=True, num_classes=16, patch_embed_kernel=(3, 7, 7), patch_embed_stride=(2, 4, 4))  # fmt: skip
+        return MViT(
+            (32, 32), 4, blocks, residual_pool=True, residual_with_cls_embed=False, rel_pos_embed=True,
+            proj_after_attn=True, num_classes=16, patch_embed_kernel=(3, 7, 7), patch_embed_stride=(2, 4, 4),
+        )  # fmt: skip
 
     def vgg() -> nn.Module:
         from torchvision.models import VGG
@@ -150,7 +150,9 @@ def _detector(name: str) -> Callable[[], nn.Module]:
         anchors = AnchorGenerator(((16, 32), (48, 64)), ((0.5, 1.0),) * 2)
         if name == "SSD":
             boxes = DefaultBoxGenerator([[2], [2]], scales=[0.2, 0.5, 0.9])
-            return detection.ssd.SSD(Pyramid(), boxes, (96, 96), 5, detections_per_img=5, topk_candidates=20)
+            heads = detection.ssd.SSDHead([32, 32], boxes.num_anchors_per_location(), 5)
+            few = {"head": heads, "detections_per_img": 5, "topk_candidates": 20}
+            return detection.ssd.SSD(Pyramid(), boxes, (96, 96), 5, **few)
         if name == "FCOS":
             anchors = AnchorGenerator(((8,), (16,)), ((1.0,),) * 2)
         few = {"detections_per_img": 5, "topk_candidates": 20, "anchor_generator": anchors}

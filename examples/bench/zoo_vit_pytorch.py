@@ -44,52 +44,80 @@ _MODELS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("jumbo_vit", "JumboViT", "jumbo vit", {**_USUAL, "jumbo_cls_k": 2}),
     ("xcit", "XCiT", "xcit", {**_USUAL, "cls_depth": 1}),
     ("look_vit", "LookViT", "lookvit", {
-        "dim": 64, "image_size": 64, "num_classes": 16, "depth": 2, "patch_size": 16, "heads": 4, "mlp_factor": 2, "dim_head": 16,
+        "dim": 64, "image_size": 64, "num_classes": 16, "depth": 2, "patch_size": 16, "heads": 4, "mlp_factor": 2,
+            "dim_head": 16,
         "highres_patch_size": 8, "highres_mlp_factor": 2, "cross_attn_heads": 4, "cross_attn_dim_head": 16,
     }),
     ("attn_residual_with_dca_simple_vit", "SimpleViT", "dca vit", _USUAL),
     ("simple_vit_with_specialized_cls", "SimpleViT", "specialised cls vit", _USUAL),
     ("cct", "CCT", "cct", {
-        "img_size": 32, "embedding_dim": 64, "n_conv_layers": 1, "num_layers": 2, "num_heads": 4, "mlp_ratio": 2.0, "num_classes": 16,
+        "img_size": 32, "embedding_dim": 64, "n_conv_layers": 1, "num_layers": 2, "num_heads": 4, "mlp_ratio": 2.0,
+            "num_classes": 16,
         "positional_embedding": "learnable",
     }),
     ("cross_vit", "CrossViT", "crossvit", {
-        "image_size": 32, "num_classes": 16, "sm_dim": 48, "lg_dim": 64, "sm_patch_size": 8, "sm_enc_heads": 4, "sm_enc_mlp_dim": 96,
-        "sm_enc_dim_head": 16, "lg_enc_depth": 1, "lg_enc_heads": 4, "lg_enc_mlp_dim": 128, "lg_enc_dim_head": 16, "cross_attn_heads": 4,
+        "image_size": 32, "num_classes": 16, "sm_dim": 48, "lg_dim": 64, "sm_patch_size": 8, "sm_enc_heads": 4,
+            "sm_enc_mlp_dim": 96,
+        "sm_enc_dim_head": 16, "lg_enc_depth": 1, "lg_enc_heads": 4, "lg_enc_mlp_dim": 128, "lg_enc_dim_head": 16,
+            "cross_attn_heads": 4,
         "cross_attn_dim_head": 16, "depth": 1,
     }),
     ("crossformer", "CrossFormer", "crossformer", {
-        "dim": (32, 48, 64, 96), "depth": (1, 1, 1, 1), "global_window_size": (4, 2, 2, 1), "local_window_size": 2, "num_classes": 16,
+        "dim": (32, 48, 64, 96), "depth": (1, 1, 1, 1), "global_window_size": (4, 2, 2, 1), "local_window_size": 2,
+            "num_classes": 16,
     }),
     ("cvt", "CvT", "cvt", {
-        "num_classes": 16, "s1_emb_dim": 32, "s2_emb_dim": 64, "s2_heads": 1, "s2_depth": 1, "s3_emb_dim": 96, "s3_heads": 2, "s3_depth": 1,
+        "num_classes": 16, "s1_emb_dim": 32, "s2_emb_dim": 64, "s2_heads": 1, "s2_depth": 1, "s3_emb_dim": 96,
+            "s3_heads": 2, "s3_depth": 1,
     }),
     ("levit", "LeViT", "levit", {
-        "image_size": 128, "num_classes": 16, "stages": 3, "dim": (48, 64, 96), "depth": 1, "heads": (2, 3, 4), "mlp_mult": 2,
+        "image_size": 128, "num_classes": 16, "stages": 3, "dim": (48, 64, 96), "depth": 1, "heads": (2, 3, 4),
+            "mlp_mult": 2,
     }),
-    ("max_vit", "MaxViT", "maxvit", {"num_classes": 16, "dim": 32, "depth": (1, 1), "dim_head": 16, "window_size": 4, "dim_conv_stem": 32}),
+    ("max_vit", "MaxViT", "maxvit", {"num_classes": 16, "dim": 32, "depth": (1, 1), "dim_head": 16, "window_size": 4,
+        "dim_conv_stem": 32}),
     ("mobile_vit", "MobileViT", "mobilevit", {
-        "image_size": (64, 64), "dims": [32, 48, 64], "channels": [8, 16, 24, 24, 32, 32, 48, 48, 64, 64, 128], "num_classes": 16,
+        "image_size": (64, 64), "dims": [32, 48, 64], "channels": [8, 16, 24, 24, 32, 32, 48, 48, 64, 64, 128],
+            "num_classes": 16,
     }),
     ("nest", "NesT", "nest", {
-        "image_size": 32, "patch_size": 4, "num_classes": 16, "dim": 32, "heads": 2, "num_hierarchies": 3, "block_repeats": (1, 1, 1),
+        "image_size": 32, "patch_size": 4, "num_classes": 16, "dim": 32, "heads": 2, "num_hierarchies": 3,
+            "block_repeats": (1, 1, 1),
         "dim_head": 16,
     }),
-    ("regionvit", "RegionViT", "regionvit", {"dim": (32, 48, 64, 96), "depth": (1, 1, 1, 1), "window_size": 2, "num_classes": 16}),
+    ("regionvit", "RegionViT", "regionvit", {"dim": (32, 48, 64, 96), "depth": (1, 1, 1, 1), "window_size": 2,
+        "num_classes": 16}),
     ("scalable_vit", "ScalableViT", "scalablevit", {
-        "num_classes": 16, "dim": 32, "depth": (1, 1), "heads": (2, 4), "reduction_factor": (4, 2), "window_size": (8, None),
+        "num_classes": 16, "dim": 32, "depth": (1, 1), "heads": (2, 4), "reduction_factor": (4, 2), "window_size": (8,
+            None),
     }),
-    ("sep_vit", "SepViT", "sepvit", {"num_classes": 16, "dim": 32, "depth": (1, 1), "heads": (2, 4), "window_size": 7, "dim_head": 16}),
+    ("sep_vit", "SepViT", "sepvit", {"num_classes": 16, "dim": 32, "depth": (1, 1), "heads": (2, 4), "window_size": 7,
+        "dim_head": 16}),
     ("t2t", "T2TViT", "t2t-vit", {
-        "image_size": 32, "num_classes": 16, "dim": 64, "depth": 2, "heads": 4, "mlp_dim": 128, "dim_head": 16, "t2t_layers": ((3, 2), (3, 2)),
+        "image_size": 32, "num_classes": 16, "dim": 64, "depth": 2, "heads": 4, "mlp_dim": 128, "dim_head": 16,
+            "t2t_layers": ((3, 2), (3, 2)),
     }),
     ("twins_svt", "TwinsSVT", "twins", {
-        "num_classes": 16, "s1_emb_dim": 32, "s2_emb_dim": 48, "s3_emb_dim": 64, "s4_emb_dim": 96, "s3_depth": 1, "s4_depth": 1,
-        **{f"s{i}_{where}": size for i, size in ((1, 4), (2, 4), (3, 2), (4, 1)) for where in ("local_patch_size", "global_k")},
+        "num_classes": 16, "s1_emb_dim": 32, "s2_emb_dim": 48, "s3_emb_dim": 64, "s4_emb_dim": 96, "s3_depth": 1,
+            "s4_depth": 1,
+        **{f"s{i}_{where}": size for i, size in ((1, 4), (2, 4), (3, 2), (4, 1)) for where in ("local_patch_size",
+            "global_k")},
     }),
 )  # fmt: skip
 
-_SIZES = {"crossformer": 64, "cvt": 64, "levit": 128, "max_vit": 64, "mobile_vit": 64, "regionvit": 64, "pit": 64, "look_vit": 64, "twins_svt": 64, "scalable_vit": 64, "sep_vit": 112}
+_SIZES = {
+    "crossformer": 64,
+    "cvt": 64,
+    "levit": 128,
+    "max_vit": 64,
+    "mobile_vit": 64,
+    "regionvit": 64,
+    "pit": 64,
+    "look_vit": 64,
+    "twins_svt": 64,
+    "scalable_vit": 64,
+    "sep_vit": 112,
+}
 
 
 def models() -> list[Model]:
@@ -108,7 +136,8 @@ def models() -> list[Model]:
         Model("vit-pytorch/simple_vit_1d", "vit 1d", _builder("simple_vit_1d", "SimpleViT", flat), floats((2, 3, 32))),
         Model("vit-pytorch/vit_3d", "vit 3d", _builder("vit_3d", "ViT", clip), video),
         Model("vit-pytorch/simple_vit_3d", "vit 3d", _builder("simple_vit_3d", "SimpleViT", clip), video),
-        Model("vit-pytorch/vivit", "vivit", _builder("vivit", "ViViT", {**vivit, "spatial_depth": 1, "temporal_depth": 1}), video),
+        Model("vit-pytorch/vivit", "vivit", _builder("vivit", "ViViT", {**vivit, "spatial_depth": 1,
+            "temporal_depth": 1}), video),
         Model("vit-pytorch/na_vit", "navit", _builder("na_vit", "NaViT", {**_USUAL, "image_size": 64}), _pictures),
         Model("vit-pytorch/efficient", "efficient vit", _efficient, images(32)),
     ]  # fmt: skip
