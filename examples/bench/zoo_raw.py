@@ -196,6 +196,6 @@ class Typed(nn.Module):
         self.weight = raw_parameter(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        assert isinstance(self.weight, nn.Parameter) and isinstance(self.weight, Tensor)
+        assert isinstance(self.weight, Tensor)
         assert torch.is_tensor(self.weight) and torch.is_floating_point(self.weight)
         return F.linear(x, self.weight.to(x.dtype))

@@ -41,12 +41,7 @@ class ExpandedWeight(Tensor, metaclass=_Related):
         Args:
             weight: The codebooks.
         """
-        dense = weight()
-        if torch.compiler.is_compiling() or type(dense) is not Tensor:  # a graph that is being made takes the tensor
-            return dense
-        made = dense.as_subclass(ExpandedWeight)
-        made._virtual = VirtualWeight(weight)
-        return made
+        return _read(weight, ExpandedWeight)
 
     @classmethod
     def __torch_function__(
@@ -96,17 +91,23 @@ class FixedWeight(Tensor, metaclass=_Related):
         Args:
             weight: The codebooks.
         """
-        dense = weight()
-        if torch.compiler.is_compiling() or type(dense) is not Tensor:
-            return dense
-        made = dense.as_subclass(FixedWeight)
-        made._virtual = VirtualWeight(weight)
-        return made
+        return _read(weight, FixedWeight)
 
     def requires_grad_(self, requires_grad: bool = True) -> FixedWeight:
         """Freezes or frees the codebooks."""
         self._virtual.requires_grad_(requires_grad)
         return self
+
+
+def _read(weight: RPQWeight, kind: Any) -> Tensor:
+    """A weight's tensor as one of these classes; a graph that is being made takes the plain tensor."""
+    virtual = VirtualWeight(weight)
+    dense = virtual.expand_dense()
+    if torch.compiler.is_compiling() or type(dense) is not Tensor:
+        return dense
+    made = dense.as_subclass(kind)
+    made._virtual = virtual
+    return made
 
 
 def _change(name: str) -> Callable[..., FixedWeight]:

@@ -31,6 +31,7 @@ class Remade:
         except RuntimeError:  # wrappers of torch.func and of tracers have no memory; with them there are no hooks
             self.storage = 0
         self.dtype = tensor.dtype
+        self._stride = tensor.stride()
         self._make = make
         self._sources = sources
         self._versions = [source._version for source in sources]
@@ -46,6 +47,7 @@ class Remade:
                 )
             with torch.no_grad():
                 self._again = self._make()
+            assert self._again.stride() == self._stride, "what is made again lies otherwise in memory"
         return self._again
 
 

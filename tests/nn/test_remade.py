@@ -150,6 +150,7 @@ def test_it_works_within_checkpoints(reentrant: bool) -> None:
 def test_an_expanded_weight_is_a_tensor() -> None:
     weight = make(False)
     w, dense = ExpandedWeight.of(weight), weight()
+    assert ExpandedWeight.of(make(True)).is_contiguous()
     assert isinstance(w, Tensor) and torch.is_tensor(w) and w.shape == dense.shape
     torch.testing.assert_close(w, dense)
     torch.testing.assert_close(w, torch.nn.Parameter(dense.detach()))
@@ -171,8 +172,9 @@ def test_products_with_an_expanded_weight_run_on_the_codebooks(expanded: list[An
     assert_same(gradients(ours, {"codebooks": weight.codebooks})["codebooks"], wanted)
 
 
-def test_other_uses_of_an_expanded_weight_do_not_keep_it(expanded: list[Any]) -> None:
-    weight = make(False)
+@pytest.mark.parametrize("transposed", [False, True], ids=["row", "column"])
+def test_other_uses_of_an_expanded_weight_do_not_keep_it(transposed: bool, expanded: list[Any]) -> None:
+    weight = make(transposed)
     out = (ExpandedWeight.of(weight) * X[:1]).sin()
     gc.collect()
     assert not [ref for ref in expanded if ref() is not None]
