@@ -72,8 +72,8 @@ def _of_experts(x: Tensor, weight: VirtualWeight) -> Any:
 
 
 def _bmm(input: Any, mat2: Any) -> Any:
-    same = isinstance(mat2, VirtualWeight) and isinstance(input, Tensor) and input.shape[0] == mat2.shape[0]
-    return _matmul(input, mat2) if same or isinstance(input, VirtualWeight) else NotImplemented
+    same = input.ndim == mat2.ndim == 3 and input.shape[0] == mat2.shape[0]
+    return _matmul(input, mat2) if same else NotImplemented
 
 
 def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1) -> Any:
@@ -253,11 +253,16 @@ SERVED.update(
 )
 
 
+_AXES = ("dim", "dim0", "dim1", "start_dim", "end_dim")  # keywords that functions and methods have in common
+
+
 def _view(name: str) -> Callable[..., Any]:
-    """A view asked for as a function or an unbound method."""
+    """A view asked for as a function."""
 
     def run(input: Any, *args: Any, **kwargs: Any) -> Any:
-        return getattr(input, name)(*args, **kwargs) if isinstance(input, VirtualWeight) else NotImplemented
+        if not isinstance(input, VirtualWeight) or not all([key in _AXES for key in kwargs]):
+            return NotImplemented
+        return getattr(input, name)(*args, **kwargs)
 
     return run
 

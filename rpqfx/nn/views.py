@@ -98,13 +98,16 @@ class Views:
 
     def permute(self, *dims: Any) -> Any:
         """As ``Tensor.permute``."""
-        order = [dim % self.ndim for dim in (dims[0] if isinstance(dims[0], (tuple, list)) else dims)]
+        order = [dim % self.ndim for dim in (dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims)]
         if self.views or sorted(order) != list(range(self.ndim)):
             return self._view("permute", *dims)
         return type(self)(self.held, self.part, tuple([self.order[axis] for axis in order]))
 
     def narrow(self, dim: int, start: int, length: int) -> Any:
         """As ``Tensor.narrow``."""
+        start = start + self.shape[dim] if start < 0 else start
+        if start < 0 or length < 0 or start + length > self.shape[dim]:
+            return self._call("narrow", dim, start, length)  # torch's own error
         return self[(slice(None),) * (dim % self.ndim) + (slice(start, start + length),)]
 
     def select(self, dim: int, index: int) -> Any:
@@ -115,7 +118,9 @@ class Views:
         """As ``Tensor.split``."""
         size = self.shape[dim]
         if isinstance(split_size, int):
-            split_size = [min(split_size, size - start) for start in range(0, size, split_size)]
+            split_size = [min(split_size, size - start) for start in range(0, size, max(1, split_size))]
+        if sum(split_size) != size or min(split_size) < 0:
+            return self._call("split", split_size, dim)  # torch's own error
         starts = [sum(split_size[:i]) for i in range(len(split_size))]
         return tuple([self.narrow(dim, start, length) for start, length in zip(starts, split_size, strict=True)])
 
@@ -130,10 +135,11 @@ class Views:
         order = _without(self.order, dim % 3)
         return tuple([type(self)(self.held, one, order) for one in self.part.experts()])
 
-    def squeeze(self, *dim: int) -> Any:
+    def squeeze(self, dim: Any = None) -> Any:
         """As ``Tensor.squeeze``."""
         shape = self.shape
-        axes = [axis % len(shape) for axis in dim] if dim else list(range(len(shape)))
+        dims = range(len(shape)) if dim is None else (dim,) if isinstance(dim, int) else dim
+        axes = [axis % len(shape) for axis in dims]
         gone = {axis for axis in axes if shape[axis] == 1}
         return self[tuple([0 if axis in gone else slice(None) for axis in range(len(shape))])] if gone else self
 

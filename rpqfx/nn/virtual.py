@@ -139,7 +139,7 @@ class VirtualWeight(Views):
 
     @property
     def requires_grad(self) -> bool:
-        """Of the codebooks. Setting it is refused: freeze the codebooks, which are the Parameters."""
+        """Of the codebooks, which setting it freezes or frees."""
         return self.part.tensors.codebooks.requires_grad
 
     @requires_grad.setter

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rpqfx.codebook import CodebookSpec
+from rpqfx.errors import InputError
 from rpqfx.nn import Layout, RPQWeight, VirtualWeight
 from rpqfx.nn.part import Part
 from tests.helpers import assert_same, gradients, naive_tensor, randn, randomise
@@ -225,7 +226,8 @@ class Experts(torch.nn.Module):
         self.w = torch.nn.Parameter(randn(0, count, 16, 24, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.bmm(x, self.w).sum(0) + (x[0] @ self.w[1])
+        first, second = torch.chunk(self.w[1], 2, dim=-1)
+        return torch.bmm(x, self.w).sum(0) + torch.cat([x[0] @ first, x[0] @ second], -1)
 
 
 @pytest.mark.parametrize("count", [4, 20])
@@ -243,3 +245,58 @@ def test_experts_compile_whole(count: int, experts: str) -> None:
     compiled(x).sum().backward()
     assert small.w_rpq.codebooks.grad is not None
     torch.compiler.reset()
+
+
+# ------------------------------------------------------------------------------------- arguments, as torch takes them
+
+ARGUMENTS: dict[str, Callable[[Any], Any]] = {
+    "narrow from the end": lambda w: w.narrow(0, -4, 4),
+    "split by name": lambda w: torch.split(w, split_size_or_sections=4, dim=0)[1],
+    "permute by name": lambda w: torch.permute(w, dims=(1, 0)),
+    "permute by a tuple": lambda w: w.permute((1, 0)),
+    "permute from the end": lambda w: w.permute(-1, 0),
+    "squeeze": lambda w: w[:, None].squeeze(1),
+    "squeeze what is long": lambda w: w.squeeze(dim=0),
+    "chunk by name": lambda w: w.chunk(chunks=3, dim=-2)[2],
+    "unsqueeze": lambda w: torch.unsqueeze(w, 0),
+    "flatten": lambda w: torch.flatten(w),
+    "view by dtype": lambda w: w.detach().view(torch.int64),
+    "a list of sizes": lambda w: w.reshape([4, -1]),
+    "an empty range": lambda w: w[3:3],
+    "past the end": lambda w: w[10:99],
+    "a step": lambda w: w[::5],
+    "None": lambda w: w[None, 2:4],
+    "two ids": lambda w: w[torch.tensor([1, 2]), torch.tensor([0, 3])],
+    "select": lambda w: w.select(-1, -2),
+    "index_select": lambda w: w.index_select(0, torch.tensor([3, 1])),
+    "gather": lambda w: w.gather(0, torch.zeros(2, 8, dtype=torch.int64)),
+}
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_views_take_what_torch_takes(name: str) -> None:
+    weight = randomise(RPQWeight(CodebookSpec(12, 8, 4, 3), Layout((12, 8)), dtype=torch.float64), 0)
+    ours, theirs = ARGUMENTS[name](VirtualWeight(weight)), ARGUMENTS[name](weight())
+    assert ours.shape == theirs.shape
+    assert torch.equal(ours.expand_dense() if isinstance(ours, VirtualWeight) else ours, theirs)
+
+
+WRONG: dict[str, Callable[[Any], Any]] = {
+    "an index too far": lambda w: w[12],
+    "too many indices": lambda w: w[0, 0, 0],
+    "narrow too far": lambda w: w.narrow(0, 8, 5),
+    "split that does not add up": lambda w: w.split([4, 4]),
+    "an axis that is not there": lambda w: w.transpose(0, 2),
+    "axes twice": lambda w: w.permute(0, 0),
+    "sizes that do not fit": lambda w: w.view(5, 8),
+    "inner sizes that differ": lambda w: torch.ones(3, 9, dtype=torch.float64) @ w.T,
+    "bmm of a matrix": lambda w: torch.bmm(w, torch.ones(1, 8, 2, dtype=torch.float64)),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_torch_refuses_is_refused_at_once(name: str) -> None:
+    weight = RPQWeight(CodebookSpec(12, 8, 4, 3), Layout((12, 8)), dtype=torch.float64)
+    for w in (weight(), VirtualWeight(weight)):
+        with pytest.raises((IndexError, RuntimeError, ValueError, InputError)):
+            WRONG[name](w)
