@@ -34,9 +34,10 @@ def rpqify(
 ) -> nn.Module:
     """Rewrites a model so that its weights live in codebooks.
 
-    Every Linear, Embedding, convolution, Bilinear and MultiheadAttention, and every Parameter that a module uses in
-    a product, a convolution or a lookup of its own, is held as a policy says. Classes, names, hooks, flags, methods
-    and ties stay. What is not rewritten stays exactly as it was; [`report`][rpqfx.report.report] says why.
+    Every Linear, Embedding, convolution, Bilinear, MultiheadAttention and recurrent layer, and every Parameter that a
+    module uses in a product, a convolution or a lookup of its own, is held as a policy says. Classes, names, hooks,
+    flags, methods and ties stay. What is not rewritten stays exactly as it was; [`report`][rpqfx.report.report] says
+    why.
 
     Args:
         model: Any module, on any device. On the meta device nothing is allocated;

@@ -34,7 +34,7 @@ class Site:
     Args:
         name: Qualified name of the Parameter, such as ``"blocks.0.fc.weight"``.
         names: All its names, where it is tied.
-        kind: What it does; ``"parameter"`` where its module's forward could not be read.
+        kind: What it does; ``"parameter"`` where the graphs that could be read do not say.
         module_type: Class of its owner.
         shape: Of the Parameter.
         dtype: Of the Parameter.

@@ -26,8 +26,8 @@ class ExpandedWeight(Tensor, metaclass=_Related):
     """The tensor of a codebook-held weight, made when it was read.
 
     A tensor like any other, but that products with it run on the codebooks, that autograd does not keep it for
-    backward, and that changing it in place is refused, since the change would be lost. What is computed of it, views
-    included, is a plain tensor.
+    backward, and that changing it in place is refused, since the change would be lost (but for multiplying it by a
+    number, and for more or fewer rows through ``data``). What is computed of it, views included, is a plain tensor.
     """
 
     _virtual: VirtualWeight

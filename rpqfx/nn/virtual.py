@@ -76,7 +76,7 @@ class VirtualWeight(Views):
         weight: The codebooks.
         part: What of them this is; all, if left out.
         order: The axes of the part, in the order they have here.
-        views: Further views, as (function, arguments, keywords), of which codebooks know nothing.
+        views: Further views, as (method, arguments, keywords), of which codebooks know nothing.
     """
 
     _is_hf_initialized = True  # by which transformers' initialisers leave it alone: its codebooks have been drawn
