@@ -114,7 +114,7 @@ def _role(
     dims = parameter.dim()
     if roles:
         return max(roles, key=lambda role: role.experts), None  # the first of those that say most
-    generic = Role("parameter", lead=dims - 1, experts=dims == 3)
+    generic = Role("parameter", experts=dims == 3 and parameter.shape[-1] > 1)  # of four axes: filters, most likely
     vector = None if _is_matrix(parameter) else "only one axis is longer than 1: a vector, not a weight"
     if graph is None or not graph.graphs:
         return generic, vector

@@ -21,10 +21,6 @@ _TRANSPOSED_CONVS = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 _MATMULS = (torch.matmul, torch.mm, operator.matmul, "matmul", "mm")
 _BMMS = (torch.bmm, "bmm")
 _GROUPED = (torch._grouped_mm, F.grouped_mm)
-# Operators that dynamo calls as Tensor.matmul(x, w) or Tensor.gt(x, w) where the code says w @ x or w > x.
-_EXCHANGED = (
-    operator.matmul, operator.gt, operator.ge, operator.lt, operator.le, operator.lshift, operator.rshift,
-)  # fmt: skip
 _CASTS = ("to", "type_as", "contiguous", "float", "half", "bfloat16", "double")
 _PIECES = (torch.chunk, torch.split, torch.unbind, "chunk", "split", "unbind")
 # Uses that make no weight of a tensor: what is only added, joined or cut is a position, a token, a bias.
@@ -57,7 +53,7 @@ class Read:
         role: What that makes of it; None where that is nothing by which it is a weight.
         reader: Class of the module.
         outside: Whether its owner is another module.
-        left: Whether it is the left operand of an operator that torch.compile hands over with operands exchanged.
+        left: Whether it is the left operand of ``@``: dynamo calls ``matmul(x, w)`` where the code says ``w @ x``.
     """
 
     words: str
@@ -95,7 +91,7 @@ def reads_of(captured: Captured) -> dict[str, list[Read]]:
             outside = node.op == "get_attr" and "." in str(node.target)
             for user, value, seen in _uses(node, _Seen(axes.get(name, 2))):
                 where = f"{path or 'model'}: {_function_name(user)}"
-                left = user.target in _EXCHANGED and user.args[0] is value
+                left = user.target is operator.matmul and user.args[0] is value
                 found[name].append(Read(where, _role(user, value, seen), reader, outside, left))
     return found
 

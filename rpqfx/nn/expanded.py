@@ -15,6 +15,10 @@ from rpqfx.nn.weight import RPQWeight
 _SETTERS = {Tensor.data.__set__: "data", Tensor.requires_grad.__set__: "requires_grad"}  # type: ignore[attr-defined]
 
 
+_TRANSPOSES = {Tensor.t: "t", torch.t: "t", Tensor.transpose: "transpose", torch.transpose: "transpose"}
+_TRANSPOSES |= {Tensor.T.__get__: "T", Tensor.mT.__get__: "mT"}  # type: ignore[attr-defined]
+
+
 class _Related(type(Tensor)):  # type: ignore[misc]
     """Parameters count as related: torch.testing compares tensors of related classes only."""
 
@@ -65,12 +69,23 @@ class ExpandedWeight(Tensor, metaclass=_Related):
             result = serve(*[_virtual_of(arg) for arg in args], **{key: _virtual_of(x) for key, x in kwargs.items()})
             if result is not NotImplemented and not isinstance(result, (VirtualWeight, tuple)):
                 return result
+        if func in _TRANSPOSES and _is_one(first) and first.dim() == 2:
+            return _turned(first, func, args, kwargs)
         made: list[Remade] = []
         with torch._C.DisableTorchFunctionSubclass():
             plain = [_plain(arg, made) for arg in args]
             named = {key: _plain(value, made) for key, value in kwargs.items()}
         with not_kept(made):
             return func(*plain, **named)
+
+
+def _turned(weight: ExpandedWeight, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The transpose of a matrix, with which products run on the codebooks too."""
+    with torch._C.DisableTorchFunctionSubclass():
+        turned = func(*args, **kwargs).as_subclass(ExpandedWeight)
+    virtual = getattr(weight._virtual, _TRANSPOSES[func])
+    turned._virtual = virtual(*args[1:], **kwargs) if callable(virtual) else virtual
+    return turned
 
 
 class FixedWeight(Tensor, metaclass=_Related):

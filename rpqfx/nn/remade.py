@@ -72,23 +72,39 @@ def not_kept(made: Sequence[Remade]) -> Iterator[None]:
         made: The tensors.
     """
     by_storage = {(one.storage, one.dtype): one for one in made if one.storage}
+    if not by_storage:
+        yield
+        return
+    around = _hooks_around()
 
     def pack(tensor: Tensor) -> Any:
-        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
-            return tensor
-        found = by_storage.get((tensor.untyped_storage().data_ptr(), tensor.dtype))
-        if found is None:
-            return tensor
-        return _View(found, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+        plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+        found = by_storage.get((tensor.untyped_storage().data_ptr(), tensor.dtype)) if plain else None
+        if found is not None:
+            return _View(found, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+        return tensor if around is None else _Packed(around[0](tensor), around[1])
 
     with contextlib.ExitStack() as stack:
-        if by_storage:
-            with contextlib.suppress(RuntimeError):
-                stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, _unpack))
+        with contextlib.suppress(RuntimeError):
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, _unpack))
         yield
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A tensor that is not ours, as the hooks around these keep it: those of a checkpoint, or of moving to the CPU."""
+
+    kept: Any
+    unpack: Callable[[Any], Tensor]
+
+
+def _hooks_around() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
+    """The hooks that are in force, of which torch would ask the innermost only."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return None if top is None else top(True)
 
 
 def _unpack(kept: Any) -> Tensor:
     if isinstance(kept, _View):
         return kept.of.again().as_strided(kept.size, kept.stride, kept.offset)
-    return kept
+    return kept.unpack(kept.kept) if isinstance(kept, _Packed) else kept

@@ -54,7 +54,7 @@ class RPQWeight(nn.Module):
 
     plain_when_compiled: bool = False
     """Whether compiled code reads a plain tensor instead of a ``VirtualWeight``: torch.compile exchanges the operands
-    of ``w @ x`` and of ``w > x`` where ``w`` is no tensor, without a word."""
+    of ``w @ x`` where ``w`` is no tensor, without a word."""
 
     shares_codebooks: bool = False
     """Whether its codebooks are those of other weights, too."""

@@ -144,6 +144,18 @@ def test_it_works_within_checkpoints(reentrant: bool) -> None:
     assert_same(x.grad, wanted[1])
 
 
+def test_other_tensors_of_the_call_are_kept_as_a_checkpoint_says() -> None:
+    """torch asks the innermost hooks only: these hand on what is not theirs."""
+    weight, packed = make(False), []
+    x = X.detach().clone().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t.shape) or t * 1, lambda t: t):
+        out = (x[:, None] * VirtualWeight(weight)).sin()
+    assert torch.Size([3, 1, 8]) in packed and torch.Size([6, 8]) not in packed
+    out.sum().backward()
+    dense = naive_tensor(weight, weight.codebooks, weight.scale).detach()
+    assert_same(x.grad, torch.autograd.grad((x[:, None] * dense).sin().sum(), x)[0])
+
+
 # ---------------------------------------------------------------------------- what people read as a layer's weight
 
 
@@ -154,7 +166,8 @@ def test_an_expanded_weight_is_a_tensor() -> None:
     assert isinstance(w, Tensor) and torch.is_tensor(w) and w.shape == dense.shape
     torch.testing.assert_close(w, dense)
     torch.testing.assert_close(w, torch.nn.Parameter(dense.detach()))
-    assert type(w + 1) is Tensor and type(w.t()) is Tensor and type(w.detach()) is Tensor
+    assert type(w + 1) is Tensor and isinstance(w.t(), Tensor) and type(w.detach()) is Tensor
+    assert isinstance(w, torch.nn.Parameter) and torch.equal(w.T.contiguous(), dense.T)
     assert torch.equal(torch.stack([w, w])[1], dense) and str(w).startswith("tensor(")
     assert w.detach().numpy().shape == (6, 8)
     torch.nn.Parameter(w.detach())
@@ -164,10 +177,17 @@ def test_products_with_an_expanded_weight_run_on_the_codebooks(expanded: list[An
     weight = make(False)
     w = ExpandedWeight.of(weight)
     expanded.clear()
-    ours = F.linear(X, w), X @ randn(1, 8, 6) @ w, torch.einsum("bi,oi->bo", X, w)
     dense = naive_tensor(weight, weight.codebooks, weight.scale)
-    theirs = F.linear(X, dense), X @ randn(1, 8, 6) @ dense, torch.einsum("bi,oi->bo", X, dense)
+
+    def products(w: Tensor) -> tuple[Tensor, ...]:
+        turned = X @ w.T, X @ w.t(), X @ w.mT, X @ w.transpose(-1, 0), X @ torch.t(w), X @ w.T.T.T
+        return (F.linear(X, w), X @ randn(1, 8, 6) @ w, torch.einsum("bi,oi->bo", X, w), *turned)
+
+    ours, theirs = products(w), products(dense)
     assert not expanded
+    for one, other in zip(ours, theirs, strict=True):
+        assert type(one) is Tensor
+        assert_same(one, other)
     wanted = gradients(theirs, {"codebooks": weight.codebooks})["codebooks"]
     assert_same(gradients(ours, {"codebooks": weight.codebooks})["codebooks"], wanted)
 
