@@ -49,6 +49,7 @@ __all__ = [
     "lookup",
     "nearest_divisor",
     "pack_signs",
+    "range_of",
     "select_sub_vectors",
     "select_vectors",
     "unpack_signs",
@@ -187,7 +188,7 @@ def select_vectors(
     """
     some = None
     if signs is not None and isinstance(index, slice) and index.step in (None, 1) and not (index.start or 0) % 8:
-        start, stop, _ = index.indices(codes.shape[-1])  # whole bytes
+        start, stop, _ = range_of(index, codes.shape[-1])  # whole bytes
         some = signs[..., start // 8 : -(-max(start, stop) // 8)]
     elif signs is not None:
         some = pack_signs(_pick(unpack_signs(signs, codes.shape[-1]), index, -1))
@@ -211,11 +212,27 @@ def select_sub_vectors(
     """
     books, share = codebooks, codes.shape[1] // codebooks.shape[1]
     if codebooks.shape[1] > 1 and isinstance(index, slice):
-        start, stop, _ = index.indices(codes.shape[1])
+        start, stop, _ = range_of(index, codes.shape[1])
         books = codebooks[:, start // share : stop // share]
     elif codebooks.shape[1] > 1:
         books = codebooks.index_select(1, index[::share] // share)  # type: ignore[index]
     return books, _pick(codes, index, 1), None if signs is None else _pick(signs, index, 1)
+
+
+def range_of(index: slice, size: int) -> tuple[int, int, int]:
+    """``index.indices(size)`` for steps above zero; compilers of older torch cannot trace that.
+
+    Args:
+        index: A slice.
+        size: Of what it is taken of.
+
+    Returns:
+        Start, stop (not below start) and step.
+    """
+    start, stop = (0 if index.start is None else index.start), (size if index.stop is None else index.stop)
+    start = max(0, start + size) if start < 0 else min(start, size)
+    stop = max(0, stop + size) if stop < 0 else min(stop, size)
+    return start, max(start, stop), 1 if index.step is None else index.step
 
 
 def _pick(x: Tensor, index: Tensor | slice, axis: int) -> Tensor:

@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rpqfx import codebook, steps
-from rpqfx.codebook import CodebookSpec, default_codebook_dim, nearest_divisor
+from rpqfx.codebook import CodebookSpec, default_codebook_dim, nearest_divisor, range_of
 from rpqfx.errors import InputError, RPQError, SpecError
 from tests.helpers import assert_same, naive_expand, randn, seeds, specs, stored
 
@@ -357,3 +357,9 @@ def test_users_and_grad_factor(spec: CodebookSpec) -> None:
 def test_bits_hold_every_code(entries: int) -> None:
     spec = CodebookSpec(4, 4, 2, entries=entries)
     assert 2 ** (spec.bits - 1) < entries <= 2**spec.bits
+
+
+@given(st.integers(0, 9), *[st.one_of(st.none(), st.integers(-12, 12))] * 2, st.sampled_from([None, 1, 2]))
+def test_a_range_is_what_python_makes_of_a_slice(size: int, start: int | None, stop: int | None, step: int | None):
+    first, last, every = range_of(slice(start, stop, step), size)
+    assert range(first, last, every) == range(*slice(start, stop, step).indices(size)) and 0 <= first <= last <= size

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rpqfx.codebook import range_of
 from rpqfx.nn.layout import Layout
 from rpqfx.nn.part import Part
 from rpqfx.nn.weight import RPQWeight
@@ -240,7 +241,7 @@ def _parts(weight: Views, items: tuple[Any, ...]) -> Views | None:
         size = part.layout.shape[axis]
         if isinstance(item, int) and not -size <= item < size:
             return None  # torch's own error
-        start, stop, step = (item % size, item % size + 1, 1) if isinstance(item, int) else item.indices(size)
+        start, stop, step = (item % size, item % size + 1, 1) if isinstance(item, int) else range_of(item, size)
         some = None if step != 1 else part.narrow(axis, start, max(0, stop - start))
         some = some.drop(axis) if some is not None and isinstance(item, int) else some
         if some is None:

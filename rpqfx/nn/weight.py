@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rpqfx import ops
-from rpqfx.codebook import CodebookSpec, pack_signs
+from rpqfx.codebook import CodebookSpec, pack_signs, range_of
 from rpqfx.errors import CodeError, InputError, SpecError
 from rpqfx.fit import fit_codebooks
 from rpqfx.nn.layout import Layout
@@ -224,7 +224,7 @@ class RPQWeight(nn.Module):
         """
         if rows is None:
             return self.part().linear(x, bias)
-        start, stop, _ = rows.indices(self.layout.rows)
+        start, stop, _ = range_of(rows, self.layout.rows)
         matrix = replace(self.layout, shape=(self.layout.rows, self.layout.cols), lead=1)
         some = self.part().seen_as(matrix).narrow(0, start, stop - start)
         if some is not None:
