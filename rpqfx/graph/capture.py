@@ -121,7 +121,7 @@ def _lazy(model: nn.Module) -> str | None:
 
 
 def _read(module: nn.Module, leaves: tuple[type[nn.Module], ...]) -> ModuleGraph:
-    if _is_builtin(module) or is_leaf(module) or isinstance(module, leaves):
+    if is_builtin(module) or is_leaf(module) or isinstance(module, leaves):
         return ModuleGraph()
     if isinstance(module, torch.jit.ScriptModule):
         return ModuleGraph(opaque="it is a ScriptModule")
@@ -139,7 +139,8 @@ def _read(module: nn.Module, leaves: tuple[type[nn.Module], ...]) -> ModuleGraph
     return ModuleGraph(tuple(graphs)) if graphs else ModuleGraph(opaque=errors[0])
 
 
-def _is_builtin(module: nn.Module) -> bool:
+def is_builtin(module: nn.Module) -> bool:
+    """Whether a module's code is torch's own."""
     kind = parametrize.type_before_parametrizations(module)
     return kind.__module__.startswith("torch.nn") or isinstance(module, _CONTAINERS)
 

@@ -8,7 +8,7 @@ from collections import defaultdict
 from torch import nn
 from torch.nn.utils import parametrize
 
-from rpqfx.graph.capture import Captured, ModuleGraph
+from rpqfx.graph.capture import Captured, ModuleGraph, is_builtin
 from rpqfx.graph.hints import Nearest, heads, initial_std
 from rpqfx.graph.obstacles import Obstacles, quantised_sites
 from rpqfx.graph.roles import ADDITIVE, Read, Role, reads_of
@@ -56,7 +56,8 @@ def find_sites(captured: Captured) -> list[Site]:
         uses = (*names, *(f"{p}.{a}".lstrip(".") for p, a in stands))
         found = [use for name in dict.fromkeys(uses) for use in reads.get(name, ())]
         holders = [(model.get_submodule(p), a) for p, a in stands]
-        role, unused = _role(parameter, holders, found, captured.graphs.get(stands[0][0]))
+        graph = captured.graphs.get(stands[0][0])
+        role, unused = _role(parameter, holders, found, graph)
         table = [m for _, m, _, _ in places if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
         rows_only = table or role.kind in ("embedding", "embedding_bag", "conv", "conv_transpose", "parameter")
         sites.append(
@@ -76,7 +77,7 @@ def find_sites(captured: Captured) -> list[Site]:
                 heads=nearest_heads.of(path),
                 readers=_readers([m for _, m, _, _ in places], found),
                 read_outside=any(use.outside for use in found),
-                plain_when_compiled=any(use.left for use in found) or _unknown(captured, stands, role),
+                plain_when_compiled=any(use.left for use in found) or _unknown(module, found, role.kind, graph),
                 uses=tuple(dict.fromkeys(use.words for use in found)),
                 blocked=obstacles.to(parameter, module) or unused,
             )
@@ -91,10 +92,10 @@ def _readers(owners: list[nn.Module], reads: list[Read]) -> tuple[type[nn.Module
     return tuple(dict.fromkeys([*map(type, owners), *map(type, lists), *outside]))
 
 
-def _unknown(captured: Captured, stands: list[tuple[str, str]], role: Role) -> bool:
-    """Whether the code that uses it is the module's own and could not be read."""
-    graph = captured.graphs.get(stands[0][0])
-    return role.kind in ("parameter", "experts") and (graph is None or not graph.graphs)
+def _unknown(module: nn.Module, reads: list[Read], kind: Kind, graph: ModuleGraph | None) -> bool:
+    """Whether the code that uses a tensor could not be read: its module's own, or that of nobody knows which other."""
+    own = is_builtin(module) or (graph is not None and bool(graph.graphs))
+    return not own or (kind == "parameter" and not reads)
 
 
 def _role(

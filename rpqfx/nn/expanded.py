@@ -26,26 +26,36 @@ class _Related(type(Tensor)):  # type: ignore[misc]
         return super().__instancecheck__(instance) or type(instance) is nn.Parameter
 
 
-class ExpandedWeight(Tensor, metaclass=_Related):
+class _Read(Tensor, metaclass=_Related):
+    """A tensor that knows of which weight it was made."""
+
+    _virtual: VirtualWeight
+    _is_hf_initialized = True  # as of a VirtualWeight
+    _is_param = True  # to isinstance(w, nn.Parameter), which is what it stands for
+
+    @classmethod
+    def of(cls, weight: RPQWeight) -> Tensor:
+        """Expands a weight; a graph that is being made takes the plain tensor.
+
+        Args:
+            weight: The codebooks.
+        """
+        virtual = VirtualWeight(weight)
+        dense = virtual.expand_dense()
+        if torch.compiler.is_compiling() or type(dense) is not Tensor:
+            return dense
+        made = dense.as_subclass(cls)
+        made._virtual = virtual
+        return made
+
+
+class ExpandedWeight(_Read):  # type: ignore[metaclass]
     """The tensor of a codebook-held weight, made when it was read.
 
     A tensor like any other, but that products with it run on the codebooks, that autograd does not keep it for
     backward, and that changing it in place is refused, since the change would be lost (but for multiplying it by a
     number, and for more or fewer rows through ``data``). What is computed of it, views included, is a plain tensor.
     """
-
-    _virtual: VirtualWeight
-    _is_hf_initialized = True  # as of a VirtualWeight
-    _is_param = True  # to isinstance(w, nn.Parameter), which is what it stands for
-
-    @staticmethod
-    def of(weight: RPQWeight) -> Tensor:
-        """Expands a weight.
-
-        Args:
-            weight: The codebooks.
-        """
-        return _read(weight, ExpandedWeight)
 
     @classmethod
     def __torch_function__(
@@ -88,41 +98,18 @@ def _turned(weight: ExpandedWeight, func: Callable[..., Any], args: tuple[Any, .
     return turned
 
 
-class FixedWeight(Tensor, metaclass=_Related):
+class FixedWeight(_Read):  # type: ignore[metaclass]
     """The tensor of a codebook-held weight, for a reader that treats tensors with a torch function differently.
 
     To torch it is a plain tensor, which it keeps for backward; changes in place are answered as anywhere else.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-    _virtual: VirtualWeight
-    _is_hf_initialized = True  # as of a VirtualWeight
-    _is_param = True  # to isinstance(w, nn.Parameter), which is what it stands for
-
-    @staticmethod
-    def of(weight: RPQWeight) -> Tensor:
-        """Expands a weight.
-
-        Args:
-            weight: The codebooks.
-        """
-        return _read(weight, FixedWeight)
 
     def requires_grad_(self, requires_grad: bool = True) -> FixedWeight:
         """Freezes or frees the codebooks."""
         self._virtual.requires_grad_(requires_grad)
         return self
-
-
-def _read(weight: RPQWeight, kind: Any) -> Tensor:
-    """A weight's tensor as one of these classes; a graph that is being made takes the plain tensor."""
-    virtual = VirtualWeight(weight)
-    dense = virtual.expand_dense()
-    if torch.compiler.is_compiling() or type(dense) is not Tensor:
-        return dense
-    made = dense.as_subclass(kind)
-    made._virtual = virtual
-    return made
 
 
 def _change(name: str) -> Callable[..., FixedWeight]:

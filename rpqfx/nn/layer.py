@@ -162,9 +162,7 @@ class RPQLayer(Backed):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws the layer anew, with the standard deviation of its torch.nn namesake's own initialisation."""
-        for name, weight in backed_weights(self).items():
-            weight.std = initial_std(self, name)
-            weight.reset_parameters()
+        redraw(self)
         self.reset_rest()
 
     @torch.no_grad()
@@ -217,6 +215,17 @@ def random_weight(
         std = measured if math.isfinite(measured) and measured > 0 else std
     weight = RPQWeight(spec, layout, std=std, plan=plan, device=tensor.device, dtype=tensor.dtype)
     return weight.requires_grad_(tensor.requires_grad)
+
+
+def redraw(module: nn.Module) -> None:
+    """Draws what a module holds in codebooks anew, each tensor as torch.nn draws it.
+
+    Args:
+        module: The owner.
+    """
+    for name, weight in backed_weights(module).items():
+        weight.std = initial_std(module, name)
+        weight.reset_parameters()
 
 
 def initial_std(module: nn.Module, name: str) -> float:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rpqfx.nn.backed import Backed, backed_weights, register_adapter
-from rpqfx.nn.layer import initial_std
+from rpqfx.nn.backed import Backed, register_adapter
+from rpqfx.nn.layer import redraw
 
 _OWN_RESETS = (nn.RNNBase.reset_parameters, nn.RNNCellBase.reset_parameters)
 
@@ -32,9 +32,7 @@ class BackedCell(Backed):
         if own not in _OWN_RESETS:  # a subclass has a way of its own
             own(self)
             return
-        for name, weight in backed_weights(self).items():
-            weight.std = initial_std(self, name)
-            weight.reset_parameters()
+        redraw(self)
         self.reset_rest()
 
     @torch.no_grad()
