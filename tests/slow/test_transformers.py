@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import rpqfx
 from rpqfx import Policy
 from rpqfx.errors import RewriteError
+from rpqfx.nn.part import Part
 from tests.models import filled, held_weights
 from tests.test_docs import ROOT, run
 
@@ -199,6 +200,23 @@ def test_half_precision_errs_as_the_dense_model_does(name: str, dtype: torch.dty
         with torch.no_grad():
             errors.append(float((model(**given).logits.float() - exact).abs().max()))
     assert errors[0] < 4 * errors[1] + 1e-3
+
+
+@pytest.mark.parametrize("experts", ["shared", "own"])
+@pytest.mark.parametrize("way", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_no_experts_weight_is_ever_made(name: str, way: str, experts: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward run on the codebooks of the experts in use, whichever way the library runs them."""
+    model = build(name)
+    model.set_experts_implementation(way)
+    small = rpqfx.rpqify(model, Policy.from_scratch(codebook_dim=8, bits=4, min_size=1024, experts=experts))
+    dense = filled(model, small)
+    assert [site for site in rpqfx.report(small).rewritten if "experts" in site.name]
+    wanted = dense(**inputs(name)).loss
+    monkeypatch.setattr(Part, "dense", lambda self: pytest.fail("expanded"))
+    found = small(**inputs(name)).loss
+    found.backward()
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama tied", "opt", "mixtral", "t5", "vit"])
