@@ -31,9 +31,9 @@ from rpqfx.nn.weight import RPQWeight
 from rpqfx.report import SiteRecord, attach_records, attached_records
 
 FORMAT = "rpqfx"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 knew no tensors of experts and no flags of weights
 _SAFETENSORS = ".safetensors"
-_FLAGS = {"read_as", "plain_when_compiled", "shares_codebooks"}  # of a weight; older files have none
+_FLAGS = {"read_as", "plain_when_compiled", "shares_codebooks"}  # of a weight; older files have none, and no plan
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -262,7 +262,7 @@ def _install_sites(model: nn.Module, manifest: dict[str, Any], path: Any) -> Non
             if shape != layout.shape:
                 raise FormatError(f"{path} holds {name} of shape {layout.shape}, build() made it {shape}")
         with torch.device("meta"):
-            weight = RPQWeight(spec, layout, std=site["std"], plan=site.get("plan", "auto"))  # older files have none
+            weight = RPQWeight(spec, layout, std=site["std"], plan=site.get("plan", "auto"))
             for flag in _FLAGS & site.keys():
                 setattr(weight, flag, site[flag])
         placed.append((site["names"], weight))

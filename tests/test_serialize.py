@@ -208,7 +208,7 @@ def test_a_torch_file_is_plain_tensors_under_their_names(tmp_path: Path):
     names = {n for n, _ in small.named_parameters()} | {n for n, _ in small.named_buffers()}
     assert set(held["tensors"]) == names and all(type(t) is Tensor for t in held["tensors"].values())
     manifest = json.loads(held["rpqfx"])
-    assert manifest["version"] == FORMAT_VERSION == 1
+    assert manifest["version"] == FORMAT_VERSION == 2
     sites = {tuple(site["names"]): site for site in manifest["sites"]}
     assert ("tok.weight", "head.weight") in sites
     spec = CodebookSpec.from_dict(sites["blocks.0.qkv.weight",]["spec"])
@@ -352,8 +352,22 @@ def rewrite_manifest(path: Path, sealed: bool = True, **changes: Any) -> None:
 def test_a_newer_file_is_refused_as_newer(tmp_path: Path):
     rpqfx.save(small_mlp(), tmp_path / "m.rpq")
     rewrite_manifest(tmp_path / "m.rpq", version=FORMAT_VERSION + 1)
-    with pytest.raises(FormatError, match=r"is of format 2, newer than this library reads \(1\); update rpqfx"):
+    with pytest.raises(FormatError, match=r"is of format 3, newer than this library reads \(2\); update rpqfx"):
         rpqfx.load(tmp_path / "m.rpq", forbidden)
+
+
+def test_a_file_of_the_first_format_is_read(tmp_path: Path):
+    """It knew no flags of weights, and no experts in layouts."""
+    small = small_mlp()
+    rpqfx.save(small, tmp_path / "m.rpq")
+    sites = json.loads(torch.load(tmp_path / "m.rpq", weights_only=True)["rpqfx"])["sites"]
+    old = {"names", "spec", "layout", "std"}
+    sites = [{key: value for key, value in site.items() if key in old} for site in sites]
+    for site in sites:
+        del site["layout"]["experts"]
+    rewrite_manifest(tmp_path / "m.rpq", version=1, sites=sites)
+    x = torch.randn(3, 12)
+    assert torch.equal(rpqfx.load(tmp_path / "m.rpq", MLP).eval()(x), small.eval()(x))
 
 
 def test_a_manifest_without_its_seal_is_refused(tmp_path: Path):
