@@ -33,7 +33,7 @@ from rpqfx.report import SiteRecord, attach_records, attached_records
 FORMAT = "rpqfx"
 FORMAT_VERSION = 2  # 1 knew no tensors of experts and no flags of weights
 _SAFETENSORS = ".safetensors"
-_FLAGS = {"read_as", "plain_when_compiled", "shares_codebooks"}  # of a weight; older files have none, and no plan
+_FLAGS = {"plan", "read_as", "plain_when_compiled", "shares_codebooks"}  # of a weight; older files lack some
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -145,7 +145,7 @@ def _describe(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
         for name, weight in backed_weights(module).items():
             how = {"spec": weight.spec.to_dict(), "layout": weight.layout.to_dict(), "std": weight.std}
             how |= {flag: getattr(weight, flag) for flag in _FLAGS}
-            site = sites.setdefault(id(weight), {"names": [], **how, "plan": weight.plan})
+            site = sites.setdefault(id(weight), {"names": [], **how})
             site["names"].append(f"{path}.{name}".lstrip("."))
     records, notes = attached_records(model) or ((), ())
     manifest = {
@@ -262,7 +262,7 @@ def _install_sites(model: nn.Module, manifest: dict[str, Any], path: Any) -> Non
             if shape != layout.shape:
                 raise FormatError(f"{path} holds {name} of shape {layout.shape}, build() made it {shape}")
         with torch.device("meta"):
-            weight = RPQWeight(spec, layout, std=site["std"], plan=site.get("plan", "auto"))
+            weight = RPQWeight(spec, layout, std=site["std"])
             for flag in _FLAGS & site.keys():
                 setattr(weight, flag, site[flag])
         placed.append((site["names"], weight))

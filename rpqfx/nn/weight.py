@@ -49,8 +49,8 @@ class RPQWeight(nn.Module):
     signs: Tensor | None
     _plan: ops.Plan = "auto"  # also of modules that were pickled before there was a choice
     read_as: ReadAs = "expanded"
-    """What reading it gives: an ``ExpandedWeight``; a ``VirtualWeight``, for code that is known to take one; or to torch
-    a plain tensor (``FixedWeight``), for code that treats others differently."""
+    """What reading it gives: an ``ExpandedWeight``; a ``VirtualWeight``, for code that is known to take one; or a
+    ``FixedWeight``, to torch a plain tensor, for code that treats others differently."""
 
     plain_when_compiled: bool = False
     """Whether compiled code reads a plain tensor instead of a ``VirtualWeight``: torch.compile exchanges the operands
