@@ -51,7 +51,6 @@ class RPQWeight(nn.Module):
     read_as: ReadAs = "expanded"
     """What reading it gives: an ``ExpandedWeight``; a ``VirtualWeight``, for code that is known to take one; or a
     ``FixedWeight``, to torch a plain tensor, for code that treats others differently."""
-
     plain_when_compiled: bool = False
     """Whether compiled code reads a plain tensor instead of a ``VirtualWeight``: torch.compile exchanges the operands
     of ``w @ x`` where ``w`` is no tensor, without a word."""
