@@ -17,15 +17,24 @@ from rpqfx.ops.backend import choose
 LIBRARY = torch.library.Library("rpqfx", "FRAGMENT")
 
 
-def _operator(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+def _operator(
+    name: str,
+    schema: str,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    in_graphs: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
     """``run``, which compiled graphs see as one operator; ``fake`` makes a result of the right shape from shapes.
+
+    Results of operators lie in memory as ``fake`` says, whatever their inputs do: what a compiler expects of an input
+    is not always so. ``in_graphs`` takes the place of ``run`` there, where that needs it.
 
     A compiler that saw inside would find the same expansion (or the same bins) in the forward and in the backward,
     merge the two and keep the result between them; and it would have to settle on blocks for every batch at once.
     Exported graphs (torch.export's default, non-strict way) are of torch's operators alone, so that they need nothing
     of this library.
     """
-    operator = torch.library.custom_op(f"rpqfx::{name}", run, mutates_args=(), schema=schema)
+    operator = torch.library.custom_op(f"rpqfx::{name}", in_graphs or run, mutates_args=(), schema=schema)
     operator.register_fake(fake)
 
     def call(*args: Any) -> Any:
@@ -104,7 +113,7 @@ def _run_conv(
 ) -> Tensor:  # fmt: skip
     weight = _expanded(x, codebooks, codes, signs).view(tuple(weight_shape))
     y = torch.convolution(x, weight, None, stride, padding, dilation, transposed, output_padding, groups)
-    return y.contiguous(memory_format=_memory_format(x))  # nothing to do but where a backend has an order of its own
+    return y.contiguous(memory_format=memory_format(x))  # nothing to do but where a backend has an order of its own
 
 
 def _fake_conv(
@@ -119,10 +128,14 @@ def _fake_conv(
         for n, k, s, p, d, more in geometry
     ]
     shape = (x.shape[0], weight_shape[1] * groups if transposed else weight_shape[0], *sizes)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
+    return x.new_empty(shape)
 
 
-def _memory_format(x: Tensor) -> torch.memory_format:
+def _run_conv_in_graphs(*args: Any) -> Tensor:
+    return _run_conv(*args).contiguous()
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
     """Channels last where the input is, so that the order of a convolution's result is known without running it."""
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim(), torch.contiguous_format)
     return torch.contiguous_format if x.is_contiguous() or not x.is_contiguous(memory_format=last) else last
@@ -216,7 +229,7 @@ matmul_t = _operator("matmul_t", f"(Tensor y, {_HELD}) -> Tensor", _run_matmul_t
 matmul_book = _operator(
     "matmul_book", f"(Tensor x, Tensor y, {_CODED}, {_COUNTS}) -> Tensor", _run_matmul_book, _fake_accumulate
 )
-conv = _operator("conv", f"(Tensor x, {_HELD}, {_GEOMETRY}) -> Tensor", _run_conv, _fake_conv)
+conv = _operator("conv", f"(Tensor x, {_HELD}, {_GEOMETRY}) -> Tensor", _run_conv, _fake_conv, _run_conv_in_graphs)
 conv_book = _operator(
     "conv_book", f"(Tensor x, Tensor y, {_CODED}, {_GEOMETRY}, {_COUNTS}) -> Tensor", _run_conv_book, _fake_conv_book
 )

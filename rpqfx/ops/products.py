@@ -19,6 +19,7 @@ from rpqfx.ops.conv_forms import Conv
 from rpqfx.ops.forms import Contract, Form, Matmul
 from rpqfx.ops.functions import product, product_t
 from rpqfx.ops.mapped import Slow
+from rpqfx.ops.operators import memory_format
 from rpqfx.ops.plan import Plan, cheaper, cheaper_conv
 from rpqfx.ops.rows import Expand, look_up
 
@@ -132,7 +133,8 @@ def conv(
         output_padding or (0,) * len(stride), groups,
     )  # fmt: skip
     inside = bias if transposed or per_channel is None else None
-    y = _laid_out_as(x, product(form, x, books, weight.codes, weight.signs, inside))
+    y = product(form, x, books, weight.codes, weight.signs, inside)
+    y = y.contiguous(memory_format=memory_format(x))  # as torch's convolutions do: dropout follows it
     if transposed or per_channel is None:
         return y
     return _scaled(y, per_channel, None if bias is None else bias.view(per_channel.shape))
@@ -142,14 +144,6 @@ def scale_grad(x: Tensor, factor: Tensor | float) -> Tensor:
     """``x``, to the last bit, with its gradient multiplied by ``factor`` (broadcast over ``x``)."""
     fixed = x.detach()
     return fixed + (x - fixed) * factor
-
-
-def _laid_out_as(x: Tensor, y: Tensor) -> Tensor:
-    """``y`` with channels last in memory where those of ``x`` are, as torch's convolutions do: dropout follows it."""
-    kinds = {4: torch.channels_last, 5: torch.channels_last_3d}
-    if x.dim() not in kinds or x.is_contiguous() or not x.is_contiguous(memory_format=kinds[x.dim()]):
-        return y
-    return y.contiguous(memory_format=kinds[x.dim()])
 
 
 def _slow(codebooks: Tensor, grad_factor: float) -> Tensor:
