@@ -185,6 +185,5 @@ class Grads(Mapped):
 
 def _no_view(y: Tensor) -> Tensor:
     """A result as a tensor of its own: autograd lets nobody change a view that a Function returned, such as ReLU."""
-    if torch.compiler.is_compiling() or not y._is_view():
-        return y
-    return torch.ops.aten._unsafe_view(y, y.shape)
+    view = y.dim() > 2 if torch.compiler.is_dynamo_compiling() else not torch.compiler.is_compiling() and y._is_view()
+    return torch.ops.aten._unsafe_view(y, y.shape) if view else y

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch._dynamo.testing
+from torch import nn
 
+from rpqfx.nn import RPQConv2d
 from rpqfx.ops import PLANS, Plan, products
 from tests.helpers import assert_same, gradients
 from tests.kinds import CHANNELS, KINDS, NAMES
@@ -99,3 +101,16 @@ def test_a_dynamic_batch_needs_one_graph() -> None:
 
 def test_inductor_equals_eager() -> None:
     assert_compiles("linear row", "inductor", 1e-8)
+
+
+@pytest.mark.parametrize("size", [1, 5])
+def test_what_follows_a_compiled_convolution_may_change_its_result_in_place(size: int) -> None:
+    torch.compiler.reset()
+    layer = RPQConv2d(16, 24, 1, bits=2, codebook_dim=8, plan="contract")
+    model = nn.Sequential(layer, nn.ReLU(inplace=True))
+    x = torch.randn(2, 16, size, size)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled(x).sum().backward()
+    torch.testing.assert_close(compiled(x), model(x))
+    assert layer.weight_rpq.codebooks.grad is not None
+    torch.compiler.reset()
