@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rpqfx.codebook import CodebookSpec, pack_signs
-from rpqfx.nn import Layout, RPQWeight
+from rpqfx.nn import Layout, RPQWeight, VirtualWeight
 from rpqfx.ops import forms
 
 SUFFIX = "_rpq"
@@ -274,3 +274,18 @@ def one_by_one(function: Any, in_dims: tuple[int | None, ...], *args: Tensor) ->
             for i in range(size)
         ]
     )
+
+
+def assert_as_dense(weight: RPQWeight, function: Callable[[Any], Tensor]) -> None:
+    """A function of a VirtualWeight gives what it gives of the dense tensor, in value and gradient."""
+    parameters = dict(weight.named_parameters())
+    ours, theirs = (
+        function(VirtualWeight(weight)),
+        function(naive_tensor(weight, weight.codebooks, weight.scale)),
+    )
+    ours = ours.expand_dense() if isinstance(ours, VirtualWeight) else ours
+    assert type(ours) is Tensor and ours.dtype == theirs.dtype
+    assert_same(ours, theirs)
+    expected = gradients(theirs, parameters)
+    for name, grad in gradients(ours, parameters).items():
+        assert_same(grad, expected[name], name)

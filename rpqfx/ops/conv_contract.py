@@ -136,7 +136,7 @@ class ConvContract(Geometry):
             result, start, image.new_empty(()).expand(shape), None, self.stride, self.padding, self.dilation,
             self.transposed, self.output_padding, self.books, (False, True, False),
         )  # fmt: skip
-        # A compiler takes this gradient for contiguous, which it is not where channels lie last.
+        # It lies in memory as its inputs do, of which a compiler may expect another order than the one they have.
         return grad.clone(memory_format=torch.contiguous_format) if torch.compiler.is_compiling() else grad
 
     def _to_codebooks(self, filters: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:

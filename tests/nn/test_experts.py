@@ -15,7 +15,7 @@ from rpqfx.codebook import CodebookSpec
 from rpqfx.errors import InputError
 from rpqfx.nn import Layout, RPQWeight, VirtualWeight
 from rpqfx.nn.part import Part
-from tests.helpers import assert_same, gradients, naive_tensor, randn, randomise
+from tests.helpers import assert_as_dense, assert_same, naive_tensor, randn, randomise
 
 E, A, B, T = 3, 8, 6, 5
 XA, XB = randn(1, E, T, A), randn(2, E, T, B)
@@ -77,16 +77,6 @@ def make(experts: str, transposed: bool) -> RPQWeight:
     layout = Layout((E, A, B), 1, transposed, None, experts)
     spec = CodebookSpec(layout.num_vectors, layout.dim, 2, 3, 2, scale=True, signs=transposed)
     return randomise(RPQWeight(spec, layout, dtype=torch.float64), 0)
-
-
-def assert_as_dense(weight: RPQWeight, function: Callable[[Any], Tensor]) -> None:
-    parameters = dict(weight.named_parameters())
-    ours, theirs = function(VirtualWeight(weight)), function(naive_tensor(weight, weight.codebooks, weight.scale))
-    ours = ours.expand_dense() if isinstance(ours, VirtualWeight) else ours
-    assert_same(ours, theirs)
-    wanted = gradients(theirs, parameters)
-    for name, grad in gradients(ours, parameters).items():
-        assert_same(grad, wanted[name], name)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from rpqfx.errors import RewriteError
 from rpqfx.nn import Layout, RPQWeight, VirtualWeight
 from rpqfx.nn.expanded import ExpandedWeight
 from rpqfx.nn.virtual import initialising
-from tests.helpers import assert_same, gradients, naive_tensor, randn, randomise
+from tests.helpers import assert_as_dense, randn, randomise
 
 V = randn(1, 8)
 X, Y = randn(2, 3, 8), randn(3, 3, 6)
@@ -119,20 +119,6 @@ def make(transposed: bool) -> RPQWeight:
     """[6, 8] with its vectors along rows or columns."""
     spec = CodebookSpec(8, 6, 3, 4, 2, scale=True) if transposed else CodebookSpec(6, 8, 4, 4, signs=True)
     return randomise(RPQWeight(spec, Layout((6, 8), transposed=transposed), dtype=torch.float64), 0)
-
-
-def assert_as_dense(weight: RPQWeight, function: Callable[[Any], Tensor]) -> None:
-    parameters = dict(weight.named_parameters())
-    ours, theirs = (
-        function(VirtualWeight(weight)),
-        function(naive_tensor(weight, weight.codebooks, weight.scale)),
-    )
-    ours = ours.expand_dense() if isinstance(ours, VirtualWeight) else ours
-    assert type(ours) is Tensor and ours.dtype == theirs.dtype
-    assert_same(ours, theirs)
-    expected = gradients(theirs, parameters)
-    for name, grad in gradients(ours, parameters).items():
-        assert_same(grad, expected[name], name)
 
 
 @pytest.fixture
