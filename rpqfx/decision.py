@@ -183,7 +183,7 @@ def _hold(site: Site, options: Options, split: Split, bits: int) -> Hold:
     try:
         spec = CodebookSpec(
             layout.num_vectors, layout.dim, d, 2**bits, options.stages or 1, books, bool(options.scale),
-            bool(options.signs), options.grad_scale or "sum",
+            bool(options.signs), options.grad_scale or "sum", site.taps if options.dim_scale else 0,
         )  # fmt: skip
     except SpecError as error:
         raise PolicyError(f"{site.name}: {error}") from error

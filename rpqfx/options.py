@@ -43,6 +43,8 @@ class Options:
             each (``"own"``).
         split: Vectors along outputs (``"row"``), inputs (``"column"``), or whichever is smaller (``"auto"``).
         scale: A trainable factor for each vector.
+        dim_scale: A trainable factor for each element of the vectors (a Linear's inputs, where its vectors are rows),
+            or for each channel of filters.
         signs: A random fixed sign for each use of an entry.
         grad_scale: How gradients of vectors that share an entry are gathered.
         init: Codebooks fitted to the weights that are there (``"fit"``), or drawn anew with their standard
@@ -62,6 +64,7 @@ class Options:
     experts: Experts | None = None
     split: Split | Literal["auto"] | None = None
     scale: bool | None = None
+    dim_scale: bool | None = None
     signs: bool | None = None
     grad_scale: GradScale | None = None
     init: Init | None = None
@@ -91,7 +94,7 @@ class Options:
             raise PolicyError(f"codebooks is a number from 1 or 'heads', got {self.codebooks!r}")
         if self.min_size is not None and (type(self.min_size) is not int or self.min_size < 0):
             raise PolicyError(f"min_size is a number of elements, got {self.min_size!r}")
-        for name in ("scale", "signs", "allow_growth"):
+        for name in ("scale", "dim_scale", "signs", "allow_growth"):
             if getattr(self, name) not in (None, True, False):
                 raise PolicyError(f"{name} is True or False, got {getattr(self, name)!r}")
 

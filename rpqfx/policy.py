@@ -53,6 +53,7 @@ class Policy(Options):
     experts: Experts | None = "shared"
     split: Split | Literal["auto"] | None = "auto"
     scale: bool | None = False
+    dim_scale: bool | None = False
     signs: bool | None = False
     grad_scale: GradScale | None = "sum"
     init: Init | None = "fit"

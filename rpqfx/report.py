@@ -80,7 +80,7 @@ class Report:
     Args:
         sites: Every site, in the model's order.
         before: Bytes of the whole dense model.
-        codebooks: Bytes of codebooks and scales, shared ones once.
+        codebooks: Bytes of codebooks and of factors (``scale`` and ``dim_scale``), shared ones once.
         codes: Bytes of codes and signs.
         other: Bytes of everything else: biases, norms, buffers, weights left dense.
         notes: Remarks, such as rules that matched nothing.
@@ -172,7 +172,7 @@ def report(model: nn.Module) -> Report:
         if weight is None:
             sites.append(record)
             continue
-        floats = [t for t in (weight.codebooks, weight.scale) if t is not None]
+        floats = [t for t in (weight.codebooks, weight.scale, weight.dim_scale) if t is not None]
         integers = [t for t in (weight.codes, weight.signs) if t is not None]
         new_floats, new_integers = _unseen(floats, seen), _unseen(integers, seen)
         codebooks += new_floats

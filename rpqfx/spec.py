@@ -30,6 +30,8 @@ class CodebookSpec:
         signs: Whether each use of an entry has a random, fixed sign (one bit).
         grad_scale: How the gradients of the vectors that share an entry are gathered: their ``"sum"``, the sum
             divided by the square root of their mean number (``"sqrt"``), or their ``"mean"``.
+        dim_scale: How many consecutive elements of a vector share a trainable factor, which all vectors have: 1 for a
+            factor each (a Linear's inputs), a filter's taps for one a channel, 0 for none. Divides ``dim``.
 
     Raises:
         SpecError: If a number is out of range or does not divide.
@@ -44,6 +46,7 @@ class CodebookSpec:
     scale: bool = False
     signs: bool = False
     grad_scale: GradScale = "sum"
+    dim_scale: int = 0
 
     def __post_init__(self) -> None:
         for name in ("num_vectors", "dim", "codebook_dim", "stages"):
@@ -63,6 +66,11 @@ class CodebookSpec:
             raise SpecError(f"{self.books} codebooks cannot be shared evenly by {self.sub_vectors} sub-vectors")
         if self.grad_scale not in ("sum", "sqrt", "mean"):
             raise SpecError(f"grad_scale is 'sum', 'sqrt' or 'mean', got {self.grad_scale!r}")
+        if self.dim_scale < 0 or (self.dim_scale and self.dim % self.dim_scale):
+            raise SpecError(
+                f"dim_scale is 0 or how many elements of a vector share a factor, which divides its length {self.dim}; "
+                f"got {self.dim_scale}"
+            )
 
     @classmethod
     def make(
@@ -79,6 +87,7 @@ class CodebookSpec:
         scale: bool = False,
         signs: bool = False,
         grad_scale: GradScale = "sum",
+        dim_scale: bool = False,
     ) -> CodebookSpec:
         """A spec from what a person says of a layer.
 
@@ -94,6 +103,7 @@ class CodebookSpec:
             scale: As in the class.
             signs: As in the class.
             grad_scale: As in the class.
+            dim_scale: Whether each element of a vector, or each channel of a filter, has a trainable factor.
 
         Raises:
             SpecError: If both or neither of two exclusive numbers fit, something does not divide, or a codebook
@@ -121,7 +131,8 @@ class CodebookSpec:
                 f"use at most {max(1, served.bit_length() - 1)} bits or leave the layer dense"
             )
         books = None if sharing == "own" else 1
-        return cls(num_vectors, dim, codebook_dim, 2**bits, stages, books, scale, signs, grad_scale)
+        shared = taps if dim_scale else 0
+        return cls(num_vectors, dim, codebook_dim, 2**bits, stages, books, scale, signs, grad_scale, shared)
 
     @property
     def sub_vectors(self) -> int:
@@ -154,6 +165,11 @@ class CodebookSpec:
         return (self.stages, self.sub_vectors, -(-self.num_vectors // 8))
 
     @property
+    def dim_scales(self) -> int:
+        """How many factors the elements of a vector have (see ``dim_scale``); 0 for none."""
+        return self.dim // self.dim_scale if self.dim_scale else 0
+
+    @property
     def users_per_entry(self) -> float:
         """How many sub-vectors share one entry, on average: ``M * N / (G * K)``."""
         return math.prod(self.codes_shape[1:]) / math.prod(self.codebooks_shape[1:3])
@@ -167,7 +183,7 @@ class CodebookSpec:
         return float(max(self.users_per_entry, 1.0) ** -power)
 
     def stored_bytes(self, dtype: torch.dtype = torch.float32, *, codebooks: bool = True) -> int:
-        """Bytes of all stored tensors, with codebooks and scale in ``dtype``.
+        """Bytes of all stored tensors, with codebooks and factors in ``dtype``.
 
         Args:
             dtype: The floating dtype.
@@ -175,7 +191,7 @@ class CodebookSpec:
         """
         total = math.prod(self.codes_shape) * self.code_dtype.itemsize
         total += math.prod(self.codebooks_shape) * dtype.itemsize if codebooks else 0
-        total += self.num_vectors * dtype.itemsize if self.scale else 0
+        total += ((self.num_vectors if self.scale else 0) + self.dim_scales) * dtype.itemsize
         return total + (math.prod(self.signs_shape) if self.signs else 0)
 
     def to_dict(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from rpqfx import ops
 from rpqfx.codebook import CodebookSpec, pack_signs
 from rpqfx.nn import Layout, RPQWeight, VirtualWeight
 from rpqfx.ops import forms
@@ -56,9 +57,12 @@ def divisors(number: int) -> list[int]:
 
 
 @st.composite
-def specs(draw: st.DrawFn, scale: bool | None = None, signs: bool | None = None) -> CodebookSpec:
-    """Any small spec, sharing and odd numbers of vectors and entries included."""
+def specs(
+    draw: st.DrawFn, scale: bool | None = None, signs: bool | None = None, dim_scale: bool = False
+) -> CodebookSpec:
+    """Any small spec, sharing and odd numbers of vectors and entries included; with ``dim_scale`` perhaps that, too."""
     d, sub_vectors = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    shares = [0, *divisors(d * sub_vectors)] if dim_scale else [0]
     return CodebookSpec(
         num_vectors=draw(st.integers(1, 20)),
         dim=d * sub_vectors,
@@ -68,6 +72,7 @@ def specs(draw: st.DrawFn, scale: bool | None = None, signs: bool | None = None)
         books=draw(st.sampled_from(divisors(sub_vectors))),
         scale=draw(st.booleans()) if scale is None else scale,
         signs=draw(st.booleans()) if signs is None else signs,
+        dim_scale=draw(st.sampled_from(shares)),
     )
 
 
@@ -81,11 +86,26 @@ def stored(spec: CodebookSpec, seed: int, dtype: torch.dtype = torch.float64) ->
     return codebooks, codes, scale if spec.scale else None, pack_signs(minus) if spec.signs else None
 
 
+def stored_all(spec: CodebookSpec, seed: int, dtype: torch.dtype = torch.float64) -> ops.Tensors:
+    """``stored`` with the factors of the columns."""
+    dims = torch.rand(max(1, spec.dim_scales), generator=generator(seed + 1), dtype=torch.float64).to(dtype) + 0.5
+    return ops.Tensors(*stored(spec, seed, dtype), dims if spec.dim_scale else None)
+
+
+def floats(tensors: ops.Tensors) -> dict[str, Tensor]:
+    """Those of a matrix's tensors that are trained, by name, as leaves that want a gradient."""
+    names = ("codebooks", "scale", "dim_scale")
+    return {name: t.requires_grad_() for name in names if (t := getattr(tensors, name)) is not None}
+
+
 def is_minus(signs: Tensor, stage: int, sub_vector: int, vector: int) -> bool:
     return bool(int(signs[stage, sub_vector, vector // 8]) >> vector % 8 & 1)
 
 
-def naive_expand(codebooks: Tensor, codes: Tensor, scale: Tensor | None = None, signs: Tensor | None = None) -> Tensor:
+def naive_expand(
+    codebooks: Tensor, codes: Tensor, scale: Tensor | None = None, signs: Tensor | None = None,
+    dim_scale: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The definition of the matrix, entry by entry. Differentiable, slow and plain."""
     stages, sub_vectors, num_vectors = codes.shape
     share = sub_vectors // codebooks.shape[1]
@@ -100,7 +120,10 @@ def naive_expand(codebooks: Tensor, codes: Tensor, scale: Tensor | None = None, 
             parts.append(part)
         row = torch.cat(parts)
         rows.append(row if scale is None else row * scale[n])
-    return torch.stack(rows)
+    if dim_scale is None:
+        return torch.stack(rows)
+    share = len(rows[0]) // len(dim_scale)
+    return torch.stack(rows) * torch.stack([dim_scale[j // share] for j in range(len(rows[0]))])
 
 
 @st.composite
@@ -120,6 +143,7 @@ def codebook_options(draw: st.DrawFn, sizes: Iterable[tuple[int, int]], split: b
     options["stages"] = draw(st.integers(1, 2))
     options["sharing"] = draw(st.sampled_from(["own", "layer"]))
     options["scale"] = draw(st.booleans())
+    options["dim_scale"] = draw(st.booleans())
     options["signs"] = draw(st.booleans())
     options["grad_scale"] = draw(st.sampled_from(["sum", "sqrt", "mean"]))
     return options
@@ -143,10 +167,11 @@ def randomise(module: nn.Module, seed: int) -> nn.Module:
     return module
 
 
-def naive_tensor(weight: RPQWeight, codebooks: Tensor, scale: Tensor | None) -> Tensor:
-    """The tensor that an RPQWeight stands for, from its definition."""
+def naive_tensor(weight: RPQWeight, leaves: Mapping[str, Tensor | None] | None = None) -> Tensor:
+    """The tensor that an RPQWeight stands for, from its definition; ``leaves`` take the place of its Parameters."""
     layout: Layout = weight.layout
-    vectors = naive_expand(codebooks, weight.codes, scale, weight.signs)
+    held = {**weight._parameters, **(leaves or {})}
+    vectors = naive_expand(held["codebooks"], weight.codes, held["scale"], weight.signs, held["dim_scale"])
     if layout.zero_vector is not None:
         keep = torch.ones(len(vectors), 1, dtype=vectors.dtype)
         keep[layout.zero_vector] = 0
@@ -182,7 +207,7 @@ def dense_twin(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor],
     dense = {name: leaf for name, leaf in leaves.items() if name.rpartition(".")[0] not in held}
     factors = dict.fromkeys(leaves, 1.0)
     for name, child in held.items():
-        tensor = naive_tensor(child, leaves[f"{name}.codebooks"], leaves.get(f"{name}.scale"))
+        tensor = naive_tensor(child, {part: leaves[f"{name}.{part}"] for part, _ in child.named_parameters()})
         dense[name.removesuffix(SUFFIX)] = tensor.clone()
         factors[f"{name}.codebooks"] = child.spec.grad_factor
     return leaves, dense, factors
@@ -281,7 +306,7 @@ def assert_as_dense(weight: RPQWeight, function: Callable[[Any], Tensor]) -> Non
     parameters = dict(weight.named_parameters())
     ours, theirs = (
         function(VirtualWeight(weight)),
-        function(naive_tensor(weight, weight.codebooks, weight.scale)),
+        function(naive_tensor(weight)),
     )
     ours = ours.expand_dense() if isinstance(ours, VirtualWeight) else ours
     assert type(ours) is Tensor and ours.dtype == theirs.dtype

@@ -28,14 +28,15 @@ def multiply(held: RPQWeight, factor: float) -> None:
         factor: The number.
 
     Raises:
-        RewriteError: If it has no scale, and its codebooks are those of other weights too.
+        RewriteError: If it has no factors of its own, and its codebooks are those of other weights too.
     """
-    if held.scale is None and held.shares_codebooks:
+    factors = held.dim_scale if held.scale is None else held.scale
+    if factors is None and held.shares_codebooks:
         raise RewriteError(
             "this weight shares its codebooks with others, which would be multiplied too; "
             "give it a scale (Rule(..., scale=True)) or codebooks of its own"
         )
-    (held.codebooks if held.scale is None else held.scale).mul_(factor)
+    (held.codebooks if factors is None else factors).mul_(factor)
 
 
 @torch.no_grad()
@@ -110,6 +111,10 @@ def _encode(held: RPQWeight, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if codebooks.is_meta or not len(vectors):
         return held.codes.new_empty(shape), vectors.new_empty(len(vectors)), held.codes.new_empty(shape).bool()
     books = codebooks if codebooks.dtype == torch.float64 else codebooks.float()
+    dims = held.tensors.dims
+    if dims is not None:  # each sub-vector has entries of its own then
+        share = spec.sub_vectors // books.shape[1]
+        books = books.repeat_interleave(share, 1) * dims.to(books.dtype).view(-1, 1, spec.codebook_dim)
     work = vectors.to(books.dtype)
     scale = work.square().mean(1).sqrt() / books.square().mean((1, 2, 3)).sum().sqrt() if spec.scale else None
     if scale is not None:  # a guess that picks the codes

@@ -36,6 +36,7 @@ class CodebookOptions(TypedDict, total=False):
     scale: bool
     signs: bool
     grad_scale: GradScale
+    dim_scale: bool
 
 
 class RPQLayer(Backed):
@@ -54,6 +55,8 @@ class RPQLayer(Backed):
         signs: Whether each use of an entry has a random fixed sign; not if left out.
         grad_scale: How gradients of vectors that share an entry are gathered: ``"sum"`` (if left out), ``"sqrt"`` or
             ``"mean"``.
+        dim_scale: Whether each element of a vector, or each channel of a filter, has a trainable factor; not if left
+            out.
         split: Whether vectors lie along the weight's rows or columns (matrices only).
         plan: Which way products run: ``"expand"``, ``"contract"`` or the cheaper by a cost model (``"auto"``, if left
             out). Kept as [`weight_rpq.plan`][rpqfx.nn.RPQWeight.plan], where it may be changed.

@@ -114,7 +114,9 @@ class Part:
             own = books.split(books.shape[1] // total, 1) if books.shape[1] > 1 else [books] * total
             codes = tensors.codes.split(size, 1)
             signs = [None] * total if tensors.signs is None else tensors.signs.split(size, 1)
-            each = [ops.Tensors(b, c, tensors.scale, s) for b, c, s in zip(own, codes, signs, strict=True)]
+            dims = [None] * total if tensors.dims is None else tensors.dims.split(layout.dim)
+            parts = zip(own, codes, signs, dims, strict=True)
+            each = [ops.Tensors(b, c, tensors.scale, s, dim) for b, c, s, dim in parts]
         return [self._part(one, layout, ("narrow", 0, e, 1), ("drop", 0)) for e, one in enumerate(each)]
 
     def _part(self, tensors: ops.Tensors, layout: Layout, *steps: tuple[Any, ...]) -> Part:

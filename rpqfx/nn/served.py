@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -169,6 +170,8 @@ def _conv(spatial: int, transposed: bool) -> Callable[..., Any]:
         layout = weight.part.layout
         if layout.transposed or layout.lead != 1 or layout.experts or len(layout.shape) != spatial + 2:
             return NotImplemented
+        if weight.part.tensors.share % math.prod(layout.shape[2:]):
+            return NotImplemented  # taps of one channel have different factors
         if isinstance(padding, str):
             if padding == "same" and every(stride) != (1,) * spatial:
                 return NotImplemented  # torch's own error

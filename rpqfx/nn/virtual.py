@@ -120,8 +120,7 @@ class VirtualWeight(Views):
     def remade(self, tensor: Tensor) -> Remade:
         """How its plain tensor, as ``expand_dense`` gave it, is made again."""
         part = self.part
-        books, codes, scale, signs = part.tensors
-        fixed = type(part.tensors)(books.detach(), codes, None if scale is None else scale.detach(), signs)
+        fixed = part.tensors.detach()
         again = VirtualWeight(self.held, Part(fixed, part.layout), self.order, self.views)
         return Remade(tensor, again.expand_dense, [t for t in fixed if t is not None])
 

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from rpqfx import ops
 from rpqfx.codebook import CodebookSpec, pack_signs, range_of
-from rpqfx.errors import CodeError, InputError, SpecError
+from rpqfx.errors import InputError, SpecError
 from rpqfx.fit import fit_codebooks
 from rpqfx.nn.layout import Layout
+from rpqfx.nn.loaded import Loaded
 from rpqfx.nn.part import Part
 
 ReadAs = Literal["expanded", "virtual", "tensor"]
 
 
-class RPQWeight(nn.Module):
+class RPQWeight(Loaded):
     """A tensor held in codebooks; calling it gives the tensor, or some of its rows.
 
     Tensors: ``codebooks [R, G, K, d]`` (Parameter), ``codes [R, M, N]`` (buffer, the narrowest integer), and where
-    the spec has them ``scale [N]`` (Parameter) and ``signs [R, M, ceil(N/8)]`` (buffer, uint8, eight signs a byte).
+    the spec has them ``scale [N]`` (Parameter), ``dim_scale [D / share]`` (Parameter) and ``signs [R, M, ceil(N/8)]``
+    (buffer, uint8, eight signs a byte).
 
     Example:
         >>> spec = CodebookSpec.make(9216, 9216, codebook_dim=128, bits=8)
@@ -36,7 +38,7 @@ class RPQWeight(nn.Module):
         std: Standard deviation of the tensor that ``reset_parameters`` draws.
         plan: Which way products run (see the attribute).
         device: Where the tensors go.
-        dtype: Of codebooks and scale, floating.
+        dtype: Of codebooks, scale and ``dim_scale``, floating.
 
     Raises:
         SpecError: If spec and layout disagree, or the plan is none.
@@ -46,6 +48,7 @@ class RPQWeight(nn.Module):
     codebooks: nn.Parameter
     codes: Tensor
     scale: nn.Parameter | None
+    dim_scale: nn.Parameter | None
     signs: Tensor | None
     _plan: ops.Plan = "auto"  # also of modules that were pickled before there was a choice
     read_as: ReadAs = "expanded"
@@ -81,8 +84,9 @@ class RPQWeight(nn.Module):
         self.spec, self.layout, self.std, self.plan = spec, layout, std, plan
         self.codebooks = nn.Parameter(torch.empty(spec.codebooks_shape, device=device, dtype=dtype))
         self.register_buffer("codes", torch.empty(spec.codes_shape, device=device, dtype=spec.code_dtype))
-        scale = torch.empty(spec.num_vectors, device=device, dtype=dtype) if spec.scale else None
-        self.register_parameter("scale", None if scale is None else nn.Parameter(scale))
+        for name, count in (("scale", spec.num_vectors if spec.scale else 0), ("dim_scale", spec.dim_scales)):
+            factors = nn.Parameter(torch.empty(count, device=device, dtype=dtype)) if count else None
+            self.register_parameter(name, factors)
         signs = torch.empty(spec.signs_shape, device=device, dtype=torch.uint8) if spec.signs else None
         self.register_buffer("signs", signs)
         self.reset_parameters()
@@ -126,6 +130,8 @@ class RPQWeight(nn.Module):
         weight.signs = fit.signs
         if fit.scale is not None:
             weight.scale = nn.Parameter(fit.scale, requires_grad=tensor.requires_grad)
+        if spec.dim_scale:
+            weight.dim_scale = nn.Parameter(fit.codebooks.new_ones(spec.dim_scales), tensor.requires_grad)
         return weight
 
     @torch.no_grad()
@@ -144,8 +150,9 @@ class RPQWeight(nn.Module):
         for stage in self.codes:
             for codes in stage:
                 codes.copy_(balanced[torch.randperm(vectors, device=device)])
-        if self.scale is not None:
-            self.scale.fill_(1)
+        for factors in (self.scale, self.dim_scale):
+            if factors is not None:
+                factors.fill_(1)
         if self.signs is not None:
             self.signs.copy_(pack_signs(torch.rand(self.codes.shape, device=self.codes.device) < 0.5))
 
@@ -173,9 +180,11 @@ class RPQWeight(nn.Module):
     def tensors(self) -> ops.Tensors:
         """The stored tensors, as the operations take them."""
         held, buffers = self._parameters, self._buffers
-        if "codebooks" in held and "scale" in held:  # torch's attribute lookup takes longer than a row's does
-            return ops.Tensors(held["codebooks"], buffers["codes"], held["scale"], buffers["signs"])  # type: ignore[arg-type]
-        return ops.Tensors(self.codebooks, self.codes, self.scale, self.signs)  # one is parametrised
+        if "codebooks" in held and "scale" in held and "dim_scale" in held:  # torch's lookup takes longer
+            return ops.Tensors(
+                held["codebooks"], buffers["codes"], held["scale"], buffers["signs"], held["dim_scale"]  # type: ignore[arg-type]
+            )  # fmt: skip
+        return ops.Tensors(self.codebooks, self.codes, self.scale, self.signs, self.dim_scale)  # one is parametrised
 
     def part(self) -> Part:
         """The whole tensor as a [`Part`][rpqfx.nn.part.Part], of which parts may be taken."""
@@ -282,19 +291,8 @@ class RPQWeight(nn.Module):
         text = f"N={spec.num_vectors}, D={spec.dim}, M={spec.sub_vectors}, d={spec.codebook_dim}, K={spec.entries}"
         text += f", R={spec.stages}" if spec.stages > 1 else ""
         text += f", G={spec.books}" if spec.books != spec.sub_vectors else ""
-        flags = [name for name in ("scale", "signs") if getattr(spec, name)]
+        flags = [name for name in ("scale", "dim_scale", "signs") if getattr(spec, name)]
         flags += ["columns"] if self.layout.transposed else []
         flags += [f"{self.layout.experts} codebooks of {self.layout.shape[0]} experts"] if self.layout.experts else []
         flags += [f"plan={self.plan}"] if self.plan != "auto" else []
         return ", ".join([text, *flags])
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        codes = state_dict.get(prefix + "codes")
-        if codes is not None and not codes.is_meta and codes.numel():
-            low, high = int(codes.long().min()), int(codes.long().max())
-            if low < 0 or high >= self.spec.entries:
-                raise CodeError(
-                    f"{prefix}codes holds {low} to {high}, but the codebook has {self.spec.entries} entries "
-                    f"(0 to {self.spec.entries - 1}); the file is of another model or damaged"
-                )
-        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -165,19 +165,31 @@ def _fake_conv_book(
 # ------------------------------------------------------------------------------------------------ of rows and of maps
 
 
-def _run_expand(codebooks: Tensor, codes: Tensor, scale: Tensor | None, signs: Tensor | None) -> Tensor:
-    return choose(codebooks, codes).expand(codebooks, codes, scale, signs)
+def _run_expand(
+    codebooks: Tensor, codes: Tensor, scale: Tensor | None, signs: Tensor | None, dims: Tensor | None = None
+) -> Tensor:
+    rows = choose(codebooks, codes).expand(codebooks, codes, scale, signs)
+    return rows if dims is None else rows.mul_(dims)
 
 
-def _fake_expand(codebooks: Tensor, codes: Tensor, scale: Tensor | None, signs: Tensor | None) -> Tensor:
+def _fake_expand(
+    codebooks: Tensor, codes: Tensor, scale: Tensor | None, signs: Tensor | None, dims: Tensor | None = None
+) -> Tensor:
     return codebooks.new_empty(codes.shape[2], codes.shape[1] * codebooks.shape[3])
 
 
-def _run_lookup(ids: Tensor, codebooks: Tensor, codes: Tensor, scale: Tensor | None, signs: Tensor | None) -> Tensor:
-    return choose(codebooks, codes).lookup(ids, codebooks, codes, scale, signs)
+def _run_lookup(
+    ids: Tensor, codebooks: Tensor, codes: Tensor, scale: Tensor | None, signs: Tensor | None,
+    dims: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    rows = choose(codebooks, codes).lookup(ids, codebooks, codes, scale, signs)
+    return rows if dims is None else rows.mul_(dims)
 
 
-def _fake_lookup(ids: Tensor, codebooks: Tensor, codes: Tensor, scale: Tensor | None, signs: Tensor | None) -> Tensor:
+def _fake_lookup(
+    ids: Tensor, codebooks: Tensor, codes: Tensor, scale: Tensor | None, signs: Tensor | None,
+    dims: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     return codebooks.new_empty(*ids.shape, codes.shape[1] * codebooks.shape[3])
 
 
@@ -208,7 +220,7 @@ def _fake_bin_sum(y: Tensor, codes: Tensor, entries: int) -> Tensor:
 
 
 _HELD = "Tensor codebooks, Tensor codes, Tensor? signs"
-_ROWS = "Tensor codebooks, Tensor codes, Tensor? scale, Tensor? signs"
+_ROWS = "Tensor codebooks, Tensor codes, Tensor? scale, Tensor? signs, Tensor? dims=None"
 _CODED = "Tensor codes, Tensor? signs"
 _GEOMETRY = (
     "SymInt[] weight_shape, SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool transposed, "

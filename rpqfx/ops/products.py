@@ -1,7 +1,7 @@
 """The differentiable operations that layers are made of.
 
-Every function takes the four tensors of ``rpqfx.codebook`` as one ``Tensors``, picks a plan, follows
-autocast as the dense operation does, and saves nothing of weight size for backward.
+Every function takes the four tensors of ``rpqfx.codebook``, and the factors of the matrix's columns, as one
+``Tensors``, picks a plan, follows autocast as the dense operation does, and saves nothing of weight size for backward.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rpqfx import codebook
-from rpqfx.errors import InputError
+from rpqfx.errors import InputError, SpecError
 from rpqfx.ops.conv_contract import ConvContract
 from rpqfx.ops.conv_forms import Conv
 from rpqfx.ops.forms import Contract, Form, Matmul
@@ -32,39 +32,71 @@ class Tensors(NamedTuple):
         codes: ``[R, M, N]``.
         scale: ``[N]`` or None.
         signs: ``[R, M, ceil(N/8)]`` or None.
+        dim_scale: ``[D / share]``, a factor for each ``share`` columns in a row, or None.
     """
 
     codebooks: Tensor
     codes: Tensor
     scale: Tensor | None = None
     signs: Tensor | None = None
+    dim_scale: Tensor | None = None
+
+    @property
+    def share(self) -> int:
+        """How many columns have one factor; 0 without factors."""
+        if self.dim_scale is None:
+            return 0
+        return self.codes.shape[1] * self.codebooks.shape[3] // self.dim_scale.shape[0]
+
+    @property
+    def dims(self) -> Tensor | None:
+        """``[D]``, the factor of each column, or None."""
+        return None if self.dim_scale is None else _repeat(self.dim_scale, self.share)
+
+    def detach(self) -> Tensors:
+        """The same tensors, without a gradient."""
+        rest = [None if tensor is None else tensor.detach() for tensor in self[2:]]
+        return Tensors(self.codebooks.detach(), self.codes, *rest)
 
     def vectors(self, index: Tensor | slice) -> Tensors:
         """The same matrix, with some of its vectors only (see ``codebook.select_vectors``)."""
-        return Tensors(self.codebooks, *codebook.select_vectors(index, self.codes, self.scale, self.signs))
+        some = codebook.select_vectors(index, self.codes, self.scale, self.signs)
+        return Tensors(self.codebooks, *some, self.dim_scale)
 
     def sub_vectors(self, index: Tensor | slice) -> Tensors:
         """Some sub-vectors of every vector (see ``codebook.select_sub_vectors``)."""
         books, codes, signs = codebook.select_sub_vectors(index, self.codebooks, self.codes, self.signs)
-        return Tensors(books, codes, self.scale, signs)
+        return Tensors(books, codes, self.scale, signs, self._dim_scale_of(index))
+
+    def _dim_scale_of(self, index: Tensor | slice) -> Tensor | None:
+        """The factors of some sub-vectors' columns, one each unless all that share one are there."""
+        if self.dim_scale is None:
+            return None
+        d, share = self.codebooks.shape[3], self.share
+        if isinstance(index, slice):
+            start, stop, step = codebook.range_of(index, self.codes.shape[1])
+            if step == 1 and start * d % share == 0 and stop * d % share == 0:
+                return self.dim_scale[start * d // share : stop * d // share]
+        return _repeat(self.dim_scale, share).view(-1, d)[index].reshape(-1)
 
 
 def expand(weight: Tensors, grad_factor: float = 1.0) -> Tensor:
     """The matrix ``[N, D]`` (see ``rpqfx.codebook.expand``)."""
-    return Expand.apply(_slow(weight.codebooks, grad_factor), weight.codes, weight.scale, weight.signs)
+    return Expand.apply(_slow(weight.codebooks, grad_factor), weight.codes, weight.scale, weight.signs, weight.dims)
 
 
 def lookup(ids: Tensor, weight: Tensors, grad_factor: float = 1.0, sparse: bool = False) -> Tensor:
     """Rows ``[*ids.shape, D]``; ``sparse`` asks for a sparse gradient of the codebooks."""
     books = _slow(weight.codebooks, grad_factor)
-    return look_up(ids, books, weight.codes, weight.scale, weight.signs, sparse)
+    return look_up(ids, books, weight.codes, weight.scale, weight.signs, weight.dims, sparse)
 
 
 def linear(
     x: Tensor, weight: Tensors, bias: Tensor | None = None, grad_factor: float = 1.0, plan: Plan = "auto"
 ) -> Tensor:
     """``x @ W.T + bias``: ``[..., D]`` to ``[..., N]``."""
-    x, scale = _prepare(x, weight, weight.codes.shape[1] * weight.codebooks.shape[3])
+    x, scale, dims = _prepare(x, weight, weight.codes.shape[1] * weight.codebooks.shape[3])
+    x = x if dims is None else x * _repeat(dims, weight.share)
     books, inside = _slow(weight.codebooks, grad_factor), bias if scale is None else None
     y = product(_form(x, weight, plan), x, books, weight.codes, weight.signs, inside)
     return y if scale is None else _scaled(y, scale, bias)
@@ -72,9 +104,10 @@ def linear(
 
 def linear_t(y: Tensor, weight: Tensors, grad_factor: float = 1.0, plan: Plan = "auto") -> Tensor:
     """``y @ W``: ``[..., N]`` to ``[..., D]``."""
-    y, scale = _prepare(y, weight, weight.codes.shape[2])
+    y, scale, dims = _prepare(y, weight, weight.codes.shape[2])
     y = y if scale is None else y * scale
-    return product_t(_form(y, weight, plan), y, _slow(weight.codebooks, grad_factor), weight.codes, weight.signs)
+    x = product_t(_form(y, weight, plan), y, _slow(weight.codebooks, grad_factor), weight.codes, weight.signs)
+    return x if dims is None else x * _repeat(dims, weight.share)
 
 
 def conv(
@@ -111,18 +144,28 @@ def conv(
 
     Returns:
         As the dense convolution.
+
+    Raises:
+        InputError: If channels or dtype of ``x`` do not fit.
+        SpecError: If taps of one channel have different ``dim_scale`` factors.
     """
+    if weight.share % math.prod(weight_shape[2:]):
+        raise SpecError(
+            f"the {math.prod(weight_shape[2:])} taps of a channel have one factor, but {weight.share} elements of a "
+            "filter share one; give the spec a dim_scale that is a multiple of the taps"
+        )
     channels = weight_shape[0] if transposed else weight_shape[1] * groups
-    x, scale = _prepare(x, weight, channels, axis=-1 - len(stride))
+    x, scale, dims = _prepare(x, weight, channels, axis=-1 - len(stride))
     books = _slow(weight.codebooks, grad_factor)
     if x.dim() == len(stride) + 1:
         return conv(
             x[None], weight, weight_shape, bias, stride=stride, padding=padding, dilation=dilation, groups=groups,
             transposed=transposed, output_padding=output_padding, grad_factor=grad_factor, plan=plan,
         )[0]  # fmt: skip
-    per_channel = None if scale is None else scale.view(-1, *[1] * len(stride))
-    if transposed and per_channel is not None:
-        x = x * per_channel
+    per_vector = None if scale is None else scale.view(-1, *[1] * len(stride))
+    per_channel = None if dims is None else _channels(dims, weight.share, weight_shape, groups)
+    before, after = (per_vector, per_channel) if transposed else (per_channel, per_vector)
+    x = x if before is None else x * before
     if not ConvContract.fits(books.shape[3], weight_shape, groups):
         plan = "expand"
     elif plan == "auto":
@@ -132,12 +175,12 @@ def conv(
         books.shape[1], books.shape[2], weight_shape, tuple(x.shape[2:]), stride, padding, dilation, transposed,
         output_padding or (0,) * len(stride), groups,
     )  # fmt: skip
-    inside = bias if transposed or per_channel is None else None
+    inside = bias if after is None else None
     y = product(form, x, books, weight.codes, weight.signs, inside)
     y = y.contiguous(memory_format=memory_format(x))  # as torch's convolutions do: dropout follows it
-    if transposed or per_channel is None:
+    if after is None:
         return y
-    return _scaled(y, per_channel, None if bias is None else bias.view(per_channel.shape))
+    return _scaled(y, after, None if bias is None else bias.view(after.shape))
 
 
 def scale_grad(x: Tensor, factor: Tensor | float) -> Tensor:
@@ -155,6 +198,18 @@ def _scaled(y: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias.to(y.dtype)
 
 
+def _repeat(factors: Tensor, times: int) -> Tensor:
+    """Each factor so many times in a row."""
+    return factors if times == 1 else factors[:, None].expand(-1, times).reshape(-1)
+
+
+def _channels(dims: Tensor, share: int, weight_shape: tuple[int, ...], groups: int) -> Tensor:
+    """Factors of a filter's channels, for every channel group: ``[C, 1, ...]``."""
+    one = _repeat(dims, share // math.prod(weight_shape[2:]))
+    every = one if groups == 1 else one.expand(groups, -1).reshape(-1)
+    return every.view(-1, *[1] * (len(weight_shape) - 2))
+
+
 def _form(x: Tensor, weight: Tensors, plan: Plan) -> Form:
     shape = weight.codebooks.shape
     if plan == "auto":
@@ -162,9 +217,9 @@ def _form(x: Tensor, weight: Tensors, plan: Plan) -> Form:
     return (Contract if plan == "contract" else Matmul)(shape[1], shape[2])
 
 
-def _prepare(x: Tensor, weight: Tensors, width: int, axis: int = -1) -> tuple[Tensor, Tensor | None]:
-    """Checks the input; casts it and the scale as autocast would for the dense operation."""
-    books, scale = weight.codebooks, weight.scale
+def _prepare(x: Tensor, weight: Tensors, width: int, axis: int = -1) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Checks the input; casts it, the scale and the ``dim_scale`` as autocast would for the dense operation."""
+    books, scale, dims = weight.codebooks, weight.scale, weight.dim_scale
     if x.dim() < -axis or x.shape[axis] != width:
         raise InputError(f"expected {width} features in dimension {axis} of the input, got shape {tuple(x.shape)}")
     if x.is_complex():
@@ -174,7 +229,7 @@ def _prepare(x: Tensor, weight: Tensors, width: int, axis: int = -1) -> tuple[Te
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and torch.float64 not in (x.dtype, books.dtype):
         dtype = torch.get_autocast_dtype(kind)
-        return x.to(dtype), None if scale is None else scale.to(dtype)
+        return x.to(dtype), None if scale is None else scale.to(dtype), None if dims is None else dims.to(dtype)
     if x.dtype != books.dtype:
         raise InputError(f"the input is {x.dtype} and the codebooks are {books.dtype}; convert one with .to(dtype)")
-    return x, scale
+    return x, scale, dims

@@ -12,46 +12,55 @@ from torch import Tensor
 
 from rpqfx import codebook
 from rpqfx.ops import operators
-from rpqfx.ops.backend import choose
 from rpqfx.ops.mapped import Mapped, differentiated, like_codebooks
 
 
 def look_up(
-    ids: Tensor, codebooks: Tensor, codes: Tensor, scale: Tensor | None, signs: Tensor | None, sparse: bool
-) -> Tensor:
+    ids: Tensor, codebooks: Tensor, codes: Tensor, scale: Tensor | None, signs: Tensor | None, dims: Tensor | None,
+    sparse: bool,
+) -> Tensor:  # fmt: skip
     """``Lookup``, or where nothing can ask for a gradient the rows themselves."""
-    if differentiated(codebooks, scale):
-        return Lookup.apply(ids, codebooks, codes, scale, signs, sparse)
-    return choose(codebooks, codes).lookup(ids, codebooks, codes, scale, signs)
+    if differentiated(codebooks, scale, dims):
+        return Lookup.apply(ids, codebooks, codes, scale, signs, dims, sparse)
+    return operators.lookup(ids, codebooks, codes, scale, signs, dims)
 
 
 class _Rows(Mapped):
-    """What ``Expand`` and ``Lookup`` share: ``(..., codebooks, codes, scale, signs, ...)``, and rows of the matrix."""
+    """What ``Expand`` and ``Lookup`` share: ``(..., codebooks, codes, scale, signs, dims, ...)``, and rows."""
 
     @staticmethod
     def _grads(
-        ctx: Any, first: int, grad: Tensor, codebooks: Tensor, codes: Tensor, scale: Tensor | None, signs: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The gradients of codebooks (input number ``first``) and scale; the tensors are of the rows that were made."""
-        grad_books = grad_scale = None
+        ctx: Any, first: int, grad: Tensor, codebooks: Tensor, codes: Tensor, scale: Tensor | None,
+        signs: Tensor | None, dims: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+        """The gradients of codebooks (input number ``first``), scale and dims; the tensors are of the rows made."""
+        grad_books = grad_scale = grad_dims = None
         if ctx.needs_input_grad[first]:
-            direct = grad if scale is None else grad * scale[:, None]
+            direct = grad if dims is None else grad * dims
+            direct = direct if scale is None else direct * scale[:, None]
             _, books, entries, _ = codebooks.shape
             if ctx.sparse:
                 grad_books = codebook.collect_sparse(direct, codes, books, entries, signs)
             else:
                 grad_books = like_codebooks(Collect.apply(direct, codes, signs, books, entries), codebooks)
-        if ctx.needs_input_grad[first + 2]:
-            grad_scale = (grad * Expand.apply(codebooks, codes, None, signs)).sum(-1)
-        return grad_books, grad_scale
+        scaled = scale is not None and ctx.needs_input_grad[first + 2]
+        stretched = dims is not None and ctx.needs_input_grad[first + 4]
+        if scaled or stretched:
+            # of other inputs than the forward's, or a compiler would merge the two and keep the rows in between
+            product = grad * Expand.apply(codebooks, codes, None, signs, None)
+            grad_scale = (product if dims is None else product * dims).sum(-1) if scaled else None
+            grad_dims = (product if scale is None else product * scale[:, None]).sum(0) if stretched else None
+        return grad_books, grad_scale, grad_dims
 
 
 class Expand(_Rows):
-    """``codebook.expand``."""
+    """``codebook.expand``, times ``dims [D]`` where given."""
 
     @staticmethod
-    def forward(codebooks: Tensor, codes: Tensor, scale: Tensor | None, signs: Tensor | None) -> Tensor:
-        return operators.expand(codebooks, codes, scale, signs)
+    def forward(
+        codebooks: Tensor, codes: Tensor, scale: Tensor | None, signs: Tensor | None, dims: Tensor | None
+    ) -> Tensor:
+        return operators.expand(codebooks, codes, scale, signs, dims)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -60,8 +69,8 @@ class Expand(_Rows):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        grad_books, grad_scale = Expand._grads(ctx, 0, grad, *ctx.saved_tensors)
-        return grad_books, None, grad_scale, None
+        grad_books, grad_scale, grad_dims = Expand._grads(ctx, 0, grad, *ctx.saved_tensors)
+        return grad_books, None, grad_scale, None, grad_dims
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int | None]:
@@ -69,13 +78,14 @@ class Expand(_Rows):
 
 
 class Lookup(_Rows):
-    """``codebook.lookup``; ``sparse`` asks for a sparse gradient of the codebooks."""
+    """``codebook.lookup``, times ``dims``; ``sparse`` asks for a sparse gradient of the codebooks."""
 
     @staticmethod
     def forward(
-        ids: Tensor, codebooks: Tensor, codes: Tensor, scale: Tensor | None, signs: Tensor | None, sparse: bool
-    ) -> Tensor:
-        return operators.lookup(ids, codebooks, codes, scale, signs)
+        ids: Tensor, codebooks: Tensor, codes: Tensor, scale: Tensor | None, signs: Tensor | None,
+        dims: Tensor | None, sparse: bool,
+    ) -> Tensor:  # fmt: skip
+        return operators.lookup(ids, codebooks, codes, scale, signs, dims)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -84,11 +94,12 @@ class Lookup(_Rows):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        ids, codebooks, codes, scale, signs = ctx.saved_tensors
+        ids, codebooks, codes, scale, signs, dims = ctx.saved_tensors
         some = codebook.select_vectors(ids.reshape(-1), codes, scale, signs)
-        grad_books, grad_some = Lookup._grads(ctx, 1, grad.reshape(-1, grad.shape[-1]), codebooks, *some)
+        rows = grad.reshape(-1, grad.shape[-1])
+        grad_books, grad_some, grad_dims = Lookup._grads(ctx, 1, rows, codebooks, *some, dims)
         grad_scale = None if grad_some is None else torch.zeros_like(scale).index_add(0, ids.reshape(-1), grad_some)
-        return None, grad_books, None, grad_scale, None, None
+        return None, grad_books, None, grad_scale, None, grad_dims, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int | None]:
@@ -111,7 +122,7 @@ class Collect(Mapped):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         codes, signs = ctx.saved_tensors
-        return Expand.apply(grad, codes, None, signs).to(ctx.dtype), None, None, None, None
+        return Expand.apply(grad, codes, None, signs, None).to(ctx.dtype), None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int | None]:

@@ -52,7 +52,7 @@ def test_compiled_equals_eager(name: str) -> None:
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("name", ["linear row", "linear column", "conv2d", "embedding"])
 def test_compiled_with_all_options_equals_eager(name: str, plan: Plan) -> None:
-    options = {"signs": True, "scale": True, "stages": 2, "sharing": "layer", "grad_scale": "sqrt"}
+    options = {"signs": True, "scale": True, "dim_scale": True, "stages": 2, "sharing": "layer", "grad_scale": "sqrt"}
     assert_compiles(name, "aot_eager", 1e-9, **options, plan=plan)
 
 

@@ -35,7 +35,9 @@ def arguments() -> dict[str, tuple[Any, ...]]:
         "conv": (image, *held, *CONV),
         "conv_book": (image, out, codes, signs, *CONV, SPEC.books, SPEC.entries),
         "expand": (*plain, scale, signs),
+        "expand dims": (*plain, None, signs, randn(9, 8)),
         "lookup": (torch.tensor([[3, 0], [11, 3]]), *plain, scale, signs),
+        "lookup dims": (torch.tensor([[3, 0], [11, 3]]), *plain, scale, signs, randn(9, 8)),
         "collect": (randn(8, 12, 8), codes, signs, SPEC.books, SPEC.entries),
         "gather_sum": (table, codes),
         "bin_sum": (maps, codes, SPEC.entries),
@@ -47,12 +49,12 @@ def test_operators_keep_torchs_rules(name: str) -> None:
     """Schema, fake, gradient and tracing agree, in the dtypes of the kernels and of the plain operators."""
     for dtype in (torch.float64, torch.float32):
         args = [cast(arg, dtype) for arg in arguments()[name]]
-        torch.library.opcheck(getattr(torch.ops.rpqfx, name).default, args)
+        torch.library.opcheck(getattr(torch.ops.rpqfx, name.split()[0]).default, args)
 
 
 @pytest.mark.parametrize("name", sorted(arguments()))
 def test_gradients_of_operators_are_right_to_the_second_order(name: str) -> None:
-    operator = getattr(torch.ops.rpqfx, name)
+    operator = getattr(torch.ops.rpqfx, name.split()[0])
     args = [cast(arg, torch.float64) for arg in arguments()[name]]
     places = [i for i, arg in enumerate(args) if isinstance(arg, Tensor) and arg.requires_grad]
 
@@ -82,6 +84,17 @@ def cast(arg: Any, dtype: torch.dtype) -> Any:
     return arg.detach().to(dtype).requires_grad_()
 
 
+class Reading(nn.Module):
+    """Uses the weight of a layer itself, in a way that has no need of it for backward."""
+
+    def __init__(self, layer: RPQLinear) -> None:
+        super().__init__()
+        self.held = layer.weight_rpq
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.held().sum(0)
+
+
 def kept_by_compiler(layer: nn.Module, x: Tensor) -> list[int]:
     """Elements of every tensor that a compiled forward hands to its backward."""
     kept: list[int] = []
@@ -105,6 +118,9 @@ def kept_by_compiler(layer: nn.Module, x: Tensor) -> list[int]:
         (lambda: RPQLinear(512, 2048, codebook_dim=128, bits=6, bias=False), (64, 512), 512 * 2048),
         (lambda: RPQLinear(2048, 512, codebook_dim=128, bits=6, bias=False, split="column"), (64, 2048), 512 * 2048),
         (lambda: RPQConv2d(8, 24, 3, codebook_dim=3, bits=2, bias=False), (2, 8, 5, 5), 24 * 72),
+        (lambda: RPQLinear(96, 160, codebook_dim=2, bits=4, bias=False, dim_scale=True), (7, 96), 96 * 160),
+        (lambda: Reading(RPQLinear(96, 160, codebook_dim=2, bits=4, bias=False, dim_scale=True)), (7, 96), 96 * 160),
+        (lambda: RPQConv2d(8, 96, 3, codebook_dim=72, bits=1, bias=False, dim_scale=True), (2, 8, 5, 5), 96 * 72),
         (lambda: RPQConv2d(8, 96, 3, codebook_dim=72, bits=1, bias=False), (2, 8, 5, 5), 96 * 72),
         (lambda: RPQConvTranspose2d(96, 8, 3, codebook_dim=72, bits=1, bias=False), (2, 96, 5, 5), 96 * 72),
     ],

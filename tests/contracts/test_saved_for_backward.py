@@ -69,8 +69,9 @@ def assert_keeps_no_weight(module: nn.Module, run: Callable[[], Any]) -> None:
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_no_layer_keeps_its_weight(name: str, plan: Plan, training: bool) -> None:
-    """Whichever way products run, with signs, scale, stages and scaled gradients too."""
-    for options in ({}, {"bits": 2, "stages": 2, "signs": True, "scale": True, "grad_scale": "mean"}):
+    """Whichever way products run, with signs, factors, stages and scaled gradients too."""
+    more = {"bits": 2, "stages": 2, "signs": True, "scale": True, "dim_scale": True, "grad_scale": "mean"}
+    for options in ({}, {"dim_scale": True}, more):
         kind = KINDS[name]
         layer = kind.make(**options, plan=plan).train(training)
         inputs = [x.requires_grad_() if x.is_floating_point() else x for x in kind.make_inputs()]

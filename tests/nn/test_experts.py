@@ -108,7 +108,7 @@ def test_groups_of_rows_go_through_their_experts(
     """Up to each offset; torch knows this for float32, in widths of whole vectors of memory."""
     layout = Layout((3, 8, 16), 1, transposed, None, experts)
     weight = randomise(RPQWeight(CodebookSpec(layout.num_vectors, layout.dim, 4, 3), layout), 0)
-    dense = naive_tensor(weight, weight.codebooks, None)
+    dense = naive_tensor(weight)
     x = randn(0, 6, 16 if flipped else 8, dtype=torch.float32)
     offs = torch.tensor([2, 2, 6], dtype=torch.int32)
 

@@ -62,7 +62,7 @@ def test_gradients_are_those_of_the_tensor_to_the_second_order(name: str, transp
     weight = make(transposed)
     parameters = dict(weight.named_parameters())
     grads = []
-    for w in (VirtualWeight(weight), naive_tensor(weight, weight.codebooks, weight.scale)):
+    for w in (VirtualWeight(weight), naive_tensor(weight)):
         out = CALLS[name](w)
         out = out.expand_dense() if isinstance(out, VirtualWeight) else out
         first = torch.autograd.grad(out.square().sum(), list(parameters.values()), create_graph=True)
@@ -118,7 +118,7 @@ def test_codebooks_that_change_before_backward_are_an_error() -> None:
 def test_under_torch_func_and_no_grad_it_is_the_plain_call() -> None:
     weight = make(False)
     w = VirtualWeight(weight)
-    dense = naive_tensor(weight, weight.codebooks, weight.scale).detach()
+    dense = naive_tensor(weight).detach()
     x = X[:1].detach()
     found = torch.func.grad(lambda x: (x * w).square().sum())(x)
     assert_same(found, torch.func.grad(lambda x: (x * dense).square().sum())(x))
@@ -152,7 +152,7 @@ def test_other_tensors_of_the_call_are_kept_as_a_checkpoint_says() -> None:
         out = (x[:, None] * VirtualWeight(weight)).sin()
     assert torch.Size([3, 1, 8]) in packed and torch.Size([6, 8]) not in packed
     out.sum().backward()
-    dense = naive_tensor(weight, weight.codebooks, weight.scale).detach()
+    dense = naive_tensor(weight).detach()
     assert_same(x.grad, torch.autograd.grad((x[:, None] * dense).sin().sum(), x)[0])
 
 
@@ -177,7 +177,7 @@ def test_products_with_an_expanded_weight_run_on_the_codebooks(expanded: list[An
     weight = make(False)
     w = ExpandedWeight.of(weight)
     expanded.clear()
-    dense = naive_tensor(weight, weight.codebooks, weight.scale)
+    dense = naive_tensor(weight)
 
     def products(w: Tensor) -> tuple[Tensor, ...]:
         turned = X @ w.T, X @ w.t(), X @ w.mT, X @ w.transpose(-1, 0), X @ torch.t(w), X @ w.T.T.T
@@ -198,7 +198,7 @@ def test_other_uses_of_an_expanded_weight_do_not_keep_it(transposed: bool, expan
     out = (ExpandedWeight.of(weight) * X[:1]).sin()
     gc.collect()
     assert not [ref for ref in expanded if ref() is not None]
-    dense = naive_tensor(weight, weight.codebooks, weight.scale)
+    dense = naive_tensor(weight)
     wanted = gradients((dense * X[:1]).sin(), {"codebooks": weight.codebooks})
     assert_same(gradients(out, {"codebooks": weight.codebooks})["codebooks"], wanted["codebooks"])
 

@@ -52,7 +52,7 @@ def weights(draw: st.DrawFn) -> RPQWeight:
 
 
 def expected(weight: RPQWeight) -> torch.Tensor:
-    return naive_tensor(weight, weight.codebooks, weight.scale)
+    return naive_tensor(weight)
 
 
 # ------------------------------------------------------------------------------------------------------ layouts

@@ -11,21 +11,28 @@ from rpqfx.codebook import CodebookSpec
 from rpqfx.ops.rows import Collect, Expand, Lookup
 from tests.helpers import assert_same, naive_expand, one_by_one, randn, stored
 
+DIMS = randn(3, 6)
 SPEC = CodebookSpec(5, 6, 2, entries=3, stages=2, books=3, scale=True, signs=True)
 
 
 @pytest.mark.parametrize("with_scale", [False, True])
 @pytest.mark.parametrize("with_signs", [False, True])
-def test_expand_and_collect_have_right_gradients_of_first_and_second_order(with_scale: bool, with_signs: bool) -> None:
+@pytest.mark.parametrize("with_dims", [False, True])
+def test_expand_and_collect_have_right_gradients_of_first_and_second_order(
+    with_scale: bool, with_signs: bool, with_dims: bool
+) -> None:
     books, codes, scale, signs = stored(SPEC, 4)
     signs = signs if with_signs else None
-    books, scale, grad = (t.clone().requires_grad_() for t in (books, scale, randn(5, 5, 6)))
+    books, scale, dims, grad = (t.clone().requires_grad_() for t in (books, scale, DIMS, randn(5, 5, 6)))
+    given = {"scale": scale} if with_scale else {}
+    given |= {"dims": dims} if with_dims else {}
 
-    def expand(books: Tensor, scale: Tensor | None = None) -> Tensor:
-        return Expand.apply(books, codes, scale, signs)
+    def expand(books: Tensor, *factors: Tensor) -> Tensor:
+        named = dict(zip(given, factors, strict=True))
+        return Expand.apply(books, codes, named.get("scale"), signs, named.get("dims"))
 
-    inputs = (books, scale) if with_scale else (books,)
-    assert_same(expand(*inputs), naive_expand(books, codes, scale if with_scale else None, signs))
+    inputs = (books, *given.values())
+    assert_same(expand(*inputs), naive_expand(books, codes, given.get("scale"), signs, given.get("dims")))
     assert gradcheck(expand, inputs)
     assert gradgradcheck(expand, inputs)
 
@@ -43,21 +50,25 @@ def test_expand_gives_a_sparse_gradient_when_asked() -> None:
     grads = []
     for sparse in (False, True):
         leaf = books.clone().requires_grad_()
-        Lookup.apply(torch.arange(5), leaf, codes, scale, signs, sparse).backward(grad)
+        Lookup.apply(torch.arange(5), leaf, codes, scale, signs, DIMS, sparse).backward(grad)
         assert leaf.grad.is_sparse == sparse
         grads.append(leaf.grad.to_dense())
     assert_same(grads[1], grads[0])
 
 
-@pytest.mark.parametrize("in_dims", [(0, None, None), (None, 0, None), (None, None, 0), (0, 0, 0)])
+@pytest.mark.parametrize(
+    "in_dims",
+    [(0, None, None, None), (None, 0, None, None), (None, None, 0, None), (None, None, None, 0), (0, 0, 0, 0)],
+)
 def test_vmap_of_expand_is_one_call_a_sample(in_dims: tuple[int | None, ...]) -> None:
     _, codes, _, signs = stored(SPEC, 9)
     books, scale = randn(1, 3, *SPEC.codebooks_shape), randn(2, 3, 5)
     codes = torch.stack([codes, (codes + 1) % 3, (codes + 2) % 3])
-    args = [t if d == 0 else t[0] for t, d in zip((books, scale, codes), in_dims, strict=True)]
+    mapped = (books, scale, codes, randn(3, 3, 6))
+    args = [t if d == 0 else t[0] for t, d in zip(mapped, in_dims, strict=True)]
 
-    def run(books: Tensor, scale: Tensor, codes: Tensor) -> Tensor:
-        return Expand.apply(books, codes, scale, signs)
+    def run(books: Tensor, scale: Tensor, codes: Tensor, dims: Tensor) -> Tensor:
+        return Expand.apply(books, codes, scale, signs, dims)
 
     assert_same(torch.vmap(run, in_dims)(*args), one_by_one(run, in_dims, *args))
 
