@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from rpqfx import codebook, steps
 from rpqfx.codebook import CodebookSpec, default_codebook_dim, nearest_divisor, range_of
 from rpqfx.errors import InputError, RPQError, SpecError
-from tests.helpers import assert_same, naive_expand, randn, seeds, specs, stored
+from tests.helpers import assert_same, naive_expand, randn, seeds, specs, stored, stored_all
 
 # Relative to the largest element of the dense result, which is computed in float64. Dot products of float16 and
 # bfloat16 are rounded once each (2**-11 and 2**-8) and then summed in float32.
@@ -330,17 +330,33 @@ def test_nearest_divisor_by_example(dim: int, target: int, found: int) -> None:
     assert nearest_divisor(dim, target) == found
 
 
-@given(specs(), st.sampled_from([torch.float16, torch.float32, torch.float64]), st.booleans())
+@given(specs(dim_scale=True), st.sampled_from([torch.float16, torch.float32, torch.float64]), st.booleans())
 def test_stored_bytes_are_those_of_the_tensors(spec: CodebookSpec, dtype: torch.dtype, codebooks: bool) -> None:
-    tensors = [t for t in stored(spec, 0, dtype) if t is not None]
+    tensors = [t for t in stored_all(spec, 0, dtype) if t is not None]
     counted = sum(t.numel() * t.element_size() for t in (tensors if codebooks else tensors[1:]))
     assert spec.stored_bytes(dtype, codebooks=codebooks) == counted
 
 
-@given(specs(), st.sampled_from(["sum", "sqrt", "mean"]))
+@given(specs(dim_scale=True), st.sampled_from(["sum", "sqrt", "mean"]))
 def test_a_spec_survives_json(spec: CodebookSpec, grad_scale: str) -> None:
     spec = dataclasses.replace(spec, grad_scale=grad_scale)
     assert CodebookSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+
+
+def test_a_spec_from_before_there_was_a_dim_scale_has_none() -> None:
+    values = CodebookSpec(4, 6, 2).to_dict()
+    del values["dim_scale"]
+    assert CodebookSpec.from_dict(values) == CodebookSpec(4, 6, 2, dim_scale=0)
+
+
+def test_a_dim_scale_divides_and_is_one_a_channel_of_filters() -> None:
+    made = CodebookSpec.make(64, 36, taps=9, bits=2, dim_scale=True)
+    assert (made.dim_scale, made.dim_scales) == (9, 4)
+    assert CodebookSpec.make(64, 36, bits=2, dim_scale=True).dim_scales == 36
+    assert CodebookSpec.make(64, 36, taps=9, bits=2).dim_scales == 0
+    for wrong in (-1, 5, 72):
+        with pytest.raises(SpecError, match=f"divides its length 36; got {wrong}"):
+            CodebookSpec(64, 36, 4, dim_scale=wrong)
 
 
 @given(specs())

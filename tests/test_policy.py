@@ -34,14 +34,15 @@ sizes = st.one_of(st.integers(1, 600), st.sampled_from([2, 3, 7, 97, 127, 251, 5
 def sites(draw: st.DrawFn) -> Site:
     shape = tuple(draw(st.lists(sizes, min_size=2, max_size=4)))
     splits = draw(st.booleans())
+    kind = "linear" if splits else draw(st.sampled_from(["conv", "embedding", "parameter"]))
     return site(
         shape=shape,
-        lead=1 if splits else draw(st.integers(1, len(shape) - 1)),
-        flipped=draw(st.booleans()),
+        lead=1 if splits or kind == "conv" else draw(st.integers(1, len(shape) - 1)),
+        flipped=kind != "conv" and draw(st.booleans()),
         splits=splits,
         dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64])),
         heads=draw(st.integers(1, 64)),
-        kind="linear" if splits else draw(st.sampled_from(["conv", "embedding", "parameter"])),
+        kind=kind,
     )
 
 
@@ -54,6 +55,7 @@ OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "sharing": st.sampled_from(["own", "layer", "shape", "role"]),
     "split": st.sampled_from(["row", "auto"]),
     "scale": st.booleans(),
+    "dim_scale": st.booleans(),
     "signs": st.booleans(),
     "grad_scale": st.sampled_from(["sum", "sqrt", "mean"]),
     "init": st.sampled_from(["fit", "random"]),
@@ -199,6 +201,20 @@ def test_a_rule_sets_what_it_sets_and_the_policy_the_rest():
     spec, other = policy(site()).spec, policy(site("x.weight")).spec
     assert (spec.bits, spec.scale, spec.signs, spec.codebook_dim) == (3, False, True, 16)
     assert (other.bits, other.scale) == (8, True)
+
+
+def test_a_dim_scale_is_one_an_element_or_one_a_channel_of_filters():
+    policy = Policy(min_size=0, bits=2, dim_scale=True, split="auto", rules=(Rule("x", dim_scale=False),))
+    filters = site("conv.weight", (512, 16, 3, 3), kind="conv", splits=False)
+    experts = site("w", (4, 512, 64), kind="experts", experts=True)
+    assert policy(site()).spec.dim_scale == 1 and policy(site("x.weight")).spec.dim_scale == 0
+    assert (policy(filters).spec.dim_scale, policy(filters).spec.dim_scales) == (9, 16)
+    for sharing, count in (("shared", 64), ("own", 4 * 64)):
+        spec = Policy(min_size=0, bits=2, dim_scale=True, split="row", experts=sharing)(experts).spec
+        assert (spec.dim_scale, spec.dim_scales) == (1, count)
+    assert Policy().dim_scale is False
+    with pytest.raises(PolicyError, match="dim_scale is True or False, got 9"):
+        Policy(dim_scale=9)
 
 
 def test_plans_come_from_the_rule_and_then_from_the_policy():

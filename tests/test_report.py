@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html.parser
 import json
 import re
@@ -53,6 +54,7 @@ def test_bytes_are_those_of_the_real_tensors(case: Case):
 def test_shared_codebooks_count_once(sharing: str):
     torch.manual_seed(0)
     policy = Policy(codebook_dim=4, bits=2, min_size=64, sharing=sharing, scale=True, signs=True, allow_growth=True)
+    policy = dataclasses.replace(policy, dim_scale=True)
     small = rpqfx.rpqify(GPT(depth=3), policy)
     made = rpqfx.report(small)
     assert made.after == real_bytes(small)
@@ -60,7 +62,7 @@ def test_shared_codebooks_count_once(sharing: str):
     assert sum(r.after for r in made.rewritten) == made.codebooks + made.codes
     assert (shared > 0) == (sharing in ("shape", "role"))
     apart = sum(w.codebooks.nbytes for w in {id(w): w for w in held_weights(small).values()}.values())
-    assert made.codebooks + shared == apart + sum(r.spec.num_vectors * 4 for r in made.rewritten)
+    assert made.codebooks + shared == apart + sum((r.spec.num_vectors + r.spec.dim) * 4 for r in made.rewritten)
     assert ("shared with earlier sites" in str(made)) == (shared > 0)
 
 

@@ -77,9 +77,11 @@ def test_dtypes_return_as_they_were(dtype: torch.dtype, suffix: str, tmp_path: P
 def test_every_option_of_a_spec_returns(suffix: str, tmp_path: Path):
     policy = Policy(
         codebook_dim=4, bits=2, min_size=64, stages=2, scale=True, signs=True, grad_scale="sqrt", sharing="role",
-        allow_growth=True, rules=(Rule("tok", sharing="layer"), Rule("*.fc2", split="column")),
+        dim_scale=True, allow_growth=True, rules=(Rule("tok", sharing="layer"), Rule("*.fc2", split="column")),
     )  # fmt: skip
     small = rpqfx.rpqify(GPT(), policy)
+    for weight in held_weights(small).values():
+        weight.dim_scale.data.uniform_(0.5, 2)
     rpqfx.save(small, tmp_path / f"m{suffix}")
     again = rpqfx.load(tmp_path / f"m{suffix}", GPT)
     assert_identical(again, small)
@@ -102,6 +104,20 @@ def test_plans_return_with_tied_layers_and_shared_codebooks(suffix: str, tmp_pat
     assert set(plans.values()) == {"auto", "expand", "contract"}
     assert again.tok.weight_rpq is again.head.weight_rpq
     assert str(rpqfx.report(again)) == str(rpqfx.report(small))
+
+
+def test_a_file_from_before_there_were_factors_of_columns_loads(tmp_path: Path):
+    small = small_mlp().eval()
+    rpqfx.save(small, tmp_path / "m.rpq")
+    manifest = json.loads(torch.load(tmp_path / "m.rpq", weights_only=True)["rpqfx"])
+    held = [values["spec"] for values in (*manifest["sites"], *manifest["records"]) if values["spec"] is not None]
+    assert held
+    for spec in held:
+        del spec["dim_scale"]
+    rewrite_manifest(tmp_path / "m.rpq", sites=manifest["sites"], records=manifest["records"])
+    again = rpqfx.load(tmp_path / "m.rpq", MLP).eval()
+    assert {weight.spec.dim_scale for weight in held_weights(again).values()} == {0}
+    assert_identical(again, small)
 
 
 def test_a_file_from_before_there_were_plans_loads(tmp_path: Path):

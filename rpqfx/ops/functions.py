@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rpqfx.ops.forms import Form
-from rpqfx.ops.mapped import Mapped, differentiated, like_codebooks
+from rpqfx.ops.mapped import Mapped, differentiated, like_codebooks, no_view
 
 
 def _as_given(x: Tensor) -> AbstractContextManager[Any]:
@@ -71,7 +71,7 @@ class Out(_Product):
         form: Form, x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None, bias: Tensor | None
     ) -> Tensor:
         with _as_given(x):
-            return _no_view(form.out(x, codebooks, codes, signs, bias))
+            return no_view(form.out(x, codebooks, codes, signs, bias))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -105,7 +105,7 @@ class Left(_Product):
     @staticmethod
     def forward(form: Form, y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
         with _as_given(y):
-            return _no_view(form.left(y, codebooks, codes, signs))
+            return no_view(form.left(y, codebooks, codes, signs))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -181,9 +181,3 @@ class Grads(Mapped):
         left = Left.vmap(info, (None, *in_dims[2:]), form, y, codebooks, codes, signs)
         book = Book.vmap(info, (None, in_dims[1], in_dims[2], *in_dims[4:]), form, x, y, codes, signs)
         return (left[0], book[0]), (left[1], book[1])
-
-
-def _no_view(y: Tensor) -> Tensor:
-    """A result as a tensor of its own: autograd lets nobody change a view that a Function returned, such as ReLU."""
-    view = y.dim() > 2 if torch.compiler.is_dynamo_compiling() else not torch.compiler.is_compiling() and y._is_view()
-    return torch.ops.aten._unsafe_view(y, y.shape) if view else y

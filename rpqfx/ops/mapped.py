@@ -62,3 +62,9 @@ class Slow(Function):
 def like_codebooks(grad: Tensor | None, codebooks: Tensor) -> Tensor | None:
     """A gradient of codebooks, in their dtype."""
     return grad if grad is None else grad.to(codebooks.dtype)
+
+
+def no_view(y: Tensor) -> Tensor:
+    """A result as a tensor of its own: autograd lets nobody change a view that a Function returned, such as ReLU."""
+    view = y.dim() > 2 if torch.compiler.is_dynamo_compiling() else not torch.compiler.is_compiling() and y._is_view()
+    return torch.ops.aten._unsafe_view(y, y.shape) if view else y

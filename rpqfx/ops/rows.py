@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rpqfx import codebook
 from rpqfx.ops import operators
-from rpqfx.ops.mapped import Mapped, differentiated, like_codebooks
+from rpqfx.ops.mapped import Mapped, differentiated, like_codebooks, no_view
 
 
 def look_up(
@@ -85,7 +85,7 @@ class Lookup(_Rows):
         ids: Tensor, codebooks: Tensor, codes: Tensor, scale: Tensor | None, signs: Tensor | None,
         dims: Tensor | None, sparse: bool,
     ) -> Tensor:  # fmt: skip
-        return operators.lookup(ids, codebooks, codes, scale, signs, dims)
+        return no_view(operators.lookup(ids, codebooks, codes, scale, signs, dims))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -4,10 +4,11 @@ Checkpoints, optimiser states and sharding plans are written by name, so the nam
 
 - A tensor that was not rewritten keeps its name, its shape and its place in the state dict's own order.
 - A Parameter ``<name>`` that was rewritten is no longer there. In its stead are ``<name>_rpq.codebooks``
-  ``[R, G, K, d]`` and ``<name>_rpq.codes`` ``[R, M, N]``; with ``scale=True`` also ``<name>_rpq.scale`` ``[N]``, and
-  with ``signs=True`` also ``<name>_rpq.signs`` ``[R, M, ceil(N / 8)]``. There is nothing else.
+  ``[R, G, K, d]`` and ``<name>_rpq.codes`` ``[R, M, N]``; with ``scale=True`` also ``<name>_rpq.scale`` ``[N]``, with
+  ``dim_scale=True`` also ``<name>_rpq.dim_scale`` ``[D / taps]``, and with ``signs=True`` also ``<name>_rpq.signs``
+  ``[R, M, ceil(N / 8)]``. There is nothing else.
 - A tied Parameter is there under each of its names, as it is in the dense model's state dict.
-- ``codebooks`` and ``scale`` are Parameters; ``codes`` and ``signs`` are buffers. Both are persistent.
+- ``codebooks``, ``scale`` and ``dim_scale`` are Parameters; ``codes`` and ``signs`` are buffers. Both are persistent.
 - A layer that is built by hand has the names that a rewrite gives it.
 - Loading is strict both ways: a dense state dict does not fit a rewritten model, and codes that point outside their
   codebook are refused by name.
@@ -25,7 +26,11 @@ from rpqfx.errors import CodeError
 from rpqfx.nn import RPQEmbedding, RPQLinear
 from tests.models import BY_NAME, CASES, MLP, SMALL, SUFFIX, Case, held_weights
 
-PARTS = {"scale": ("codebooks", "scale", "codes"), "signs": ("codebooks", "codes", "signs")}
+PARTS = {
+    "scale": ("codebooks", "scale", "codes"),
+    "dim_scale": ("codebooks", "dim_scale", "codes"),
+    "signs": ("codebooks", "codes", "signs"),
+}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "_"))
@@ -42,7 +47,7 @@ def test_names_of_every_model(case: Case):
 
 
 @pytest.mark.parametrize("option", PARTS)
-def test_scale_and_signs_have_names_of_their_own(option: str):
+def test_factors_and_signs_have_names_of_their_own(option: str):
     policy = Policy(codebook_dim=4, bits=2, min_size=64, allow_growth=True, **{option: True})
     names = set(rpqfx.rpqify(MLP(), policy).state_dict())
     wanted = {f"{layer}.weight{SUFFIX}.{part}" for layer in ("fc1", "fc2") for part in PARTS[option]}
@@ -50,7 +55,9 @@ def test_scale_and_signs_have_names_of_their_own(option: str):
 
 
 def test_shapes_are_those_of_the_spec():
-    policy = Policy(codebook_dim=4, bits=2, min_size=64, stages=2, scale=True, signs=True, allow_growth=True)
+    policy = Policy(
+        codebook_dim=4, bits=2, min_size=64, stages=2, scale=True, dim_scale=True, signs=True, allow_growth=True
+    )
     small = rpqfx.rpqify(MLP(), policy)
     state = small.state_dict()
     for name, weight in held_weights(small).items():
@@ -58,15 +65,16 @@ def test_shapes_are_those_of_the_spec():
         assert state[f"{name}{SUFFIX}.codebooks"].shape == spec.codebooks_shape == (2, spec.sub_vectors, 4, 4)
         assert state[f"{name}{SUFFIX}.codes"].shape == spec.codes_shape == (2, spec.sub_vectors, spec.num_vectors)
         assert state[f"{name}{SUFFIX}.scale"].shape == (spec.num_vectors,)
+        assert state[f"{name}{SUFFIX}.dim_scale"].shape == (spec.dim,)
         assert state[f"{name}{SUFFIX}.signs"].shape == (2, spec.sub_vectors, -(-spec.num_vectors // 8))
 
 
-def test_codebooks_and_scale_are_parameters_codes_and_signs_buffers():
-    policy = Policy(codebook_dim=4, bits=2, min_size=64, scale=True, signs=True, allow_growth=True)
+def test_codebooks_and_factors_are_parameters_codes_and_signs_buffers():
+    policy = Policy(codebook_dim=4, bits=2, min_size=64, scale=True, dim_scale=True, signs=True, allow_growth=True)
     small = rpqfx.rpqify(MLP(), policy)
     parameters = {name.rpartition(".")[2] for name, _ in small.named_parameters() if SUFFIX in name}
     buffers = {name.rpartition(".")[2] for name, _ in small.named_buffers()}
-    assert parameters == {"codebooks", "scale"} and buffers == {"codes", "signs"}
+    assert parameters == {"codebooks", "scale", "dim_scale"} and buffers == {"codes", "signs"}
 
 
 def test_a_tied_tensor_is_there_under_each_name_and_is_one():

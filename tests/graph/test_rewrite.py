@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import io
 import pickle
@@ -102,6 +103,7 @@ def test_same_outputs_and_gradients_as_the_dense_model_with_the_expanded_weights
 
 STYLES = {
     "stages and scale": Policy(codebook_dim=4, bits=2, min_size=64, stages=2, scale=True, allow_growth=True),
+    "factors of columns": Policy(codebook_dim=4, bits=2, min_size=64, dim_scale=True, allow_growth=True),
     "signs": Policy(codebook_dim=4, bits=2, min_size=64, signs=True, allow_growth=True),
     "one codebook for the layer": Policy(codebook_dim=4, bits=3, min_size=64, sharing="layer", allow_growth=True),
     "one codebook for a role": Policy(codebook_dim=4, bits=2, min_size=64, sharing="role", allow_growth=True),
@@ -538,6 +540,20 @@ def test_a_weight_with_nan_can_be_skipped_or_drawn_anew():
     assert rpqfx.report(rpqfx.rpqify(model, skipping)).skipped[-1].reason == "it holds NaN"
     drawn = rpqfx.rpqify(model, Policy(codebook_dim=4, bits=2, min_size=64, init="random"))
     assert bool(torch.isfinite(drawn.blocks[1].fc2.weight).all())
+
+
+def test_factors_that_differ_within_a_channel_of_a_convolution_are_refused():
+    model = nn.Sequential(nn.Conv1d(4, 16, 3))
+    before = whole(model)
+    captured, sites, _ = steps(model, Policy(bits=2, min_size=0, allow_growth=True))
+    wrong = CodebookSpec(16, 12, 6, 4, dim_scale=1)
+    with pytest.raises(
+        RewriteError, match=r"0\.weight: 1 elements of a filter share a factor.*give the spec dim_scale=3"
+    ):
+        rewrite(captured, {"0.weight": wrong}, sites)
+    assert_whole(model, before)
+    rewrite(captured, {"0.weight": dataclasses.replace(wrong, dim_scale=3)}, sites)
+    assert model[0].weight_rpq.dim_scale.shape == (4,)
 
 
 def test_a_decision_for_no_site_or_of_another_shape_touches_nothing():

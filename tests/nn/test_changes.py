@@ -126,10 +126,12 @@ def test_experts_that_share_codebooks_and_such_as_do_not(transposed: bool):
 
 
 def test_on_the_meta_device_only_shapes_change():
-    weight = RPQWeight(CodebookSpec(6, 4, 2, entries=3, scale=True, signs=True), device="meta")
+    weight = RPQWeight(CodebookSpec(6, 4, 2, entries=3, scale=True, signs=True, dim_scale=2), device="meta")
     resize_rows(weight, torch.empty(9, 4, device="meta"))
     assert weight.codes.shape == weight.spec.codes_shape == (1, 2, 9)
-    assert weight.signs.shape == weight.spec.signs_shape and weight.scale.shape == (9,)
+    assert (
+        weight.signs.shape == weight.spec.signs_shape and weight.scale.shape == (9,) and weight.dim_scale.shape == (2,)
+    )
     assert weight.codes.is_meta
 
 

@@ -75,7 +75,7 @@ EXPANDED: dict[str, Callable[[Any], Tensor]] = {
 
 def make(experts: str, transposed: bool) -> RPQWeight:
     layout = Layout((E, A, B), 1, transposed, None, experts)
-    spec = CodebookSpec(layout.num_vectors, layout.dim, 2, 3, 2, scale=True, signs=transposed)
+    spec = CodebookSpec(layout.num_vectors, layout.dim, 2, 3, 2, scale=True, signs=transposed, dim_scale=1)
     return randomise(RPQWeight(spec, layout, dtype=torch.float64), 0)
 
 

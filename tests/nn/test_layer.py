@@ -150,6 +150,7 @@ def test_state_dict_keys_are_the_dense_ones_with_codebooks_for_weights(kind: Kin
         if name in weights:
             keys |= {f"{name}_rpq.codebooks", f"{name}_rpq.codes"}
             keys |= {f"{name}_rpq.scale"} if weights[name].spec.scale else set()
+            keys |= {f"{name}_rpq.dim_scale"} if weights[name].spec.dim_scale else set()
             keys |= {f"{name}_rpq.signs"} if weights[name].spec.signs else set()
         else:
             keys.add(name)
@@ -288,7 +289,9 @@ def test_the_default_dtype_is_torchs(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("layer", CLASSES)
-@pytest.mark.parametrize("options", [{}, {"stages": 2, "signs": True, "scale": True}], ids=["plain", "all options"])
+@pytest.mark.parametrize(
+    "options", [{}, {"stages": 2, "signs": True, "scale": True, "dim_scale": True}], ids=["plain", "all options"]
+)
 def test_weights_are_drawn_with_the_standard_deviation_of_torch(layer: type, options: dict) -> None:
     """And biases from the same interval. Codebooks average over few entries, hence the few percent."""
     torch.manual_seed(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -117,7 +118,7 @@ EXPANDED: dict[str, Callable[[Any], Tensor]] = {
 
 def make(transposed: bool) -> RPQWeight:
     """[6, 8] with its vectors along rows or columns."""
-    spec = CodebookSpec(8, 6, 3, 4, 2, scale=True) if transposed else CodebookSpec(6, 8, 4, 4, signs=True)
+    spec = CodebookSpec(8, 6, 3, 4, 2, scale=True, dim_scale=2) if transposed else CodebookSpec(6, 8, 4, 4, signs=True)
     return randomise(RPQWeight(spec, Layout((6, 8), transposed=transposed), dtype=torch.float64), 0)
 
 
@@ -162,13 +163,21 @@ CONVS = {
 def test_convolutions_are_served(name: str, bias: bool, expansions: list[int]) -> None:
     function, shape, size, settings = CONVS[name]
     layout = Layout(shape)
-    spec = CodebookSpec(layout.num_vectors, layout.dim, 2, 3, signs=True, scale=True)
+    taps = math.prod(shape[2:])
+    spec = CodebookSpec(layout.num_vectors, layout.dim, 2, 3, signs=True, scale=True, dim_scale=taps)
     weight = randomise(RPQWeight(spec, layout, dtype=torch.float64), 0)
     channels = shape[1] * settings.get("groups", 1) if "transpose" in name else shape[0]
     offset = randn(1, channels) if bias else None
     assert_as_dense(weight, lambda w: function(randn(2, *size), w, offset, **settings))
     assert_as_dense(weight, lambda w: function(input=randn(2, *size), weight=w, bias=offset, **settings))
     assert not expansions
+
+
+def test_a_convolution_whose_taps_have_factors_each_gets_the_tensor(expansions: list[int]) -> None:
+    """Nothing says of a Parameter of unknown use that a convolution reads it."""
+    weight = randomise(RPQWeight(CodebookSpec(4, 18, 2, 3, dim_scale=1), Layout((4, 2, 3, 3)), dtype=torch.float64), 0)
+    assert_as_dense(weight, lambda w: F.conv2d(randn(2, 1, 2, 5, 5), w))
+    assert expansions
 
 
 def test_a_convolution_refuses_what_torch_refuses() -> None:
@@ -254,6 +263,16 @@ def test_all_of_a_weight_may_be_multiplied_by_a_number(name: str, transposed: bo
     weight.shares_codebooks = True
     with torch.no_grad(), contextlib.nullcontext() if transposed else pytest.raises(RewriteError, match="shares its"):
         MULTIPLIED[name](read(weight))
+
+
+def test_a_weight_with_factors_of_its_columns_may_be_multiplied_though_it_shares_codebooks() -> None:
+    weight = RPQWeight(CodebookSpec(6, 8, 4, 4, dim_scale=1), Layout((6, 8)))
+    weight.shares_codebooks = True
+    before, books = weight().detach(), weight.codebooks.detach().clone()
+    with torch.no_grad():
+        VirtualWeight(weight).mul_(3)
+    torch.testing.assert_close(weight(), before * 3)
+    assert torch.equal(weight.codebooks, books)
 
 
 def test_three_axes_have_transposes_too() -> None:

@@ -216,10 +216,13 @@ def test_what_is_no_plan_is_refused(plan: object) -> None:
 # ----------------------------------------------------------------------------------------- making and mistakes
 
 
-@given(layouts(), seeds, st.booleans(), st.booleans())
-def test_from_dense_has_the_layout_of_its_tensor(layout: Layout, seed: int, scale: bool, signs: bool) -> None:
+@given(layouts(), seeds, *[st.booleans()] * 3)
+def test_from_dense_has_the_layout_of_its_tensor(
+    layout: Layout, seed: int, scale: bool, signs: bool, dims: bool
+) -> None:
     """With an entry for each vector it is the tensor itself, but for the vector that is zero."""
-    spec = CodebookSpec(layout.num_vectors, layout.dim, 1, entries=max(2, layout.num_vectors), scale=scale, signs=signs)
+    flags = {"scale": scale, "signs": signs, "dim_scale": int(dims)}
+    spec = CodebookSpec(layout.num_vectors, layout.dim, 1, entries=max(2, layout.num_vectors), **flags)
     tensor = randn(seed, *layout.shape)
     weight = RPQWeight.from_dense(tensor, spec, layout, plan="contract")
     vectors = layout.to_vectors(tensor).clone()
@@ -228,6 +231,7 @@ def test_from_dense_has_the_layout_of_its_tensor(layout: Layout, seed: int, scal
     torch.testing.assert_close(weight(), layout.to_tensor(vectors))
     assert weight.spec == spec and weight.layout == layout and weight.plan == "contract"
     assert all(p.requires_grad == tensor.requires_grad for p in weight.parameters())
+    assert (weight.dim_scale is not None) == dims and (not dims or bool((weight.dim_scale == 1).all()))
     assert not any(t.is_meta for t in (*weight.parameters(), *weight.buffers()))
 
 
@@ -243,6 +247,7 @@ def test_random_draws_have_the_standard_deviation_asked_for() -> None:
         ({}, "N=40, D=12, M=3, d=4, K=4"),
         ({"stages": 2, "books": 1}, "N=40, D=12, M=3, d=4, K=4, R=2, G=1"),
         ({"scale": True, "signs": True}, "N=40, D=12, M=3, d=4, K=4, scale, signs"),
+        ({"dim_scale": 3}, "N=40, D=12, M=3, d=4, K=4, dim_scale"),
     ],
 )
 def test_printing_gives_the_numbers(flags: dict, text: str) -> None:
@@ -254,10 +259,27 @@ def test_printing_gives_the_numbers(flags: dict, text: str) -> None:
 
 
 def test_stored_bytes_are_those_of_the_module() -> None:
-    spec = CodebookSpec(40, 12, 4, entries=300, stages=2, books=1, scale=True, signs=True)
+    spec = CodebookSpec(40, 12, 4, entries=300, stages=2, books=1, scale=True, signs=True, dim_scale=2)
     weight = RPQWeight(spec)
     tensors = (*weight.parameters(), *weight.buffers())
     assert sum(t.numel() * t.element_size() for t in tensors) == spec.stored_bytes()
+
+
+def test_factors_are_drawn_as_ones() -> None:
+    """So that a weight is as the one without them, until they are trained."""
+    weight = RPQWeight(CodebookSpec(40, 12, 4, entries=4, scale=True, dim_scale=3))
+    with torch.no_grad():
+        weight.dim_scale.normal_()
+    weight.reset_parameters()
+    assert weight.dim_scale.shape == (4,) and bool((weight.dim_scale == 1).all())
+
+
+def test_a_module_from_before_there_was_a_dim_scale_works() -> None:
+    weight = RPQWeight(CodebookSpec(40, 12, 4, entries=4))
+    state = {**weight.__dict__, "_parameters": {k: p for k, p in weight._parameters.items() if k != "dim_scale"}}
+    old = RPQWeight.__new__(RPQWeight)
+    old.__setstate__(state)
+    assert old.dim_scale is None and torch.equal(old(), weight()) and repr(old) == repr(weight)
 
 
 def test_mistakes_are_refused() -> None:
@@ -290,11 +312,12 @@ def test_codes_of_two_bytes_load_and_are_checked() -> None:
         small.load_state_dict(state)
 
 
-def test_parametrised_codebooks_are_the_ones_in_use() -> None:
+@pytest.mark.parametrize("name", ["codebooks", "dim_scale"])
+def test_parametrised_tensors_are_the_ones_in_use(name: str) -> None:
     """torch.nn.utils.parametrize takes the Parameter away and computes an attribute instead."""
-    weight = RPQWeight(CodebookSpec(32, 8, 4, entries=4), dtype=torch.float64)
+    weight = RPQWeight(CodebookSpec(32, 8, 4, entries=4, dim_scale=1), dtype=torch.float64)
     before = weight().detach()
-    torch.nn.utils.parametrize.register_parametrization(weight, "codebooks", Doubled())
+    torch.nn.utils.parametrize.register_parametrization(weight, name, Doubled())
     torch.testing.assert_close(weight(), 2 * before)
     x = torch.randn(3, 8, dtype=torch.float64)
     torch.testing.assert_close(weight.linear(x), x @ (2 * before).T)
