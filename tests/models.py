@@ -7,7 +7,7 @@ a test over all of them cannot pass by rewriting less.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -577,9 +577,11 @@ def held_weights(model: nn.Module) -> dict[str, RPQWeight]:
     }
 
 
-def definition(weight: RPQWeight, codebooks: Tensor, scale: Tensor | None = None) -> Tensor:
-    """The tensor an RPQWeight stands for, written from the definition and differentiable."""
+def definition(weight: RPQWeight, leaves: Mapping[str, Tensor] | None = None) -> Tensor:
+    """The tensor an RPQWeight stands for, written from the definition and differentiable in its ``leaves``."""
     stages, sub_vectors, count = weight.codes.shape
+    held = dict(weight.named_parameters()) if leaves is None else leaves
+    codebooks = held["codebooks"]
     share = sub_vectors // codebooks.shape[1]
     signs = None if weight.signs is None else 1 - 2 * unpack_signs(weight.signs, count).to(codebooks.dtype)
     columns = []
@@ -590,7 +592,9 @@ def definition(weight: RPQWeight, codebooks: Tensor, scale: Tensor | None = None
             parts.append(entries if signs is None else entries * signs[r, m, :, None])
         columns.append(sum(parts))
     vectors = torch.cat(columns, 1)
-    vectors = vectors if scale is None else vectors * scale[:, None]
+    vectors = vectors * held["scale"][:, None] if "scale" in held else vectors
+    if "dim_scale" in held:
+        vectors = vectors * held["dim_scale"].repeat_interleave(weight.spec.dim_scale)
     if weight.layout.zero_vector is not None:
         keep = torch.arange(count) != weight.layout.zero_vector
         vectors = vectors * keep[:, None].to(vectors.dtype)
@@ -616,8 +620,8 @@ def dense_run(
         if name in held:
             weight = held[name]
             if id(weight) not in expanded:
-                scale = None if weight.scale is None else leaves[first[id(weight.scale)]]
-                expanded[id(weight)] = definition(weight, leaves[first[id(weight.codebooks)]], scale)
+                mine = {part: leaves[first[id(p)]] for part, p in weight.named_parameters()}
+                expanded[id(weight)] = definition(weight, mine)
             weights[alias] = expanded[id(weight)]
         else:
             weights[alias] = leaves[name]
@@ -636,7 +640,7 @@ def filled(model: nn.Module, small: nn.Module) -> nn.Module:
     dense = copy.deepcopy(model)
     with torch.no_grad():
         for name, weight in held_weights(small).items():
-            _at(dense, name).copy_(definition(weight, weight.codebooks, weight.scale))
+            _at(dense, name).copy_(definition(weight))
     return dense
 
 
