@@ -61,34 +61,83 @@ def rewrite(
         PolicyError: If a spec fits neither side of its site.
     """
     sites = find_sites(captured) if sites is None else sites
+    settled = settle(decisions, sites)
     by_name = {site.name: site for site in sites}
-    unknown = sorted(set(decisions) - set(by_name))
-    if unknown:
-        raise RewriteError(f"decisions for sites that the model does not have: {', '.join(unknown[:5])}")
-    settled = {name: as_decision(by_name[name], decision) for name, decision in decisions.items()}
     held = {name: decision for name, decision in settled.items() if isinstance(decision, Hold)}
-    for name in held:
-        if by_name[name].blocked is not None:
-            raise RewriteError(f"{name} cannot be held in codebooks: {by_name[name].blocked}")
     made: dict[str, RPQWeight] = {}
     errors: dict[str, float | None] = {}
-    for group in _groups(held).values():
+    for group in groups_of(held).values():
         weights = _make(captured.model, [(by_name[name], held[name]) for name in group], seed)
         for name, weight in zip(group, weights, strict=True):
             made[name], errors[name] = weight, _error(captured.model, by_name[name], held[name], weight)
             if progress is not None:
                 progress(len(made), len(held), name)
-    _check_owners(captured.model, [by_name[name] for name in made])
-    for name, weight in made.items():
-        weight.read_as = _reader(captured.model, by_name[name])
-        weight.plain_when_compiled = by_name[name].plain_when_compiled
-    install_all(captured.model, [(by_name[name].names, weight) for name, weight in made.items()])
-    adapt_pretrained(captured.model)
-    records = [
-        SiteRecord.of(site, settled.get(site.name, Skip("no decision")), errors.get(site.name)) for site in sites
-    ]
-    attach_records(captured.model, records)
+    put(captured.model, sites, made)
+    record(captured.model, sites, settled, errors)
     return captured.model
+
+
+def settle(decisions: Mapping[str, CodebookSpec | Hold | Skip], sites: Sequence[Site]) -> dict[str, Hold | Skip]:
+    """Decisions that can be carried out.
+
+    Args:
+        decisions: By site name; sites without one are left alone.
+        sites: All sites of the model.
+
+    Returns:
+        The same, specs made into decisions.
+
+    Raises:
+        RewriteError: If a decision names no site, or one that cannot be rewritten, or does not fit it.
+        PolicyError: If a spec fits neither side of its site.
+    """
+    by_name = {site.name: site for site in sites}
+    unknown = sorted(set(decisions) - set(by_name))
+    if unknown:
+        raise RewriteError(f"decisions for sites that the model does not have: {', '.join(unknown[:5])}")
+    settled = {name: as_decision(by_name[name], decision) for name, decision in decisions.items()}
+    for name, decision in settled.items():
+        if isinstance(decision, Hold) and by_name[name].blocked is not None:
+            raise RewriteError(f"{name} cannot be held in codebooks: {by_name[name].blocked}")
+    return settled
+
+
+def put(model: nn.Module, sites: Sequence[Site], made: Mapping[str, RPQWeight]) -> None:
+    """Puts codebook-held tensors in their places, all of them or, where one cannot be, none.
+
+    Args:
+        model: The model.
+        sites: All its sites.
+        made: By site name.
+
+    Raises:
+        RewriteError: If a module cannot take on its codebooks.
+    """
+    by_name = {site.name: site for site in sites}
+    _check_owners(model, [by_name[name] for name in made])
+    for name, weight in made.items():
+        weight.read_as = _reader(model, by_name[name])
+        weight.plain_when_compiled = by_name[name].plain_when_compiled
+    install_all(model, [(by_name[name].names, weight) for name, weight in made.items()])
+    adapt_pretrained(model)
+
+
+def record(
+    model: nn.Module,
+    sites: Sequence[Site],
+    settled: Mapping[str, Hold | Skip],
+    errors: Mapping[str, float | None],
+) -> None:
+    """Keeps what was done with a model for its report.
+
+    Args:
+        model: The model.
+        sites: All its sites.
+        settled: What was decided.
+        errors: Relative errors of fits.
+    """
+    undecided = Skip("no decision")
+    attach_records(model, [SiteRecord.of(s, settled.get(s.name, undecided), errors.get(s.name)) for s in sites])
 
 
 class Snapshot:
@@ -189,8 +238,12 @@ def parameter_at(model: nn.Module, name: str) -> nn.Parameter:
     return parameter
 
 
-def _groups(held: Mapping[str, Hold]) -> dict[object, list[str]]:
-    """Sites that share codebooks, together; every other site alone."""
+def groups_of(held: Mapping[str, Hold]) -> dict[object, list[str]]:
+    """Names of sites that share codebooks, together; every other site alone.
+
+    Args:
+        held: By site name.
+    """
     groups: dict[object, list[str]] = defaultdict(list)
     for name, hold in held.items():
         key = name if hold.group is None else (hold.group, hold.spec.codebooks_shape)
@@ -201,7 +254,7 @@ def _groups(held: Mapping[str, Hold]) -> dict[object, list[str]]:
 def _make(model: nn.Module, members: list[tuple[Site, Hold]], seed: int) -> list[RPQWeight]:
     weights = []
     for site, hold in members:
-        layout = _layout(site, hold)
+        layout = layout_of(site, hold)
         path, _, attribute = site.name.rpartition(".")
         owner = model.get_submodule(path)
         parameter = parameter_at(model, site.name)
@@ -219,7 +272,16 @@ def _make(model: nn.Module, members: list[tuple[Site, Hold]], seed: int) -> list
     return weights
 
 
-def _layout(site: Site, hold: Hold) -> Layout:
+def layout_of(site: Site, hold: Hold) -> Layout:
+    """How a site's tensor is seen as vectors, by a decision.
+
+    Args:
+        site: The site.
+        hold: The decision.
+
+    Raises:
+        RewriteError: If the decision's vectors are not the site's.
+    """
     layout = site.layout(hold.split, hold.experts)
     if (layout.num_vectors, layout.dim) != (hold.spec.num_vectors, hold.spec.dim):
         raise RewriteError(

@@ -1,0 +1,96 @@
+"""Finished weights of a conversion on disk, so that one that was interrupted goes on where it was."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import secrets
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rpqfx.errors import FormatError
+
+_MARK = "conversion.sha256"
+
+
+class Checkpoint:
+    """A folder with a file for each finished weight.
+
+    Args:
+        folder: Made if it is not there.
+        fingerprint: Of all that the result depends on.
+
+    Raises:
+        FormatError: If the folder holds another conversion.
+        OSError: If it cannot be written.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], fingerprint: str) -> None:
+        self._folder = Path(folder)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        mark = self._folder / _MARK
+        if mark.exists():
+            if mark.read_text().strip() != fingerprint:
+                raise FormatError(
+                    f"{self._folder} holds a conversion of another model, policy, seed or calibration; give an empty "
+                    "folder, or remove it to start over"
+                )
+        elif any(self._folder.iterdir()):
+            raise FormatError(f"{self._folder} is not empty and holds no conversion; give an empty folder")
+        else:
+            self._write(mark, lambda draft: draft.write_text(fingerprint))
+
+    def load(self, name: str) -> dict[str, Tensor] | None:
+        """Tensors that were saved under a name, or None; a damaged file counts as none."""
+        path = self._path(name)
+        try:
+            held = torch.load(path, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            return None
+        except Exception:  # half a file cannot be there, but a disk may have lost some of it
+            return None
+        return held if isinstance(held, dict) else None
+
+    def save(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Keeps tensors; the file appears whole or not at all.
+
+        Raises:
+            OSError: If it cannot be written, as on a full disk; what was saved before stays.
+        """
+        self._write(self._path(name), lambda draft: torch.save({n: t.cpu() for n, t in tensors.items()}, draft))
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.pt"
+
+    def _write(self, path: Path, write: object) -> None:
+        draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+        try:
+            write(draft)  # type: ignore[operator]
+            os.replace(draft, path)
+        except BaseException as error:
+            draft.unlink(missing_ok=True)
+            if isinstance(error, (OSError, RuntimeError)):
+                raise OSError(f"the checkpoint {path} could not be written ({error}); what was saved stays") from error
+            raise
+
+
+def fingerprint(words: Iterable[str], tensors: Iterable[Tensor]) -> str:
+    """A hash of strings and of tensors' values.
+
+    Args:
+        words: Settings, in words.
+        tensors: On any device.
+    """
+    digest = hashlib.sha256()
+    for word in words:
+        digest.update(word.encode() + b"\0")
+    for tensor in tensors:
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        if tensor.numel():
+            digest.update((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr()))
+    return digest.hexdigest()

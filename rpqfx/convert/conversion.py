@@ -1,0 +1,104 @@
+"""A conversion: look at the model's inputs, decide, and fit weight after weight in the order of its run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from rpqfx.convert.batches import Batches
+from rpqfx.convert.checkpoint import Checkpoint, fingerprint
+from rpqfx.convert.fitting import fit_weight, train_codebooks
+from rpqfx.convert.lockstep import Lockstep, RunError
+from rpqfx.convert.moments import Moments, input_rows
+from rpqfx.convert.norms import estimate_norms
+from rpqfx.convert.observe import Observer, Seen
+from rpqfx.convert.standin import StandIn
+from rpqfx.decision import Hold, Skip
+from rpqfx.errors import RewriteError
+from rpqfx.graph.capture import evaluating
+from rpqfx.graph.rewrite import Progress, Snapshot, groups_of, layout_of, parameter_at, put, record, settle
+from rpqfx.nn.layout import Layout
+from rpqfx.nn.weight import RPQWeight
+from rpqfx.site import Site
+
+Decide = Callable[[Mapping[str, Seen]], Mapping[str, Hold | Skip]]
+
+
+def convert(
+    model: nn.Module,
+    sites: Sequence[Site],
+    decide: Decide,
+    calibration: Sequence[Any] = (),
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+) -> nn.Module:
+    """Fits a model's weights to codebooks, in place.
+
+    First all batches run through the dense model, which shows the energy of each weight's inputs, and the decisions
+    are made. Shared codebooks are trained on all weights that will use them. Then all batches run side by side and
+    stop before each weight: it is fitted to the inputs that the weights before it, fitted already, let through.
+    Weights without such inputs (tables, mostly) are fitted first. Last, batch norms are estimated again.
+
+    Args:
+        model: The model.
+        sites: All its sites.
+        decide: From what was seen of each held site (by name; nothing without calibration) to decisions. Called first
+            with nothing.
+        calibration: Batches (see ``Batches``).
+        seed: Of codebooks.
+        progress: Called with (done, total, site name).
+        checkpoint: Folder in which finished weights are kept.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        InputError: If the model rejects a batch; it is then as it was.
+        RewriteError: If a weight is not finite, or a decision cannot be followed.
+        FormatError: If the folder holds another conversion.
+        OSError: If the folder cannot be written; what was saved before stays.
+    """
+    before = Snapshot(model)
+    try:
+        _Conversion(model, sites, decide, Batches(model, calibration), seed, progress, checkpoint).run()
+    except BaseException:
+        before.restore()
+        raise
+    return model
+
+
+class _Conversion:
+    def __init__(
+        self, model: nn.Module, sites: Sequence[Site], decide: Decide, batches: Batches, seed: int,
+        progress: Progress | None, folder: str | os.PathLike[str] | None,
+    ) -> None:  # fmt: skip
+        self._model, self._sites, self._decide, self._batches = model, sites, decide, batches
+        self._seed, self._progress, self._folder = seed, progress, folder
+        self._errors: dict[str, float | None] = {}
+        self._last: tuple[list[Tensor], Tensor] | None = None
+        self._done = 0
+
+    def run(self) -> None:
+        settled = settle(self._decide({}), self._sites)
+        self._weights = self._stand_ins({n: d for n, d in settled.items() if isinstance(d, Hold)})
+        put(self._model, self._sites, self._weights)
+        with evaluating(self._model):
+            seen = self._observe(self._weights.values())
+            if self._batches.runs:
+                settled = settle(self._decide({name: seen[w] for name, w in self._weights.items()}), self._sites)
+            self._holds = {name: settled[name] for name in self._weights}
+            self._settle_specs()
+            self._store = self._open_store()
+            self._codebooks = self._train(seen)
+            self._fit_unseen(seen)
+            self._fit_in_turn(seen)
+            estimate_norms(self._model, self._batches.runs)
+        record(self._model, self._sites, settled, self._errors)
+    # -- placeholder end

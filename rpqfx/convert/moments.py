@@ -1,0 +1,77 @@
+"""What a weight's vectors are multiplied with, and the second moments of that."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rpqfx.nn.layout import Layout
+
+# Elements of unfolded inputs that are alive at a time.
+_BLOCK_ELEMENTS = 2**24
+
+
+def input_rows(product: str, x: Tensor, layout: Layout, geometry: tuple[Any, ...] = ()) -> Iterator[Tensor]:
+    """The inputs of a product as rows that lie along the weight's vectors.
+
+    Args:
+        product: ``"linear"``, ``"linear_t"`` or ``"conv"``.
+        x: Its input.
+        layout: Of the weight's tensor.
+        geometry: Of a convolution: stride, padding, dilation, groups, transposed, output padding.
+
+    Yields:
+        ``[B, D]`` in float32 at least, block after block. Nothing where inputs lie across the vectors: as each then
+        meets one element of the input only, errors of its elements weigh alike.
+    """
+    work = x if x.dtype == torch.float64 else x.float()
+    if product == "conv":
+        if not geometry[4]:
+            yield from _unfolded(work, layout, *geometry[:4])
+    elif product in ("linear", "linear_t") and layout.transposed == (product == "linear_t"):
+        if x.shape[-1] == layout.dim:
+            yield work.reshape(-1, layout.dim)
+
+
+def _unfolded(
+    x: Tensor, layout: Layout, stride: Any, padding: Any, dilation: Any, groups: int
+) -> Iterator[Tensor]:
+    kernel = layout.shape[2:]
+    if x.dim() == len(kernel) + 1:
+        x = x[None]
+    x = F.pad(x, list(itertools.chain.from_iterable((p, p) for p in reversed(padding))))
+    for axis, (size, step, gap) in enumerate(zip(kernel, stride, dilation, strict=True)):
+        x = x.unfold(axis + 2, (size - 1) * gap + 1, step)[..., ::gap]
+    x = x.unflatten(1, (groups, -1)).movedim(2, 2 + len(kernel))  # [B, groups, *places, C / groups, *kernel]
+    size = max(1, x[:1].numel())
+    for block in x.split(max(1, _BLOCK_ELEMENTS // size)):
+        yield block.reshape(-1, layout.dim)
+
+
+class Moments:
+    """Second moments of inputs, over all the products that are added.
+
+    Args:
+        energy_only: Keep the diagonal alone.
+    """
+
+    def __init__(self, energy_only: bool = False) -> None:
+        self._energy_only = energy_only
+        self._sum: Tensor | None = None
+        self.rows = 0
+
+    def add(self, rows: Tensor) -> None:
+        """Adds inputs, ``[B, D]``."""
+        new = rows.square().sum(0) if self._energy_only else rows.t() @ rows
+        self._sum = new if self._sum is None else self._sum.add_(new)
+        self.rows += len(rows)
+
+    @property
+    def mean(self) -> Tensor | None:
+        """The mean over inputs, ``[D, D]``, or ``[D]`` of the diagonal alone; None before the first."""
+        return None if self._sum is None else self._sum / max(1, self.rows)

@@ -1,0 +1,39 @@
+"""Batch-norm statistics, estimated again for the layers that are there now."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def estimate_norms(model: nn.Module, runs: Sequence[Callable[[], Any]]) -> int:
+    """Takes the running statistics of batch norms anew, as the plain mean over batches.
+
+    Args:
+        model: The model, in eval mode.
+        runs: What runs each batch through it.
+
+    Returns:
+        How many batch norms there are. Without any, or any batch, nothing is run.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    if not norms or not runs:
+        return len(norms)
+    momenta = [norm.momentum for norm in norms]
+    try:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None
+            norm.train()
+        with torch.no_grad():
+            for run in runs:
+                run()
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+            norm.eval()
+    return len(norms)

@@ -1,0 +1,151 @@
+"""A codebook-held weight that for now is its dense tensor, and tells what is asked of it.
+
+It stands where the codebooks will be, so whatever a rewritten model can do with codebooks, calibration can see: any
+architecture that runs rewritten can be calibrated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from rpqfx import ops
+from rpqfx.codebook import CodebookSpec
+from rpqfx.nn.layout import Layout
+from rpqfx.nn.part import Part
+from rpqfx.nn.weight import RPQWeight
+
+
+class Listener(Protocol):
+    """What hears of the uses of stand-ins."""
+
+    def asked(self, weight: RPQWeight, product: str, x: Tensor, layout: Layout, geometry: tuple[Any, ...]) -> None:
+        """Before a product (``"linear"``, ``"linear_t"``, ``"conv"``) or a ``"lookup"`` with input ``x``."""
+
+    def made(self, weight: RPQWeight, y: Tensor) -> Tensor:
+        """After a product, with its result; what it returns is passed on."""
+
+
+class StandIn(RPQWeight):
+    """A weight whose products run with the dense tensor it is made of.
+
+    Args:
+        spec: What it will be.
+        layout: How the tensor is seen as vectors.
+        tensor: The dense tensor, which is shared and not copied where its vectors are rows in memory.
+        listener: Hears of every use.
+    """
+
+    vectors: Tensor
+    listener: Listener
+
+    def __init__(self, spec: CodebookSpec, layout: Layout, tensor: Tensor, listener: Listener) -> None:
+        with torch.device("meta"):
+            super().__init__(spec, layout, dtype=tensor.dtype)
+        self.listener = listener
+        self.vectors = layout.to_vectors(tensor.detach()).contiguous()
+        self._ids = torch.arange(len(self.vectors), dtype=torch.int32, device=tensor.device)[None, None]
+
+    @property
+    def tensors(self) -> ops.Tensors:
+        """The dense tensor as one entry for each vector."""
+        return ops.Tensors(self.vectors[None, None], self._ids)
+
+    def part(self) -> Part:
+        """The whole tensor."""
+        return _StandInPart(self)
+
+    def become(self, codebooks: torch.nn.Parameter, codes: Tensor, factors: dict[str, Tensor]) -> None:
+        """Makes it a plain ``RPQWeight``, whose dense tensor is forgotten.
+
+        Args:
+            codebooks: ``[R, G, K, d]``.
+            codes: ``[R, M, N]``.
+            factors: ``scale`` and ``dim_scale``, where the spec has them.
+        """
+        trained = codebooks.requires_grad
+        self.codebooks, self.codes = codebooks, codes.to(self.spec.code_dtype)
+        for name, factor in factors.items():
+            setattr(self, name, torch.nn.Parameter(factor, trained))
+        self.__class__ = RPQWeight  # type: ignore[assignment]
+        for name in ("vectors", "listener", "_ids"):
+            del self.__dict__[name]
+
+
+class _StandInPart(Part):
+    """A part of a stand-in. When the weight has become codebooks meanwhile, the same part of those."""
+
+    def __init__(self, weight: RPQWeight, steps: tuple[Callable[[Part], Any], ...] = (), *args: Any) -> None:
+        super().__init__(*(args or (weight.tensors, weight.layout)))
+        self.plan = "expand"
+        self._weight = weight
+        self._steps = steps
+
+    def _part(self, tensors: ops.Tensors, layout: Layout, *steps: tuple[Any, ...]) -> Part:
+        return _StandInPart(self._weight, self._steps, tensors, layout)
+
+    def _next(self, part: Any, step: Callable[[Part], Any]) -> Any:
+        if isinstance(part, _StandInPart) and part is not self:
+            part._steps = (*self._steps, step)
+        return part
+
+    def narrow(self, axis: int, start: int, length: int) -> Part | None:
+        return self._next(super().narrow(axis, start, length), lambda part: part.narrow(axis, start, length))
+
+    def seen_as(self, layout: Layout) -> Part:
+        return self._next(super().seen_as(layout), lambda part: part.seen_as(layout))
+
+    def drop(self, axis: int) -> Part | None:
+        return self._next(super().drop(axis), lambda part: part.drop(axis))
+
+    def take(self, experts: Tensor) -> Part:
+        return self._next(super().take(experts), lambda part: part.take(experts))
+
+    def experts(self) -> list[Part]:
+        def step(number: int) -> Callable[[Part], Part]:
+            return lambda part: part.experts()[number]
+
+        return [self._next(part, step(number)) for number, part in enumerate(super().experts())]
+
+    def _current(self) -> Part | None:
+        """The part of the codebooks, or None while the weight is a stand-in, or where they cannot be cut so."""
+        if isinstance(self._weight, StandIn):
+            return None
+        part: Part | None = self._weight.part()
+        for step in self._steps:
+            part = None if part is None else step(part)
+        return part
+
+    def dense(self) -> Tensor:
+        current = self._current()
+        return super().dense() if current is None else current.dense()
+
+    def lookup(self, ids: Tensor, sparse: bool = False) -> Tensor:
+        self._tell("lookup", ids)
+        current = self._current()
+        return super().lookup(ids, sparse) if current is None else current.lookup(ids, sparse)
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        self._tell("linear", x)
+        current = self._current()
+        return self._made(super().linear(x, bias)) if current is None else current.linear(x, bias)
+
+    def linear_t(self, y: Tensor) -> Tensor:
+        self._tell("linear_t", y)
+        current = self._current()
+        return self._made(super().linear_t(y)) if current is None else current.linear_t(y)
+
+    def conv(self, x: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+        self._tell("conv", x, geometry)
+        current = self._current()
+        return self._made(super().conv(x, bias, *geometry)) if current is None else current.conv(x, bias, *geometry)
+
+    def _tell(self, product: str, x: Tensor, geometry: tuple[Any, ...] = ()) -> None:
+        if isinstance(self._weight, StandIn):
+            self._weight.listener.asked(self._weight, product, x.detach(), self.layout, geometry)
+
+    def _made(self, y: Tensor) -> Tensor:
+        return self._weight.listener.made(self._weight, y) if isinstance(self._weight, StandIn) else y
