@@ -110,10 +110,11 @@ def _write_torch(draft: Path, text: str, tensors: dict[str, Tensor]) -> None:
     try:
         with open(draft, "wb") as file:  # torch does not tell why it cannot write to a file that it opens itself
             torch.save({FORMAT: text, "seal": _seal(text), "tensors": tensors}, file)
-    except RuntimeError as error:
-        if not isinstance(error.__context__, OSError):
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError) or cause.filename:
             raise
-        raise OSError(error.__context__.errno, error.__context__.strerror, str(draft)) from error
+        raise OSError(cause.errno, cause.strerror, str(draft)) from error
 
 
 def _write_safetensors(draft: Path, text: str, tensors: dict[str, Tensor]) -> None:
