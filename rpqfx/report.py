@@ -1,4 +1,4 @@
-"""What happened at each site, why, and how many bytes it took before and takes now."""
+"""What happened at each site, why, and how many bytes it took before, takes now, and takes in a saved file."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch import nn
 
 from rpqfx.codebook import CodebookSpec
+from rpqfx.counting import counted, unseen_bytes
 from rpqfx.decision import Hold, Skip
 from rpqfx.errors import RPQError
 from rpqfx.nn.backed import backed_weights
@@ -44,6 +43,9 @@ class SiteRecord:
         after: Bytes of the tensors that are there now.
         shared: Bytes of codebooks that are counted with an earlier site.
         plan: Which way its products run now.
+        code_bits: Bits of its codes and signs in a saved file.
+        codebook_bits: Bits of its codebooks in a saved file, less those counted with an earlier site.
+        scale_bits: Bits of its scales in a saved file.
     """
 
     name: str
@@ -60,6 +62,19 @@ class SiteRecord:
     after: int = 0
     shared: int = 0
     plan: Plan = "auto"
+    code_bits: int = 0
+    codebook_bits: int = 0
+    scale_bits: int = 0
+
+    @property
+    def stored_bits(self) -> int:
+        """Bits of all its tensors in a saved file; 0 where it was left alone."""
+        return self.code_bits + self.codebook_bits + self.scale_bits
+
+    @property
+    def bits_per_weight(self) -> float:
+        """``stored_bits`` by the elements of the tensor that they stand for."""
+        return _ratio(self.stored_bits, math.prod(self.shape))
 
     @classmethod
     def of(cls, site: Site, decision: Hold | Skip, error: float | None = None) -> SiteRecord:
@@ -80,7 +95,7 @@ class Report:
     Args:
         sites: Every site, in the model's order.
         before: Bytes of the whole dense model.
-        codebooks: Bytes of codebooks and of factors (``scale`` and ``dim_scale``), shared ones once.
+        codebooks: Bytes of codebooks and scales, shared ones once.
         codes: Bytes of codes and signs.
         other: Bytes of everything else: biases, norms, buffers, weights left dense.
         notes: Remarks, such as rules that matched nothing.
@@ -99,6 +114,21 @@ class Report:
         return self.codebooks + self.codes + self.other
 
     @property
+    def stored_bits(self) -> int:
+        """Bits that all sites held in codebooks take in a saved file, shared codebooks once."""
+        return sum(site.stored_bits for site in self.rewritten)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """``stored_bits`` by ``weights``."""
+        return _ratio(self.stored_bits, self.weights)
+
+    @property
+    def weights(self) -> int:
+        """Elements of all tensors held in codebooks."""
+        return sum(math.prod(site.shape) for site in self.rewritten)
+
+    @property
     def rewritten(self) -> tuple[SiteRecord, ...]:
         """Sites that are held in codebooks."""
         return tuple(site for site in self.sites if site.spec is not None)
@@ -110,7 +140,11 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
-        return {**dataclasses.asdict(self), "after": self.after}
+        values = dataclasses.asdict(self)
+        for site, record in zip(values["sites"], self.sites, strict=True):
+            site["bits_per_weight"] = record.bits_per_weight
+        totals = {name: getattr(self, name) for name in ("after", "weights", "stored_bits", "bits_per_weight")}
+        return {**values, **totals}
 
     def table(self) -> Table:
         """The rows and totals that every form shows."""
@@ -172,53 +206,25 @@ def report(model: nn.Module) -> Report:
         if weight is None:
             sites.append(record)
             continue
-        floats = [t for t in (weight.codebooks, weight.scale, weight.dim_scale) if t is not None]
-        integers = [t for t in (weight.codes, weight.signs) if t is not None]
-        new_floats, new_integers = _unseen(floats, seen), _unseen(integers, seen)
-        codebooks += new_floats
-        codes += new_integers
-        shared = sum(t.nbytes for t in floats) - new_floats
-        after = new_floats + new_integers
+        now = counted(weight, seen)
+        codebooks += now.floats
+        codes += now.codes
         shape = weight.layout.shape  # a table may have got more or fewer rows since
         before = record.before // math.prod(record.shape) * math.prod(shape)
         sites.append(
             dataclasses.replace(
-                record, shape=shape, spec=weight.spec, before=before, after=after, shared=shared, plan=weight.plan
+                record, shape=shape, spec=weight.spec, before=before, after=now.floats + now.codes, shared=now.shared,
+                plan=weight.plan, code_bits=now.code_bits, codebook_bits=now.codebook_bits, scale_bits=now.scale_bits,
             )
-        )
-    other = _unseen([*model.parameters(), *model.buffers()], seen)
+        )  # fmt: skip
+    other = unseen_bytes([*model.parameters(), *model.buffers()], seen)
     dense = sum(site.before for site in sites if site.spec is not None)
     return Report(tuple(sites), dense + other, codebooks, codes, other, tuple(notes))
 
 
 def dense_bytes(model: nn.Module) -> int:
     """Bytes of all Parameters and buffers of a model, each tensor once."""
-    return _unseen([*model.parameters(), *model.buffers()], set())
-
-
-def _unseen(tensors: Sequence[Tensor], seen: set[int]) -> int:
-    total = 0
-    for tensor in tensors:
-        if id(tensor) not in seen and not isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
-            seen.add(id(tensor))
-            total += _nbytes(tensor)
-    return total
-
-
-def _nbytes(tensor: Tensor) -> int:
-    """Bytes of a tensor's data; of a sparse one, of its indices and values."""
-    if tensor.layout == torch.strided:
-        return tensor.nbytes
-    names = {
-        torch.sparse_coo: ("_indices", "_values"),
-        torch.sparse_csr: ("crow_indices", "col_indices", "values"),
-        torch.sparse_bsr: ("crow_indices", "col_indices", "values"),
-        torch.sparse_csc: ("ccol_indices", "row_indices", "values"),
-        torch.sparse_bsc: ("ccol_indices", "row_indices", "values"),
-    }.get(tensor.layout)
-    if names is None:
-        return tensor.numel() * tensor.element_size()
-    return sum(getattr(tensor.detach(), name)().nbytes for name in names)
+    return unseen_bytes([*model.parameters(), *model.buffers()], set())
 
 
 def _found(model: nn.Module, held: dict[str, RPQWeight]) -> Iterator[SiteRecord]:
@@ -258,10 +264,21 @@ def _row(site: SiteRecord) -> tuple[str, ...]:
 
 def _totals(report: Report) -> list[str]:
     share = report.after / report.before if report.before else 1.0
+    bits = {
+        "codes": sum(site.code_bits for site in report.rewritten),
+        "codebooks": sum(site.codebook_bits for site in report.rewritten),
+        "scales": sum(site.scale_bits for site in report.rewritten),
+    }
+    parts = [f"{name} {_ratio(count, report.weights):.2f}" for name, count in bits.items() if count]
     return [
         f"{len(report.rewritten)} of {len(report.sites)} sites in codebooks; "
         f"{size(report.before)} before, {size(report.after)} after ({share:.1%})",
         f"codebooks and scales {size(report.codebooks)}, codes and signs {size(report.codes)}, "
         f"everything else {size(report.other)}",
+        f"{report.bits_per_weight:.2f} bits a weight as saved: {', '.join(parts)}",
         *report.notes,
     ]
+
+
+def _ratio(bits: int, weights: int) -> float:
+    return bits / weights if weights else 0.0

@@ -1,7 +1,8 @@
 """Saving and loading: plain tensors under qualified names, and a manifest.
 
 A file holds every Parameter and buffer (also the non-persistent ones, and tensors kept in plain attributes, which a
-model built on the meta device would lack), a manifest in JSON, and a checksum over both. It is read by
+model built on the meta device would lack), a manifest in JSON, and a checksum over both. Codes take the bits that they
+need, and floats of weights in codebooks two bytes where that loses nothing (``rpqfx.packing``). It is read by
 ``torch.load(weights_only=True)``, or by safetensors where the name ends so; no code is ever unpickled.
 """
 
@@ -12,34 +13,26 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rpqfx.codebook import CodebookSpec
 from rpqfx.errors import FormatError, RPQError
 from rpqfx.graph.match import is_rewritten
-from rpqfx.graph.pretrained import adapt_pretrained
-from rpqfx.graph.rewrite import install_all, parameter_at
-from rpqfx.nn.backed import SUFFIX, backed_weights
-from rpqfx.nn.computed import hooked, refresh
-from rpqfx.nn.layout import Layout
-from rpqfx.nn.weight import RPQWeight
-from rpqfx.report import SiteRecord, attach_records, attached_records
+from rpqfx.manifest import describe, put_back, unpacked
 
 FORMAT = "rpqfx"
-FORMAT_VERSION = 2  # 1 knew no tensors of experts and no flags of weights
+FORMAT_VERSION = 3  # 1 knew no tensors of experts and no flags of weights, 2 no packed tensors
 _SAFETENSORS = ".safetensors"
-_FLAGS = {"plan", "read_as", "plain_when_compiled", "shares_codebooks"}  # of a weight; older files lack some
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Saves a rewritten model.
 
-    The file appears whole or not at all.
+    The file appears whole or not at all: where writing fails, what was there before is still there.
 
     Args:
         model: A model with RPQ layers, on any device but meta.
@@ -47,24 +40,19 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         RPQError: If the model holds nothing in codebooks, or has tensors on the meta device.
+        CodeError: If codes point outside their codebook.
+        OSError: If the file cannot be written, as on a full disk.
         ImportError: If safetensors is asked for and not installed.
     """
     if not is_rewritten(model):
         raise RPQError("nothing in this model is held in codebooks; save a dense model with torch.save(state_dict())")
-    tensors, manifest = _describe(model)
-    stuck = [name for name, tensor in tensors.items() if tensor.is_meta]
-    if stuck:
-        raise RPQError(f"{stuck[0]} is on the meta device and has no values; call rpqfx.materialize first")
-    manifest["checksum"] = _checksum(tensors)
-    text = json.dumps(manifest)
+    tensors, manifest = describe(model)
+    text = json.dumps({"version": FORMAT_VERSION, **manifest, "checksum": _checksum(tensors)})
     path = Path(path)
+    write = _write_safetensors if path.suffix == _SAFETENSORS else _write_torch
     draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")  # made by the writer, with the usual permissions
     try:
-        if path.suffix == _SAFETENSORS:
-            metadata = {"format": "pt", FORMAT: text, f"{FORMAT}_seal": _seal(text)}
-            _safetensors().save_file({n: t.contiguous() for n, t in tensors.items()}, draft, metadata)
-        else:
-            torch.save({FORMAT: text, "seal": _seal(text), "tensors": tensors}, draft)
+        write(draft, text, tensors)
         os.replace(draft, path)
     except BaseException:
         draft.unlink(missing_ok=True)
@@ -111,72 +99,33 @@ def load(
         raise FormatError(f"build() must return a torch.nn.Module, got {type(model).__name__}")
     if is_rewritten(model):
         raise FormatError("build() must return the dense model, as it was before rpqify; it is already rewritten")
-    _install_sites(model, manifest, path)
-    _assign(model, manifest, tensors, path)
-    for module in model.modules():
-        refresh(module)
-    adapt_pretrained(model)
-    records = [_record(values) for values in manifest["records"]]
-    attach_records(model, records, manifest["notes"])
+    put_back(model, manifest, tensors, path)
     return model
 
 
-# ------------------------------------------------------------------------------------------------- describing
-
-
-def _describe(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Every tensor once, under its first name, and what is needed to put them back."""
-    tensors: dict[str, Tensor] = {}
-    entries: list[dict[str, Any]] = []
-    first: dict[int, dict[str, Any]] = {}
-    for kind, name, tensor in _all_tensors(model):
-        if id(tensor) in first:
-            first[id(tensor)]["names"].append(name)
-            continue
-        entry = {
-            "names": [name], "kind": kind, "shape": list(tensor.shape), "dtype": str(tensor.dtype).split(".")[1],
-            "requires_grad": tensor.requires_grad and kind == "parameter",
-        }  # fmt: skip
-        first[id(tensor)] = entry
-        entries.append(entry)
-        tensors[name] = tensor.detach()
-    sites: dict[int, dict[str, Any]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        for name, weight in backed_weights(module).items():
-            how = {"spec": weight.spec.to_dict(), "layout": weight.layout.to_dict(), "std": weight.std}
-            how |= {flag: getattr(weight, flag) for flag in _FLAGS}
-            site = sites.setdefault(id(weight), {"names": [], **how})
-            site["names"].append(f"{path}.{name}".lstrip("."))
-    records, notes = attached_records(model) or ((), ())
-    manifest = {
-        "version": FORMAT_VERSION, "tensors": entries, "sites": list(sites.values()),
-        "records": [_record_values(record) for record in records], "notes": list(notes),
-    }  # fmt: skip
-    return tensors, manifest
-
-
-def _all_tensors(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
-    for path, module in model.named_modules(remove_duplicate=False):
-        groups = (("parameter", module._parameters), ("buffer", module._buffers), ("attribute", module.__dict__))
-        computed = hooked(module)  # from what is saved, so not saved themselves
-        for kind, group in groups:
-            for name, tensor in group.items():
-                if isinstance(tensor, Tensor) and name not in computed:
-                    yield kind, f"{path}.{name}".lstrip("."), tensor
-
-
-def _record_values(record: SiteRecord) -> dict[str, Any]:
-    values = {**record.__dict__, "spec": None if record.spec is None else record.spec.to_dict()}
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-
-
-def _record(values: dict[str, Any]) -> SiteRecord:
-    spec = None if values["spec"] is None else CodebookSpec.from_dict(values["spec"])
-    tuples = {key: tuple(values[key]) for key in ("names", "shape")}
-    return SiteRecord(**{**values, **tuples, "spec": spec})
-
-
 # ---------------------------------------------------------------------------------------------------- the file
+
+
+def _write_torch(draft: Path, text: str, tensors: dict[str, Tensor]) -> None:
+    try:
+        with open(draft, "wb") as file:  # torch does not tell why it cannot write to a file that it opens itself
+            torch.save({FORMAT: text, "seal": _seal(text), "tensors": tensors}, file)
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError) or cause.filename:
+            raise
+        raise OSError(cause.errno, cause.strerror, str(draft)) from error
+
+
+def _write_safetensors(draft: Path, text: str, tensors: dict[str, Tensor]) -> None:
+    save_file = _safetensors().save_file
+    from safetensors import SafetensorError
+
+    metadata = {"format": "pt", FORMAT: text, f"{FORMAT}_seal": _seal(text)}
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, draft, metadata)
+    except SafetensorError as error:
+        raise OSError(f"{draft} cannot be written: {error}") from error
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:
@@ -218,7 +167,8 @@ def _read(path: Path, device: torch.device | str) -> tuple[dict[str, Any], dict[
         or _checksum(tensors) != manifest["checksum"]
     ):
         raise FormatError(f"{path} was altered: its tensors do not match its checksum; save the model again")
-    return manifest, {name: tensor.to(device) for name, tensor in tensors.items()}
+    first = {entry["names"][0]: entry for entry in manifest["tensors"]}
+    return manifest, {name: unpacked(entry, tensors.pop(name), path).to(device) for name, entry in first.items()}
 
 
 def _read_torch(path: Path) -> tuple[str, str, dict[str, Tensor]]:
@@ -245,60 +195,3 @@ def _read_safetensors(path: Path) -> tuple[str, str, dict[str, Tensor]]:
     if FORMAT not in metadata:
         raise FormatError(f"{path} is a safetensors file, but not one that rpqfx.save wrote")
     return metadata[FORMAT], metadata.get(f"{FORMAT}_seal", ""), tensors
-
-
-# ---------------------------------------------------------------------------------------------- putting it back
-
-
-def _install_sites(model: nn.Module, manifest: dict[str, Any], path: Any) -> None:
-    placed = []
-    for site in manifest["sites"]:
-        spec, layout = CodebookSpec.from_dict(site["spec"]), Layout.from_dict(site["layout"])
-        for name in site["names"]:
-            try:
-                shape = tuple(parameter_at(model, name).shape)
-            except (AttributeError, RPQError) as error:
-                raise FormatError(f"{path} holds {name}, which the model that build() made has not") from error
-            if shape != layout.shape:
-                raise FormatError(f"{path} holds {name} of shape {layout.shape}, build() made it {shape}")
-        with torch.device("meta"):
-            weight = RPQWeight(spec, layout, std=site["std"])
-            for flag in _FLAGS & site.keys():
-                setattr(weight, flag, site[flag])
-        placed.append((site["names"], weight))
-    install_all(model, placed)
-
-
-def _assign(model: nn.Module, manifest: dict[str, Any], tensors: dict[str, Tensor], path: Any) -> None:
-    missing = {name for _, name, _ in _all_tensors(model)}
-    for entry in manifest["tensors"]:
-        tensor = tensors[entry["names"][0]]
-        if entry["kind"] == "parameter":
-            tensor = nn.Parameter(tensor, entry["requires_grad"])
-        for name in entry["names"]:
-            owner, _, attribute = name.rpartition(".")
-            try:
-                module = model.get_submodule(owner)
-            except AttributeError as error:
-                raise FormatError(f"{path} holds {name}, which the model that build() made has not") from error
-            group = _group(module, entry["kind"])
-            before = group.get(attribute)
-            if before is None and entry["kind"] != "attribute":
-                raise FormatError(f"{path} holds {name}, which the model that build() made has not")
-            # buffers that are not saved with a state dict may have grown since the model was built, as caches do
-            fixed = entry["kind"] == "parameter" or attribute not in module._non_persistent_buffers_set
-            fixed = fixed and SUFFIX not in name and entry["kind"] != "attribute"
-            if isinstance(before, Tensor) and fixed and before.shape != tensor.shape:
-                raise FormatError(
-                    f"{path} holds {name} of shape {tuple(tensor.shape)}, build() made it {tuple(before.shape)}"
-                )
-            group[attribute] = tensor
-            missing.discard(name)
-    if missing:
-        raise FormatError(f"build() made {sorted(missing)[0]}, which {path} does not hold: it is of another model")
-
-
-def _group(module: nn.Module, kind: str) -> dict[str, Any]:
-    if kind == "attribute":
-        return module.__dict__
-    return module._parameters if kind == "parameter" else module._buffers

@@ -66,6 +66,63 @@ def test_shared_codebooks_count_once(sharing: str):
     assert ("shared with earlier sites" in str(made)) == (shared > 0)
 
 
+@pytest.mark.parametrize("sharing", ["own", "role"])
+def test_bits_a_weight_are_those_of_the_stored_tensors(sharing: str):
+    """Codes at their true width, floats as they would be stored, codebooks that are shared with the first site."""
+    torch.manual_seed(0)
+    policy = Policy(codebook_dim=4, bits=3, min_size=64, sharing=sharing, scale=True, signs=True, allow_growth=True)
+    small = rpqfx.rpqify(GPT(depth=3), policy)
+    held, seen = held_weights(small), set()
+    with torch.no_grad():
+        held["tok.weight"].scale.fill_(0.5)  # exact in two bytes
+    made = rpqfx.report(small)
+    for record in made.rewritten:
+        weight, spec = held[record.name], record.spec
+        uses = spec.num_vectors * spec.sub_vectors
+        signs = 8 * spec.sub_vectors * -(-spec.num_vectors // 8)
+        assert record.code_bits == 8 * -(-uses * 3 // 8) + signs
+        first = id(weight.codebooks) not in seen
+        assert record.codebook_bits == 32 * weight.codebooks.numel() * first
+        assert record.scale_bits == spec.num_vectors * (16 if record.name == "tok.weight" else 32)
+        assert record.stored_bits == record.code_bits + record.codebook_bits + record.scale_bits
+        assert record.bits_per_weight == pytest.approx(record.stored_bits / (spec.num_vectors * spec.dim))
+        seen.add(id(weight.codebooks))
+    assert (len(seen) < len(made.rewritten)) == (sharing == "role")
+    assert made.stored_bits == sum(record.stored_bits for record in made.rewritten)
+    assert made.weights == sum(p.numel() for n, p in GPT(depth=3).named_parameters() if n in held)
+    assert made.bits_per_weight == pytest.approx(made.stored_bits / made.weights)
+    values = made.to_dict()
+    assert (values["stored_bits"], values["bits_per_weight"]) == (made.stored_bits, made.bits_per_weight)
+    assert values["sites"][0]["bits_per_weight"] == made.sites[0].bits_per_weight
+
+
+def test_what_was_left_alone_has_no_bits_a_weight():
+    made = rpqfx.report(mixed())
+    assert {(site.stored_bits, site.bits_per_weight) for site in made.skipped} == {(0, 0.0)}
+
+
+def test_every_floating_parameter_of_a_weight_counts_as_its_scales():
+    small = mixed()
+    before = rpqfx.report(small)
+    small.tok.weight_rpq.register_parameter("more", nn.Parameter(torch.tensor([0.1, 0.2])))
+    after = rpqfx.report(small)
+    assert after.stored_bits - before.stored_bits == 64 == sum(site.scale_bits for site in after.sites)
+    assert after.codebooks - before.codebooks == 8 and after.other == before.other
+
+
+@pytest.mark.parametrize("form", ["text", "markdown", "html"])
+def test_each_form_shows_the_bits_a_weight_and_their_parts(form: str):
+    layer = RPQLinear(64, 1000, codebook_dim=4, bits=6, scale=True, bias=False)
+    with torch.no_grad():
+        layer.weight_rpq.codebooks.copy_(layer.weight_rpq.codebooks.half())
+        layer.weight_rpq.scale.fill_(0.1)
+    # 6 bits for 4 weights; 16 x 64 x 4 entries of 16 bits; 1000 scales of 32 bits
+    wanted = "3.02 bits a weight as saved: codes 1.50, codebooks 1.02, scales 0.50"
+    assert wanted in FORMS[form](rpqfx.report(nn.Sequential(layer)))
+    bare = FORMS[form](rpqfx.report(nn.Sequential(RPQLinear(64, 1000, codebook_dim=4, bits=6))))
+    assert "3.55 bits a weight as saved: codes 1.50, codebooks 2.05" in bare and ", scales" not in bare
+
+
 def test_after_half_the_bytes_are_half():
     small = mixed()
     before = rpqfx.report(small)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import builtins
+import errno
 import io
 import json
 import os
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -16,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 import rpqfx
-from rpqfx import CodebookSpec, Policy, Rule
-from rpqfx.errors import FormatError, RPQError
+from rpqfx import CodebookSpec, Hold, Policy, Rule
+from rpqfx.errors import CodeError, FormatError, RPQError
 from rpqfx.nn import RPQLinear
-from rpqfx.serialize import FORMAT_VERSION, _seal
+from rpqfx.serialize import FORMAT_VERSION, _checksum, _read_safetensors, _read_torch, _seal
 from tests.models import BY_NAME, CASES, GPT, MLP, SMALL, Case, assert_outputs, held_weights
 
 SUFFIXES = [".rpq", ".safetensors"]
@@ -46,6 +48,11 @@ def assert_identical(found: nn.Module, wanted: nn.Module) -> None:
     assert {n: p.requires_grad for n, p in found.named_parameters()} == {
         n: p.requires_grad for n, p in wanted.named_parameters()
     }
+
+
+def contents(path: Path) -> tuple[str, str, dict[str, Tensor]]:
+    """Manifest, seal and stored tensors of a file."""
+    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
 
 
 # ------------------------------------------------------------------------------------------------ there and back
@@ -224,7 +231,7 @@ def test_a_torch_file_is_plain_tensors_under_their_names(tmp_path: Path):
     names = {n for n, _ in small.named_parameters()} | {n for n, _ in small.named_buffers()}
     assert set(held["tensors"]) == names and all(type(t) is Tensor for t in held["tensors"].values())
     manifest = json.loads(held["rpqfx"])
-    assert manifest["version"] == FORMAT_VERSION == 2
+    assert manifest["version"] == FORMAT_VERSION == 3
     sites = {tuple(site["names"]): site for site in manifest["sites"]}
     assert ("tok.weight", "head.weight") in sites
     spec = CodebookSpec.from_dict(sites["blocks.0.qkv.weight",]["spec"])
@@ -239,11 +246,73 @@ def test_a_safetensors_file_is_read_by_safetensors(tmp_path: Path):
     assert torch.equal(held["fc1.weight_rpq.codebooks"], small.fc1.weight_rpq.codebooks)
 
 
-def test_a_file_is_about_as_small_as_the_model(tmp_path: Path):
+@both_formats
+def test_a_file_is_as_small_as_the_report_says(suffix: str, tmp_path: Path):
     torch.manual_seed(0)
-    small = rpqfx.rpqify(nn.Sequential(nn.Linear(256, 2048), nn.Linear(2048, 256)), Policy.from_scratch())
-    rpqfx.save(small, tmp_path / "m.rpq")
-    assert (tmp_path / "m.rpq").stat().st_size < rpqfx.report(small).after + 10_000
+    rules = (Rule("0", bits=5, scale=True, signs=True), Rule("1", bits=11))
+    policy = Policy(codebook_dim=4, bits=9, sharing="shape", init="random", rules=rules, allow_growth=True)
+    shapes = ((252, 1001), (256, 2048), (1000, 900), (1000, 900))
+    small = rpqfx.rpqify(nn.Sequential(*(nn.Linear(*shape, bias=False) for shape in shapes)), policy)
+    with torch.no_grad():
+        small[3].weight_rpq.codebooks.copy_(small[3].weight_rpq.codebooks.half())
+    assert small[2].weight_rpq.codebooks is small[3].weight_rpq.codebooks
+    rpqfx.save(small, tmp_path / f"m{suffix}")
+    made, (text, _, tensors) = rpqfx.report(small), contents(tmp_path / f"m{suffix}")
+    assert 8 * sum(tensor.nbytes for tensor in tensors.values()) == made.stored_bits < 0.75 * 8 * made.after
+    container = 300 * (len(tensors) + 5) + 2 * len(text)  # names, alignment; the manifest may be escaped
+    assert 0 < (tmp_path / f"m{suffix}").stat().st_size - made.stored_bits / 8 < container < 0.02 * made.stored_bits
+
+
+@both_formats
+@pytest.mark.parametrize("bits", [1, 3, 8, 12, 16])
+def test_codes_take_the_bits_that_they_need(bits: int, suffix: str, tmp_path: Path):
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Embedding(70_001, 4))
+
+    small = rpqfx.rpqify(build(), Policy(codebook_dim=4, bits=bits, init="random", allow_growth=True))
+    rpqfx.save(small, tmp_path / f"m{suffix}")
+    text, _, tensors = contents(tmp_path / f"m{suffix}")
+    entry = next(e for e in json.loads(text)["tensors"] if e["names"][0].endswith("codes"))
+    assert entry["packed"] == {"bits": bits, "entries": 2**bits} and entry["shape"] == [1, 1, 70_001]
+    assert tensors["0.weight_rpq.codes"].nbytes == -(-70_001 * bits // 8)
+    again = rpqfx.load(tmp_path / f"m{suffix}", build)
+    assert again[0].weight_rpq.codes.dtype == small[0].weight_rpq.codes.dtype
+    assert again[0].weight_rpq.codes.tolist() == small[0].weight_rpq.codes.tolist()
+
+
+@both_formats
+def test_floats_that_lose_nothing_are_stored_in_two_bytes(suffix: str, tmp_path: Path):
+    small = rpqfx.rpqify(MLP(), Policy(codebook_dim=4, bits=2, min_size=64, scale=True, allow_growth=True))
+    first, second = small.fc1.weight_rpq, small.fc2.weight_rpq
+    with torch.no_grad():
+        first.codebooks.copy_(first.codebooks.half())
+        first.codebooks.view(-1)[:3] = torch.tensor([-0.0, torch.inf, -torch.inf])
+        second.codebooks.copy_(second.codebooks.bfloat16()).view(-1)[0] = 2.0**100
+        first.scale.fill_(-1.5)
+        small.fc1.bias.fill_(1)
+    first.register_parameter("more", nn.Parameter(torch.ones(3)))  # as the weight's others, whatever it is for
+    rpqfx.save(small, tmp_path / f"m{suffix}")
+    text, _, tensors = contents(tmp_path / f"m{suffix}")
+    stored = {e["names"][0]: e["stored"] for e in json.loads(text)["tensors"] if "stored" in e}
+    assert stored == {name: str(tensors[name].dtype).split(".")[1] for name in stored} == {
+        "fc1.weight_rpq.codebooks": "float16", "fc1.weight_rpq.scale": "float16", "fc1.weight_rpq.more": "float16",
+        "fc2.weight_rpq.codebooks": "bfloat16",
+    }  # fmt: skip
+    assert tensors["fc1.bias"].dtype == torch.float32  # of the model, not of a weight in codebooks
+    del first.more
+    rpqfx.save(small, tmp_path / f"m{suffix}")
+    again = rpqfx.load(tmp_path / f"m{suffix}", MLP)
+    assert_identical(again, small)
+    ours, theirs = again.fc1.weight_rpq.codebooks, first.codebooks
+    assert torch.equal(ours.view(torch.int32), theirs.view(torch.int32)) and type(ours) is nn.Parameter
+    assert str(rpqfx.report(again)) == str(rpqfx.report(small))
+
+
+def test_two_files_of_one_model_are_the_same(tmp_path: Path):
+    small = small_mlp()
+    for name in ("a.rpq", "b.rpq"):
+        rpqfx.save(small, tmp_path / name)
+    assert (tmp_path / "a.rpq").read_bytes() == (tmp_path / "b.rpq").read_bytes()
 
 
 def test_build_runs_on_the_meta_device_and_makes_no_dense_weight(tmp_path: Path):
@@ -368,22 +437,72 @@ def rewrite_manifest(path: Path, sealed: bool = True, **changes: Any) -> None:
 def test_a_newer_file_is_refused_as_newer(tmp_path: Path):
     rpqfx.save(small_mlp(), tmp_path / "m.rpq")
     rewrite_manifest(tmp_path / "m.rpq", version=FORMAT_VERSION + 1)
-    with pytest.raises(FormatError, match=r"is of format 3, newer than this library reads \(2\); update rpqfx"):
+    with pytest.raises(FormatError, match=r"is of format 4, newer than this library reads \(3\); update rpqfx"):
         rpqfx.load(tmp_path / "m.rpq", forbidden)
 
 
-def test_a_file_of_the_first_format_is_read(tmp_path: Path):
-    """It knew no flags of weights, and no experts in layouts."""
+def save_unpacked(model: nn.Module, path: Path, version: int) -> None:
+    """A file as older versions wrote it: every tensor as it is in the model; of the first, no flags and no experts."""
+    rpqfx.save(model, path)
+    held = torch.load(path, weights_only=True)
+    manifest = json.loads(held["rpqfx"])
+    here = {n: t.detach() for n, t in (*model.named_parameters(), *model.named_buffers())}
+    tensors = {name: here[name] for name in held["tensors"]}
+    for entry in manifest["tensors"]:
+        entry.pop("packed", None)
+        entry.pop("stored", None)
+    for record in manifest["records"]:
+        for key in ("code_bits", "codebook_bits", "scale_bits"):
+            del record[key]
+    if version == 1:
+        old = {"names", "spec", "layout", "std"}
+        manifest["sites"] = [{key: value for key, value in site.items() if key in old} for site in manifest["sites"]]
+        for site in manifest["sites"]:
+            del site["layout"]["experts"]
+    text = json.dumps({**manifest, "version": version, "checksum": _checksum(tensors)})
+    torch.save({"rpqfx": text, "seal": _seal(text), "tensors": tensors}, path)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_files_of_older_formats_are_read(version: int, tmp_path: Path):
     small = small_mlp()
-    rpqfx.save(small, tmp_path / "m.rpq")
-    sites = json.loads(torch.load(tmp_path / "m.rpq", weights_only=True)["rpqfx"])["sites"]
-    old = {"names", "spec", "layout", "std"}
-    sites = [{key: value for key, value in site.items() if key in old} for site in sites]
-    for site in sites:
-        del site["layout"]["experts"]
-    rewrite_manifest(tmp_path / "m.rpq", version=1, sites=sites)
+    save_unpacked(small, tmp_path / "m.rpq", version)
+    again = rpqfx.load(tmp_path / "m.rpq", MLP)
+    assert_identical(again, small)
+    assert str(rpqfx.report(again)) == str(rpqfx.report(small))
     x = torch.randn(3, 12)
-    assert torch.equal(rpqfx.load(tmp_path / "m.rpq", MLP).eval()(x), small.eval()(x))
+    assert torch.equal(again.eval()(x), small.eval()(x))
+
+
+def test_codes_out_of_range_do_not_come_out_of_a_file(tmp_path: Path):
+    """Three entries take two bits, which have room for a fourth."""
+    small = nn.Sequential(RPQLinear(16, 64, bits=2, codebook_dim=4))
+    rpqfx.save(small, tmp_path / "m.rpq")
+    held = torch.load(tmp_path / "m.rpq", weights_only=True)
+    tensors = json.loads(held["rpqfx"])["tensors"]
+    next(entry for entry in tensors if "packed" in entry)["packed"]["entries"] = 3
+    rewrite_manifest(tmp_path / "m.rpq", tensors=tensors)
+    with pytest.raises(FormatError, match=r"holds 0\.weight_rpq\.codes, which cannot be unpacked: codes of 0 to 3"):
+        rpqfx.load(tmp_path / "m.rpq", forbidden)
+
+
+def test_packed_codes_of_another_length_are_refused(tmp_path: Path):
+    rpqfx.save(small_mlp(), tmp_path / "m.rpq")
+    tensors = json.loads(torch.load(tmp_path / "m.rpq", weights_only=True)["rpqfx"])["tensors"]
+    next(entry for entry in tensors if "packed" in entry)["shape"][-1] += 8
+    rewrite_manifest(tmp_path / "m.rpq", tensors=tensors)
+    with pytest.raises(FormatError, match=r"codes, which cannot be unpacked: \d+ codes of \d bits take"):
+        rpqfx.load(tmp_path / "m.rpq", forbidden)
+
+
+def test_codebooks_whose_entries_are_no_power_of_two_return(tmp_path: Path):
+    torch.manual_seed(0)
+    layer = nn.Linear(16, 64, bias=False)
+    policy = lambda site: Hold(CodebookSpec(64, 16, 4, entries=5))  # noqa: E731
+    small = rpqfx.rpqify(nn.Sequential(layer), policy)
+    rpqfx.save(small, tmp_path / "m.rpq")
+    assert contents(tmp_path / "m.rpq")[2]["0.weight_rpq.codes"].nbytes == 4 * 64 * 3 // 8
+    assert_identical(rpqfx.load(tmp_path / "m.rpq", lambda: nn.Sequential(nn.Linear(16, 64, bias=False))), small)
 
 
 def test_a_manifest_without_its_seal_is_refused(tmp_path: Path):
@@ -528,25 +647,62 @@ def test_what_build_raises_is_its_own(tmp_path: Path):
 # --------------------------------------------------------------------------------------------- saving, whole or not
 
 
+@both_formats
 @pytest.mark.parametrize("existing", [False, True])
 def test_a_save_that_fails_leaves_nothing_new_and_the_old_file_whole(
-    existing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    existing: bool, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    path = tmp_path / "m.rpq"
-    before = saved(tmp_path, ".rpq")
-    (tmp_path / "whole.rpq").unlink()
+    path = tmp_path / f"m{suffix}"
+    before = saved(tmp_path, suffix)
+    (tmp_path / f"whole{suffix}").unlink()
     if existing:
         path.write_bytes(before)
 
-    def fails(data: Any, file: Any) -> None:
-        Path(file).write_bytes(b"half")
-        raise OSError("no space left on device")
+    def fails(data: Any, file: Any, *metadata: Any) -> None:
+        if isinstance(file, Path):
+            file.write_bytes(b"half")
+        else:
+            file.write(b"half")
+        raise OSError(errno.ENOSPC, "no space left on device")
 
-    monkeypatch.setattr(torch, "save", fails)
+    if suffix == ".safetensors":
+        monkeypatch.setattr("safetensors.torch.save_file", fails)
+    else:
+        monkeypatch.setattr(torch, "save", fails)
     with pytest.raises(OSError, match="no space left"):
         rpqfx.save(small_mlp(), path)
-    assert [p.name for p in tmp_path.iterdir()] == (["m.rpq"] if existing else [])
+    assert [p.name for p in tmp_path.iterdir()] == ([path.name] if existing else [])
     assert not existing or path.read_bytes() == before
+
+
+FULL = """
+import resource, signal, sys, torch, rpqfx
+from torch import nn
+models = [rpqfx.rpqify(nn.Sequential(nn.Linear(n, n)), rpqfx.Policy.from_scratch()) for n in (64, 256, 2048)]
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+for model in models:
+    try:
+        rpqfx.save(model, sys.argv[1])
+    except OSError as error:
+        print(error)
+"""
+
+
+@both_formats
+@pytest.mark.skipif(sys.platform == "win32", reason="files have no limit there")
+def test_a_file_that_the_system_does_not_let_grow_says_so(suffix: str, tmp_path: Path):
+    """As on a full disk: what torch and safetensors raise then are errors of their own, and torch's names no cause."""
+    path = tmp_path / f"m{suffix}"
+    path.write_bytes(b"old")
+    environment = {**os.environ, "PYTHONPATH": str(Path(rpqfx.__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(path)], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3 and all("File too large" in line and path.name in line for line in lines), done.stdout
+    assert [p.name for p in tmp_path.iterdir()] == [path.name] and path.read_bytes() == b"old"
 
 
 def test_an_existing_file_is_replaced_and_nothing_else_is_left(tmp_path: Path):
@@ -578,6 +734,12 @@ def test_what_cannot_be_saved_says_so(tmp_path: Path):
         model = MLP()
     with pytest.raises(RPQError, match=r"is on the meta device and has no values; call rpqfx\.materialize first"):
         rpqfx.save(rpqfx.rpqify(model, SMALL), tmp_path / "m.rpq")
+    small = small_mlp()
+    small.fc1.weight_rpq.codes[0, 0, 0] = 200
+    with pytest.raises(
+        CodeError, match=r"^fc1\.weight_rpq\.codes holds codes of 0 to 200, but the codebook has 4 entries"
+    ):
+        rpqfx.save(small, tmp_path / "m.rpq")
     assert list(tmp_path.iterdir()) == []
 
 
