@@ -101,4 +101,45 @@ class _Conversion:
             self._fit_in_turn(seen)
             estimate_norms(self._model, self._batches.runs)
         record(self._model, self._sites, settled, self._errors)
-    # -- placeholder end
+
+    def _stand_ins(self, holds: Mapping[str, Hold]) -> dict[str, RPQWeight]:
+        by_name = {site.name: site for site in self._sites}
+        made: dict[str, RPQWeight] = {}
+        for name, hold in holds.items():
+            parameter = parameter_at(self._model, name)
+            if parameter.is_meta:
+                raise RewriteError(f"{name} is on the meta device and has no values to convert; load the weights first")
+            if not bool(torch.isfinite(parameter).all()):
+                raise RewriteError(f"{name} has infinite or NaN elements; mend it, or skip it with a Rule")
+            made[name] = StandIn(hold.spec, layout_of(by_name[name], hold), parameter, Observer(()))
+            made[name].plan = hold.plan
+        return made
+
+    def _observe(self, weights: Iterable[RPQWeight]) -> dict[RPQWeight, Seen]:
+        """Energies of inputs; of weights that one batch uses several times, second moments as well."""
+        weights = list(weights)
+        observer = Observer(weights)
+        self._watch(observer, "reading inputs")
+        often = [w for w in weights if observer.seen[w].uses > 1 and not observer.seen[w].looked_up]
+        if often:
+            closer = Observer(often, energy_only=False)
+            self._watch(closer, "reading inputs that are met several times")
+            for weight in often:
+                observer.seen[weight].moments = closer.seen[weight].moments
+        return observer.seen
+
+    def _watch(self, observer: Observer, what: str) -> None:
+        runs = self._batches.runs
+
+        def after(number: int) -> None:
+            if self._progress is not None:
+                self._progress(number + 1, len(runs), f"{what}, batch {number + 1}")
+
+        observer.watch(runs, after)
+
+    def _settle_specs(self) -> None:
+        for name, weight in self._weights.items():
+            hold = self._holds[name]
+            if not isinstance(hold, Hold) or layout_of(self._by_name[name], hold) != weight.layout:
+                raise RewriteError(f"{name}: calibration changed how its vectors lie; decide that beforehand")
+            weight.spec, weight.plan = hold.spec, hold.plan
