@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -83,7 +83,7 @@ class _Conversion:
         self._seed, self._progress, self._folder = seed, progress, folder
         self._errors: dict[str, float | None] = {}
         self._last: tuple[list[Tensor], Tensor] | None = None
-        self._done = 0
+        self._by_name = {site.name: site for site in sites}
 
     def run(self) -> None:
         settled = settle(self._decide({}), self._sites)
@@ -93,29 +93,29 @@ class _Conversion:
             seen = self._observe(self._weights.values())
             if self._batches.runs:
                 settled = settle(self._decide({name: seen[w] for name, w in self._weights.items()}), self._sites)
-            self._holds = {name: settled[name] for name in self._weights}
-            self._settle_specs()
+            self._settle_specs(settled)
             self._store = self._open_store()
             self._codebooks = self._train(seen)
-            self._fit_unseen(seen)
+            for name, weight in self._weights.items():
+                if not seen[weight].once:
+                    self._fit(name, seen[weight].moments.mean)
             self._fit_in_turn(seen)
             estimate_norms(self._model, self._batches.runs)
         record(self._model, self._sites, settled, self._errors)
 
-    def _stand_ins(self, holds: Mapping[str, Hold]) -> dict[str, RPQWeight]:
-        by_name = {site.name: site for site in self._sites}
-        made: dict[str, RPQWeight] = {}
+    def _stand_ins(self, holds: Mapping[str, Hold]) -> dict[str, StandIn]:
+        made: dict[str, StandIn] = {}
         for name, hold in holds.items():
             parameter = parameter_at(self._model, name)
             if parameter.is_meta:
                 raise RewriteError(f"{name} is on the meta device and has no values to convert; load the weights first")
             if not bool(torch.isfinite(parameter).all()):
                 raise RewriteError(f"{name} has infinite or NaN elements; mend it, or skip it with a Rule")
-            made[name] = StandIn(hold.spec, layout_of(by_name[name], hold), parameter, Observer(()))
+            made[name] = StandIn(hold.spec, layout_of(self._by_name[name], hold), parameter, Observer(()))
             made[name].plan = hold.plan
         return made
 
-    def _observe(self, weights: Iterable[RPQWeight]) -> dict[RPQWeight, Seen]:
+    def _observe(self, weights: Iterable[StandIn]) -> dict[RPQWeight, Seen]:
         """Energies of inputs; of weights that one batch uses several times, second moments as well."""
         weights = list(weights)
         observer = Observer(weights)
@@ -137,9 +137,101 @@ class _Conversion:
 
         observer.watch(runs, after)
 
-    def _settle_specs(self) -> None:
+    def _settle_specs(self, settled: Mapping[str, Hold | Skip]) -> None:
+        self._holds: dict[str, Hold] = {}
         for name, weight in self._weights.items():
-            hold = self._holds[name]
+            hold = settled.get(name)
             if not isinstance(hold, Hold) or layout_of(self._by_name[name], hold) != weight.layout:
                 raise RewriteError(f"{name}: calibration changed how its vectors lie; decide that beforehand")
             weight.spec, weight.plan = hold.spec, hold.plan
+            self._holds[name] = hold
+
+    def _open_store(self) -> Checkpoint | None:
+        if self._folder is None:
+            return None
+        words = [repr(sorted((name, repr(hold)) for name, hold in self._holds.items())), str(self._seed)]
+        inputs = [leaf for leaf in tree_leaves(self._batches.calls) if isinstance(leaf, Tensor)]
+        return Checkpoint(self._folder, fingerprint(words, [*(w.vectors for w in self._weights.values()), *inputs]))
+
+    def _train(self, seen: Mapping[RPQWeight, Seen]) -> dict[str, nn.Parameter]:
+        """The codebooks of each weight, one Parameter for all that share them."""
+        trained: dict[str, nn.Parameter] = {}
+        for group in groups_of(self._holds).values():
+            weights = [self._weights[name] for name in group]
+            kept = None if self._store is None else self._store.load(f"codebooks of {group[0]}")
+            if kept is None:
+                members = [(w.vectors, w.spec, _energy(seen[w].moments.mean)) for w in weights]
+                kept = {"codebooks": train_codebooks(members, seed=self._seed)}
+                if self._store is not None:
+                    self._store.save(f"codebooks of {group[0]}", kept)
+            books = nn.Parameter(kept["codebooks"].to(weights[0].vectors.device), weights[0].trained)
+            for name, weight in zip(group, weights, strict=True):
+                trained[name], weight.shares_codebooks = books, len(group) > 1
+        return trained
+
+    def _fit_in_turn(self, seen: Mapping[RPQWeight, Seen]) -> None:
+        names = {weight: name for name, weight in self._weights.items() if seen[weight].once}
+        lockstep: Lockstep[_Asked] = Lockstep(self._batches.runs)
+
+        class Stopping(Observer):
+            def asked(
+                self, weight: RPQWeight, product: str, x: Tensor, layout: Layout, geometry: tuple[Any, ...]
+            ) -> None:
+                if weight in names:
+                    lockstep.stop(weight, (product, x, layout, geometry))
+
+        for weight in names:
+            weight.listener = Stopping(())
+
+        def handle(weight: Hashable, inputs: dict[int, _Asked]) -> None:
+            assert isinstance(weight, RPQWeight)
+            self._fit(names[weight], lambda: self._moment(list(inputs.values())))
+
+        try:
+            lockstep.run(handle, rank=lambda weight: seen[weight].rank)
+        except RunError as error:
+            raise error.__cause__ or error from None
+        for weight, name in names.items():
+            if isinstance(weight, StandIn):  # batches no longer come here
+                self._fit(name, seen[weight].moments.mean)
+
+    def _moment(self, inputs: list[_Asked]) -> Tensor:
+        """Of inputs that several weights have in common made once."""
+        tensors = [x for _, x, _, _ in inputs]
+        if self._last is None or len(tensors) != len(self._last[0]) or any(
+            a is not b for a, b in zip(tensors, self._last[0], strict=True)
+        ):  # fmt: skip
+            moments = Moments()
+            for asked in inputs:
+                for rows in input_rows(*asked):
+                    moments.add(rows)
+            mean = moments.mean
+            assert mean is not None
+            self._last = tensors, mean
+        return self._last[1]
+
+    def _fit(self, name: str, moment: Tensor | None | Callable[[], Tensor]) -> None:
+        weight = self._weights[name]
+        assert isinstance(weight, StandIn)
+        kept = None if self._store is None else self._store.load(name)
+        if kept is None:
+            known = moment() if callable(moment) else moment
+            full = known if known is not None and known.dim() == 2 else None
+            energy = known if full is None else None
+            fit = fit_weight(weight.vectors, weight.spec, self._codebooks[name].detach(), full, energy)
+            kept = {"codes": fit.codes.to(weight.spec.code_dtype), **fit.factors, "error": torch.tensor(fit.error)}
+            if self._store is not None:
+                self._store.save(name, kept)
+        self._errors[name] = float(kept.pop("error"))
+        device = weight.vectors.device
+        codes = kept.pop("codes").to(device)
+        weight.become(self._codebooks[name], codes, {key: factor.to(device) for key, factor in kept.items()})
+        if self._progress is not None:
+            self._progress(len(self._errors), len(self._weights), name)
+
+
+_Asked = tuple[str, Tensor, Layout, tuple[Any, ...]]
+
+
+def _energy(mean: Tensor | None) -> Tensor | None:
+    return mean.diagonal() if mean is not None and mean.dim() == 2 else mean

@@ -46,6 +46,7 @@ class StandIn(RPQWeight):
         with torch.device("meta"):
             super().__init__(spec, layout, dtype=tensor.dtype)
         self.listener = listener
+        self.trained = tensor.requires_grad
         self.vectors = layout.to_vectors(tensor.detach()).contiguous()
         self._ids = torch.arange(len(self.vectors), dtype=torch.int32, device=tensor.device)[None, None]
 
@@ -71,7 +72,7 @@ class StandIn(RPQWeight):
         for name, factor in factors.items():
             setattr(self, name, torch.nn.Parameter(factor, trained))
         self.__class__ = RPQWeight  # type: ignore[assignment]
-        for name in ("vectors", "listener", "_ids"):
+        for name in ("vectors", "listener", "trained", "_ids"):
             del self.__dict__[name]
 
 
