@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Distances that are alive at a time: few enough to stay in cache.
-_BLOCK_ELEMENTS = 2**20
+from rpqfx.ops.search import nearest
+
 # Points an entry that Lloyd steps look at; the codes of all points are found once, at the end.
 _SAMPLES_PER_ENTRY = 256
 # Up to this many points the distinct ones are counted, which makes few of them exact.
@@ -49,29 +49,6 @@ def kmeans(points: Tensor, entries: int, *, steps: int = 10, seed: int = 0) -> t
         if torch.equal(codes, before):
             break
     return centres, codes if sample is points else nearest(points, centres)[0]
-
-
-def nearest(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest centre of each point, in blocks.
-
-    Args:
-        points: ``[N, d]``.
-        centres: ``[K, d]``.
-
-    Returns:
-        ``codes [N]`` int64 and squared ``distances [N]``.
-    """
-    shift = centres.mean(0)  # distances far from the origin would cancel
-    centres = centres - shift
-    norms = centres.square().sum(1)
-    codes, distances = [], []
-    for block in points.split(max(1, _BLOCK_ELEMENTS // len(centres))):
-        block = block - shift
-        scores = torch.addmm(norms, block, centres.t(), alpha=-2)
-        low, code = scores.min(1)
-        codes.append(code)
-        distances.append((low + block.square().sum(1)).clamp_min(0))
-    return torch.cat(codes), torch.cat(distances)
 
 
 def _means(points: Tensor, codes: Tensor, centres: Tensor, distances: Tensor) -> Tensor:

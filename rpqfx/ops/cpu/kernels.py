@@ -72,3 +72,8 @@ def gather_sum(table: Tensor, codes: Tensor) -> Tensor:
 def bin_sum(y: Tensor, codes: Tensor, entries: int, runs: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """See ``rpqfx.maps.bin_sum``; the codes need no sorting here."""
     return torch.ops.rpqfx_cpu.bin_sum(y.contiguous(), codes, None, entries)
+
+
+def nearest(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
+    """See ``rpqfx.ops.search.nearest``; float32 only."""
+    return torch.ops.rpqfx_cpu.nearest(points, centres)
