@@ -2,6 +2,7 @@
 
 #include <torch/library.h>
 
+#include "beam.h"
 #include "bins.h"
 #include "contract.h"
 #include "contract_t.h"
@@ -20,4 +21,5 @@ TORCH_LIBRARY_FRAGMENT(rpqfx_cpu, m) {
   m.def("expand(Tensor codebooks, Tensor codes, Tensor? scale, Tensor? signs, Tensor? ids) -> Tensor", rpqfx::expand);
   m.def("collect(Tensor grad, Tensor codes, Tensor? signs, int books, int entries) -> Tensor", rpqfx::collect);
   m.def("nearest(Tensor points, Tensor centres) -> (Tensor, Tensor)", rpqfx::nearest);
+  m.def("beam_search(Tensor points, Tensor books, int beam) -> (Tensor, Tensor)", rpqfx::beam_search);
 }

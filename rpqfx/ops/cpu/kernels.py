@@ -77,3 +77,8 @@ def bin_sum(y: Tensor, codes: Tensor, entries: int, runs: tuple[Tensor, Tensor] 
 def nearest(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
     """See ``rpqfx.ops.search.nearest``; float32 only."""
     return torch.ops.rpqfx_cpu.nearest(points, centres)
+
+
+def beam_search(points: Tensor, books: Tensor, beam: int) -> tuple[Tensor, Tensor]:
+    """See ``rpqfx.ops.search.beam_search``; float32 only."""
+    return torch.ops.rpqfx_cpu.beam_search(points, books, beam)

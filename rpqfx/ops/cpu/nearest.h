@@ -29,17 +29,19 @@ V load_as(const float* p) {
 }
 
 // Centres [K, d] in blocks of LANES: a line of squared norms, then a line for each dimension. Lines are filled up with
-// centres at infinity. All are taken relative to `origin`, as distances far from it would cancel.
+// centres at infinity. All are taken relative to their mean, the origin, as distances far from it would cancel.
 struct Centres {
+  Tensor entries, mean, kept;
   int64_t count, d, blocks;
   const float *given, *origin;
-  Tensor kept;
   float* lines;
 
-  Centres(const Tensor& centres, const Tensor& middle)
-      : count(centres.size(0)), d(centres.size(1)), blocks((count + LANES - 1) / LANES),
-        given(centres.const_data_ptr<float>()), origin(middle.const_data_ptr<float>()),
-        kept(at::zeros({blocks * (d + 1) * LANES}, centres.options())), lines(kept.data_ptr<float>()) {
+  explicit Centres(const Tensor& centres)
+      : entries(centres.contiguous()), mean(entries.mean(0)), count(entries.size(0)), d(entries.size(1)),
+        blocks((count + LANES - 1) / LANES), given(entries.const_data_ptr<float>()),
+        origin(mean.const_data_ptr<float>()) {
+    kept = at::zeros({blocks * (d + 1) * LANES}, entries.options());
+    lines = kept.data_ptr<float>();
     for (int64_t k = 0; k < blocks * LANES; ++k) {
       float* norm = lines + k / LANES * (d + 1) * LANES + k % LANES;
       if (k >= count) *norm = std::numeric_limits<float>::infinity();
@@ -146,9 +148,9 @@ inline std::tuple<Tensor, Tensor> nearest(const Tensor& given, const Tensor& giv
   TORCH_CHECK_VALUE(fit, "points ", given.sizes(), " do not go with centres ", given_centres.sizes());
   TORCH_CHECK_TYPE(given.scalar_type() == at::kFloat && given_centres.scalar_type() == at::kFloat,
                    "points and centres are float32, got ", given.scalar_type(), " and ", given_centres.scalar_type());
-  const Tensor points = given.contiguous(), entries = given_centres.contiguous(), origin = entries.mean(0);
+  const Tensor points = given.contiguous();
+  const Centres centres(given_centres);
   const int64_t count = points.size(0), d = points.size(1);
-  const Centres centres(entries, origin);
   Tensor codes = at::empty({count}, points.options().dtype(at::kLong));
   Tensor distances = at::empty({count}, points.options());
   const int64_t grain = std::max<int64_t>(BATCH, 8 * GRAIN / centres.kept.numel());
