@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
+from rpqfx.convert import convert
+from rpqfx.decision import Skip
 from rpqfx.errors import InputError, RewriteError
 from rpqfx.graph.capture import capture, evaluating
 from rpqfx.graph.copying import copy_model
@@ -18,6 +21,7 @@ from rpqfx.graph.rewrite import Progress, Snapshot, parameter_at, rewrite
 from rpqfx.graph.whole import whole_graph
 from rpqfx.nn.backed import backed_weights
 from rpqfx.policy import Decide, Hold, Policy, decide_all
+from rpqfx.progress import shown
 from rpqfx.report import attach_records, attached_records, dense_bytes
 
 
@@ -30,7 +34,9 @@ def rpqify(
     inplace: bool = False,
     as_graph: bool = False,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
+    calibration: Iterable[Any] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> nn.Module:
     """Rewrites a model so that its weights live in codebooks.
 
@@ -49,16 +55,24 @@ def rpqify(
         inplace: Rewrite ``model`` itself. Otherwise it is left untouched, and the result shares no tensor with it.
         as_graph: Return one whole ``torch.fx.GraphModule``, codebook layers as leaf nodes.
         seed: Of fits. Random codebooks are drawn from torch's global generator.
-        progress: Called with (done, total, site name) after each site.
+        progress: Called with (done, total, site name) after each site. True shows a line with the time left on
+            standard error, False nothing; left out, the line is shown during a calibrated conversion on a terminal.
+        calibration: Batches of the model's inputs, each a tensor, a tuple of positional inputs or a mapping of keyword
+            inputs. Codebooks are then fitted to what the model does with its weights
+            ([`convert`][rpqfx.convert.convert]), and batch-norm statistics estimated again.
+        checkpoint: Folder for finished weights of a conversion (a policy with ``bits_per_weight``, or calibration).
+            The same call with the same folder goes on where it was interrupted, to the same result.
 
     Returns:
         The rewritten model, of the same class (a GraphModule with ``as_graph``), in the same mode.
 
     Raises:
-        InputError: If ``model`` is not a module.
+        InputError: If ``model`` is not a module, or rejects a calibration batch.
         RewriteError: If the model already holds weights in codebooks, cannot be copied, or (with example inputs) does
             not compute what the dense model with the expanded weights does.
         PolicyError: If the policy rewrites nothing, or cannot be followed.
+        FormatError: If the checkpoint folder holds another conversion.
+        OSError: If the checkpoint folder cannot be written; what was saved before stays.
         CaptureError: If a lazy module has never run, or ``as_graph`` cannot capture the model.
     """
     if not isinstance(model, nn.Module):
@@ -79,7 +93,21 @@ def rpqify(
         replaced = [parameter_at(model, site.name) for site in sites if isinstance(decisions[site.name], Hold)]
         captured = dataclasses.replace(captured, model=copy_model(model, replaced))
     expected = _Expected(captured.model, example_inputs, example_kwargs) if runs else None
-    small = rewrite(captured, decisions, sites, seed=seed, progress=progress)
+    batches = list(calibration or ())
+    converts = calibration is not None or (isinstance(policy, Policy) and policy.bits_per_weight is not None)
+    if not converts:
+        if checkpoint is not None:
+            raise InputError("a checkpoint is for a conversion; give calibration batches, or a policy with bits_per_weight")
+        small = rewrite(captured, decisions, sites, seed=seed, progress=shown(progress, quiet=True))
+    else:
+
+        def decide(importance: Mapping[str, float]) -> dict[str, Hold | Skip]:
+            return decide_all(policy, sites, others, importance)[0] if importance else decisions
+
+        small = convert(
+            captured.model, sites, decide, batches, weigh=isinstance(policy, Policy) and policy.bits_per_weight is not None, seed=seed,
+            progress=shown(progress, quiet=not batches), checkpoint=checkpoint,
+        )  # fmt: skip
     records, _ = attached_records(small) or ((), ())
     attach_records(small, records, notes)
     if expected is not None:

@@ -17,6 +17,7 @@ from rpqfx.nn.layer import Split
 from rpqfx.nn.layout import Experts
 from rpqfx.ops import Plan
 from rpqfx.options import Init, Options, Rule, Sharing
+from rpqfx.rates import spread
 from rpqfx.site import Kind, Site
 
 __all__ = ["Decide", "Hold", "Options", "Policy", "Rule", "Skip", "decide_all"]
@@ -41,6 +42,10 @@ class Policy(Options):
         kinds: Kinds of site to rewrite; the others are skipped.
         ratio: The whole model after, over before; see [`budget`][rpqfx.policy.Policy.budget].
         total_bytes: The whole model's bytes after, instead.
+        bits_per_weight: What the weights in codebooks take as saved, everything counted, instead; see
+            [`pretrained`][rpqfx.policy.Policy.pretrained].
+        embedding_bits: The same for embeddings and an output head of as many rows, by themselves; left out, they stay
+            dense.
 
     Raises:
         PolicyError: If an option is not one of those above.
@@ -67,6 +72,8 @@ class Policy(Options):
     )  # fmt: skip
     ratio: float | None = None
     total_bytes: int | None = None
+    bits_per_weight: float | None = None
+    embedding_bits: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,6 +91,14 @@ class Policy(Options):
             raise PolicyError(f"ratio is the size after over the size before, within 0 to 1, got {self.ratio}")
         if self.total_bytes is not None and self.total_bytes < 1:
             raise PolicyError(f"total_bytes must be positive, got {self.total_bytes}")
+        for name in ("bits_per_weight", "embedding_bits"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 16:
+                raise PolicyError(f"{name} is a number of bits, above 0 and at most 16, got {value!r}")
+        if self.bits_per_weight is not None and (self.ratio is not None or self.total_bytes is not None):
+            raise PolicyError("give bits_per_weight, ratio or total_bytes, not two of them")
+        if self.embedding_bits is not None and self.bits_per_weight is None:
+            raise PolicyError("embedding_bits goes with bits_per_weight")
 
     @classmethod
     def from_scratch(cls, **options: Any) -> Policy:
@@ -114,14 +129,34 @@ class Policy(Options):
             raise PolicyError("a budget needs either ratio or bytes")
         return cls(**{"ratio": ratio, "total_bytes": bytes, **options})
 
+    @classmethod
+    def pretrained(cls, *, bits_per_weight: float, embedding_bits: float | None = None, **options: Any) -> Policy:
+        """For converting a trained model: so many bits a weight, all that is stored counted.
+
+        Codes, codebooks and factors together take at most that much, over the weights that are rewritten. The whole
+        model shares a few large codebooks, and factors of columns make its weights look alike (``rpqfx.rates``). A
+        weight that matches a rule with a shape of its own keeps that, and is not counted.
+
+        Args:
+            bits_per_weight: Of Linear, convolutional and other weights.
+            embedding_bits: Of embeddings and an output head of as many rows; left out, they stay dense.
+            **options: Those of the class, over this: ``min_size=1024``.
+        """
+        own = {"bits_per_weight": bits_per_weight, "embedding_bits": embedding_bits}
+        return cls(**{**own, "min_size": 1024, **options})
+
     # ------------------------------------------------------------------------------------------------ deciding
 
-    def decide(self, sites: Sequence[Site], other_bytes: int = 0) -> dict[str, Hold | Skip]:
+    def decide(
+        self, sites: Sequence[Site], other_bytes: int = 0, importance: Mapping[str, float] | None = None
+    ) -> dict[str, Hold | Skip]:
         """Decides every site.
 
         Args:
             sites: All sites of a model.
             other_bytes: Bytes of the model's other tensors (a budget counts them).
+            importance: What errors as large as a weight itself cost the model, by name, where that was measured
+                (bits a weight are spread by it).
 
         Returns:
             A decision by site name.
@@ -130,6 +165,8 @@ class Policy(Options):
             PolicyError: If an explicit count does not divide, a rule asks for what its site cannot give, or a
                 budget cannot be met.
         """
+        if self.bits_per_weight is not None:
+            return self._by_rate(sites, importance)
         decisions = {site.name: self(site) for site in sites}
         decisions |= self._shared(sites)
         if self.ratio is None and self.total_bytes is None:
@@ -149,6 +186,24 @@ class Policy(Options):
                 alike[same] = candidates(site, options)
             free[site.name] = alike[same]
         return choose(free, limit, before, other_bytes)
+
+    def _by_rate(self, sites: Sequence[Site], importance: Mapping[str, float] | None) -> dict[str, Hold | Skip]:
+        rows = {site.shape[0] for site in sites if site.kind in ("embedding", "embedding_bag")}
+        decisions: dict[str, Hold | Skip] = {}
+        weights, tables = [], []
+        for site in sites:
+            reason = self._refused(site, self.options_for(site))
+            table = site.kind in ("embedding", "embedding_bag") or (site.kind == "linear" and site.shape[0] in rows)
+            if reason is None and table and self.embedding_bits is None and not self._rule_sets_shape(site):
+                reason = "embeddings and heads have a budget of their own, embedding_bits, and it is not given"
+            if reason is not None:
+                decisions[site.name] = Skip(reason)
+            elif self._rule_sets_shape(site):
+                decisions[site.name] = self(site)
+            else:
+                (tables if table else weights).append(site)
+        decisions |= spread(weights, self.bits_per_weight or 0.0, importance)
+        return decisions | spread(tables, self.embedding_bits or 0.0, None, "embeddings")
 
     def __call__(self, site: Site) -> Hold | Skip:
         """Decides one site by itself, leaving a budget and the sites that it could share codebooks with aside."""
@@ -238,7 +293,10 @@ class Policy(Options):
 
 
 def decide_all(
-    policy: Policy | Decide, sites: Sequence[Site], other_bytes: int = 0
+    policy: Policy | Decide,
+    sites: Sequence[Site],
+    other_bytes: int = 0,
+    importance: Mapping[str, float] | None = None,
 ) -> tuple[dict[str, Hold | Skip], list[str]]:
     """Decisions of a policy, or of any callable from a site to a spec or a skip.
 
@@ -246,6 +304,7 @@ def decide_all(
         policy: A [`Policy`][rpqfx.policy.Policy], or a callable ``Site -> CodebookSpec | Hold | Skip``.
         sites: All sites of a model.
         other_bytes: Bytes of the model's other tensors.
+        importance: As in [`decide`][rpqfx.policy.Policy.decide].
 
     Returns:
         Decisions by site name, and notes for the report.
@@ -254,7 +313,7 @@ def decide_all(
         PolicyError: If nothing at all would be rewritten, or an answer does not fit its site.
     """
     if isinstance(policy, Policy):
-        decisions = policy.decide(sites, other_bytes)
+        decisions = policy.decide(sites, other_bytes, importance)
         notes = [f"rule {rule.match!r} matches no site" for rule in policy.unmatched_rules(sites)]
     else:
         decisions = {s.name: Skip(s.blocked) if s.blocked else as_decision(s, policy(s)) for s in sites}

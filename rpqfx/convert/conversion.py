@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from rpqfx.convert.batches import Batches
 from rpqfx.convert.checkpoint import Checkpoint, fingerprint
 from rpqfx.convert.fitting import fit_weight, train_codebooks
+from rpqfx.convert.importance import importance
 from rpqfx.convert.lockstep import Lockstep, RunError
 from rpqfx.convert.moments import Moments, input_rows
 from rpqfx.convert.norms import estimate_norms
@@ -26,7 +27,9 @@ from rpqfx.nn.layout import Layout
 from rpqfx.nn.weight import RPQWeight
 from rpqfx.site import Site
 
-Decide = Callable[[Mapping[str, Seen]], Mapping[str, Hold | Skip]]
+Decide = Callable[[Mapping[str, float]], Mapping[str, Hold | Skip]]
+
+_GRADIENT_BATCHES = 8
 
 
 def convert(
@@ -35,6 +38,7 @@ def convert(
     decide: Decide,
     calibration: Sequence[Any] = (),
     *,
+    weigh: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -49,9 +53,10 @@ def convert(
     Args:
         model: The model.
         sites: All its sites.
-        decide: From what was seen of each held site (by name; nothing without calibration) to decisions. Called first
-            with nothing.
+        decide: From the importance of each held site to decisions. Called first with nothing; once more, if ``weigh``
+            is set and there is calibration.
         calibration: Batches (see ``Batches``).
+        weigh: Whether to measure importance, by gradients of a few batches.
         seed: Of codebooks.
         progress: Called with (done, total, site name).
         checkpoint: Folder in which finished weights are kept.
@@ -67,7 +72,7 @@ def convert(
     """
     before = Snapshot(model)
     try:
-        _Conversion(model, sites, decide, Batches(model, calibration), seed, progress, checkpoint).run()
+        _Conversion(model, sites, decide, Batches(model, calibration), weigh, seed, progress, checkpoint).run()
     except BaseException:
         before.restore()
         raise
@@ -76,11 +81,11 @@ def convert(
 
 class _Conversion:
     def __init__(
-        self, model: nn.Module, sites: Sequence[Site], decide: Decide, batches: Batches, seed: int,
+        self, model: nn.Module, sites: Sequence[Site], decide: Decide, batches: Batches, weigh: bool, seed: int,
         progress: Progress | None, folder: str | os.PathLike[str] | None,
     ) -> None:  # fmt: skip
         self._model, self._sites, self._decide, self._batches = model, sites, decide, batches
-        self._seed, self._progress, self._folder = seed, progress, folder
+        self._weigh, self._seed, self._progress, self._folder = weigh, seed, progress, folder
         self._errors: dict[str, float | None] = {}
         self._last: tuple[list[Tensor], Tensor] | None = None
         self._by_name = {site.name: site for site in sites}
@@ -91,8 +96,9 @@ class _Conversion:
         put(self._model, self._sites, self._weights)
         with evaluating(self._model):
             seen = self._observe(self._weights.values())
-            if self._batches.runs:
-                settled = settle(self._decide({name: seen[w] for name, w in self._weights.items()}), self._sites)
+            if self._batches.runs and self._weigh:
+                costs = importance(list(self._weights.values()), seen, self._batches.runs[:_GRADIENT_BATCHES])
+                settled = settle(self._decide({name: costs[w] for name, w in self._weights.items()}), self._sites)
             self._settle_specs(settled)
             self._store = self._open_store()
             self._codebooks = self._train(seen)

@@ -14,8 +14,10 @@ from rpqfx.fit.feedback import encode
 from rpqfx.fit.residual import train
 from rpqfx.fit.scales import balance, refit_columns, refit_rows
 
-# Sub-vectors an entry that codebooks are trained on.
+# Sub-vectors an entry that codebooks are trained on, and how many are enough whatever the entries.
 _SAMPLES_PER_ENTRY = 128
+_SAMPLES = 2**20
+_FEWEST_PER_ENTRY = 8
 _STEPS = 20
 
 
@@ -83,7 +85,8 @@ def train_codebooks(members: Sequence[tuple[Tensor, CodebookSpec, Tensor | None]
     dtype = first.dtype
     stages, books, entries, d = spec.codebooks_shape
     total = sum(vectors.numel() for vectors, _, _ in members) // d // books
-    share = min(1.0, _SAMPLES_PER_ENTRY * entries / total)
+    wanted = entries * max(_FEWEST_PER_ENTRY, min(_SAMPLES_PER_ENTRY, _SAMPLES // entries))
+    share = min(1.0, wanted / total)
     generator = torch.Generator(first.device).manual_seed(seed)
     parts: list[list[Tensor]] = [[] for _ in range(books)]
     for vectors, own, energy in members:

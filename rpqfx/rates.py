@@ -1,0 +1,133 @@
+"""How each weight of a trained model is held so that all of them take so many bits a weight, everything counted.
+
+Weights are scaled to look alike, so one codebook can serve the whole model and be large. What differs from weight to
+weight is how many entries its codebook has: a few codebooks of the same sub-vector length make the rungs of a ladder,
+and each weight gets a rung by what its errors cost the model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from rpqfx.budget import Candidate, choose
+from rpqfx.codebook import CodebookSpec, nearest_divisor
+from rpqfx.decision import Hold
+from rpqfx.errors import PolicyError
+from rpqfx.site import Site
+
+# Mean squared error at high rate of the best quantiser of unit Gaussian vectors, times 4 ** rate (Zador, 1982, with
+# the lattices' second moments of Conway and Sloane).
+_ZADOR = {1: 2.72, 2: 2.02, 3: 1.77, 4: 1.62, 6: 1.47, 8: 1.37, 9: 1.35, 12: 1.30, 16: 1.24}
+_MOST_BITS = 16
+_LARGE_BITS = 12  # more only where searching all sub-vectors stays a matter of minutes
+_MOST_DISTANCES = 2.5e12
+_RUNGS = 6
+_FLOAT_BITS = 16  # codebooks and factors are rounded to half precision
+_FACTORS_SHARE = 0.05  # of the budget, what factors of columns may take
+_OWN_BELOW = 32_768  # weights this small may have a codebook of their own
+_FEWEST_USERS = 4  # sub-vectors an entry
+
+
+def spread(
+    sites: Sequence[Site], bits: float, importance: Mapping[str, float] | None = None, group: str = "model"
+) -> dict[str, Hold]:
+    """Decides weights that share a budget.
+
+    Args:
+        sites: The weights; vectors are along their outputs.
+        bits: For each weight, codes, codebooks and factors together.
+        importance: What an error as large as the weight itself would cost, by name; left out, as much as it has
+            elements.
+        group: Name of their codebooks.
+
+    Returns:
+        Decisions by name.
+
+    Raises:
+        PolicyError: If so few bits cannot be had; says how few can.
+    """
+    if not sites:
+        return {}
+    total = sum(site.numel for site in sites)
+    cost = {site.name: float(site.numel) if importance is None else importance[site.name] for site in sites}
+    best: tuple[float, dict[str, Hold]] | None = None
+    least = math.inf
+    for d in _ZADOR:
+        for rungs in _ladders(d, bits, total):
+            found = _allocate(sites, d, rungs, bits * total, cost, group)
+            if isinstance(found, float):
+                least = min(least, found / total)
+            elif best is None or found[0] < best[0]:
+                best = found
+    if best is None:
+        raise PolicyError(f"{bits} bits a weight cannot be had for these {total:,} weights; at least {least:.2f} can")
+    return best[1]
+
+
+def _ladders(d: int, bits: float, total: int) -> list[range]:
+    """Ranges of entries (as ``log2``) that are worth a try around a rate."""
+    most = _MOST_BITS if total / d * 2**_MOST_BITS <= _MOST_DISTANCES else _LARGE_BITS
+    middle = bits * d
+    tops = {min(most, math.floor(middle) + up) for up in range(-1, 4)}
+    return [range(max(1, top - count + 1), top + 1) for top in sorted(tops) if top >= 1 for count in range(1, _RUNGS + 1)]
+
+
+def _allocate(
+    sites: Sequence[Site], d: int, rungs: range, limit: float, cost: Mapping[str, float], group: str
+) -> tuple[float, dict[str, Hold]] | float:
+    """Expected cost and decisions for one ladder, or the bits that it takes at least."""
+    served = sum(site.numel for site in sites) // d
+    if max(rungs) > 1 and served < _FEWEST_USERS * 2 ** max(rungs):
+        return math.inf
+    books = sum(2**k * d * _FLOAT_BITS for k in rungs)
+    groups: dict[str, list[Candidate[Hold]]] = {}
+    alike: dict[object, list[Candidate[Hold]]] = {}
+    for site in sites:
+        key = (site.shape, site.lead, site.flipped, site.experts, site.kind, site.dtype, cost[site.name])
+        if key not in alike:
+            alike[key] = list(_candidates(site, d, rungs, limit, sites, cost[site.name], group))
+        groups[site.name] = alike[key]
+        if not alike[key]:
+            return math.inf
+    least = books + sum(min(c.size for c in group) for group in groups.values())
+    if least > limit:
+        return float(least)
+    chosen = choose(groups, int(limit - books), int(limit), 0)
+    expected = {name: {id(c.choice): c.distortion for c in groups[name]}[id(hold)] for name, hold in chosen.items()}
+    return sum(expected.values()), chosen
+
+
+def _candidates(
+    site: Site, d: int, rungs: range, limit: float, sites: Sequence[Site], cost: float, group: str
+) -> list[Candidate[Hold]]:
+    layout = site.layout("row")
+    share = limit / sum(other.numel for other in sites)  # bits a weight
+    factors = _factors(site, share)
+    found = []
+
+    def add(length: int, k: int, own: bool) -> None:
+        spec = CodebookSpec(layout.num_vectors, layout.dim, length, 2**k, 1, 1, dim_scale=factors)
+        size = site.numel // length * k + spec.dim_scales * _FLOAT_BITS
+        size += 2**k * length * _FLOAT_BITS if own else 0
+        hold = Hold(spec, "row", group=None if own else f"{group} {site.dtype}")
+        found.append(Candidate(hold, size, cost * min(1.0, _ZADOR[length] * 4.0 ** (-k / length))))
+
+    if layout.unit % d == 0:
+        for k in rungs:
+            add(d, k, own=False)
+    if site.numel < _OWN_BELOW:
+        for length in sorted({nearest_divisor(layout.unit, e) for e in (1, 2, 3, 4, 8)} & set(_ZADOR)):
+            for k in range(1, 9):
+                if site.numel // length >= _FEWEST_USERS * 2**k:
+                    add(length, k, own=True)
+    return found
+
+
+def _factors(site: Site, bits: float) -> int:
+    """How many columns share a factor: few, where that is cheap."""
+    layout = site.layout("row")
+    for share in (1, site.taps):
+        if _FLOAT_BITS * (layout.dim // share) <= _FACTORS_SHARE * bits * site.numel and (site.taps == 1 or share > 1):
+            return share
+    return layout.dim
