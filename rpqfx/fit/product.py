@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from einops import rearrange
+from einops import rearrange, reduce
 from torch import Tensor
 
 from rpqfx.codebook import CodebookSpec, pack_signs
-from rpqfx.fit.kmeans import kmeans
+from rpqfx.errors import InputError
+from rpqfx.fit.residual import train
 
 
 class Fit(NamedTuple):
@@ -29,24 +30,41 @@ class Fit(NamedTuple):
 
 
 @torch.no_grad()
-def fit_codebooks(matrix: Tensor, spec: CodebookSpec, *, steps: int = 10, seed: int = 0) -> Fit:
-    """Product quantisation, stage upon stage of residuals.
+def fit_codebooks(
+    matrix: Tensor,
+    spec: CodebookSpec,
+    *,
+    weights: Tensor | None = None,
+    steps: int = 10,
+    beam: int = 8,
+    seed: int = 0,
+) -> Fit:
+    """Product quantisation with residual stages.
 
-    Each codebook is fitted by k-means to the sub-vectors it serves (Jegou et al., 2011); each further stage to what
-    the stages before left over (Chen, Guan, Wang, "Approximate Nearest Neighbor Search by Residual Vector
-    Quantization", 2010). With a scale, rows are divided by their root mean square first; with signs, a sub-vector
-    is turned so that its sum is not negative. All work is done in float32 (float64 stays).
+    Each codebook is fitted by k-means to the sub-vectors it serves (Jegou et al., 2011). Further stages start from what
+    the stages before leave, and all are then fitted together, by beam search and least squares in turns
+    (``rpqfx.fit.residual.train``). With a scale, rows are divided by their root mean square first. With signs, a
+    sub-vector is turned so that its sum is not negative, and stages stay as they started. All work is done in float32
+    (float64 stays).
 
     Args:
-        matrix: ``[N, D]``.
+        matrix: ``[N, D]``, finite.
         spec: What to fit.
-        steps: Lloyd steps at most.
+        weights: How much the squared error of each element counts, not negative, of any shape that broadcasts to
+            ``[N, D]``: ``[D]`` for columns, ``[N, 1]`` for rows. A sub-vector counts by its mean. With a scale, errors
+            are those of the divided rows.
+        steps: Lloyd steps, and turns after each stage but the first, at most.
+        beam: Sums that go on from stage to stage; 1 leaves the stages as they started.
         seed: Of the k-means starts.
 
     Returns:
         The tensors of the spec, in ``matrix``'s dtype.
+
+    Raises:
+        InputError: If weights do not broadcast, or are negative or not finite.
     """
     work = matrix if matrix.dtype == torch.float64 else matrix.float()
+    shares = None if weights is None else _shares(weights.to(work), work, spec)
     scale = None
     if spec.scale:
         scale = work.square().mean(1).sqrt()
@@ -54,27 +72,45 @@ def fit_codebooks(matrix: Tensor, spec: CodebookSpec, *, steps: int = 10, seed: 
         work = work / scale[:, None]
     rest = rearrange(work, "n (m d) -> m n d", d=spec.codebook_dim)
     codebooks, codes, minus = [], [], []
-    for stage in range(spec.stages):
+    together = 1 if spec.signs else spec.stages
+    for stage in range(0, spec.stages, together):
         flip = rest.sum(-1) < 0 if spec.signs else torch.zeros_like(rest[..., 0], dtype=torch.bool)
         turned = torch.where(flip[..., None], -rest, rest)
-        books, stage_codes = _fit_stage(turned, spec, steps, seed + stage * spec.sub_vectors)
-        share = spec.sub_vectors // books.shape[0]
-        found = torch.stack([books[m // share][stage_codes[m]] for m in range(spec.sub_vectors)])
-        rest = rest - torch.where(flip[..., None], -found, found)
+        books, found = _fit_groups(turned, shares, spec, together, steps, beam, seed + stage * spec.sub_vectors)
         codebooks.append(books)
-        codes.append(stage_codes)
+        codes.append(found)
         minus.append(flip)
+        if spec.signs:
+            share = spec.sub_vectors // books.shape[1]
+            sums = torch.stack([books[0, m // share][found[0, m]] for m in range(spec.sub_vectors)])
+            rest = rest - torch.where(flip[..., None], -sums, sums)
     return Fit(
-        torch.stack(codebooks).to(matrix.dtype),
-        torch.stack(codes).to(spec.code_dtype),
+        torch.cat(codebooks).to(matrix.dtype),
+        torch.cat(codes).to(spec.code_dtype),
         None if scale is None else scale.to(matrix.dtype),
         pack_signs(torch.stack(minus)) if spec.signs else None,
     )
 
 
-def _fit_stage(parts: Tensor, spec: CodebookSpec, steps: int, seed: int) -> tuple[Tensor, Tensor]:
-    """``[M, N, d]`` to codebooks ``[G, K, d]`` and codes ``[M, N]``."""
-    groups = rearrange(parts, "(g s) n d -> g (s n) d", g=spec.codebooks_shape[1])
-    fits = [kmeans(group, spec.entries, steps=steps, seed=seed + g) for g, group in enumerate(groups)]
+def _shares(weights: Tensor, matrix: Tensor, spec: CodebookSpec) -> Tensor:
+    """How much each sub-vector counts, ``[M, N]``."""
+    try:
+        each = weights.expand(matrix.shape)
+    except RuntimeError:
+        raise InputError(f"weights {list(weights.shape)} do not broadcast to {list(matrix.shape)}") from None
+    return reduce(each, "n (m d) -> m n", "mean", d=spec.codebook_dim)
+
+
+def _fit_groups(
+    parts: Tensor, shares: Tensor | None, spec: CodebookSpec, stages: int, steps: int, beam: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """``[M, N, d]`` to codebooks ``[R, G, K, d]`` and codes ``[R, M, N]``."""
+    books = spec.codebooks_shape[1]
+    groups = rearrange(parts, "(g s) n d -> g (s n) d", g=books)
+    each = [None] * books if shares is None else rearrange(shares, "(g s) n -> g (s n)", g=books)
+    fits = [
+        train(group, stages, spec.entries, weights=share, steps=steps, beam=beam, seed=seed + g)
+        for g, (group, share) in enumerate(zip(groups, each, strict=True))
+    ]
     codes = torch.stack([codes for _, codes in fits])
-    return torch.stack([centres for centres, _ in fits]), rearrange(codes, "g (s n) -> (g s) n", n=parts.shape[1])
+    return torch.stack([found for found, _ in fits], 1), rearrange(codes, "g (s n) r -> r (g s) n", n=parts.shape[1])

@@ -37,9 +37,9 @@ def refit(points: Tensor, codes: Tensor, books: Tensor, weights: Tensor | None =
                 books = _refit_stage(points, codes, books, stage, weights)
         return books
     share = None if weights is None else weights.double()
-    index = codes + torch.arange(stages, device=codes.device) * entries
-    normal = _normal(index, share, stages * entries)
-    right = sum(_sums(left_over(points, codes, books), index[:, r], share, stages * entries) for r in range(stages))
+    normal = _normal(codes, entries, share)
+    rest = left_over(points, codes, books)
+    right = torch.cat([_sums(rest, code, share, entries) for code in codes.t()])
     diagonal = normal.diagonal()
     diagonal += _RIDGE * diagonal.max().clamp_min(1e-30)
     change = torch.cholesky_solve(right, torch.linalg.cholesky(normal))
@@ -53,14 +53,16 @@ def left_over(points: Tensor, codes: Tensor, books: Tensor) -> Tensor:
     return points
 
 
-def _normal(index: Tensor, weights: Tensor | None, size: int) -> Tensor:
+def _normal(codes: Tensor, entries: int, weights: Tensor | None) -> Tensor:
     """How often (by weight) two entries are used by the same point, ``[R * K, R * K]``."""
-    stages = index.shape[1]
-    normal = torch.zeros(size * size, dtype=torch.float64, device=index.device)
+    stages = codes.shape[1]
+    normal = torch.empty(stages, entries, stages, entries, dtype=torch.float64, device=codes.device)
     for r in range(stages):
-        for s in range(stages):
-            normal += torch.bincount(index[:, r] * size + index[:, s], weights, minlength=size * size)
-    return normal.view(size, size)
+        for s in range(r, stages):
+            pairs = torch.bincount(codes[:, r] * entries + codes[:, s], weights, minlength=entries * entries)
+            normal[r, :, s] = pairs.view(entries, entries)
+            normal[s, :, r] = normal[r, :, s].t()
+    return normal.view(stages * entries, -1)
 
 
 def _sums(points: Tensor, codes: Tensor, weights: Tensor | None, size: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -10,31 +12,37 @@ from rpqfx.fit.refit import left_over, refit
 from rpqfx.ops.search import beam_search, nearest
 
 # Points an entry that training looks at; the codes of all points are found once, at the end.
-_SAMPLES_PER_ENTRY = 1024
+_SAMPLES_PER_ENTRY = 512
+# Points that are encoded at a time.
+_BLOCK_POINTS = 2**18
 
 
 @torch.no_grad()
 def encode(points: Tensor, books: Tensor, *, beam: int = 8, passes: int = 1, codes: Tensor | None = None) -> Tensor:
     """Codes by beam search, each stage then chosen anew given the others.
 
-    Choosing anew (iterated conditional modes, as in Martinez et al., "LSQ++", 2018) never makes a point worse. A beam
-    wider than 1 is tried beside the greedy one, so it is never worse either.
+    Choosing anew (iterated conditional modes, as in Martinez et al., "LSQ++", 2018) never makes a point worse. No point
+    gets worse codes than it had; where it had none, none that are worse than greedy ones.
 
     Args:
         points: ``[N, d]``, floating.
         books: ``[R, K, d]`` of the same dtype and device.
         beam: Sums that go on from stage to stage (``rpqfx.ops.search.beam_search``).
         passes: Times that all stages are chosen anew.
-        codes: ``[N, R]`` int64 of before; where they are nearer than those found, they stay.
+        codes: ``[N, R]`` int64 of before.
 
     Returns:
         ``[N, R]`` int64.
     """
+    if len(points) > _BLOCK_POINTS:
+        olds = itertools.repeat(None) if codes is None else codes.split(_BLOCK_POINTS)
+        blocks = zip(points.split(_BLOCK_POINTS), olds, strict=False)
+        return torch.cat([encode(block, books, beam=beam, passes=passes, codes=old) for block, old in blocks])
     found, distances = beam_search(points, books, beam)
     if len(books) == 1:
         return found
-    if beam > 1:
-        found, distances = _better(points, books, found, distances, beam_search(points, books, 1)[0])
+    if codes is None and beam > 1:
+        codes = beam_search(points, books, 1)[0]
     if codes is not None:
         found, distances = _better(points, books, found, distances, codes)
     for _ in range(passes):
@@ -64,7 +72,7 @@ def train(
     Each stage starts as k-means of what the stages before leave (Chen, Guan, Wang, "Approximate Nearest Neighbor
     Search by Residual Vector Quantization", 2010). With a beam wider than 1, codes by ``encode`` and codebooks by
     ``refit`` then take turns over all stages so far. On the points seen the error never grows from turn to turn, and
-    more stages never make it larger. Turns see a random sample of 1,024 points an entry where there are more.
+    more stages never make it larger. Turns see a random sample of 512 points an entry where there are more.
 
     Args:
         points: ``[N, d]``, floating and finite.

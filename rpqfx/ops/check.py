@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ def against_reference(backend: Any, device: torch.device) -> None:
                 for with_signs in (False, True):
                     _check(backend, device, dtype, tolerance, code_dtype, entries, with_signs, generator)
         if hasattr(backend, "nearest"):
-            _check_nearest(backend.nearest, device, generator)
+            _check_search(backend, device, generator)
 
 
 def _check(
@@ -80,14 +79,21 @@ def _check(
     same("bin_sum", run("bin_sum", maps_of, codes, entries), maps.bin_sum(maps_of.double(), codes, entries))
 
 
-def _check_nearest(
-    nearest: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], device: torch.device, g: torch.Generator
-) -> None:
-    for rows, entries, d in ((1, 1, 1), (70, 300, 1), (7, 40, 3), (20, 700, 20)):
-        points, centres = torch.randn(rows, d, generator=g) + 5, torch.randn(entries, d, generator=g) + 5
-        exact = (points[:, None].double() - centres.double()).square().sum(-1)
-        codes, distances = (x.cpu() for x in nearest(points.to(device), centres.to(device)))
-        found = exact.gather(1, codes.long().clamp(0, entries - 1)[:, None])[:, 0]
-        error = (torch.stack([found, distances.double()]) - exact.min(1).values).abs().max() / exact.max()
+def _check_search(backend: Any, device: torch.device, g: torch.Generator) -> None:
+    """Of searches, which some backends have: what is found is as near as can be, and as near as is said."""
+
+    def same(name: str, points: Tensor, options: Tensor, found: Tensor, distances: Tensor) -> None:
+        exact = (points[:, None].double() - options.double()).square().sum(-1)
+        errors = torch.stack([(points.double() - found).square().sum(-1), distances.cpu().double()])
+        error = (errors - exact.min(1).values).abs().max() / exact.max()
         if not error <= 1e-4:
-            raise RPQError(f"the kernel of nearest is wrong by {float(error):.1e}; plain operators are not")
+            raise RPQError(f"the kernel of {name} is wrong by {float(error):.1e}; plain operators are not")
+
+    for rows, entries, d in ((1, 1, 1), (70, 90, 1), (7, 40, 3), (3, 250, 20)):
+        points, books = torch.randn(rows, d, generator=g) + 5, torch.randn(2, entries, d, generator=g) + 3
+        codes, distances = backend.nearest(points.to(device), books[0].to(device))
+        same("nearest", points, books[0], books[0][codes.cpu().long().clamp(0, entries - 1)], distances)
+        codes, distances = backend.beam_search(points.to(device), books.to(device), entries)  # which tries all sums
+        first, second = codes.cpu().long().clamp(0, entries - 1).t()
+        every = (books[0][:, None] + books[1]).view(-1, d)
+        same("beam_search", points, every, books[0][first] + books[1][second], distances)

@@ -10,9 +10,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from rpqfx.errors import InputError
 from rpqfx.fit import kmeans
 from rpqfx.fit import kmeans as kmeans_function
-from rpqfx.fit.kmeans import _means
+from rpqfx.fit.kmeans import _means, _start
 from rpqfx.ops import search
 from rpqfx.ops.search import nearest
 from tests.helpers import generator, randn, seeds
@@ -125,3 +126,119 @@ def test_well_separated_clusters_are_found() -> None:
     best = min((kmeans(points, 4, seed=seed) for seed in range(8)), key=lambda found: error(points, *found))
     assert error(points, *best) / len(points) < 0.1
     assert torch.equal(best[1].view(4, 25), best[1].view(4, 25)[:, :1].expand(4, 25))
+
+
+def weighted_error(points: Tensor, weights: Tensor, centres: Tensor, codes: Tensor) -> float:
+    return float((weights[:, None] * (points - centres[codes]).square()).double().sum())
+
+
+def drawn_weights(seed: int, num: int) -> Tensor:
+    """Of very different sizes, some zero."""
+    weights = randn(seed + 1, num).mul(3).exp()
+    return torch.where(randn(seed + 2, num) > 0.7, 0.0, weights)
+
+
+@given(seeds, st.integers(2, 60), st.integers(1, 3), st.integers(1, 12), st.booleans(), st.booleans())
+def test_no_weighted_step_increases_the_error(
+    seed: int, num: int, d: int, entries: int, lattice: bool, given_start: bool
+) -> None:
+    """So the result is never worse than its start, whether that is drawn or given."""
+    points, weights = randn(seed, num, d), drawn_weights(seed, num)
+    points = points.round() if lattice else points
+    start = randn(seed + 3, entries, d) if given_start else None
+    found = [kmeans(points, entries, weights=weights, steps=steps, seed=seed, start=start) for steps in range(6)]
+    errors = [weighted_error(points, weights, *each) for each in found]
+    if start is not None:
+        errors.insert(0, weighted_error(points, weights, start, nearest(points, start)[0]))
+    for before, after in itertools.pairwise(errors):
+        assert after <= before * (1 + 1e-9) + 1e-12
+
+
+@given(seeds, st.integers(1, 40), st.integers(1, 20), st.integers(1, 3), st.integers(1, 12))
+def test_points_of_weight_zero_get_codes_but_move_nothing(
+    seed: int, num: int, others: int, d: int, entries: int
+) -> None:
+    points, far = randn(seed, num, d), randn(seed + 1, others, d) * 100
+    weights = randn(seed + 2, num).exp()
+    alone = kmeans(points, entries, weights=weights, seed=seed)
+    both = kmeans(torch.cat([far, points]), entries, weights=torch.cat([torch.zeros(others), weights]), seed=seed)
+    assert torch.equal(both[0], alone[0]) and torch.equal(both[1][others:], alone[1])
+    assert torch.equal(both[1][:others], nearest(far, alone[0])[0])
+
+
+@given(seeds, st.integers(2, 30), st.integers(1, 3), st.integers(1, 6))
+def test_a_weight_is_a_number_of_repetitions(seed: int, num: int, d: int, entries: int) -> None:
+    """From the same start, each step gives the same centres, except where a cluster runs empty."""
+    points, times = randn(seed, num, d), torch.randint(1, 5, (num,), generator=generator(seed))
+    start = points[:entries] + 0.1
+    if len(start) < entries or len(points.unique(dim=0)) <= entries:
+        return
+    repeated = points.repeat_interleave(times, 0)
+    for steps in (1, 4):
+        ours, ours_codes = kmeans(points, entries, weights=times.double() * 7, steps=steps, start=start)
+        theirs, theirs_codes = kmeans(repeated, entries, steps=steps, start=start)
+        if (torch.bincount(nearest(points, start)[0], minlength=entries) > 0).all():
+            torch.testing.assert_close(ours, theirs)
+            assert torch.equal(ours_codes.repeat_interleave(times), theirs_codes)
+
+
+def test_weights_that_are_all_zero_count_as_ones() -> None:
+    points = randn(0, 50, 2)
+    ours, ones = (kmeans(points, 5, weights=weights) for weights in (torch.zeros(50), torch.ones(50)))
+    assert torch.equal(ours[0], ones[0]) and torch.equal(ours[1], ones[1])
+
+
+@pytest.mark.parametrize("weights", [torch.ones(4), torch.tensor([1.0, -1, 1]), torch.tensor([1, float("nan"), 1])])
+def test_weights_that_make_no_sense_are_refused(weights: Tensor) -> None:
+    with pytest.raises(InputError, match="weights are"):
+        kmeans(randn(0, 3, 2), 2, weights=weights)
+
+
+def test_no_points_and_a_start_of_another_shape_are_refused() -> None:
+    with pytest.raises(InputError, match="no points"):
+        kmeans(torch.ones(0, 2), 2)
+    with pytest.raises(InputError, match=r"start is \[K, d\], expected \[2, 3\]"):
+        kmeans(torch.ones(5, 3), 2, start=torch.ones(3, 2))
+
+
+@given(seeds, st.integers(1, 5), st.integers(1, 200), st.integers(1, 30))
+def test_nothing_is_raised_for_few_values(seed: int, values: int, num: int, entries: int) -> None:
+    """Counted or not, and however they are weighted."""
+    points = randn(seed, values, 2, dtype=torch.float32)[torch.randint(values, (num,), generator=generator(seed))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(kmeans_function.__globals__, "_COUNT_DISTINCT", seed % 2 * 1000)
+        centres, codes = kmeans(points, entries, weights=drawn_weights(seed, num), seed=seed)
+    assert centres.shape == (entries, 2) and centres.isfinite().all()
+    assert codes.min() >= 0 and codes.max() < entries
+
+
+def test_the_start_prefers_points_that_are_far_and_heavy() -> None:
+    """Three tight clusters get one entry each; a random start leaves one of them out most of the time."""
+    centres = torch.tensor([[0.0, 0.0], [100.0, 0.0], [0.0, 100.0]]).double()
+    points = centres[torch.arange(300) // 5 % 3 * (torch.arange(300) > 270)] + randn(0, 300, 2) * 0.01
+    for seed in range(10):
+        found = _start(points, None, 3, generator(seed))
+        assert len(set(nearest(found, centres)[0].tolist())) == 3
+    weights = torch.ones(300, dtype=torch.float64)
+    weights[7] = 1e9
+    assert torch.equal(_start(points, weights, 1, generator(0)), points[7:8])
+
+
+def test_many_entries_are_drawn_several_at_a_time_and_lie_apart() -> None:
+    points = randn(0, 4000, 2)
+    drawn = _start(points, None, 500, generator(0))
+    random = points[torch.randperm(4000, generator=generator(0))[:500]]
+    assert drawn.shape == (500, 2)
+    assert nearest(points, drawn)[1].mean() < 0.8 * nearest(points, random)[1].mean()
+
+
+def test_threads_change_nothing() -> None:
+    points, before = randn(0, 20_000, 4, dtype=torch.float32), torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(kmeans(points, 300, weights=drawn_weights(0, 20_000), steps=3))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for each in found[1:] for a, b in zip(found[0], each, strict=True))

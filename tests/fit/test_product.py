@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rpqfx.codebook import CodebookSpec, expand
+from rpqfx.errors import InputError
 from rpqfx.fit import fit_codebooks
 from tests.helpers import randn, seeds, specs
 
@@ -102,3 +103,47 @@ def test_random_matrices_fit_about_as_well_as_theory_says(stages: int, bound: fl
     matrix = randn(0, 4096, 4)
     fit = fit_codebooks(matrix, CodebookSpec(4096, 4, 1, entries=16, stages=stages), steps=40)
     assert float((expand(*fit) - matrix).square().mean()) < bound
+
+
+@given(specs(signs=False), seeds)
+def test_beams_and_refits_never_fit_worse_than_stages_as_they_start(spec: CodebookSpec, seed: int) -> None:
+    """Measured where the fit is made: on rows divided by their scale, as weighted."""
+    matrix, weights = randn(seed, spec.num_vectors, spec.dim), randn(seed + 1, spec.dim).exp()
+    work = matrix / matrix.square().mean(1, keepdim=True).sqrt() if spec.scale else matrix
+    shares = weights.view(-1, spec.codebook_dim).mean(1).repeat_interleave(spec.codebook_dim)
+    errors = []
+    for beam in (1, 4):
+        fit = fit_codebooks(matrix, spec, weights=weights, steps=3, beam=beam, seed=seed)
+        found = expand(fit.codebooks, fit.codes)
+        errors.append(float((shares * (found - work).square()).sum()))
+    assert errors[1] <= errors[0] * (1 + 1e-9) + 1e-9
+
+
+@given(specs(signs=False, scale=False), seeds)
+def test_weights_broadcast_and_count_by_the_mean_of_a_sub_vector(spec: CodebookSpec, seed: int) -> None:
+    matrix = randn(seed, spec.num_vectors, spec.dim)
+    rows, columns = randn(seed + 1, spec.num_vectors, 1).exp(), randn(seed + 2, spec.dim).exp()
+    means = columns.view(-1, spec.codebook_dim).mean(1).repeat_interleave(spec.codebook_dim)
+    for given_weights, whole in ((rows, rows.expand_as(matrix)), (columns, means.expand_as(matrix))):
+        ours, theirs = (
+            fit_codebooks(matrix, spec, weights=weights, steps=2, seed=seed) for weights in (given_weights, whole)
+        )
+        torch.testing.assert_close(ours.codebooks, theirs.codebooks)
+        assert torch.equal(ours.codes, theirs.codes)
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_what_weighs_more_fits_better(stages: int) -> None:
+    matrix = randn(0, 400, 8)
+    weights = torch.where(torch.arange(400) % 10 == 0, 100.0, 1.0)[:, None]
+    spec = CodebookSpec(400, 8, 4, entries=8, stages=stages, books=1)
+    errors = [
+        (expand(*fit_codebooks(matrix, spec, weights=each)) - matrix)[::10].square().mean() for each in (None, weights)
+    ]
+    assert errors[1] < 0.7 * errors[0]
+
+
+@pytest.mark.parametrize("weights", [torch.ones(5), torch.ones(3, 1), -torch.ones(4), torch.full((4,), torch.inf)])
+def test_weights_that_make_no_sense_are_refused(weights: torch.Tensor) -> None:
+    with pytest.raises(InputError, match="weights"):
+        fit_codebooks(randn(0, 20, 4), CodebookSpec(20, 4, 2, entries=3), weights=weights)

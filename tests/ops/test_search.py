@@ -1,6 +1,8 @@
-"""The nearest centre is what a loop over all centres finds, by the kernel and by torch's operators."""
+"""Searches find what a loop over all centres finds, by the kernels and by torch's operators."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from rpqfx.ops import search
 from rpqfx.ops.cpu import build, kernels
-from rpqfx.ops.search import nearest
+from rpqfx.ops.search import beam_search, nearest
 from tests.helpers import randn, seeds
 
 dtypes = st.sampled_from([torch.float32, torch.float64])
@@ -117,3 +119,63 @@ def test_without_kernels_blocks_give_the_same(monkeypatch: pytest.MonkeyPatch) -
     blocks = nearest(points, centres)
     assert torch.equal(ours[0], blocks[0])
     torch.testing.assert_close(ours[1], blocks[1])
+
+
+def naive_beam(point: Tensor, books: Tensor, beam: int) -> tuple[float, list[int]]:
+    sums: list[tuple[float, list[int]]] = [(math.inf, [])]
+    for book in books:
+        longer = [[*codes, k] for _, codes in sums for k in range(len(book))]
+        found = [torch.stack([books[r, k] for r, k in enumerate(codes)]).sum(0) for codes in longer]
+        sums = sorted((float((point - x).square().sum()), codes) for x, codes in zip(found, longer, strict=True))[:beam]
+    return sums[0]
+
+
+@given(
+    st.integers(0, 5), st.integers(1, 3), st.integers(1, 20), st.sampled_from([1, 3, 8, 17]), st.integers(1, 5), seeds,
+    dtypes,
+)  # fmt: skip
+def test_a_beam_goes_on_with_the_best_sums(
+    n: int, stages: int, entries: int, d: int, beam: int, seed: int, dtype: torch.dtype
+) -> None:
+    points, books = randn(seed, n, d, dtype=dtype) + 3, randn(seed + 1, stages, entries, d, dtype=dtype) + 1
+    codes, distances = beam_search(points, books, beam)
+    assert codes.shape == (n, stages) and codes.dtype == torch.int64 and distances.dtype == dtype
+    for point, code, distance in zip(points.double(), codes.tolist(), distances.tolist(), strict=True):
+        found = sum(books[r, k].double() for r, k in enumerate(code))
+        assert distance == pytest.approx(float((point - found).square().sum()), rel=1e-4, abs=1e-5)
+        assert distance == pytest.approx(naive_beam(point, books.double(), beam)[0], rel=1e-4, abs=1e-4)
+
+
+@given(st.integers(1, 3), st.integers(1, 6), seeds, dtypes)
+def test_a_beam_as_wide_as_all_sums_finds_the_best(stages: int, entries: int, seed: int, dtype: torch.dtype) -> None:
+    points, books = randn(seed, 20, 3, dtype=dtype), randn(seed + 1, stages, entries, 3, dtype=dtype)
+    sums = torch.zeros(1, 3, dtype=dtype)
+    for book in books:
+        sums = (sums[:, None] + book).view(-1, 3)
+    exact = (points[:, None] - sums).square().sum(-1).min(1).values
+    torch.testing.assert_close(beam_search(points, books, entries**stages)[1], exact, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_beam_reads_views_and_gives_codes_in_range(dtype: torch.dtype) -> None:
+    points, books = randn(0, 6, 50, dtype=dtype).t(), randn(1, 4, 80, 12, dtype=dtype)[::2, ::4, ::2]
+    ours, plain = (
+        beam_search(points, books, 3),
+        beam_search(points.contiguous(), books.contiguous(), 3),
+    )
+    assert torch.equal(ours[0], plain[0])
+    points[::3] = float("nan")
+    codes, _ = beam_search(points, books, 3)
+    assert codes.min() >= 0 and codes.max() < 20
+    assert torch.equal(codes[1::3], ours[0][1::3])
+
+
+@needs_kernels
+def test_without_kernels_a_beam_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    points, books = randn(0, 300, 8, dtype=torch.float32), randn(1, 3, 100, 8, dtype=torch.float32)
+    ours = beam_search(points, books, 8)
+    monkeypatch.setattr(build, "ready", lambda: False)
+    monkeypatch.setattr(search, "_BLOCK_ELEMENTS", 10_000)
+    blocks = beam_search(points, books, 8)
+    assert torch.equal(ours[0], blocks[0])
+    torch.testing.assert_close(ours[1], blocks[1], rtol=1e-4, atol=1e-5)
