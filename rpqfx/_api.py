@@ -97,7 +97,9 @@ def rpqify(
     converts = calibration is not None or (isinstance(policy, Policy) and policy.bits_per_weight is not None)
     if not converts:
         if checkpoint is not None:
-            raise InputError("a checkpoint is for a conversion; give calibration batches, or a policy with bits_per_weight")
+            raise InputError(
+                "a checkpoint is for a conversion; give calibration batches, or a policy with bits_per_weight"
+            )
         small = rewrite(captured, decisions, sites, seed=seed, progress=shown(progress, quiet=True))
     else:
 

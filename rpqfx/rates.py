@@ -70,7 +70,9 @@ def _ladders(d: int, bits: float, total: int) -> list[range]:
     most = _MOST_BITS if total / d * 2**_MOST_BITS <= _MOST_DISTANCES else _LARGE_BITS
     middle = bits * d
     tops = {min(most, math.floor(middle) + up) for up in range(-1, 4)}
-    return [range(max(1, top - count + 1), top + 1) for top in sorted(tops) if top >= 1 for count in range(1, _RUNGS + 1)]
+    return [
+        range(max(1, top - count + 1), top + 1) for top in sorted(tops) if top >= 1 for count in range(1, _RUNGS + 1)
+    ]
 
 
 def _allocate(

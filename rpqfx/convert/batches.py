@@ -24,7 +24,9 @@ class Batches:
 
     def __init__(self, model: nn.Module, batches: Iterable[Any]) -> None:
         if isinstance(batches, (Tensor, Mapping, str)):
-            raise InputError(f"calibration is a sequence of batches, got one {type(batches).__name__}; put it in a list")
+            raise InputError(
+                f"calibration is a sequence of batches, got one {type(batches).__name__}; put it in a list"
+            )
         self.calls = [arguments(batch, f"calibration batch {number}") for number, batch in enumerate(batches)]
         self.runs: list[Callable[[], Any]] = [self._run(model, number) for number in range(len(self.calls))]
 

@@ -38,9 +38,7 @@ def input_rows(product: str, x: Tensor, layout: Layout, geometry: tuple[Any, ...
             yield work.reshape(-1, layout.dim)
 
 
-def _unfolded(
-    x: Tensor, layout: Layout, stride: Any, padding: Any, dilation: Any, groups: int
-) -> Iterator[Tensor]:
+def _unfolded(x: Tensor, layout: Layout, stride: Any, padding: Any, dilation: Any, groups: int) -> Iterator[Tensor]:
     kernel = layout.shape[2:]
     if x.dim() == len(kernel) + 1:
         x = x[None]

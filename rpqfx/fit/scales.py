@@ -10,9 +10,7 @@ _ROUNDS = 5
 
 
 @torch.no_grad()
-def balance(
-    matrix: Tensor, energy: Tensor | None, *, share: int = 1, power: float = 0.75, clip: float = 4.0
-) -> Tensor:
+def balance(matrix: Tensor, energy: Tensor | None, *, share: int = 1, power: float = 0.75, clip: float = 4.0) -> Tensor:
     """What the columns of a matrix are divided by, so that one codebook serves them all.
 
     Columns with strong inputs are made large, since codes err alike in all columns: by ``energy ** (power / 2)``, as
