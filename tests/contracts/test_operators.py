@@ -84,17 +84,6 @@ def cast(arg: Any, dtype: torch.dtype) -> Any:
     return arg.detach().to(dtype).requires_grad_()
 
 
-class Reading(nn.Module):
-    """Uses the weight of a layer itself, in a way that has no need of it for backward."""
-
-    def __init__(self, layer: RPQLinear) -> None:
-        super().__init__()
-        self.held = layer.weight_rpq
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.held().sum(0)
-
-
 def kept_by_compiler(layer: nn.Module, x: Tensor) -> list[int]:
     """Elements of every tensor that a compiled forward hands to its backward."""
     kept: list[int] = []
@@ -119,7 +108,6 @@ def kept_by_compiler(layer: nn.Module, x: Tensor) -> list[int]:
         (lambda: RPQLinear(2048, 512, codebook_dim=128, bits=6, bias=False, split="column"), (64, 2048), 512 * 2048),
         (lambda: RPQConv2d(8, 24, 3, codebook_dim=3, bits=2, bias=False), (2, 8, 5, 5), 24 * 72),
         (lambda: RPQLinear(96, 160, codebook_dim=2, bits=4, bias=False, dim_scale=True), (7, 96), 96 * 160),
-        (lambda: Reading(RPQLinear(96, 160, codebook_dim=2, bits=4, bias=False, dim_scale=True)), (7, 96), 96 * 160),
         (lambda: RPQConv2d(8, 96, 3, codebook_dim=72, bits=1, bias=False, dim_scale=True), (2, 8, 5, 5), 96 * 72),
         (lambda: RPQConv2d(8, 96, 3, codebook_dim=72, bits=1, bias=False), (2, 8, 5, 5), 96 * 72),
         (lambda: RPQConvTranspose2d(96, 8, 3, codebook_dim=72, bits=1, bias=False), (2, 96, 5, 5), 96 * 72),

@@ -128,6 +128,29 @@ def test_no_compiled_layer_keeps_its_weight(name: str, plan: Plan) -> None:
     torch.compiler.reset()
 
 
+class Reading(nn.Module):
+    """Uses the tensor itself, in a way that has no need of it for backward."""
+
+    def __init__(self, **flags: Any) -> None:
+        super().__init__()
+        self.held = RPQWeight(CodebookSpec(40, 48, 4, 8, **flags))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.held().sum(0)
+
+
+@pytest.mark.parametrize("flags", [{}, {"scale": True}, {"dim_scale": 1}, {"scale": True, "dim_scale": 1}], ids=str)
+def test_no_compiled_read_keeps_the_weight(flags: dict[str, Any]) -> None:
+    """The gradients of factors need the rows again: a compiler must not merge that with the first time."""
+    torch.compiler.reset()
+    module = Reading(**flags)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    x = randn(0, 3, 48, dtype=torch.float32).requires_grad_()
+    compiled(x)
+    assert_keeps_no_weight(module, lambda: compiled(x))
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("transposed", [False, True], ids=["row", "column"])
 @pytest.mark.parametrize(
     "use",
