@@ -27,6 +27,8 @@ _FLOAT_BITS = 16  # codebooks and factors are rounded to half precision
 _FACTORS_SHARE = 0.05  # of the budget, what factors of columns may take
 _OWN_BELOW = 32_768  # weights this small may have a codebook of their own
 _FEWEST_USERS = 4  # sub-vectors an entry
+import os
+_TRUST = float(os.environ.get('TRUST', 0.6))
 
 
 def spread(
@@ -50,7 +52,7 @@ def spread(
     if not sites:
         return {}
     total = sum(site.numel for site in sites)
-    cost = {site.name: float(site.numel) if importance is None else importance[site.name] for site in sites}
+    cost = {site.name: float(site.numel) if importance is None else importance[site.name] ** _TRUST for site in sites}
     best: tuple[float, dict[str, Hold]] | None = None
     least = math.inf
     for d in _ZADOR:
@@ -71,7 +73,11 @@ def _ladders(d: int, bits: float, total: int) -> list[range]:
     middle = bits * d
     tops = {min(most, math.floor(middle) + up) for up in range(-1, 4)}
     return [
-        range(max(1, top - count + 1), top + 1) for top in sorted(tops) if top >= 1 for count in range(1, _RUNGS + 1)
+        range(max(1, top - step * (count - 1)), top + 1, step)
+        for top in sorted(tops)
+        if top >= 1
+        for step in (1, 2)
+        for count in range(1, _RUNGS + 1)
     ]
 
 
