@@ -169,7 +169,11 @@ class _Conversion:
     def _open_store(self) -> Checkpoint | None:
         if self._folder is None:
             return None
-        words = [str(self._steps), repr(sorted((name, repr(hold)) for name, hold in self._holds.items())), str(self._seed)]
+        words = [
+            str(self._steps),
+            repr(sorted((name, repr(hold)) for name, hold in self._holds.items())),
+            str(self._seed),
+        ]
         inputs = [leaf for leaf in tree_leaves(self._batches.calls) if isinstance(leaf, Tensor)]
         return Checkpoint(self._folder, fingerprint(words, [*(w.vectors for w in self._weights.values()), *inputs]))
 
