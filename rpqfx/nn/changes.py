@@ -14,8 +14,8 @@ from torch import Tensor
 
 from rpqfx.codebook import CodebookSpec, pack_signs, unpack_signs
 from rpqfx.errors import RewriteError
-from rpqfx.fit.kmeans import nearest
 from rpqfx.nn.weight import RPQWeight
+from rpqfx.ops.search import nearest
 from rpqfx.signs import fold_codebooks
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ def against_reference(backend: Any, device: torch.device) -> None:
             for code_dtype, entries in CODES.items():
                 for with_signs in (False, True):
                     _check(backend, device, dtype, tolerance, code_dtype, entries, with_signs, generator)
+        if hasattr(backend, "nearest"):
+            _check_nearest(backend.nearest, device, generator)
 
 
 def _check(
@@ -75,3 +78,16 @@ def _check(
     same("gather_sum", run("gather_sum", table, codes), maps.gather_sum(table.double(), codes))
     maps_of = torch.randn(2, vectors, 50, generator=g).to(dtype)
     same("bin_sum", run("bin_sum", maps_of, codes, entries), maps.bin_sum(maps_of.double(), codes, entries))
+
+
+def _check_nearest(
+    nearest: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], device: torch.device, g: torch.Generator
+) -> None:
+    for rows, entries, d in ((1, 1, 1), (70, 300, 1), (7, 40, 3), (20, 700, 20)):
+        points, centres = torch.randn(rows, d, generator=g) + 5, torch.randn(entries, d, generator=g) + 5
+        exact = (points[:, None].double() - centres.double()).square().sum(-1)
+        codes, distances = (x.cpu() for x in nearest(points.to(device), centres.to(device)))
+        found = exact.gather(1, codes.long().clamp(0, entries - 1)[:, None])[:, 0]
+        error = (torch.stack([found, distances.double()]) - exact.min(1).values).abs().max() / exact.max()
+        if not error <= 1e-4:
+            raise RPQError(f"the kernel of nearest is wrong by {float(error):.1e}; plain operators are not")

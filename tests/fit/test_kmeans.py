@@ -12,7 +12,9 @@ from torch import Tensor
 
 from rpqfx.fit import kmeans
 from rpqfx.fit import kmeans as kmeans_function
-from rpqfx.fit.kmeans import _means, nearest
+from rpqfx.fit.kmeans import _means
+from rpqfx.ops import search
+from rpqfx.ops.search import nearest
 from tests.helpers import generator, randn, seeds
 
 
@@ -93,7 +95,7 @@ def test_the_same_seed_gives_the_same_codes_and_another_seed_another_start() -> 
 def test_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     points = randn(0, 50, 3)
     whole = kmeans(points, 6, seed=1)
-    monkeypatch.setitem(kmeans_function.__globals__, "_BLOCK_ELEMENTS", 20)
+    monkeypatch.setattr(search, "_BLOCK_ELEMENTS", 20)
     blocks = kmeans(points, 6, seed=1)
     assert torch.equal(whole[1], blocks[1])
     torch.testing.assert_close(whole[0], blocks[0])

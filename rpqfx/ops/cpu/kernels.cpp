@@ -2,9 +2,11 @@
 
 #include <torch/library.h>
 
+#include "beam.h"
 #include "bins.h"
 #include "contract.h"
 #include "contract_t.h"
+#include "nearest.h"
 #include "rows.h"
 
 TORCH_LIBRARY_FRAGMENT(rpqfx_cpu, m) {
@@ -18,4 +20,6 @@ TORCH_LIBRARY_FRAGMENT(rpqfx_cpu, m) {
       rpqfx::grads);
   m.def("expand(Tensor codebooks, Tensor codes, Tensor? scale, Tensor? signs, Tensor? ids) -> Tensor", rpqfx::expand);
   m.def("collect(Tensor grad, Tensor codes, Tensor? signs, int books, int entries) -> Tensor", rpqfx::collect);
+  m.def("nearest(Tensor points, Tensor centres) -> (Tensor, Tensor)", rpqfx::nearest);
+  m.def("beam_search(Tensor points, Tensor books, int beam) -> (Tensor, Tensor)", rpqfx::beam_search);
 }

@@ -72,3 +72,13 @@ def gather_sum(table: Tensor, codes: Tensor) -> Tensor:
 def bin_sum(y: Tensor, codes: Tensor, entries: int, runs: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """See ``rpqfx.maps.bin_sum``; the codes need no sorting here."""
     return torch.ops.rpqfx_cpu.bin_sum(y.contiguous(), codes, None, entries)
+
+
+def nearest(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
+    """See ``rpqfx.ops.search.nearest``; float32 only."""
+    return torch.ops.rpqfx_cpu.nearest(points, centres)
+
+
+def beam_search(points: Tensor, books: Tensor, beam: int) -> tuple[Tensor, Tensor]:
+    """See ``rpqfx.ops.search.beam_search``; float32 only."""
+    return torch.ops.rpqfx_cpu.beam_search(points, books, beam)

@@ -1,0 +1,146 @@
+// Codes of residual stages by beam search: the best partial sums go on to the next stage, not only the best one.
+#pragma once
+
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "nearest.h"
+
+namespace rpqfx {
+
+constexpr int64_t BLOCKS = 4;  // of centres whose lowest scores are compared with the worst of the beam at once
+
+// A partial sum that a stage may keep.
+struct Step {
+  float score;
+  int32_t parent, code;
+};
+
+// The best steps so far, in no order.
+struct Beam {
+  std::vector<Step> steps;
+  int64_t count = 0, most = 0, worst = 0;
+
+  float limit() const { return count < most ? std::numeric_limits<float>::infinity() : steps[worst].score; }
+
+  void add(const Step& step) {
+    steps[count < most ? count++ : worst] = step;
+    if (count < most) return;
+    worst = 0;
+    for (int64_t i = 1; i < most; ++i) worst = steps[i].score > steps[worst].score ? i : worst;
+  }
+};
+
+// A bit for each lane that is below the limit.
+inline uint64_t below(Floats scores, float limit) {
+  const Floats gap = limit - scores, positive = gap > 0 ? gap : Floats{};
+  float gaps[LANES];
+  __builtin_memcpy(gaps, &positive, sizeof(positive));
+  return ~static_cast<uint64_t>(load(gaps).zero_mask()) & ((uint64_t{1} << LANES) - 1);
+}
+
+// Puts the sums of one parent with each entry into the beam. `rest` is -2 (what the parent leaves - origin), and
+// `error` the squared length of the latter.
+template <int64_t D>
+void extend(const float* rest, float error, int32_t parent, const Centres& centres, Beam& beam) {
+  const int64_t d = D ? D : centres.d, size = (d + 1) * LANES;
+  for (int64_t b = 0; b < centres.blocks; b += BLOCKS) {
+    const int64_t blocks = std::min(BLOCKS, centres.blocks - b);
+    Floats scores[BLOCKS];
+    Floats low = Floats{} + std::numeric_limits<float>::infinity();
+    for (int64_t j = 0; j < blocks; ++j) {
+      const float* line = centres.lines + (b + j) * size;
+      Floats score = load_as<Floats>(line) + error;
+      for (int64_t i = 0; i < d; ++i) score += load_as<Floats>(line + (i + 1) * LANES) * rest[i];
+      low = score < low ? score : low;
+      scores[j] = score;
+    }
+    if (!below(low, beam.limit())) continue;
+    for (int64_t j = 0; j < blocks; ++j)
+      for (uint64_t lanes = below(scores[j], beam.limit()); lanes; lanes &= lanes - 1) {
+        const int64_t lane = __builtin_ctzll(lanes);
+        const float score = reinterpret_cast<const float*>(scores)[j * LANES + lane];
+        if (score < beam.limit()) beam.add({score, parent, static_cast<int32_t>((b + j) * LANES + lane)});
+      }
+  }
+}
+
+// What the beam's sums leave of a point, and their codes, from stage to stage.
+struct Paths {
+  std::vector<float> rests, next_rests, turned;
+  std::vector<int32_t> codes, next_codes;
+  Beam beam;
+
+  Paths(int64_t most, int64_t stages, int64_t d)
+      : rests(most * d), next_rests(most * d), turned(d), codes(most * stages), next_codes(most * stages) {
+    beam.steps.resize(most);
+  }
+};
+
+template <int64_t D>
+void beam_of(const float* point, const std::vector<Centres>& stages, int64_t most, Paths& paths, int64_t* codes,
+             float* distance) {
+  const int64_t d = D ? D : stages[0].d, count = stages.size();
+  int64_t parents = 1;
+  std::copy_n(point, d, paths.rests.data());
+  Beam& beam = paths.beam;
+  for (int64_t r = 0; r < count; ++r) {
+    const Centres& centres = stages[r];
+    beam.count = beam.worst = 0;
+    beam.most = r + 1 < count ? most : 1;
+    for (int64_t parent = 0; parent < parents; ++parent) {
+      float error = 0;
+      for (int64_t i = 0; i < d; ++i) {
+        const float x = paths.rests[parent * d + i] - centres.origin[i];
+        error += x * x;
+        paths.turned[i] = -2.0f * x;
+      }
+      extend<D>(paths.turned.data(), error, parent, centres, beam);
+    }
+    if (beam.count == 0) beam.add({0, 0, 0});  // nothing compares with NaN, and codes are in range all the same
+    // The best goes first, as it lowers the limit of the next stage at once.
+    std::sort(beam.steps.begin(), beam.steps.begin() + beam.count,
+              [](const Step& a, const Step& b) { return a.score < b.score; });
+    parents = beam.count;
+    for (int64_t j = 0; j < parents; ++j) {
+      const Step& step = beam.steps[j];
+      std::copy_n(&paths.codes[step.parent * count], r, &paths.next_codes[j * count]);
+      paths.next_codes[j * count + r] = step.code;
+      for (int64_t i = 0; i < d; ++i)
+        paths.next_rests[j * d + i] = paths.rests[step.parent * d + i] - centres.given[step.code * d + i];
+    }
+    paths.codes.swap(paths.next_codes);
+    paths.rests.swap(paths.next_rests);
+  }
+  std::copy_n(paths.codes.data(), count, codes);
+  *distance = 0;
+  for (int64_t i = 0; i < d; ++i) *distance += paths.rests[i] * paths.rests[i];
+}
+
+// Codes [N, R] of points [N, d] whose sums of entries of books [R, K, d] come near them, and the squared distances [N].
+inline std::tuple<Tensor, Tensor> beam_search(const Tensor& given, const Tensor& books, int64_t most) {
+  const bool fit = given.dim() == 2 && books.dim() == 3 && given.size(1) == books.size(2) && books.size(0) > 0 &&
+                   books.size(1) > 0 && books.size(1) < std::numeric_limits<int32_t>::max() - LANES && most > 0;
+  TORCH_CHECK_VALUE(fit, "points ", given.sizes(), " do not go with codebooks ", books.sizes(), " and a beam of ", most);
+  TORCH_CHECK_TYPE(given.scalar_type() == at::kFloat && books.scalar_type() == at::kFloat,
+                   "points and codebooks are float32, got ", given.scalar_type(), " and ", books.scalar_type());
+  const Tensor points = given.contiguous();
+  const int64_t count = points.size(0), d = points.size(1), stages = books.size(0);
+  std::vector<Centres> centres;
+  for (const Tensor& book : books.unbind(0)) centres.emplace_back(book);
+  Tensor codes = at::empty({count, stages}, points.options().dtype(at::kLong));
+  Tensor distances = at::empty({count}, points.options());
+  by_length(d, [&](auto length) {
+    at::parallel_for(0, count, 64, [&](int64_t begin, int64_t end) {
+      Paths paths(most, stages, d);
+      for (int64_t n = begin; n < end; ++n)
+        beam_of<length.value>(points.const_data_ptr<float>() + n * d, centres, most, paths,
+                              codes.data_ptr<int64_t>() + n * stages, distances.data_ptr<float>() + n);
+    });
+  });
+  return {codes, distances};
+}
+
+}  // namespace rpqfx

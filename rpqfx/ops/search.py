@@ -1,0 +1,91 @@
+"""Codes of points: the nearest centre, and sums of entries by beam search.
+
+By compiled kernels for float32 on a CPU, else by torch's own operators in blocks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rpqfx.ops.cpu import build, kernels
+
+# Distances that are alive at a time: few enough to stay in cache.
+_BLOCK_ELEMENTS = 2**20
+
+
+@torch.no_grad()
+def nearest(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest centre of each point, the first of them where several are as near.
+
+    Which is nearest is found by ``|c|^2 - 2 x.c`` relative to the centres' mean, so centres whose distances differ
+    by less than rounding may take each other's place; the distance itself is that of the centre found. A point with
+    NaN gets some code in range.
+
+    Args:
+        points: ``[N, d]``, floating.
+        centres: ``[K, d]`` of the same dtype and device, ``K >= 1``.
+
+    Returns:
+        ``codes [N]`` int64 and squared ``distances [N]``.
+    """
+    if _compiled(points, centres):
+        return kernels.nearest(points, centres)
+    codes, distances = [], []
+    for block in points.split(max(1, _BLOCK_ELEMENTS // len(centres))):
+        code = _scores(block, centres).argmin(1)
+        codes.append(code)
+        distances.append((block - centres[code]).square().sum(1))
+    return torch.cat(codes), torch.cat(distances)
+
+
+@torch.no_grad()
+def beam_search(points: Tensor, books: Tensor, beam: int) -> tuple[Tensor, Tensor]:
+    """Codes whose entries add up to nearly the points (Babenko and Lempitsky, "Additive Quantization", 2014).
+
+    Stage after stage, the ``beam`` best sums so far are tried with every entry of the stage. A beam of 1 is greedy.
+    A wider one is nearly always nearer, but no bound says so for each point.
+
+    Args:
+        points: ``[N, d]``, floating.
+        books: ``[R, K, d]`` of the same dtype and device, ``R >= 1`` and ``K >= 1``.
+        beam: Sums that go on to the next stage, at least 1.
+
+    Returns:
+        ``codes [N, R]`` int64 and squared ``distances [N]``.
+    """
+    if len(books) == 1:
+        codes, distances = nearest(points, books[0])
+        return codes[:, None], distances
+    if _compiled(points, books):
+        return kernels.beam_search(points, books, beam)
+    found = [_beam(block, books, beam) for block in points.split(max(1, _BLOCK_ELEMENTS // (beam * books.shape[1])))]
+    return torch.cat([codes for codes, _ in found]), torch.cat([distances for _, distances in found])
+
+
+def _compiled(points: Tensor, centres: Tensor) -> bool:
+    plain = all(type(x) in (Tensor, nn.Parameter) and x.dtype == torch.float32 for x in (points, centres))
+    on_cpu = points.device.type == centres.device.type == "cpu"
+    return plain and on_cpu and not torch.compiler.is_compiling() and build.ready()
+
+
+def _scores(points: Tensor, centres: Tensor) -> Tensor:
+    """Squared distances ``[N, K]``, less each point's own part."""
+    shift = centres.mean(0)  # distances far from the origin would cancel
+    centres = centres - shift
+    return torch.addmm(centres.square().sum(1), points - shift, centres.t(), alpha=-2)
+
+
+def _beam(points: Tensor, books: Tensor, beam: int) -> tuple[Tensor, Tensor]:
+    stages, entries, d = books.shape
+    rests = points[:, None]
+    codes = torch.empty(len(points), 1, 0, dtype=torch.int64, device=points.device)
+    for stage, book in enumerate(books):
+        own = (rests - book.mean(0)).square().sum(-1)
+        scores = _scores(rests.reshape(-1, d), book).view(*own.shape, entries) + own[..., None]
+        kept = min(beam if stage + 1 < stages else 1, own.shape[1] * entries)
+        best = scores.flatten(1).topk(kept, largest=False).indices
+        parent, code = (best // entries)[..., None], best % entries
+        rests = rests.gather(1, parent.expand(-1, -1, d)) - book[code]
+        codes = torch.cat([codes.gather(1, parent.expand(-1, -1, stage)), code[..., None]], -1)
+    return codes[:, 0], rests[:, 0].square().sum(-1)
