@@ -1,0 +1,1 @@
+"""What fine-tuning a model in codebooks is made of."""
