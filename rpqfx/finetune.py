@@ -67,8 +67,8 @@ class Finetuned:
 
     def __str__(self) -> str:
         return (
-            f"{self.steps} steps in {self.seconds:.0f} s: loss {self.before:.4g} -> {self.after:.4g} (means of the first "
-            f"and last tenth); {self.weights} weights in codebooks, {self.trained:,} numbers trained, "
+            f"{self.steps} steps in {self.seconds:.0f} s: loss {self.before:.4g} -> {self.after:.4g} (means of the "
+            f"first and last tenth); {self.weights} weights in codebooks, {self.trained:,} numbers trained, "
             f"{self.recoded:,} changes among {self.codes:,} codes"
         )
 
@@ -111,7 +111,8 @@ def finetune(
             gone through in a new order each time; another iterable; or a callable that is given 0, 1, 2, ...
         steps: Of the optimiser.
         loss: From the student's output, the teacher's (or None) and the batch to a scalar. Left out, the divergence of
-            logits or the relative squared difference of outputs (see [`Distillation`][rpqfx.tuning.losses.Distillation]).
+            logits or the relative squared difference of outputs
+            ([`Distillation`][rpqfx.tuning.losses.Distillation]).
         logits: Whether outputs are logits; left out, those that have ``logits`` are.
         recode: Whether codes change. Those of weights with several stages and signs do not.
         recode_every: Steps between two looks for nearer entries.
@@ -144,8 +145,8 @@ def finetune(
     run = _Run(model, guide, feed(data, seed), compare, autocast, accumulate)
     began = time.perf_counter()
     with torch.inference_mode(False), torch.enable_grad(), _modes(model, guide, norms):
-        run.start(rates or Rates(), train, recode, steps)
         try:
+            run.start(rates or Rates(), train, recode, steps)
             for step in range(steps):
                 run.step(step, clip, recode_every)
                 if progress is not None:
@@ -153,10 +154,8 @@ def finetune(
         finally:
             run.finish()
     codes = sum(weight.codes.numel() for weight in run.weights)
-    trained = sum(parameter.numel() for parameter in run.trained.all)
-    return Finetuned(
-        tuple(run.losses), len(run.weights), trained, run.recoded, codes, time.perf_counter() - began
-    )  # fmt: skip
+    seconds = time.perf_counter() - began
+    return Finetuned(tuple(run.losses), len(run.weights), run.numbers, run.recoded, codes, seconds)
 
 
 class _Run:
@@ -170,13 +169,15 @@ class _Run:
         self._kind = self.weights[0].codebooks.device.type
         self.losses: list[float] = []
         self.recoded = self._seen = 0
+        self._trained: Trained | None = None
 
     def start(self, rates: Rates, train: Choose | None, recode: bool, steps: int) -> None:
-        self.trained = Trained(self._model, self.weights, train)
+        self._trained = Trained(self._model, self.weights, train)
         self._cut = [CutWeight.of(weight) for weight in self.weights]
         self._latents = {cut: Latent(cut) for cut in self._cut if recode and Latent.fits(cut)}
-        self._good = Good(self._model, self.trained, self.weights)
-        groups = self.trained.groups(rates, self._latents.values())
+        self._good = Good(self._model, self._trained, self.weights)
+        self.numbers = sum(parameter.numel() for parameter in self._trained.all)
+        groups = self._trained.groups(rates, self._latents.values())
         self._adam = torch.optim.Adam(groups, betas=_BETAS)
         warm = max(1, math.ceil(_WARM * steps))
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -187,7 +188,7 @@ class _Run:
         total = 0.0
         for _ in range(self._accumulate):
             loss = self._forward() / self._accumulate
-            total += float(loss)
+            total += float(loss.detach())
             if not math.isfinite(total):
                 self._good.restore()
                 raise TrainingError(f"the loss of step {number} is {total}; {_REMEDY}")
@@ -226,21 +227,18 @@ class _Run:
         return self._loss(found, wanted, batch)
 
     def _clip(self, number: int, clip: float) -> None:
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.trained.all if p.grad is not None])
+        tensors = [tensor for group in self._adam.param_groups for tensor in group["params"]]
+        norm = nn.utils.get_total_norm([tensor.grad for tensor in tensors if tensor.grad is not None])
         if not bool(torch.isfinite(norm)):
             raise TrainingError(f"the gradient of step {number} is not finite; {_REMEDY}")
-        if norm > clip:
-            for group in self._adam.param_groups:
-                for tensor in group["params"]:
-                    if tensor.grad is not None:
-                        tensor.grad.mul_(clip / norm)
+        nn.utils.clip_grads_with_norm_(tensors, clip, norm)
 
     def finish(self) -> None:
         for weight in self.weights:
             if isinstance(weight, CutWeight):
                 weight.uncut()
-        if hasattr(self, "trained"):
-            self.trained.restore()
+        if self._trained is not None:
+            self._trained.restore()
 
 
 _REMEDY = "the model is as it was before that step's update. Try lower rates, or look for bad numbers in the data"

@@ -63,7 +63,7 @@ class Latent:
         share = codes.shape[1] // books.shape[1]
         for g in range(books.shape[1]):
             block = slice(g * share, (g + 1) * share)
-            old = rearrange(codes[:, block], "r m n -> (n m) r")
+            old = rearrange(codes[:, block], "r m n -> (n m) r").clone()
             far = moved[:, block].flatten() > self._reach(books[:, g], old)
             where = far.nonzero().flatten()
             if not len(where):

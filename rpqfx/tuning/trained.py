@@ -80,7 +80,7 @@ class Trained:
             kind = self.codebooks if id(parameter) in codebooks else self.scales if inside else self.dense
             kind.append(parameter)
         if not self.all:
-            raise InputError("train chooses no Parameter; it is given their names, as model.named_parameters() has them")
+            raise InputError("train chooses no Parameter; it is given names as model.named_parameters() has them")
         self._half = {id(p) for p in self.all if _is_half(p)}
         for parameter, _, _ in self._before:
             parameter.requires_grad_(False)
