@@ -203,7 +203,8 @@ class _Run:
         self._adam.zero_grad()
         self._schedule.step()
         if (number + 1) % recode_every == 0:
-            self.recoded += sum(latent.recode() for latent in self._latents.values())
+            apart: dict[tuple[int, int], Tensor] = {}
+            self.recoded += sum(latent.recode(apart) for latent in self._latents.values())
         for cut in self._cut:
             cut.decode()
         self.losses.append(total)

@@ -51,8 +51,12 @@ class Latent:
         self.values.grad = cut if self._signs is None else cut * self._signs
 
     @torch.no_grad()
-    def recode(self) -> int:
+    def recode(self, apart: dict[tuple[int, int], Tensor]) -> int:
         """Gives each sub-vector the nearest entry (with several stages: nearer ones, by beam search).
+
+        Args:
+            apart: How far the entries of each codebook are from their nearest others, once for all that share it;
+                empty at first.
 
         Returns:
             How many sub-vectors' codes have changed.
@@ -64,7 +68,7 @@ class Latent:
         for g in range(books.shape[1]):
             block = slice(g * share, (g + 1) * share)
             old = rearrange(codes[:, block], "r m n -> (n m) r").clone()
-            far = moved[:, block].flatten() > self._reach(books[:, g], old)
+            far = moved[:, block].flatten() > self._reach(g, old, apart)
             where = far.nonzero().flatten()
             if not len(where):
                 continue
@@ -84,18 +88,15 @@ class Latent:
             return new[:, None], distances
         return beam_search(points.contiguous(), books.contiguous(), _BEAM)
 
-    def _reach(self, books: Tensor, codes: Tensor) -> Tensor:
+    def _reach(self, g: int, codes: Tensor, apart: dict[tuple[int, int], Tensor]) -> Tensor:
         """Squared distances within which no other entry can be nearer; with several stages none is known."""
+        books = self._weight.codebooks
         if len(books) > 1:
             return torch.zeros(len(codes), device=books.device)
-        book = books[0]
-        apart = torch.empty(len(book), device=book.device, dtype=book.dtype)
-        step = max(1, _BLOCK_ELEMENTS // len(book))
-        for start in range(0, len(book), step):
-            distances = torch.cdist(book[start : start + step], book)
-            distances.diagonal(start).fill_(torch.inf)
-            apart[start : start + step] = distances.min(1).values
-        return (apart / 2).square()[codes[:, 0]]
+        key = (id(books), g)
+        if key not in apart:
+            apart[key] = _gaps(books.detach()[0, g])
+        return (apart[key] / 2).square()[codes[:, 0]]
 
     def _entries(self) -> Tensor:
         """What the codes stand for, without signs and factors, ``[N, M, d]``."""
@@ -107,3 +108,14 @@ class Latent:
     def _weight_dims(self) -> Tensor | None:
         scale, share = self._weight.dim_scale, self._weight.spec.dim_scale
         return None if scale is None else scale.detach().repeat_interleave(share)
+
+
+def _gaps(book: Tensor) -> Tensor:
+    """The distance of each entry ``[K, d]`` to the nearest other one."""
+    gaps = torch.empty(len(book), device=book.device, dtype=book.dtype)
+    step = max(1, _BLOCK_ELEMENTS // len(book))
+    for start in range(0, len(book), step):
+        distances = torch.cdist(book[start : start + step], book)
+        distances.diagonal(start).fill_(torch.inf)
+        gaps[start : start + step] = distances.min(1).values
+    return gaps
