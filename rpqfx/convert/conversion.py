@@ -36,7 +36,7 @@ def convert(
     model: nn.Module,
     sites: Sequence[Site],
     decide: Decide,
-    calibration: Sequence[Any] = (),
+    calibration: Iterable[Any] = (),
     *,
     weigh: bool = False,
     seed: int = 0,
