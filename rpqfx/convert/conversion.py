@@ -97,7 +97,9 @@ class _Conversion:
         with evaluating(self._model):
             seen = self._observe(self._weights.values())
             if self._batches.runs and self._weigh:
-                costs = importance(list(self._weights.values()), seen, self._batches.runs[:_GRADIENT_BATCHES])
+                costs = importance(
+                    self._model, list(self._weights.values()), seen, self._batches.runs[:_GRADIENT_BATCHES]
+                )
                 settled = settle(self._decide({name: costs[w] for name, w in self._weights.items()}), self._sites)
             self._settle_specs(settled)
             self._store = self._open_store()
