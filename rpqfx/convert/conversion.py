@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 from rpqfx.convert.batches import Batches
 from rpqfx.convert.checkpoint import Checkpoint, fingerprint
@@ -157,9 +157,12 @@ class _Conversion:
     def _open_store(self) -> Checkpoint | None:
         if self._folder is None:
             return None
-        words = [repr(sorted((name, repr(hold)) for name, hold in self._holds.items())), str(self._seed)]
-        inputs = [leaf for leaf in tree_leaves(self._batches.calls) if isinstance(leaf, Tensor)]
-        return Checkpoint(self._folder, fingerprint(words, [*(w.vectors for w in self._weights.values()), *inputs]))
+        inputs, shape = tree_flatten(self._batches.calls)
+        plain = [repr(leaf) for leaf in inputs if isinstance(leaf, (bool, int, float, str))]
+        words = [repr(sorted((name, repr(hold)) for name, hold in self._holds.items())), str(self._seed), str(shape)]
+        held = [*(w.vectors for w in self._weights.values()), *self._model.parameters(), *self._model.buffers(), *inputs]
+        tensors = [tensor for tensor in held if isinstance(tensor, Tensor) and not tensor.is_meta]
+        return Checkpoint(self._folder, fingerprint([*words, *plain], tensors))
 
     def _train(self, seen: Mapping[RPQWeight, Seen]) -> dict[str, nn.Parameter]:
         """The codebooks of each weight, one Parameter for all that share them."""
