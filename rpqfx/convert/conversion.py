@@ -87,7 +87,7 @@ class _Conversion:
         self._model, self._sites, self._decide, self._batches = model, sites, decide, batches
         self._weigh, self._seed, self._progress, self._folder = weigh, seed, progress, folder
         self._errors: dict[str, float | None] = {}
-        self._last: tuple[list[Tensor], Tensor] | None = None
+        self._last: tuple[list[_Asked], list[object], Tensor] | None = None
         self._by_name = {site.name: site for site in sites}
 
     def run(self) -> None:
@@ -208,18 +208,16 @@ class _Conversion:
 
     def _moment(self, inputs: list[_Asked]) -> Tensor:
         """Of inputs that several weights have in common made once."""
-        tensors = [x for _, x, _, _ in inputs]
-        if self._last is None or len(tensors) != len(self._last[0]) or any(
-            a is not b for a, b in zip(tensors, self._last[0], strict=True)
-        ):  # fmt: skip
+        marks = [_mark(asked) for asked in inputs]
+        if self._last is None or self._last[1] != marks:
             moments = Moments()
             for asked in inputs:
                 for rows in input_rows(*asked):
                     moments.add(rows)
             mean = moments.mean
             assert mean is not None
-            self._last = tensors, mean
-        return self._last[1]
+            self._last = inputs, marks, mean  # inputs live on, so that no other has their address
+        return self._last[2]
 
     def _fit(self, name: str, moment: Tensor | None | Callable[[], Tensor]) -> None:
         weight = self._weights[name]
@@ -242,6 +240,14 @@ class _Conversion:
 
 
 _Asked = tuple[str, Tensor, Layout, tuple[Any, ...]]
+
+
+def _mark(asked: _Asked) -> object:
+    """Equal for two uses while the first one's input is alive, if their inputs' rows are the same."""
+    product, x, layout, geometry = asked
+    version = object() if x.is_inference() else x._version
+    lies = (layout.transposed, layout.dim, layout.shape[2:] if product == "conv" else ())
+    return product, x.data_ptr(), version, x.dtype, x.device, x.shape, x.stride(), lies, geometry
 
 
 def _energy(mean: Tensor | None) -> Tensor | None:
