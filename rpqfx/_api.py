@@ -97,7 +97,6 @@ def rpqify(
         replaced = [parameter_at(model, site.name) for site in sites if isinstance(decisions[site.name], Hold)]
         captured = dataclasses.replace(captured, model=copy_model(model, replaced))
     expected = _Expected(captured.model, example_inputs, example_kwargs) if runs else None
-    batches = list(calibration or ())
     converts = calibration is not None or (isinstance(policy, Policy) and policy.bits_per_weight is not None)
     if not converts:
         if checkpoint is not None:
@@ -111,9 +110,9 @@ def rpqify(
             return decide_all(policy, sites, others, importance)[0] if importance else decisions
 
         small = convert(
-            captured.model, sites, decide, batches, weigh=isinstance(policy, Policy) and policy.bits_per_weight is not None,
-            refine_steps=refine, seed=seed,
-            progress=shown(progress, quiet=not batches), checkpoint=checkpoint,
+            captured.model, sites, decide, () if calibration is None else calibration,
+            weigh=isinstance(policy, Policy) and policy.bits_per_weight is not None, refine_steps=refine, seed=seed,
+            progress=shown(progress, quiet=calibration is None), checkpoint=checkpoint,
         )  # fmt: skip
     records, _ = attached_records(small) or ((), ())
     attach_records(small, records, notes)

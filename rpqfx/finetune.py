@@ -140,7 +140,8 @@ def finetune(
     for name, count in (("steps", steps), ("recode_every", recode_every), ("accumulate", accumulate)):
         if type(count) is not int or count < 1:
             raise InputError(f"{name} is a whole number from 1, got {count!r}")
-    model, guide = (getattr(m, "_orig_mod", m) for m in (small, teacher))
+    model = getattr(small, "_orig_mod", small)  # as it was before torch.compile
+    guide = getattr(teacher, "_orig_mod", teacher)
     compare = loss or Distillation(logits)
     run = _Run(model, guide, feed(data, seed), compare, autocast, accumulate)
     began = time.perf_counter()

@@ -88,7 +88,8 @@ def _allocate(
     served = sum(site.numel for site in sites) // d
     if max(rungs) > 1 and served < _FEWEST_USERS * 2 ** max(rungs):
         return math.inf
-    books = sum(2**k * d * _FLOAT_BITS for k in rungs)
+    dtypes = {site.dtype for site in sites}  # which cannot share
+    books = len(dtypes) * sum(2**k * d * _FLOAT_BITS for k in rungs)
     groups: dict[str, list[Candidate[Hold]]] = {}
     alike: dict[object, list[Candidate[Hold]]] = {}
     for site in sites:

@@ -20,6 +20,7 @@ from convert_models import SUBJECTS, Batch, Loaded, Subject, augmented, reestima
 from convert_peers import PEERS, Converted, Peer
 
 import rpqfx
+from rpqfx.tuning.trained import Rates
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,10 @@ def _images(loaded: Loaded) -> Callable[[int], torch.Tensor]:
 
 RECIPES = {
     "SmolLM2-135M": Recipe(
-        16, 60, {"autocast": torch.bfloat16, "recode": False, "rates": rpqfx.Rates(2e-3, 2e-3)}, _windows(512, 4)
+        16, 60, {"autocast": torch.bfloat16, "recode": False, "rates": Rates(2e-3, 2e-3)}, _windows(512, 4)
     ),
-    "MiniLM": Recipe(16, 200, {}, lambda loaded: loaded.calibration(200)),
-    "ResNet-20": Recipe(8, 400, {"logits": True, "norms": "update"}, _images),
+    "MiniLM": Recipe(16, 100, {"recode": False}, lambda loaded: loaded.calibration(200)),
+    "ResNet-20": Recipe(8, 400, {"logits": True, "norms": "update", "recode": False}, _images),
 }
 
 
@@ -113,7 +114,9 @@ def _ours(subject: Subject, loaded: Loaded, bits: float, quick: bool) -> Iterato
     small = rpqfx.rpqify(loaded.model, policy, calibration=batches)
     minutes = _minutes(began)
     report = rpqfx.report(small)
-    yield Row(f"**rpqfx, {bits}**", report.bits_per_weight, loaded.evaluate(small, quick=quick), minutes, _shapes(report))
+    yield Row(
+        f"**rpqfx, {bits}**", report.bits_per_weight, loaded.evaluate(small, quick=quick), minutes, _shapes(report)
+    )
     began = time.perf_counter()
     done = rpqfx.finetune(small, teacher=loaded.model, data=recipe.data(loaded), steps=recipe.steps, **recipe.options)
     minutes += _minutes(began)
@@ -169,7 +172,9 @@ def main() -> None:
         for row in rows(subject, loaded, targets, not wanted.no_peers, wanted.quick):
             if not keys:
                 keys, dense = list(row.scores), row.scores
-                print(f"| {subject.name} | bits | {' | '.join(keys)} | minutes | |\n|---|---|{'---|' * len(keys)}---|---|")
+                print(
+                    f"| {subject.name} | bits | {' | '.join(keys)} | minutes | |\n|---|---|{'---|' * len(keys)}---|---|"
+                )
             _print(row, keys, dense)
         print()
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from rpqfx.errors import FormatError
 
 _MARK = "conversion.sha256"
+_SUM = "sha256"
 
 
 class Checkpoint:
@@ -51,9 +52,11 @@ class Checkpoint:
             held = torch.load(path, map_location="cpu", weights_only=True)
         except FileNotFoundError:
             return None
-        except Exception:  # half a file cannot be there, but a disk may have lost some of it
+        except Exception:  # half a file cannot be there, but a disk may have lost some of it, or changed it
             return None
-        return held if isinstance(held, dict) else None
+        if not isinstance(held, dict) or held.pop(_SUM, None) != fingerprint(held, held.values()):
+            return None
+        return held
 
     def save(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Keeps tensors; the file appears whole or not at all.
@@ -61,7 +64,9 @@ class Checkpoint:
         Raises:
             OSError: If it cannot be written, as on a full disk; what was saved before stays.
         """
-        self._write(self._path(name), lambda draft: torch.save({n: t.cpu() for n, t in tensors.items()}, draft))
+        held = {name: tensor.cpu() for name, tensor in tensors.items()}
+        whole = {**held, _SUM: fingerprint(held, held.values())}  # torch.load checks no sums
+        self._write(self._path(name), lambda draft: torch.save(whole, draft))
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.pt"

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 from rpqfx.convert.batches import Batches
 from rpqfx.convert.checkpoint import Checkpoint, fingerprint
@@ -36,7 +36,7 @@ def convert(
     model: nn.Module,
     sites: Sequence[Site],
     decide: Decide,
-    calibration: Sequence[Any] = (),
+    calibration: Iterable[Any] = (),
     *,
     weigh: bool = False,
     refine_steps: int = 0,
@@ -78,7 +78,7 @@ def convert(
     values = [(tensor, tensor.detach().clone()) for tensor in small]
     try:
         _Conversion(
-            model, sites, decide, list(calibration), weigh, refine_steps, seed, progress, checkpoint
+            model, sites, decide, Batches(model, calibration), weigh, refine_steps, seed, progress, checkpoint
         ).run()  # fmt: skip
     except BaseException:
         before.restore()
@@ -91,19 +91,18 @@ def convert(
 
 class _Conversion:
     def __init__(
-        self, model: nn.Module, sites: Sequence[Site], decide: Decide, calibration: list[Any], weigh: bool,
+        self, model: nn.Module, sites: Sequence[Site], decide: Decide, batches: Batches, weigh: bool,
         steps: int, seed: int, progress: Progress | None, folder: str | os.PathLike[str] | None,
     ) -> None:  # fmt: skip
-        self._model, self._sites, self._decide, self._calibration = model, sites, decide, calibration
+        self._model, self._sites, self._decide, self._batches = model, sites, decide, batches
         self._weigh, self._steps, self._seed, self._progress, self._folder = weigh, steps, seed, progress, folder
-        self._batches = Batches(model, calibration)
         self._dense: nn.Module | None = None
         self._errors: dict[str, float | None] = {}
         self._by_name = {site.name: site for site in sites}
 
     def run(self) -> None:
         settled = settle(self._decide({}), self._sites)
-        if self._steps and self._calibration:
+        if self._steps and self._batches.runs:
             held = [parameter_at(self._model, name) for name, d in settled.items() if isinstance(d, Hold)]
             self._dense = copy_model(self._model, held).eval()
         self._weights = self._stand_ins({n: d for n, d in settled.items() if isinstance(d, Hold)})
@@ -111,7 +110,9 @@ class _Conversion:
         with evaluating(self._model):
             seen = self._observe(self._weights.values())
             if self._batches.runs and self._weigh:
-                costs = importance(list(self._weights.values()), seen, self._batches.runs[:_GRADIENT_BATCHES])
+                costs = importance(
+                    self._model, list(self._weights.values()), seen, self._batches.runs[:_GRADIENT_BATCHES]
+                )
                 settled = settle(self._decide({name: costs[w] for name, w in self._weights.items()}), self._sites)
             self._settle_specs(settled)
             self._store = self._open_store()
@@ -169,13 +170,20 @@ class _Conversion:
     def _open_store(self) -> Checkpoint | None:
         if self._folder is None:
             return None
+        inputs, shape = tree_flatten(self._batches.calls)
+        plain = [repr(leaf) for leaf in inputs if isinstance(leaf, (bool, int, float, str))]
         words = [
-            str(self._steps),
-            repr(sorted((name, repr(hold)) for name, hold in self._holds.items())),
-            str(self._seed),
+            repr(sorted((name, repr(hold)) for name, hold in self._holds.items())), str(self._seed), str(self._steps),
+            str(shape),
+        ]  # fmt: skip
+        held = [
+            *(w.vectors for w in self._weights.values()),
+            *self._model.parameters(),
+            *self._model.buffers(),
+            *inputs,
         ]
-        inputs = [leaf for leaf in tree_leaves(self._batches.calls) if isinstance(leaf, Tensor)]
-        return Checkpoint(self._folder, fingerprint(words, [*(w.vectors for w in self._weights.values()), *inputs]))
+        tensors = [tensor for tensor in held if isinstance(tensor, Tensor) and not tensor.is_meta]
+        return Checkpoint(self._folder, fingerprint([*words, *plain], tensors))
 
     def _train(self, seen: Mapping[RPQWeight, Seen]) -> dict[str, nn.Parameter]:
         """The codebooks of each weight, one Parameter for all that share them."""
@@ -198,7 +206,7 @@ class _Conversion:
         ranks = {weight: seen[weight].rank for weight in names}
         turns = Turns(self._batches, names, ranks, lambda weight, moment: self._fit(names[weight], moment))
         if self._steps and self._dense is not None:
-            turns.refine(self._model, self._dense, Batches(self._dense, self._calibration), self._refine)
+            turns.refine(self._model, self._dense, self._batches.of(self._dense), self._refine)
         turns.run()
         for weight, name in names.items():
             if isinstance(weight, StandIn):  # batches no longer come here
@@ -216,7 +224,7 @@ class _Conversion:
             for number, parameter in enumerate(refinable(block)):
                 parameter.copy_(kept[str(number)])
 
-    def _fit(self, name: str, moment: Tensor | None | Callable[[], Tensor]) -> None:
+    def _fit(self, name: str, moment: Tensor | Callable[[], Tensor] | None) -> None:
         weight = self._weights[name]
         assert isinstance(weight, StandIn)
         kept = None if self._store is None else self._store.load(name)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from rpqfx.convert.observe import Observer, Seen
@@ -39,7 +39,7 @@ class Gradients(Observer):
         if not torch.is_grad_enabled() or not y.is_floating_point():
             return y
         if not y.requires_grad:
-            y = y.detach().requires_grad_()
+            y = y.detach().requires_grad_().clone()  # a leaf could not be changed in place
 
         def hook(grad: Tensor) -> None:
             self.sums[weight] = self.sums.get(weight, 0.0) + float(grad.float().square().mean())
@@ -49,7 +49,12 @@ class Gradients(Observer):
 
 
 def importance(
-    weights: Sequence[StandIn], seen: dict[RPQWeight, Seen], runs: Sequence[Callable[[], Any]], *, seed: int = 0
+    model: nn.Module,
+    weights: Sequence[StandIn],
+    seen: dict[RPQWeight, Seen],
+    runs: Sequence[Callable[[], Any]],
+    *,
+    seed: int = 0,
 ) -> dict[RPQWeight, float]:
     """What an error of each weight that is as large as the weight itself would add to the loss, to second order.
 
@@ -58,6 +63,7 @@ def importance(
     1503.05671). Sub-vectors trade errors between their columns, so energies are averaged geometrically within four.
 
     Args:
+        model: The model; its Parameters are left without gradients.
         weights: The stand-ins.
         seen: What was observed of them.
         runs: What runs each batch.
@@ -69,11 +75,18 @@ def importance(
     listener = Gradients(weights)
     for weight in weights:
         weight.listener = listener
-    for number, run in enumerate(runs):
-        with torch.enable_grad():
-            loss = _probe(run(), seed + number)
-            if loss is not None:
-                loss.backward()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        for number, run in enumerate(runs):
+            with torch.enable_grad():
+                loss = _probe(run(), seed + number)
+                if loss is not None:
+                    loss.backward()
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_()
     found = {}
     for weight in weights:
         mean = seen[weight].moments.mean

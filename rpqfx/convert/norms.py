@@ -13,6 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 def estimate_norms(model: nn.Module, runs: Sequence[Callable[[], Any]]) -> int:
     """Takes the running statistics of batch norms anew, as the plain mean over batches.
 
+    Those that no batch reaches keep theirs, and so do all if a run raises.
+
     Args:
         model: The model, in eval mode.
         runs: What runs each batch through it.
@@ -24,6 +26,8 @@ def estimate_norms(model: nn.Module, runs: Sequence[Callable[[], Any]]) -> int:
     if not norms or not runs:
         return len(norms)
     momenta = [norm.momentum for norm in norms]
+    before = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
+    done = False
     try:
         for norm in norms:
             norm.reset_running_stats()
@@ -32,8 +36,12 @@ def estimate_norms(model: nn.Module, runs: Sequence[Callable[[], Any]]) -> int:
         with torch.no_grad():
             for run in runs:
                 run()
+        done = True
     finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
+        for norm, momentum, buffers in zip(norms, momenta, before, strict=True):
             norm.momentum = momentum
             norm.eval()
+            if not done or not norm.num_batches_tracked:
+                for name, buffer in norm.named_buffers():
+                    buffer.copy_(buffers[name])
     return len(norms)

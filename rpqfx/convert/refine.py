@@ -46,9 +46,10 @@ def blocks_of(model: nn.Module, weights: Iterable[str]) -> dict[str, nn.Module]:
     for path, module in model.named_modules():
         parent = path.rpartition(".")[0]
         inside = any(path == block or path.startswith(f"{block}.") for block in found)
-        if path and not inside and isinstance(model.get_submodule(parent), _CONTAINERS):
-            if any(owner == path or owner.startswith(f"{path}.") for owner in owners):
-                found[path] = module
+        if not path or inside or not isinstance(model.get_submodule(parent), _CONTAINERS):
+            continue
+        if any(owner == path or owner.startswith(f"{path}.") for owner in owners):
+            found[path] = module
     return found
 
 

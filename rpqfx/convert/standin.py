@@ -71,6 +71,8 @@ class StandIn(RPQWeight):
         self.codebooks, self.codes = codebooks, codes.to(self.spec.code_dtype)
         for name, factor in factors.items():
             setattr(self, name, torch.nn.Parameter(factor, trained))
+        if self.signs is not None:  # none is turned: codebooks were trained without
+            self.signs = torch.zeros(self.spec.signs_shape, dtype=torch.uint8, device=codes.device)
         self.__class__ = RPQWeight  # type: ignore[assignment]
         for name in ("vectors", "listener", "trained", "_ids"):
             del self.__dict__[name]

@@ -12,6 +12,7 @@ from rpqfx.convert.lockstep import Lockstep, RunError
 from rpqfx.convert.moments import Moments, input_rows
 from rpqfx.convert.observe import Observer
 from rpqfx.convert.refine import Call, Watch, blocks_of
+from rpqfx.convert.standin import StandIn
 from rpqfx.nn.layout import Layout
 from rpqfx.nn.weight import RPQWeight
 
@@ -34,7 +35,7 @@ class Turns:
         self, batches: Batches, names: Mapping[RPQWeight, str], ranks: Mapping[RPQWeight, int], fit: FitWeight
     ) -> None:
         self._batches, self._names, self._ranks, self._fit = batches, names, ranks, fit
-        self._last: tuple[list[Tensor], Tensor] | None = None
+        self._last: tuple[list[Asked], list[object], Tensor] | None = None
         self._blocks: dict[str, nn.Module] = {}
         self._dense: Batches | None = None
 
@@ -72,6 +73,7 @@ class Turns:
                     lockstep.stop(weight, (product, x, layout, geometry))
 
         for weight in names:
+            assert isinstance(weight, StandIn)
             weight.listener = Stopping(())
 
         def handle(key: Hashable, seen: dict[int, Any]) -> None:
@@ -98,18 +100,21 @@ class Turns:
 
     def _moment(self, inputs: list[Asked]) -> Tensor:
         """Of inputs that several weights have in common made once."""
-        tensors = [asked[1] for asked in inputs]
-        known = self._last
-        if known is None or len(known[0]) != len(tensors) or any(map(_differ, known[0], tensors)):
+        marks = [_mark(asked) for asked in inputs]
+        if self._last is None or self._last[1] != marks:
             moments = Moments()
             for asked in inputs:
                 for rows in input_rows(*asked):
                     moments.add(rows)
             mean = moments.mean
             assert mean is not None
-            self._last = known = tensors, mean
-        return known[1]
+            self._last = inputs, marks, mean  # inputs live on, so that no other has their address
+        return self._last[2]
 
 
-def _differ(a: object, b: object) -> bool:
-    return a is not b
+def _mark(asked: Asked) -> object:
+    """Equal for two uses while the first one's input is alive, if their inputs' rows are the same."""
+    product, x, layout, geometry = asked
+    version = object() if x.is_inference() else x._version
+    lies = (layout.transposed, layout.dim, layout.shape[2:] if product == "conv" else ())
+    return product, x.data_ptr(), version, x.dtype, x.device, x.shape, x.stride(), lies, geometry

@@ -26,10 +26,12 @@ def balance(matrix: Tensor, energy: Tensor | None, *, share: int = 1, power: flo
         clip: In root mean squares of the divided matrix.
 
     Returns:
-        ``[D // share]``, positive; the divided matrix has root mean square 1.
+        ``[D // share]``, positive; the divided matrix has root mean square 1, unless it is zero.
     """
     large = matrix.abs().amax(0).view(-1, share).amax(1)
     squares = matrix.square().sum(0).view(-1, share).sum(1)
+    if not bool(squares.any()):  # factors near zero would not fit into half precision
+        return torch.ones_like(large)
     if energy is None:
         factors = torch.ones_like(large)
     else:
