@@ -4,6 +4,7 @@ from rpqfx import errors, graph, nn
 from rpqfx._api import rpqify
 from rpqfx.codebook import CodebookSpec
 from rpqfx.errors import RPQError
+from rpqfx.finetune import finetune
 from rpqfx.materialize import materialize
 from rpqfx.policy import Hold, Policy, Rule, Skip
 from rpqfx.report import Report, report
@@ -23,6 +24,7 @@ __all__ = [
     "Site",
     "Skip",
     "errors",
+    "finetune",
     "graph",
     "load",
     "materialize",

@@ -36,6 +36,7 @@ def rpqify(
     seed: int = 0,
     progress: Progress | bool | None = None,
     calibration: Iterable[Any] | None = None,
+    refine: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> nn.Module:
     """Rewrites a model so that its weights live in codebooks.
@@ -60,6 +61,9 @@ def rpqify(
         calibration: Batches of the model's inputs, each a tensor, a tuple of positional inputs or a mapping of keyword
             inputs. Codebooks are then fitted to what the model does with its weights
             ([`convert`][rpqfx.convert.convert]), and batch-norm statistics estimated again.
+        refine: Steps for which each block (a module in a Sequential or ModuleList) is refined on the calibration
+            batches when its weights are done: its own codebooks, factors, norms and biases come nearer to what the
+            dense block returned.
         checkpoint: Folder for finished weights of a conversion (a policy with ``bits_per_weight``, or calibration).
             The same call with the same folder goes on where it was interrupted, to the same result.
 
@@ -107,7 +111,7 @@ def rpqify(
 
         small = convert(
             captured.model, sites, decide, () if calibration is None else calibration,
-            weigh=isinstance(policy, Policy) and policy.bits_per_weight is not None, seed=seed,
+            weigh=isinstance(policy, Policy) and policy.bits_per_weight is not None, refine_steps=refine, seed=seed,
             progress=shown(progress, quiet=calibration is None), checkpoint=checkpoint,
         )  # fmt: skip
     records, _ = attached_records(small) or ((), ())

@@ -38,3 +38,7 @@ class RewriteError(RPQError, RuntimeError):
 
 class FormatError(RPQError, RuntimeError):
     """A saved file that is truncated, altered, newer than this library, or of another model."""
+
+
+class TrainingError(RPQError, ArithmeticError):
+    """A fine-tuning that came to a loss or a gradient that is not finite."""

@@ -190,7 +190,8 @@ class Policy(Options):
     def _by_rate(self, sites: Sequence[Site], importance: Mapping[str, float] | None) -> dict[str, Hold | Skip]:
         rows = {site.shape[0] for site in sites if site.kind in ("embedding", "embedding_bag")}
         decisions: dict[str, Hold | Skip] = {}
-        weights, tables = [], []
+        weights: list[Site] = []
+        tables: list[Site] = []
         for site in sites:
             reason = self._refused(site, self.options_for(site))
             table = site.kind in ("embedding", "embedding_bag") or (site.kind == "linear" and site.shape[0] in rows)
@@ -203,7 +204,8 @@ class Policy(Options):
             else:
                 (tables if table else weights).append(site)
         decisions |= spread(weights, self.bits_per_weight or 0.0, importance)
-        return decisions | spread(tables, self.embedding_bits or 0.0, None, "embeddings")
+        decisions |= spread(tables, self.embedding_bits or 0.0, None, "embeddings")
+        return decisions
 
     def __call__(self, site: Site) -> Hold | Skip:
         """Decides one site by itself, leaving a budget and the sites that it could share codebooks with aside."""

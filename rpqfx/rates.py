@@ -22,7 +22,8 @@ _ZADOR = {1: 2.72, 2: 2.02, 3: 1.77, 4: 1.62, 6: 1.47, 8: 1.37, 9: 1.35, 12: 1.3
 _MOST_BITS = 16
 _LARGE_BITS = 12  # more only where searching all sub-vectors stays a matter of minutes
 _MOST_DISTANCES = 2.5e12
-_RUNGS = 6
+_RUNGS = 4
+_SPAN = 0.75  # bits between the lowest and the highest rung: importance is not known well enough for more
 _FLOAT_BITS = 16  # codebooks and factors are rounded to half precision
 _FACTORS_SHARE = 0.05  # of the budget, what factors of columns may take
 _OWN_BELOW = 32_768  # weights this small may have a codebook of their own
@@ -71,7 +72,12 @@ def _ladders(d: int, bits: float, total: int) -> list[range]:
     middle = bits * d
     tops = {min(most, math.floor(middle) + up) for up in range(-1, 4)}
     return [
-        range(max(1, top - count + 1), top + 1) for top in sorted(tops) if top >= 1 for count in range(1, _RUNGS + 1)
+        range(max(1, top - step * (count - 1)), top + 1, step)
+        for top in sorted(tops)
+        if top >= 1
+        for step in (1, 2)
+        for count in range(1, _RUNGS + 1)
+        if step * (count - 1) <= _SPAN * d
     ]
 
 

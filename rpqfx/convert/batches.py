@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -29,6 +30,12 @@ class Batches:
             )
         self.calls = [arguments(batch, f"calibration batch {number}") for number, batch in enumerate(batches)]
         self.runs: list[Callable[[], Any]] = [self._run(model, number) for number in range(len(self.calls))]
+
+    def of(self, model: nn.Module) -> Batches:
+        """The same batches for another model."""
+        twin = copy.copy(self)
+        twin.runs = [twin._run(model, number) for number in range(len(self.calls))]
+        return twin
 
     def _run(self, model: nn.Module, number: int) -> Callable[[], Any]:
         args, kwargs = self.calls[number]

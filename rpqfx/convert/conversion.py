@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,16 +14,16 @@ from rpqfx.convert.batches import Batches
 from rpqfx.convert.checkpoint import Checkpoint, fingerprint
 from rpqfx.convert.fitting import fit_weight, train_codebooks
 from rpqfx.convert.importance import importance
-from rpqfx.convert.lockstep import Lockstep, RunError
-from rpqfx.convert.moments import Moments, input_rows
 from rpqfx.convert.norms import estimate_norms
 from rpqfx.convert.observe import Observer, Seen
+from rpqfx.convert.refine import Call, Watch, refinable, refine
 from rpqfx.convert.standin import StandIn
+from rpqfx.convert.turns import Turns
 from rpqfx.decision import Hold, Skip
 from rpqfx.errors import RewriteError
 from rpqfx.graph.capture import evaluating
+from rpqfx.graph.copying import copy_model
 from rpqfx.graph.rewrite import Progress, Snapshot, groups_of, layout_of, parameter_at, put, record, settle
-from rpqfx.nn.layout import Layout
 from rpqfx.nn.weight import RPQWeight
 from rpqfx.site import Site
 
@@ -39,6 +39,7 @@ def convert(
     calibration: Iterable[Any] = (),
     *,
     weigh: bool = False,
+    refine_steps: int = 0,
     seed: int = 0,
     progress: Progress | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -48,7 +49,8 @@ def convert(
     First all batches run through the dense model, which shows the energy of each weight's inputs, and the decisions
     are made. Shared codebooks are trained on all weights that will use them. Then all batches run side by side and
     stop before each weight: it is fitted to the inputs that the weights before it, fitted already, let through.
-    Weights without such inputs (tables, mostly) are fitted first. Last, batch norms are estimated again.
+    Weights without such inputs (tables, mostly) are fitted first. A block whose weights are done is refined to give
+    what the dense block gave. Last, batch norms are estimated again.
 
     Args:
         model: The model.
@@ -57,6 +59,7 @@ def convert(
             is set and there is calibration.
         calibration: Batches (see ``Batches``).
         weigh: Whether to measure importance, by gradients of a few batches.
+        refine_steps: Steps that each block is refined for; 0 for none.
         seed: Of codebooks.
         progress: Called with (done, total, site name).
         checkpoint: Folder in which finished weights are kept.
@@ -71,27 +74,37 @@ def convert(
         OSError: If the folder cannot be written; what was saved before stays.
     """
     before = Snapshot(model)
+    small = [p for p in model.parameters() if p.dim() <= 1] + list(model.buffers())
+    values = [(tensor, tensor.detach().clone()) for tensor in small]
     try:
-        _Conversion(model, sites, decide, Batches(model, calibration), weigh, seed, progress, checkpoint).run()
+        _Conversion(
+            model, sites, decide, Batches(model, calibration), weigh, refine_steps, seed, progress, checkpoint
+        ).run()  # fmt: skip
     except BaseException:
         before.restore()
+        with torch.no_grad():
+            for tensor, value in values:
+                tensor.copy_(value)
         raise
     return model
 
 
 class _Conversion:
     def __init__(
-        self, model: nn.Module, sites: Sequence[Site], decide: Decide, batches: Batches, weigh: bool, seed: int,
-        progress: Progress | None, folder: str | os.PathLike[str] | None,
+        self, model: nn.Module, sites: Sequence[Site], decide: Decide, batches: Batches, weigh: bool,
+        steps: int, seed: int, progress: Progress | None, folder: str | os.PathLike[str] | None,
     ) -> None:  # fmt: skip
         self._model, self._sites, self._decide, self._batches = model, sites, decide, batches
-        self._weigh, self._seed, self._progress, self._folder = weigh, seed, progress, folder
+        self._weigh, self._steps, self._seed, self._progress, self._folder = weigh, steps, seed, progress, folder
+        self._dense: nn.Module | None = None
         self._errors: dict[str, float | None] = {}
-        self._last: tuple[list[_Asked], list[object], Tensor] | None = None
         self._by_name = {site.name: site for site in sites}
 
     def run(self) -> None:
         settled = settle(self._decide({}), self._sites)
+        if self._steps and self._batches.runs:
+            held = [parameter_at(self._model, name) for name, d in settled.items() if isinstance(d, Hold)]
+            self._dense = copy_model(self._model, held).eval()
         self._weights = self._stand_ins({n: d for n, d in settled.items() if isinstance(d, Hold)})
         put(self._model, self._sites, self._weights)
         with evaluating(self._model):
@@ -159,8 +172,16 @@ class _Conversion:
             return None
         inputs, shape = tree_flatten(self._batches.calls)
         plain = [repr(leaf) for leaf in inputs if isinstance(leaf, (bool, int, float, str))]
-        words = [repr(sorted((name, repr(hold)) for name, hold in self._holds.items())), str(self._seed), str(shape)]
-        held = [*(w.vectors for w in self._weights.values()), *self._model.parameters(), *self._model.buffers(), *inputs]
+        words = [
+            repr(sorted((name, repr(hold)) for name, hold in self._holds.items())), str(self._seed), str(self._steps),
+            str(shape),
+        ]  # fmt: skip
+        held = [
+            *(w.vectors for w in self._weights.values()),
+            *self._model.parameters(),
+            *self._model.buffers(),
+            *inputs,
+        ]
         tensors = [tensor for tensor in held if isinstance(tensor, Tensor) and not tensor.is_meta]
         return Checkpoint(self._folder, fingerprint([*words, *plain], tensors))
 
@@ -181,45 +202,29 @@ class _Conversion:
         return trained
 
     def _fit_in_turn(self, seen: Mapping[RPQWeight, Seen]) -> None:
-        names = {weight: name for name, weight in self._weights.items() if seen[weight].once}
-        lockstep: Lockstep[_Asked] = Lockstep(self._batches.runs)
-
-        class Stopping(Observer):
-            def asked(
-                self, weight: RPQWeight, product: str, x: Tensor, layout: Layout, geometry: tuple[Any, ...]
-            ) -> None:
-                if weight in names:
-                    lockstep.stop(weight, (product, x, layout, geometry))
-
-        for weight in names:
-            weight.listener = Stopping(())
-
-        def handle(weight: Hashable, inputs: dict[int, _Asked]) -> None:
-            assert isinstance(weight, RPQWeight)
-            self._fit(names[weight], lambda: self._moment(list(inputs.values())))
-
-        try:
-            lockstep.run(handle, rank=lambda weight: seen[weight].rank)
-        except RunError as error:
-            raise error.__cause__ or error from None
+        names: dict[RPQWeight, str] = {w: name for name, w in self._weights.items() if seen[w].once}
+        ranks = {weight: seen[weight].rank for weight in names}
+        turns = Turns(self._batches, names, ranks, lambda weight, moment: self._fit(names[weight], moment))
+        if self._steps and self._dense is not None:
+            turns.refine(self._model, self._dense, self._batches.of(self._dense), self._refine)
+        turns.run()
         for weight, name in names.items():
             if isinstance(weight, StandIn):  # batches no longer come here
                 self._fit(name, seen[weight].moments.mean)
 
-    def _moment(self, inputs: list[_Asked]) -> Tensor:
-        """Of inputs that several weights have in common made once."""
-        marks = [_mark(asked) for asked in inputs]
-        if self._last is None or self._last[1] != marks:
-            moments = Moments()
-            for asked in inputs:
-                for rows in input_rows(*asked):
-                    moments.add(rows)
-            mean = moments.mean
-            assert mean is not None
-            self._last = inputs, marks, mean  # inputs live on, so that no other has their address
-        return self._last[2]
+    def _refine(self, name: str, block: nn.Module, calls: list[Call], targets: list[Any], watch: Watch) -> None:
+        kept = None if self._store is None else self._store.load(f"block {name}")
+        if kept is None:
+            refine(block, calls, targets, self._steps, watch)
+            kept = {str(number): p.detach() for number, p in enumerate(refinable(block))}
+            if self._store is not None:
+                self._store.save(f"block {name}", kept)
+            return
+        with torch.no_grad():
+            for number, parameter in enumerate(refinable(block)):
+                parameter.copy_(kept[str(number)])
 
-    def _fit(self, name: str, moment: Tensor | None | Callable[[], Tensor]) -> None:
+    def _fit(self, name: str, moment: Tensor | Callable[[], Tensor] | None) -> None:
         weight = self._weights[name]
         assert isinstance(weight, StandIn)
         kept = None if self._store is None else self._store.load(name)
@@ -237,17 +242,6 @@ class _Conversion:
         weight.become(self._codebooks[name], codes, {key: factor.to(device) for key, factor in kept.items()})
         if self._progress is not None:
             self._progress(len(self._errors), len(self._weights), name)
-
-
-_Asked = tuple[str, Tensor, Layout, tuple[Any, ...]]
-
-
-def _mark(asked: _Asked) -> object:
-    """Equal for two uses while the first one's input is alive, if their inputs' rows are the same."""
-    product, x, layout, geometry = asked
-    version = object() if x.is_inference() else x._version
-    lies = (layout.transposed, layout.dim, layout.shape[2:] if product == "conv" else ())
-    return product, x.data_ptr(), version, x.dtype, x.device, x.shape, x.stride(), lies, geometry
 
 
 def _energy(mean: Tensor | None) -> Tensor | None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from rpqfx.codebook import CodebookSpec
-from rpqfx.fit import kmeans
 from rpqfx.fit.feedback import encode
+from rpqfx.fit.kmeans import kmeans
 from rpqfx.fit.residual import train
 from rpqfx.fit.scales import balance, refit_columns, refit_rows
 

@@ -94,7 +94,7 @@ class Lockstep(Generic[T]):
         if run.abandoned:
             raise _Abandoned
 
-    def run(self, handle: Callable[[Hashable, dict[int, T]], None], rank: Callable[[Hashable], int]) -> None:
+    def run(self, handle: Callable[[Hashable, dict[int, T]], None], rank: Callable[[Hashable], float]) -> None:
         """Runs all jobs to their end.
 
         Args:

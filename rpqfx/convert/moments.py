@@ -33,9 +33,8 @@ def input_rows(product: str, x: Tensor, layout: Layout, geometry: tuple[Any, ...
     if product == "conv":
         if not geometry[4]:
             yield from _unfolded(work, layout, *geometry[:4])
-    elif product in ("linear", "linear_t") and layout.transposed == (product == "linear_t"):
-        if x.shape[-1] == layout.dim:
-            yield work.reshape(-1, layout.dim)
+    elif layout.transposed == (product == "linear_t") and x.shape[-1] == layout.dim:
+        yield work.reshape(-1, layout.dim)
 
 
 def _unfolded(x: Tensor, layout: Layout, stride: Any, padding: Any, dilation: Any, groups: int) -> Iterator[Tensor]:

@@ -2,5 +2,7 @@
 
 from rpqfx.fit.kmeans import kmeans
 from rpqfx.fit.product import Fit, fit_codebooks
+from rpqfx.fit.refit import refit
+from rpqfx.fit.residual import encode, train
 
-__all__ = ["Fit", "fit_codebooks", "kmeans"]
+__all__ = ["Fit", "encode", "fit_codebooks", "kmeans", "refit", "train"]

@@ -61,7 +61,7 @@ def _normal(codes: Tensor, entries: int, weights: Tensor | None) -> Tensor:
         for s in range(r, stages):
             pairs = torch.bincount(codes[:, r] * entries + codes[:, s], weights, minlength=entries * entries)
             normal[r, :, s] = pairs.view(entries, entries)
-            normal[s, :, r] = normal[r, :, s].t()
+            normal[s, :, r] = pairs.view(entries, entries).t()
     return normal.view(stages * entries, -1)
 
 

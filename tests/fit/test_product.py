@@ -140,7 +140,7 @@ def test_what_weighs_more_fits_better(stages: int) -> None:
     errors = [
         (expand(*fit_codebooks(matrix, spec, weights=each)) - matrix)[::10].square().mean() for each in (None, weights)
     ]
-    assert errors[1] < 0.7 * errors[0]
+    assert errors[1] < 0.8 * errors[0]
 
 
 @pytest.mark.parametrize("weights", [torch.ones(5), torch.ones(3, 1), -torch.ones(4), torch.full((4,), torch.inf)])

@@ -29,7 +29,7 @@ def losses(vectors: int, d: int, stages: int, steps: int, beam: int) -> tuple[fl
 
 def test_two_bits_in_one_stage() -> None:
     fitted, fresh = losses(2**17, 4, stages=1, steps=20, beam=1)
-    assert fitted < 0.0975 and fresh < 0.0990
+    assert fitted < 0.0975 and fresh < 0.0995
 
 
 @pytest.mark.skipif(not build.ready(), reason="takes a minute without compiled kernels")

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rpqfx.fit import refit as refit_module
-from rpqfx.fit.refit import left_over, refit
+from rpqfx.fit import refit
+from rpqfx.fit.refit import left_over
 from tests.helpers import generator, randn, seeds
 
 stages = st.integers(1, 3)
@@ -32,7 +32,7 @@ def test_the_error_never_grows_and_entries_without_points_stay(
 ) -> None:
     points, codes, books, weights = drawn(seed, num, stages, entries, d)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(refit_module, "_SOLVE_AT_ONCE", 10**6 if at_once else 0)
+        patch.setitem(refit.__globals__, "_SOLVE_AT_ONCE", 10**6 if at_once else 0)
         for given_weights in (None, weights):
             new = refit(points, codes, books, given_weights)
             share = torch.ones(num) if given_weights is None else given_weights
@@ -62,7 +62,7 @@ def test_one_stage_gets_weighted_means() -> None:
 def test_stage_by_stage_comes_near_to_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     points, codes, books, weights = drawn(0, 2000, 3, 10, 4)
     best = error(points, codes, refit(points, codes, books, weights), weights)
-    monkeypatch.setattr(refit_module, "_SOLVE_AT_ONCE", 0)
+    monkeypatch.setitem(refit.__globals__, "_SOLVE_AT_ONCE", 0)
     assert error(points, codes, refit(points, codes, books, weights), weights) < 1.001 * best
 
 

@@ -1,0 +1,60 @@
+"""Batches, one after the other, for as many steps as are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rpqfx.errors import InputError
+
+Data = Iterable[Any] | Callable[[int], Any]
+
+
+def feed(data: Data, seed: int) -> Iterator[Any]:
+    """Batches without end, or until an iterator is used up.
+
+    Args:
+        data: A sequence, which is gone through in a new order each time; another iterable, which is gone through in its
+            own order each time; an iterator, once; or a callable that is given 0, 1, 2, ...
+        seed: Of the order.
+
+    Yields:
+        Batches.
+
+    Raises:
+        InputError: If ``data`` is none of these, or one batch, or empty.
+    """
+    if isinstance(data, (Tensor, Mapping, str)):
+        raise InputError(f"data is a sequence of batches, got one {type(data).__name__}; put it in a list")
+    if not callable(data) and not isinstance(data, Iterable):
+        raise InputError(f"data is a sequence of batches or a callable from a number to one, got {type(data).__name__}")
+    return _feed(data, seed)
+
+
+def _feed(data: Any, seed: int) -> Iterator[Any]:
+    if isinstance(data, Sequence):
+        yield from _shuffled(data, seed)
+    elif callable(data) and not isinstance(data, Iterable):
+        number = 0
+        while True:
+            yield data(number)
+            number += 1
+    else:
+        got = True
+        while got:
+            got = False
+            for batch in data:
+                got = True
+                yield batch
+            if iter(data) is data:
+                return
+
+
+def _shuffled(data: Sequence[Any], seed: int) -> Iterator[Any]:
+    generator = torch.Generator().manual_seed(seed)
+    while len(data):
+        for number in torch.randperm(len(data), generator=generator).tolist():
+            yield data[number]
