@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -35,7 +36,7 @@ def mlp(seed: int = 0, *widths: int) -> nn.Sequential:
     torch.manual_seed(seed)
     widths = widths or (32, 64, 64, 32)
     layers: list[nn.Module] = []
-    for first, second in zip(widths, widths[1:], strict=False):
+    for first, second in itertools.pairwise(widths):
         layers += [nn.Linear(first, second), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
@@ -460,7 +461,7 @@ def test_batch_norms_that_cannot_be_estimated_are_put_back() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64)).eval()
     model[1].running_mean.fill_(3)
     before = copy.deepcopy(model)
-    with pytest.raises(InputError, match="rejects calibration batch 1 .*more than 1 value per channel"):
+    with pytest.raises(InputError, match=r"rejects calibration batch 1 .*more than 1 value per channel"):
         rpqfx.rpqify(model, POLICY, calibration=[torch.zeros(4, 64), torch.zeros(1, 64)], inplace=True)
     assert equal(model, before) and not is_rewritten(model) and not model[1].training
 
