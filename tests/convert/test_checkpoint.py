@@ -16,8 +16,8 @@ from rpqfx.convert import checkpoint, conversion
 from rpqfx.convert.checkpoint import Checkpoint, fingerprint
 from rpqfx.errors import FormatError, InputError
 from rpqfx.graph import is_rewritten
-from tests.convert.test_conversion import equal, images, inputs, mlp
 from tests.convert.test_conversion import convnet as build
+from tests.convert.test_conversion import equal, images, inputs, mlp
 
 POLICY = Policy.pretrained(bits_per_weight=3, min_size=256)
 WEIGHTS = 4
