@@ -205,7 +205,8 @@ def test_fingerprints_tell_values_dtypes_shapes_and_order_apart() -> None:
     x = torch.arange(6.0)
     parts: list[Any] = [
         (["a"], [x]), (["b"], [x]), (["a", ""], [x]), (["a"], [x.view(2, 3)]), (["a"], [x.double()]), (["a"], [x, x]),
-        (["a"], [-x]), ([], [x]), (["a"], [x.view(2, 3).t()]), (["a"], [x.view(torch.int32)]), (["a"], [torch.empty(0)]),
+        (["a"], [-x]), ([], [x]), (["a"], [x.view(2, 3).t()]), (["a"], [x.view(torch.int32)]),
+        (["a"], [torch.empty(0)]),
     ]  # fmt: skip
     assert len({fingerprint(*part) for part in parts}) == len(parts)
     assert fingerprint(["a"], [x]) == fingerprint(["a"], [nn.Parameter(x.clone())])
