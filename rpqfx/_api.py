@@ -17,7 +17,8 @@ from rpqfx.errors import InputError, RewriteError
 from rpqfx.graph.capture import capture, evaluating
 from rpqfx.graph.copying import copy_model
 from rpqfx.graph.match import find_sites, is_rewritten
-from rpqfx.graph.rewrite import Progress, Snapshot, parameter_at, rewrite
+from rpqfx.graph.rewrite import Progress, parameter_at, rewrite
+from rpqfx.graph.snapshot import Snapshot
 from rpqfx.graph.whole import whole_graph
 from rpqfx.nn.backed import backed_weights
 from rpqfx.policy import Decide, Hold, Policy, decide_all

@@ -14,7 +14,7 @@ from torch import nn
 
 from rpqfx import Hold, Policy, Rule, Site, Skip
 from rpqfx.errors import PolicyError
-from rpqfx.graph.rewrite import groups_of
+from rpqfx.graph.settle import groups_of
 from rpqfx.rates import spread
 
 

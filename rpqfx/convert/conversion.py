@@ -23,7 +23,9 @@ from rpqfx.decision import Hold, Skip
 from rpqfx.errors import RewriteError
 from rpqfx.graph.capture import evaluating
 from rpqfx.graph.copying import copy_model
-from rpqfx.graph.rewrite import Progress, Snapshot, groups_of, layout_of, parameter_at, put, record, settle
+from rpqfx.graph.rewrite import Progress, parameter_at, put, record
+from rpqfx.graph.settle import groups_of, layout_of, settle
+from rpqfx.graph.snapshot import Snapshot
 from rpqfx.nn.weight import RPQWeight
 from rpqfx.site import Site
 
@@ -126,12 +128,14 @@ class _Conversion:
 
     def _stand_ins(self, holds: Mapping[str, Hold]) -> dict[str, StandIn]:
         made: dict[str, StandIn] = {}
+        self._parameters: dict[str, nn.Parameter] = {}
         for name, hold in holds.items():
             parameter = parameter_at(self._model, name)
             if parameter.is_meta:
                 raise RewriteError(f"{name} is on the meta device and has no values to convert; load the weights first")
             if not bool(torch.isfinite(parameter).all()):
                 raise RewriteError(f"{name} has infinite or NaN elements; mend it, or skip it with a Rule")
+            self._parameters[name] = parameter
             made[name] = StandIn(hold.spec, layout_of(self._by_name[name], hold), parameter, Observer(()))
             made[name].plan = hold.plan
         return made
@@ -188,6 +192,7 @@ class _Conversion:
     def _train(self, seen: Mapping[RPQWeight, Seen]) -> dict[str, nn.Parameter]:
         """The codebooks of each weight, one Parameter for all that share them."""
         trained: dict[str, nn.Parameter] = {}
+        parameters = self._parameters
         for group in groups_of(self._holds).values():
             weights = [self._weights[name] for name in group]
             kept = None if self._store is None else self._store.load(f"codebooks of {group[0]}")
@@ -197,6 +202,7 @@ class _Conversion:
                 if self._store is not None:
                     self._store.save(f"codebooks of {group[0]}", kept)
             books = nn.Parameter(kept["codebooks"].to(weights[0].vectors.device), weights[0].trained)
+            books.__dict__.update(parameters[group[0]].__dict__)
             for name, weight in zip(group, weights, strict=True):
                 trained[name], weight.shares_codebooks = books, len(group) > 1
         return trained

@@ -14,20 +14,20 @@ import torch
 from torch import nn
 
 from rpqfx.codebook import CodebookSpec
-from rpqfx.decision import Hold, Skip, as_decision
+from rpqfx.decision import Hold, Skip
 from rpqfx.errors import RewriteError
 from rpqfx.fit import fit_codebooks
 from rpqfx.graph.capture import Captured
 from rpqfx.graph.code import needs_tensors
 from rpqfx.graph.match import find_sites
 from rpqfx.graph.pretrained import adapt_pretrained
+from rpqfx.graph.settle import groups_of, layout_of, settle
 from rpqfx.nn import RPQLinear, RPQMultiheadAttention
 from rpqfx.nn.backed import back, backed_as, layer_for
 from rpqfx.nn.computed import computed_from
 from rpqfx.nn.layer import random_weight
-from rpqfx.nn.layout import Layout
 from rpqfx.nn.weight import ReadAs, RPQWeight
-from rpqfx.report import SiteRecord, attach_records, detach_records
+from rpqfx.report import SiteRecord, attach_records
 from rpqfx.site import Site
 
 Progress = Callable[[int, int, str], None]
@@ -77,31 +77,6 @@ def rewrite(
     return captured.model
 
 
-def settle(decisions: Mapping[str, CodebookSpec | Hold | Skip], sites: Sequence[Site]) -> dict[str, Hold | Skip]:
-    """Decisions that can be carried out.
-
-    Args:
-        decisions: By site name; sites without one are left alone.
-        sites: All sites of the model.
-
-    Returns:
-        The same, specs made into decisions.
-
-    Raises:
-        RewriteError: If a decision names no site, or one that cannot be rewritten, or does not fit it.
-        PolicyError: If a spec fits neither side of its site.
-    """
-    by_name = {site.name: site for site in sites}
-    unknown = sorted(set(decisions) - set(by_name))
-    if unknown:
-        raise RewriteError(f"decisions for sites that the model does not have: {', '.join(unknown[:5])}")
-    settled = {name: as_decision(by_name[name], decision) for name, decision in decisions.items()}
-    for name, decision in settled.items():
-        if isinstance(decision, Hold) and by_name[name].blocked is not None:
-            raise RewriteError(f"{name} cannot be held in codebooks: {by_name[name].blocked}")
-    return settled
-
-
 def put(model: nn.Module, sites: Sequence[Site], made: Mapping[str, RPQWeight]) -> None:
     """Puts codebook-held tensors in their places, all of them or, where one cannot be, none.
 
@@ -138,27 +113,6 @@ def record(
     """
     undecided = Skip("no decision")
     attach_records(model, [SiteRecord.of(s, settled.get(s.name, undecided), errors.get(s.name)) for s in sites])
-
-
-class Snapshot:
-    """What a rewrite changes of a model, to be put back where its result turns out to be wrong.
-
-    Args:
-        model: The model, before.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._modules = [(m, type(m), dict(m.__dict__), dict(m._parameters), dict(m._modules)) for m in model.modules()]
-
-    def restore(self) -> None:
-        """Makes the model what it was; its tensors were never touched."""
-        for module, kind, attributes, parameters, children in self._modules:
-            module.__class__ = kind
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-            module._parameters, module._modules = parameters, children
-        detach_records(self._model)
 
 
 def install(model: nn.Module, names: Sequence[str], weight: RPQWeight) -> None:
@@ -238,19 +192,6 @@ def parameter_at(model: nn.Module, name: str) -> nn.Parameter:
     return parameter
 
 
-def groups_of(held: Mapping[str, Hold]) -> dict[object, list[str]]:
-    """Names of sites that share codebooks, together; every other site alone.
-
-    Args:
-        held: By site name.
-    """
-    groups: dict[object, list[str]] = defaultdict(list)
-    for name, hold in held.items():
-        key = name if hold.group is None else (hold.group, hold.spec.codebooks_shape)
-        groups[key].append(name)
-    return groups
-
-
 def _make(model: nn.Module, members: list[tuple[Site, Hold]], seed: int) -> list[RPQWeight]:
     weights = []
     for site, hold in members:
@@ -270,30 +211,6 @@ def _make(model: nn.Module, members: list[tuple[Site, Hold]], seed: int) -> list
     if len(members) > 1:
         _share(model, members, weights, seed)
     return weights
-
-
-def layout_of(site: Site, hold: Hold) -> Layout:
-    """How a site's tensor is seen as vectors, by a decision.
-
-    Args:
-        site: The site.
-        hold: The decision.
-
-    Raises:
-        RewriteError: If the decision's vectors are not the site's.
-    """
-    layout = site.layout(hold.split, hold.experts)
-    if (layout.num_vectors, layout.dim) != (hold.spec.num_vectors, hold.spec.dim):
-        raise RewriteError(
-            f"{site.name}: the decision has {hold.spec.num_vectors} vectors of length {hold.spec.dim}, the site "
-            f"{layout.num_vectors} of length {layout.dim} with split={hold.split!r}"
-        )
-    if hold.spec.dim_scale % site.taps:
-        raise RewriteError(
-            f"{site.name}: {hold.spec.dim_scale} elements of a filter share a factor, which the {site.taps} taps of a "
-            f"channel must; give the spec dim_scale={site.taps}"
-        )
-    return layout
 
 
 def _share(model: nn.Module, members: list[tuple[Site, Hold]], weights: list[RPQWeight], seed: int) -> None:

@@ -14,7 +14,8 @@ from rpqfx.convert.observe import Observer
 from rpqfx.convert.standin import StandIn
 from rpqfx.decision import Hold
 from rpqfx.graph import capture, find_sites
-from rpqfx.graph.rewrite import layout_of, parameter_at, put
+from rpqfx.graph.rewrite import parameter_at, put
+from rpqfx.graph.settle import layout_of
 from rpqfx.nn import RPQWeight
 from rpqfx.nn.layout import Layout
 from rpqfx.policy import decide_all
