@@ -20,6 +20,7 @@ from convert_models import SUBJECTS, Batch, Loaded, Subject, augmented, reestima
 from convert_peers import PEERS, Converted, Peer
 
 import rpqfx
+from rpqfx.tuning.losses import Distillation
 from rpqfx.tuning.trained import Rates
 
 
@@ -53,16 +54,21 @@ def _windows(size: int, together: int) -> Callable[[Loaded], list[Batch]]:
     return cut
 
 
-def _images(loaded: Loaded) -> Callable[[int], torch.Tensor]:
-    return lambda step: next(augmented(1, size=128, seed=step))[0]
+def _images(batches: int) -> Callable[[Loaded], list[Batch]]:
+    return lambda loaded: [images for images, _ in augmented(batches, size=128)]
 
 
 RECIPES = {
     "SmolLM2-135M": Recipe(
         16, 60, {"autocast": torch.bfloat16, "recode": False, "rates": Rates(2e-3, 2e-3)}, _windows(512, 4)
     ),
-    "MiniLM": Recipe(16, 100, {"recode": False}, lambda loaded: loaded.calibration(200)),
-    "ResNet-20": Recipe(8, 400, {"logits": True, "norms": "update", "recode": False}, _images),
+    "MiniLM": Recipe(16, 100, {"recode": False}, lambda loaded: loaded.calibration(100)),
+    "ResNet-20": Recipe(
+        16,
+        1500,
+        {"loss": Distillation(True, 4.0), "norms": "update", "rates": Rates(2e-3, 2e-3, 2e-3, 5e-3)},
+        _images(500),
+    ),
 }
 
 

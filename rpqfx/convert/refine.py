@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from rpqfx.convert.fitting import stored
 from rpqfx.nn.weight import RPQWeight
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList)
@@ -125,6 +126,8 @@ def refine(
         Relative squared error before and after.
     """
     chosen = refinable(block)
+    ours = {id(p) for w in block.modules() if isinstance(w, RPQWeight) for p in w.parameters()}
+    held = [p for p in chosen if id(p) in ours]
     flags = [(p, p.requires_grad) for p in block.parameters()]
     before = [p.detach().clone() for p in chosen]
     thread = threading.get_ident()
@@ -147,6 +150,9 @@ def refine(
                 p.grad = grad
             optimiser.step()
             schedule.step()
+        with torch.no_grad():
+            for p in held:
+                p.copy_(stored(p, p.dtype))
         end = _error(block, calls, targets)
         if not end < start:
             with torch.no_grad():
