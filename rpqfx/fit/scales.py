@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 _FLOOR = 1e-6  # of the mean energy: inputs below are as good as silent
-_ROUNDS = 5
+_ROUNDS = 20
 
 
 @torch.no_grad()
