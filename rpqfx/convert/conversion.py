@@ -192,7 +192,6 @@ class _Conversion:
     def _train(self, seen: Mapping[RPQWeight, Seen]) -> dict[str, nn.Parameter]:
         """The codebooks of each weight, one Parameter for all that share them."""
         trained: dict[str, nn.Parameter] = {}
-        parameters = self._parameters
         for group in groups_of(self._holds).values():
             weights = [self._weights[name] for name in group]
             kept = None if self._store is None else self._store.load(f"codebooks of {group[0]}")
@@ -202,7 +201,7 @@ class _Conversion:
                 if self._store is not None:
                     self._store.save(f"codebooks of {group[0]}", kept)
             books = nn.Parameter(kept["codebooks"].to(weights[0].vectors.device), weights[0].trained)
-            books.__dict__.update(parameters[group[0]].__dict__)
+            books.__dict__.update(self._parameters[group[0]].__dict__)
             for name, weight in zip(group, weights, strict=True):
                 trained[name], weight.shares_codebooks = books, len(group) > 1
         return trained

@@ -528,3 +528,10 @@ def test_example_inputs_and_calibration_go_together() -> None:
     assert equal(small, rpqfx.rpqify(mlp(), POLICY, calibration=batches))
     graph = rpqfx.rpqify(mlp(), POLICY, calibration=batches, as_graph=True)
     torch.testing.assert_close(graph(batches[0]), small(batches[0]))
+
+
+def test_attributes_of_parameters_stay():
+    model = mlp()
+    model[0].weight.tag = "mine"
+    small = rpqfx.rpqify(model, POLICY, calibration=inputs(0, 8, 32))
+    assert small[0].weight_rpq.codebooks.tag == "mine"

@@ -107,7 +107,11 @@ def test_random_matrices_fit_about_as_well_as_theory_says(stages: int, bound: fl
 
 @given(specs(signs=False), seeds)
 def test_beams_and_refits_never_fit_worse_than_stages_as_they_start(spec: CodebookSpec, seed: int) -> None:
-    """Measured where the fit is made: on rows divided by their scale, as weighted."""
+    """Measured where the fit is made: on rows divided by their scale, as weighted.
+
+    Of two stages: a third is fitted to what different first two leave, and k-means may do worse on that.
+    """
+    spec = dataclasses.replace(spec, stages=min(spec.stages, 2))
     matrix, weights = randn(seed, spec.num_vectors, spec.dim), randn(seed + 1, spec.dim).exp()
     work = matrix / matrix.square().mean(1, keepdim=True).sqrt() if spec.scale else matrix
     shares = weights.view(-1, spec.codebook_dim).mean(1).repeat_interleave(spec.codebook_dim)
