@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten
 
 from rpqfx.convert import convert
+from rpqfx.deciding import decide_all
 from rpqfx.decision import Skip
 from rpqfx.errors import InputError, RewriteError
 from rpqfx.graph.capture import capture, evaluating
@@ -21,7 +22,7 @@ from rpqfx.graph.rewrite import Progress, parameter_at, rewrite
 from rpqfx.graph.snapshot import Snapshot
 from rpqfx.graph.whole import whole_graph
 from rpqfx.nn.backed import backed_weights
-from rpqfx.policy import Decide, Hold, Policy, decide_all
+from rpqfx.policy import Decide, Hold, Policy
 from rpqfx.progress import shown
 from rpqfx.report import attach_records, attached_records, dense_bytes
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from rpqfx.budget import Candidate, choose
 from rpqfx.codebook import CodebookSpec, GradScale
-from rpqfx.decision import Hold, Skip, as_decision, candidates, smallest, stored_bytes, together
+from rpqfx.decision import Hold, Skip, candidates, smallest, stored_bytes, together
 from rpqfx.errors import PolicyError
 from rpqfx.nn.layer import Split
 from rpqfx.nn.layout import Experts
@@ -20,7 +20,7 @@ from rpqfx.options import Init, Options, Rule, Sharing
 from rpqfx.rates import spread
 from rpqfx.site import Kind, Site
 
-__all__ = ["Decide", "Hold", "Options", "Policy", "Rule", "Skip", "decide_all"]
+__all__ = ["Decide", "Hold", "Options", "Policy", "Rule", "Skip"]
 
 _JSON_VERSION = 1
 
@@ -292,45 +292,6 @@ class Policy(Options):
             return cls(**values)
         except TypeError as error:
             raise PolicyError(f"this JSON is not a policy: {error}") from error
-
-
-def decide_all(
-    policy: Policy | Decide,
-    sites: Sequence[Site],
-    other_bytes: int = 0,
-    importance: Mapping[str, float] | None = None,
-) -> tuple[dict[str, Hold | Skip], list[str]]:
-    """Decisions of a policy, or of any callable from a site to a spec or a skip.
-
-    Args:
-        policy: A [`Policy`][rpqfx.policy.Policy], or a callable ``Site -> CodebookSpec | Hold | Skip``.
-        sites: All sites of a model.
-        other_bytes: Bytes of the model's other tensors.
-        importance: As in [`decide`][rpqfx.policy.Policy.decide].
-
-    Returns:
-        Decisions by site name, and notes for the report.
-
-    Raises:
-        PolicyError: If nothing at all would be rewritten, or an answer does not fit its site.
-    """
-    if isinstance(policy, Policy):
-        decisions = policy.decide(sites, other_bytes, importance)
-        notes = [f"rule {rule.match!r} matches no site" for rule in policy.unmatched_rules(sites)]
-    else:
-        decisions = {s.name: Skip(s.blocked) if s.blocked else as_decision(s, policy(s)) for s in sites}
-        notes = []
-    if not any(isinstance(decision, Hold) for decision in decisions.values()):
-        raise PolicyError(_nothing(decisions, notes))
-    return decisions, notes
-
-
-def _nothing(decisions: Mapping[str, Hold | Skip], notes: Iterable[str]) -> str:
-    if not decisions:
-        return "the model has no weight of two or more axes, so there is nothing to rewrite"
-    said = [f"{name}: {d.reason}" for name, d in decisions.items() if isinstance(d, Skip)]
-    more = f"; and {len(said) - 5} more" if len(said) > 5 else ""
-    return "the policy rewrites nothing. " + "; ".join([*notes, *said[:5]]) + more
 
 
 def _differences(value: Options, default: Options) -> dict[str, Any]:

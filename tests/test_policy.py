@@ -16,9 +16,9 @@ from torch import nn
 
 import rpqfx
 from rpqfx import CodebookSpec, Hold, Policy, Rule, Site, Skip
+from rpqfx.deciding import decide_all
 from rpqfx.errors import PolicyError
 from rpqfx.graph import capture, find_sites
-from rpqfx.policy import decide_all
 from tests.models import CNN, GPT, MLP, SMALL, Conv1D, Recommender, ScaledLinear
 
 

@@ -1,6 +1,6 @@
 """Pretrained models into codebooks, beside the dense models and other quantisers at equal stored bits.
 
-    RPQFX_EVALKIT=<kit> python examples/bench/convert.py [SmolLM2 MiniLM ResNet] [--bits 3.0] [--no-peers] [--quick]
+    RPQFX_EVALKIT=<kit> python examples/bench/convert.py [SmolLM2 MiniLM ResNet] [--bits 3.0] [--no-peers]
 
 Prints a table for each model: every row is measured in this run. "Bits" count all that is stored for the rewritten
 weights: codes, codebooks, scales. The kit is described in ``convert_models.py``, the peers in ``convert_peers.py``.
@@ -65,9 +65,9 @@ RECIPES = {
     "MiniLM": Recipe(16, 100, {"recode": False}, lambda loaded: loaded.calibration(100)),
     "ResNet-20": Recipe(
         16,
-        1500,
+        400,
         {"loss": Distillation(True, 4.0), "norms": "update", "rates": Rates(2e-3, 2e-3, 2e-3, 5e-3)},
-        _images(500),
+        _images(400),
     ),
 }
 
@@ -83,14 +83,16 @@ class Row:
     note: str = ""
 
 
-def rows(subject: Subject, loaded: Loaded, targets: list[float], peers: bool, quick: bool) -> Iterator[Row]:
+def rows(
+    subject: Subject, loaded: Loaded, targets: list[float], peers: bool, tuned: bool, quick: bool
+) -> Iterator[Row]:
     """Every line about one model."""
     began = time.perf_counter()
     yield Row("dense", None, loaded.evaluate(loaded.model, quick=quick), _minutes(began), subject.origin)
     for bits in targets:
         for peer in PEERS if peers else ():
             yield _peer(peer, subject, loaded, bits, quick)
-        yield from _ours(subject, loaded, bits, quick)
+        yield from _ours(subject, loaded, bits, tuned, quick)
 
 
 def _peer(peer: Peer, subject: Subject, loaded: Loaded, bits: float, quick: bool) -> Row:
@@ -108,7 +110,7 @@ def _peer(peer: Peer, subject: Subject, loaded: Loaded, bits: float, quick: bool
     )
 
 
-def _ours(subject: Subject, loaded: Loaded, bits: float, quick: bool) -> Iterator[Row]:
+def _ours(subject: Subject, loaded: Loaded, bits: float, tuned: bool, quick: bool) -> Iterator[Row]:
     recipe, names = RECIPES[subject.name], set(loaded.sites)
     others = rpqfx.Rule(lambda site: site.module_names[0] not in names, skip="not compared here")
     policy = rpqfx.Policy.pretrained(bits_per_weight=bits, min_size=0, rules=(others,))
@@ -123,6 +125,8 @@ def _ours(subject: Subject, loaded: Loaded, bits: float, quick: bool) -> Iterato
     yield Row(
         f"**rpqfx, {bits}**", report.bits_per_weight, loaded.evaluate(small, quick=quick), minutes, _shapes(report)
     )
+    if not tuned:
+        return
     began = time.perf_counter()
     done = rpqfx.finetune(small, teacher=loaded.model, data=recipe.data(loaded), steps=recipe.steps, **recipe.options)
     minutes += _minutes(began)
@@ -163,6 +167,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", help="beginnings of names; all if left out")
     parser.add_argument("--bits", type=float, nargs="*", help="these targets only")
     parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--no-finetune", action="store_true")
     parser.add_argument("--quick", action="store_true", help="leave out the long evaluations")
     parser.add_argument("--threads", type=int, default=2)
     wanted = parser.parse_args()
@@ -175,7 +180,7 @@ def main() -> None:
         targets = [bits for bits in subject.targets if not wanted.bits or bits in wanted.bits]
         keys: list[str] = []
         dense: dict[str, float] = {}
-        for row in rows(subject, loaded, targets, not wanted.no_peers, wanted.quick):
+        for row in rows(subject, loaded, targets, not wanted.no_peers, not wanted.no_finetune, wanted.quick):
             if not keys:
                 keys, dense = list(row.scores), row.scores
                 print(

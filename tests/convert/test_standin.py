@@ -12,13 +12,13 @@ from torch import Tensor, nn
 import rpqfx
 from rpqfx.convert.observe import Observer
 from rpqfx.convert.standin import StandIn
+from rpqfx.deciding import decide_all
 from rpqfx.decision import Hold
 from rpqfx.graph import capture, find_sites
 from rpqfx.graph.rewrite import parameter_at, put
 from rpqfx.graph.settle import layout_of
 from rpqfx.nn import RPQWeight
 from rpqfx.nn.layout import Layout
-from rpqfx.policy import decide_all
 from tests.helpers import generator, naive_tensor, randn, stored_all
 from tests.models import CASES, Case, assert_outputs, filled, held_weights
 
