@@ -16,6 +16,7 @@ from rpqfx.nn.weight import RPQWeight
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList)
 _RATE = 2e-3  # of a Parameter's root mean square a step, at first
+_SMALL = 0.05  # instead of it where a Parameter is zero, as biases may be
 
 
 class Call(NamedTuple):
@@ -138,7 +139,7 @@ def refine(
         for p in chosen:
             p.requires_grad_(True)
         start = _error(block, calls, targets)
-        groups = [{"params": [p], "lr": _RATE * float(p.detach().square().mean().sqrt())} for p in chosen]
+        groups = [{"params": [p], "lr": _RATE * (float(p.detach().square().mean().sqrt()) or _SMALL)} for p in chosen]
         optimiser = torch.optim.Adam(groups, betas=(0.9, 0.95))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / max(1, steps))
         for step in range(steps):
