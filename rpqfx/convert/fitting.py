@@ -113,7 +113,6 @@ def fit_weight(
     codebooks: Tensor,
     moment: Tensor | None,
     energy: Tensor | None = None,
-    target: Tensor | None = None,
 ) -> Fitted:
     """Codes and factors of a weight for given codebooks.
 
@@ -123,13 +122,11 @@ def fit_weight(
         codebooks: ``[R, G, K, d]``.
         moment: Mean second moment of its inputs ``[D, D]``, or None.
         energy: Mean squared inputs ``[D]``, where the moment is not known.
-        target: What to come near to in the weight's place, ``[N, D]``.
 
     Returns:
         What is stored, but for the codebooks.
     """
-    aim = vectors if target is None else target
-    view = scaled(aim, spec, moment.diagonal() if moment is not None else energy)
+    view = scaled(vectors, spec, moment.diagonal() if moment is not None else energy)
     columns = view.columns
     if moment is not None and columns is not None:
         wide = columns.repeat_interleave(spec.dim_scale).to(moment.dtype)
