@@ -56,7 +56,7 @@ def spread(
     least = math.inf
     for d in _ZADOR:
         for rungs in _ladders(d, bits, total):
-            found = _allocate(sites, d, rungs, bits * total, cost, group)
+            found = _allocate(sites, d, rungs, bits, cost, group)
             if isinstance(found, float):
                 least = min(least, found / total)
             elif best is None or found[0] < best[0]:
@@ -82,11 +82,11 @@ def _ladders(d: int, bits: float, total: int) -> list[range]:
 
 
 def _allocate(
-    sites: Sequence[Site], d: int, rungs: range, limit: float, cost: Mapping[str, float], group: str
+    sites: Sequence[Site], d: int, rungs: range, bits: float, cost: Mapping[str, float], group: str
 ) -> tuple[float, dict[str, Hold]] | float:
     """Expected cost and decisions for one ladder, or the bits that it takes at least."""
-    served = sum(site.numel for site in sites) // d
-    if max(rungs) > 1 and served < _FEWEST_USERS * 2 ** max(rungs):
+    total = sum(site.numel for site in sites)
+    if max(rungs) > 1 and total // d < _FEWEST_USERS * 2 ** max(rungs):
         return math.inf
     dtypes = {site.dtype for site in sites}  # which cannot share
     books = len(dtypes) * sum(2**k * d * _FLOAT_BITS for k in rungs)
@@ -95,24 +95,22 @@ def _allocate(
     for site in sites:
         key = (site.shape, site.lead, site.flipped, site.experts, site.kind, site.dtype, cost[site.name])
         if key not in alike:
-            alike[key] = list(_candidates(site, d, rungs, limit, sites, cost[site.name], group))
+            alike[key] = _candidates(site, d, rungs, bits, cost[site.name], group)
         groups[site.name] = alike[key]
         if not alike[key]:
             return math.inf
     least = books + sum(min(c.size for c in group) for group in groups.values())
+    limit = bits * total
     if least > limit:
         return float(least)
     chosen = choose(groups, int(limit - books), int(limit), 0)
-    expected = {name: {id(c.choice): c.distortion for c in groups[name]}[id(hold)] for name, hold in chosen.items()}
-    return sum(expected.values()), chosen
+    expected = sum(c.distortion for name, hold in chosen.items() for c in groups[name] if c.choice is hold)
+    return expected, chosen
 
 
-def _candidates(
-    site: Site, d: int, rungs: range, limit: float, sites: Sequence[Site], cost: float, group: str
-) -> list[Candidate[Hold]]:
+def _candidates(site: Site, d: int, rungs: range, bits: float, cost: float, group: str) -> list[Candidate[Hold]]:
     layout = site.layout("row")
-    share = limit / sum(other.numel for other in sites)  # bits a weight
-    factors = _factors(site, share)
+    factors = _factors(site, bits)
     found = []
 
     def add(length: int, k: int, own: bool) -> None:
@@ -134,9 +132,6 @@ def _candidates(
 
 
 def _factors(site: Site, bits: float) -> int:
-    """How many columns share a factor: few, where that is cheap."""
-    layout = site.layout("row")
-    for share in (1, site.taps):
-        if _FLOAT_BITS * (layout.dim // share) <= _FACTORS_SHARE * bits * site.numel and (site.taps == 1 or share > 1):
-            return share
-    return layout.dim
+    """How many columns share a factor: a channel's, where that is cheap, else all."""
+    dim = site.layout("row").dim
+    return site.taps if _FLOAT_BITS * (dim // site.taps) <= _FACTORS_SHARE * bits * site.numel else dim

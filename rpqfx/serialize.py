@@ -8,11 +8,9 @@ need, and floats of weights in codebooks two bytes where that loses nothing (``r
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rpqfx.errors import FormatError, RPQError
+from rpqfx.files import draft, take_in
 from rpqfx.graph.match import is_rewritten
 from rpqfx.manifest import describe, put_back, unpacked
 
@@ -50,13 +49,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     text = json.dumps({"version": FORMAT_VERSION, **manifest, "checksum": _checksum(tensors)})
     path = Path(path)
     write = _write_safetensors if path.suffix == _SAFETENSORS else _write_torch
-    draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")  # made by the writer, with the usual permissions
-    try:
-        write(draft, text, tensors)
-        os.replace(draft, path)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
+    with draft(path) as part:
+        write(part, text, tensors)
 
 
 def load(
@@ -131,10 +125,7 @@ def _write_safetensors(draft: Path, text: str, tensors: dict[str, Tensor]) -> No
 def _checksum(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        if tensor.numel():  # straight from memory: torch needs numpy for any other view of its bytes
-            digest.update((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr()))
+        take_in(digest, tensors[name], name)
     return digest.hexdigest()
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import os
-import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rpqfx.errors import FormatError
+from rpqfx.files import draft, take_in
 
 _MARK = "conversion.sha256"
 _SUM = "sha256"
@@ -43,7 +43,7 @@ class Checkpoint:
         elif any(self._folder.iterdir()):
             raise FormatError(f"{self._folder} is not empty and holds no conversion; give an empty folder")
         else:
-            self._write(mark, lambda draft: draft.write_text(fingerprint))
+            self._write(mark, lambda part: part.write_text(fingerprint))
 
     def load(self, name: str) -> dict[str, Tensor] | None:
         """Tensors that were saved under a name, or None; a damaged file counts as none."""
@@ -66,21 +66,17 @@ class Checkpoint:
         """
         held = {name: tensor.cpu() for name, tensor in tensors.items()}
         whole = {**held, _SUM: fingerprint(held, held.values())}  # torch.load checks no sums
-        self._write(self._path(name), lambda draft: torch.save(whole, draft))
+        self._write(self._path(name), lambda part: torch.save(whole, part))
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.pt"
 
-    def _write(self, path: Path, write: object) -> None:
-        draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+    def _write(self, path: Path, write: Callable[[Path], Any]) -> None:
         try:
-            write(draft)  # type: ignore[operator]
-            os.replace(draft, path)
-        except BaseException as error:
-            draft.unlink(missing_ok=True)
-            if isinstance(error, (OSError, RuntimeError)):
-                raise OSError(f"the checkpoint {path} could not be written ({error}); what was saved stays") from error
-            raise
+            with draft(path) as part:
+                write(part)
+        except (OSError, RuntimeError) as error:
+            raise OSError(f"the checkpoint {path} could not be written ({error}); what was saved stays") from error
 
 
 def fingerprint(words: Iterable[str], tensors: Iterable[Tensor]) -> str:
@@ -94,8 +90,5 @@ def fingerprint(words: Iterable[str], tensors: Iterable[Tensor]) -> str:
     for word in words:
         digest.update(word.encode() + b"\0")
     for tensor in tensors:
-        tensor = tensor.detach().cpu().contiguous()
-        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        if tensor.numel():
-            digest.update((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr()))
+        take_in(digest, tensor)
     return digest.hexdigest()
