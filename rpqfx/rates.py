@@ -126,7 +126,7 @@ def _candidates(site: Site, d: int, rungs: range, bits: float, cost: float, grou
     if site.numel < _OWN_BELOW:
         for length in sorted({nearest_divisor(layout.unit, e) for e in (1, 2, 3, 4, 8)} & set(_ZADOR)):
             for k in range(1, 9):
-                if site.numel // length >= _FEWEST_USERS * 2**k:
+                if site.numel // length >= _FEWEST_USERS * 2**k and k / length >= min(rungs) / d:
                     add(length, k, own=True)
     return found
 
