@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from rpqfx.convert.observe import Observer, Seen
+from rpqfx.convert.probe import probe
 from rpqfx.convert.standin import StandIn
 from rpqfx.nn.weight import RPQWeight
 
@@ -81,7 +81,7 @@ def importance(
             parameter.requires_grad_(False)
         for number, run in enumerate(runs):
             with torch.enable_grad():
-                loss = _probe(run(), seed + number)
+                loss = probe(run(), seed + number)
                 if loss is not None:
                     loss.backward()
     finally:
@@ -100,25 +100,3 @@ def importance(
     known = [value for value in found.values() if value > 0]
     floor = min(known, default=1.0)  # what no gradient reached matters little, not less than anything
     return {weight: value if value > 0 else floor for weight, value in found.items()}
-
-
-def _probe(output: Any, seed: int) -> Tensor | None:
-    """A scalar whose gradient's square is what is looked for, in the mean over seeds."""
-    logits = getattr(output, "logits", None)
-    if isinstance(logits, Tensor):
-        noise = _noise(logits, seed)
-        chances = logits.detach().float().softmax(-1)
-        root = chances.sqrt() * noise
-        direction = root - chances * root.sum(-1, keepdim=True)
-        return (logits.float() * direction).sum()
-    total = None
-    for tensor in tree_leaves(output):
-        if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.requires_grad:
-            part = (tensor.float() * _noise(tensor, seed)).sum()
-            total = part if total is None else total + part
-    return total
-
-
-def _noise(like: Tensor, seed: int) -> Tensor:
-    numbers = torch.Generator(like.device).manual_seed(seed)
-    return torch.randn(like.shape, generator=numbers, device=like.device)

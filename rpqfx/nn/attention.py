@@ -17,70 +17,8 @@ from rpqfx.nn.linear import RPQLinear
 from rpqfx.ops import Plan
 
 
-class RPQMultiheadAttention(RPQLayer, nn.MultiheadAttention):
-    """Attention with several heads, as ``torch.nn.MultiheadAttention``, with all four projections in codebooks.
-
-    Further arguments are those of ``RPQLayer``; they hold for each projection.
-
-    Args:
-        embed_dim: Width of queries and of the result.
-        num_heads: Heads; divides ``embed_dim``.
-        dropout: Of the attention weights, in training.
-        bias: Whether projections have a bias.
-        add_bias_kv: Whether a trained key and value are appended.
-        add_zero_attn: Whether a zero key and value are appended.
-        kdim: Width of keys, ``embed_dim`` if left out.
-        vdim: Width of values, ``embed_dim`` if left out.
-        batch_first: Whether inputs are ``[B, L, E]`` rather than ``[L, B, E]``.
-        device: Where the tensors go.
-        dtype: Of codebooks and biases.
-
-    Raises:
-        SpecError: If the codebooks do not fit a weight.
-    """
-
-    _dense = nn.MultiheadAttention
-    _weights = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-    in_proj_weight = held("in_proj_weight")
-    q_proj_weight = held("q_proj_weight")
-    k_proj_weight = held("k_proj_weight")
-    v_proj_weight = held("v_proj_weight")
-
-    @classmethod
-    def _splits(cls) -> bool:
-        return True
-
-    def _hold(self, dense: nn.Module, split: Split, plan: Plan, options: dict[str, Any]) -> None:
-        super()._hold(dense, split, plan, options)
-        out = RPQLinear.__new__(RPQLinear)
-        nn.Module.__init__(out)
-        out._hold(dense.out_proj, split, plan, options)  # type: ignore[arg-type]
-        self.out_proj = out  # type: ignore[assignment]
-
-    @classmethod
-    def from_dense(cls, dense: nn.Module, **options: Any) -> RPQMultiheadAttention:
-        """As ``RPQLayer.from_dense``, output projection included."""
-        made = super().from_dense(dense, **options)
-        plain = nn.Linear.__new__(nn.Linear)  # torch's own subclass of Linear, which only marks it for quantisation
-        plain.__dict__ = dict(made.out_proj.__dict__)
-        made.out_proj = RPQLinear.from_dense(plain, **options)  # type: ignore[assignment]
-        return made
-
-    def reset_parameters(self) -> None:
-        """Draws all projections anew, then the rest."""
-        if isinstance(self.out_proj, RPQLinear):
-            self.out_proj.reset_parameters()
-        super().reset_parameters()
-
-    @torch.no_grad()
-    def reset_rest(self) -> None:
-        """Biases become zero; the appended key and value are drawn as torch.nn draws them."""
-        for bias in (self.in_proj_bias, self.out_proj.bias):
-            if bias is not None:
-                bias.zero_()
-        for extra in (self.bias_k, self.bias_v):
-            if extra is not None:
-                nn.init.xavier_normal_(extra)
+class Attends(nn.MultiheadAttention):
+    """``torch.nn.MultiheadAttention`` computed step by step, wherever its projections are held."""
 
     def forward(
         self,
@@ -181,6 +119,72 @@ class RPQMultiheadAttention(RPQLayer, nn.MultiheadAttention):
             mask = F.pad(mask, (0, extra))
         q, k, v = (rearrange(x, "b l (h e) -> b h l e", h=self.num_heads) for x in (q, k, v))
         return q, k, v, mask
+
+
+class RPQMultiheadAttention(RPQLayer, Attends):
+    """Attention with several heads, as ``torch.nn.MultiheadAttention``, with all four projections in codebooks.
+
+    Further arguments are those of ``RPQLayer``; they hold for each projection.
+
+    Args:
+        embed_dim: Width of queries and of the result.
+        num_heads: Heads; divides ``embed_dim``.
+        dropout: Of the attention weights, in training.
+        bias: Whether projections have a bias.
+        add_bias_kv: Whether a trained key and value are appended.
+        add_zero_attn: Whether a zero key and value are appended.
+        kdim: Width of keys, ``embed_dim`` if left out.
+        vdim: Width of values, ``embed_dim`` if left out.
+        batch_first: Whether inputs are ``[B, L, E]`` rather than ``[L, B, E]``.
+        device: Where the tensors go.
+        dtype: Of codebooks and biases.
+
+    Raises:
+        SpecError: If the codebooks do not fit a weight.
+    """
+
+    _dense = nn.MultiheadAttention
+    _weights = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+    in_proj_weight = held("in_proj_weight")
+    q_proj_weight = held("q_proj_weight")
+    k_proj_weight = held("k_proj_weight")
+    v_proj_weight = held("v_proj_weight")
+
+    @classmethod
+    def _splits(cls) -> bool:
+        return True
+
+    def _hold(self, dense: nn.Module, split: Split, plan: Plan, options: dict[str, Any]) -> None:
+        super()._hold(dense, split, plan, options)
+        out = RPQLinear.__new__(RPQLinear)
+        nn.Module.__init__(out)
+        out._hold(dense.out_proj, split, plan, options)  # type: ignore[arg-type]
+        self.out_proj = out  # type: ignore[assignment]
+
+    @classmethod
+    def from_dense(cls, dense: nn.Module, **options: Any) -> RPQMultiheadAttention:
+        """As ``RPQLayer.from_dense``, output projection included."""
+        made = super().from_dense(dense, **options)
+        plain = nn.Linear.__new__(nn.Linear)  # torch's own subclass of Linear, which only marks it for quantisation
+        plain.__dict__ = dict(made.out_proj.__dict__)
+        made.out_proj = RPQLinear.from_dense(plain, **options)  # type: ignore[assignment]
+        return made
+
+    def reset_parameters(self) -> None:
+        """Draws all projections anew, then the rest."""
+        if isinstance(self.out_proj, RPQLinear):
+            self.out_proj.reset_parameters()
+        super().reset_parameters()
+
+    @torch.no_grad()
+    def reset_rest(self) -> None:
+        """Biases become zero; the appended key and value are drawn as torch.nn draws them."""
+        for bias in (self.in_proj_bias, self.out_proj.bias):
+            if bias is not None:
+                bias.zero_()
+        for extra in (self.bias_k, self.bias_v):
+            if extra is not None:
+                nn.init.xavier_normal_(extra)
 
 
 register_layer(nn.MultiheadAttention, RPQMultiheadAttention)

@@ -1,0 +1,204 @@
+"""A model whose attention finds its older keys and values as codes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from rpqfx.convert.batches import Batches
+from rpqfx.convert.probe import probe
+from rpqfx.errors import InputError, PolicyError, RewriteError
+from rpqfx.graph.capture import capture, evaluating
+from rpqfx.graph.copying import copy_model
+from rpqfx.graph.rewrite import Progress
+from rpqfx.graph.snapshot import Snapshot
+from rpqfx.kv.attention import KVAttention
+from rpqfx.kv.calibrate import find_space, fit_coders, share_codebooks
+from rpqfx.kv.find import AttentionSite, find_attention
+from rpqfx.kv.headcoder import HeadCoder
+from rpqfx.kv.policy import KVPolicy
+from rpqfx.kv.watch import Moments, Watch
+from rpqfx.kv.wrap import unwrap, wrap
+from rpqfx.progress import shown
+
+# Every so many vectors one is kept to fit codebooks to.
+_STEP = 8
+
+
+def quantize_kv(
+    model: nn.Module,
+    policy: KVPolicy | None = None,
+    *,
+    calibration: Iterable[Any],
+    fit: bool = True,
+    inplace: bool = False,
+    seed: int = 0,
+    progress: Progress | bool | None = None,
+) -> nn.Module:
+    """Holds a model's older keys and values as codes.
+
+    Attention modules are found as ``rpqify`` finds weights: those whose forward calls
+    ``scaled_dot_product_attention``, ``torch.nn.MultiheadAttention``, and those of transformers. Each gets a
+    [`KVAttention`][rpqfx.kv.attention.KVAttention], fitted to what the batches show. The result is called as the model
+    was, and gives what it would give with a [`CodebookCache`][rpqfx.kv.cache.CodebookCache] filled token by token.
+
+    Args:
+        model: Any model; left alone. The result shares its Parameters and buffers unless they are copied by
+            ``copy.deepcopy``'s rules, that is: they are copied.
+        policy: How keys and values are held; ``KVPolicy()`` if left out.
+        calibration: Batches: each a tensor, a tuple of positional or a mapping of keyword inputs. 16 sequences do.
+        fit: Whether coders are fitted; if not, batches only show the shapes (one is enough), codebooks are random, and
+            are trained or loaded by ``load_state_dict`` afterwards.
+        inplace: Rewrite the model itself.
+        seed: Of the codebooks, and of the directions in which outputs are changed.
+        progress: Called with (done, total, what); True or False for a line on standard error or none.
+
+    Returns:
+        The rewritten model.
+
+    Raises:
+        InputError: If the model rejects a batch, or there is none.
+        RewriteError: If there is no attention, or none ran.
+        PolicyError: If a rule matches no layer, or a layer cannot follow its policy.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"quantize_kv takes a torch.nn.Module, got {type(model).__name__}")
+    policy = KVPolicy() if policy is None else policy
+    small = model if inplace else copy_model(model)
+    before = Snapshot(small)
+    try:
+        _rewrite(small, policy, calibration, fit, seed, shown(progress, quiet=False))
+    except BaseException:
+        before.restore()
+        raise
+    return small
+
+
+def commitment(model: nn.Module) -> torch.Tensor:
+    """The sum of the quantisers' losses of the last call in training, to be added to the model's own loss.
+
+    Args:
+        model: What ``quantize_kv`` returned, or a model that holds it.
+
+    Raises:
+        InputError: If no attention on codes has run in training mode.
+    """
+    losses = [core.loss for core in attentions(model).values() if core.loss is not None]
+    if not losses:
+        raise InputError("no attention on codes has run in training mode; call model.train() and run it first")
+    return torch.stack(losses).sum()
+
+
+def attentions(model: nn.Module) -> dict[str, KVAttention]:
+    """The attention on codes of a model, by the name of the module it serves."""
+    return {core.name: core for core in model.modules() if isinstance(core, KVAttention)}
+
+
+def _rewrite(
+    model: nn.Module, policy: KVPolicy, calibration: Iterable[Any], fit: bool, seed: int, progress: Progress | None
+) -> None:
+    batches = Batches(model, calibration)
+    if not batches.runs:
+        raise InputError("there are no calibration batches; give some, 16 sequences do")
+    sites = find_attention(capture(model))
+    policies = _decide(sites, policy)
+    cores = {site: KVAttention(own, site.name) for site, own in policies.items()}
+    for site, core in cores.items():
+        core.watch = Watch(core.policy.transform and core.policy.joint, _STEP)
+        wrap(site, core)
+    try:
+        with evaluating(model):
+            _look(model, batches, fit, seed, progress)
+    finally:
+        watched = {core: core.watch for core in cores.values()}
+        for core in watched:
+            core.watch = None
+    seen: dict[KVAttention, Watch] = {}
+    for site, core in cores.items():
+        watch = watched[core]
+        assert watch is not None
+        if watch.keys.count:
+            core.keys, core.values = _coder(core, watch.keys, keys=True), _coder(core, watch.values, keys=False)
+            seen[core] = watch
+        else:
+            unwrap(site)
+    if not seen:
+        raise RewriteError("no attention module ran on the calibration batches; skip none, or calibrate with others")
+    for bits in dict.fromkeys(core.policy.bits for core in seen):
+        _fit({core: watch for core, watch in seen.items() if core.policy.bits == bits}, fit, seed)
+
+
+def _decide(sites: Sequence[AttentionSite], policy: KVPolicy) -> dict[AttentionSite, KVPolicy]:
+    if not sites:
+        raise RewriteError(
+            "no attention was found: no module's forward calls scaled_dot_product_attention, and there is no "
+            "torch.nn.MultiheadAttention and no attention module of transformers"
+        )
+    for rule in policy.rules:
+        if not any(rule.matches(site.name) for site in sites):
+            names = ", ".join(site.name for site in sites[:4])
+            raise PolicyError(f"the rule for {rule.match!r} matches no attention module; there are {names}, ...")
+    decided = {site: policy.of(site.name) for site in sites}
+    held = {site: own for site, own in decided.items() if isinstance(own, KVPolicy)}
+    if not held:
+        raise PolicyError("rules skip every attention module; there is nothing to do")
+    return held
+
+
+def _look(model: nn.Module, batches: Batches, fit: bool, seed: int, progress: Progress | None) -> None:
+    """Runs the batches; with gradients of outputs in the keys and values where coders are to be fitted."""
+    if not fit:
+        with torch.no_grad():
+            batches.runs[0]()
+        return
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        for number, run in enumerate(batches.runs):
+            with torch.enable_grad():
+                loss = probe(run(), seed + number)
+                if loss is not None and loss.requires_grad:
+                    loss.backward()
+            if progress is not None:
+                progress(number + 1, len(batches.runs), f"reading keys and values, batch {number + 1}")
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_()
+
+
+def _coder(core: KVAttention, moments: Moments, *, keys: bool) -> HeadCoder:
+    policy, width = core.policy, moments.heads * moments.dim // moments.parts
+    if width % policy.sub_vector:
+        raise PolicyError(
+            f"{core.name}: sub-vectors of {policy.sub_vector} do not divide {width} channels; "
+            "take a sub_vector that does, or skip it with a KVRule"
+        )
+    stages = max(1, round(policy.bits * policy.sub_vector / policy.code_bits))
+    return HeadCoder(
+        moments.heads, moments.dim, sub_vector=policy.sub_vector, entries=policy.entries, stages=stages,
+        transform=policy.transform, joint=policy.joint, strided=policy.strided and keys, scaled=policy.scaled,
+        cosine=policy.cosine, beam=policy.beam, decay=policy.decay, device=moments.device,
+    )  # fmt: skip
+
+
+def _fit(seen: dict[KVAttention, Watch], fit: bool, seed: int) -> None:
+    """Fits coders that share a budget."""
+    coders: list[HeadCoder] = []
+    moments: list[Moments] = []
+    for core, watch in seen.items():
+        assert core.keys is not None and core.values is not None
+        coders += [core.keys, core.values]
+        moments += [watch.keys, watch.values]
+    policy = next(iter(seen)).policy
+    if not policy.transform:
+        for coder, own in zip(coders, moments, strict=True) if fit else ():
+            coder.fit(own.all_samples(), seed=seed)
+        return
+    share_codebooks(coders, policy.stages)
+    if fit:
+        spaces = [find_space(coder, own) for coder, own in zip(coders, moments, strict=True)]
+        fit_coders(coders, spaces, policy.bits, policy.stages, seed=seed)

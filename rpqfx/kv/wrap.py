@@ -1,0 +1,158 @@
+"""Modules whose attention goes through codes, though their forward stays as it was written."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from rpqfx.errors import InputError, RewriteError
+from rpqfx.kv.attention import KVAttention
+from rpqfx.kv.find import AttentionSite
+from rpqfx.kv.rotary import Rotary
+from rpqfx.nn.attention import Attends
+
+CORE = "kv_codes"  # the attribute under which a module holds its KVAttention
+
+
+class _Through(TorchFunctionMode):
+    """Sends attention calls to a module of ours."""
+
+    def __init__(self, core: KVAttention) -> None:
+        super().__init__()
+        self._core = core
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and not self._core.running:
+            return self._core(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+class _Wrapped(nn.Module):
+    """Base of the classes made here; pickles as the class it extends."""
+
+    _kv_base: type[nn.Module]
+    _kv_kind: str
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced = super().__reduce_ex__(protocol)
+        return (_new, (self._kv_base, self._kv_kind), *reduced[2:])
+
+
+class _Calling(_Wrapped):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """See the class this extends."""
+        with _Through(getattr(self, CORE)):
+            return super().forward(*args, **kwargs)
+
+
+class _Attending(_Calling):
+    """A ``torch.nn.MultiheadAttention``, or one in codebooks."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """See ``torch.nn.MultiheadAttention``.
+
+        Raises:
+            InputError: If attention weights are asked for.
+        """
+        if args[1] if len(args) > 1 else kwargs.get("need_weights", True):
+            raise InputError(
+                f"{getattr(self, CORE).name}: attention weights are not made where keys are codes; "
+                "call the module with need_weights=False, or skip it with a KVRule"
+            )
+        return super().forward(query, key, value, *args, **kwargs)
+
+
+class _Turning(_Wrapped):
+    """A module of transformers, whose caller hands it the rotary embedding's angles."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """See the class this extends."""
+        with _angles(getattr(self, CORE), _found(args, kwargs)):
+            return super().forward(*args, **kwargs)
+
+
+@contextmanager
+def _angles(core: KVAttention, rotary: Rotary | None) -> Iterator[None]:
+    core.rotary = rotary
+    try:
+        yield
+    finally:
+        core.rotary = None
+
+
+def _found(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rotary | None:
+    """Cosines and sines, ``[B, T, D']`` each, among a call's arguments."""
+    for value in (kwargs.get("position_embeddings"), *args):
+        if isinstance(value, tuple) and len(value) == 2 and all(isinstance(x, Tensor) and x.dim() == 3 for x in value):
+            if value[0].shape == value[1].shape:
+                return Rotary(*value)
+    return None
+
+
+def wrap(site: AttentionSite, core: KVAttention) -> None:
+    """Makes a module's attention go through codes, in place.
+
+    Args:
+        site: The attention module.
+        core: What attends in its place; becomes its child ``kv_codes``.
+
+    Raises:
+        RewriteError: If its class cannot be extended, or it has such a child already.
+    """
+    module = site.module
+    if CORE in module.__dict__ or CORE in module._modules or hasattr(type(module), CORE):
+        raise RewriteError(f"{core.name} already has an attribute {CORE!r}; start from the model before quantize_kv")
+    try:
+        module.__class__ = _class_of(type(module), site.kind)
+    except TypeError as error:
+        raise RewriteError(f"{type(module).__name__} cannot be extended: {error}") from error
+    module.add_module(CORE, core)
+    if site.kind == "torch":  # torch's fused layers pass by the module, but not where it has hooks
+        module.__dict__["_kv_hook"] = module.register_forward_pre_hook(_stay)
+    if site.kind == "transformers":
+        from rpqfx.kv.hf import route  # transformers is there, since the module is
+
+        module.__dict__["_kv_config"] = module.config
+        module.config = route(module.config)
+
+
+def unwrap(site: AttentionSite) -> None:
+    """Undoes ``wrap``."""
+    module = site.module
+    module.__class__ = type(module)._kv_base  # type: ignore[attr-defined]
+    del module._modules[CORE]
+    if site.kind == "torch":
+        module.__dict__.pop("_kv_hook").remove()
+    if site.kind == "transformers":
+        module.config = module.__dict__.pop("_kv_config")
+
+
+def _stay(module: nn.Module, args: Any) -> None:
+    """Does nothing."""
+
+
+_BASES: dict[str, tuple[type, ...]] = {
+    "call": (_Calling,),
+    "torch": (_Attending,),
+    "transformers": (_Turning,),
+}
+
+
+@functools.cache
+def _class_of(base: type[nn.Module], kind: str) -> type[nn.Module]:
+    bases = (*_BASES[kind], *((Attends,) if base is nn.MultiheadAttention else ()), base)
+    return type(base.__name__, bases, {"_kv_base": base, "_kv_kind": kind})
+
+
+def _new(base: type[nn.Module], kind: str) -> nn.Module:
+    made = _class_of(base, kind)
+    return made.__new__(made)
