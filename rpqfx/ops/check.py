@@ -33,6 +33,8 @@ def against_reference(backend: Any, device: torch.device) -> None:
                     _check(backend, device, dtype, tolerance, code_dtype, entries, with_signs, generator)
         if hasattr(backend, "nearest"):
             _check_search(backend, device, generator)
+        if hasattr(backend, "residual_search"):
+            _check_greedy(backend, device, generator)
 
 
 def _check(
@@ -97,3 +99,21 @@ def _check_search(backend: Any, device: torch.device, g: torch.Generator) -> Non
         first, second = codes.cpu().long().clamp(0, entries - 1).t()
         every = (books[0][:, None] + books[1]).view(-1, d)
         same("beam_search", points, every, books[0][first] + books[1][second], distances)
+
+
+def _check_greedy(backend: Any, device: torch.device, g: torch.Generator) -> None:
+    """Of searches stage by stage, which some backends have: each stage's entry is as good as any for what is left."""
+    for cosine in (False, True):
+        for rows, entries, d in ((1, 2, 1), (70, 90, 3), (7, 40, 40)):
+            points, books = torch.randn(rows, d, generator=g) + 5, torch.randn(3, entries, d, generator=g) + 3
+            codes, distances = backend.residual_search(points.to(device), books.to(device), cosine)
+            rest, error = points.double(), 0.0
+            for code, book in zip(codes.cpu().long().clamp(0, entries - 1).t(), books.double(), strict=True):
+                left = (rest[:, None] - book).square().sum(-1)
+                costs = -torch.cosine_similarity(rest[:, None], book, dim=-1) if cosine else left / left.max()
+                error = max(error, float((costs.gather(1, code[:, None])[:, 0] - costs.min(1).values).max()))
+                rest = rest - book[code]
+            exact = rest.square().sum(-1)
+            error = max(error, float((distances.cpu().double() - exact).abs().max() / exact.max()))
+            if not error <= 1e-4:
+                raise RPQError(f"the kernel of residual_search is wrong by {error:.1e}; plain operators are not")

@@ -37,6 +37,7 @@ __all__ = [
     "expand",
     "gather_sum",
     "lookup",
+    "residual_search",
     "usable",
 ]
 
@@ -44,6 +45,8 @@ _LOG = logging.getLogger("rpqfx")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # What Triton itself asks for.
 CAPABILITY = (8, 0)
+# Dimensions that a search takes at most: what is left of a point is in registers.
+MOST_SEARCHED = 128
 # Elements of a float32 table (or of bins) that are alive at a time, 32 MB: they stay in the L2 cache of large GPUs.
 TABLE_ELEMENTS = 2**23
 # Rows of a block of the batch at least: matrix units multiply 16 at a time.
@@ -149,6 +152,32 @@ def bins(y: Tensor, codes: Tensor, signs: Tensor | None, books: int, entries: in
     sums = _launch().Bins(codes, signs, books, entries)
     for part in _slices(rows, codes, entries):
         yield part, sums(rows[part])
+
+
+def residual_search(points: Tensor, books: Tensor, cosine: bool = False) -> tuple[Tensor, Tensor]:
+    """Codes of residual stages, each the best for what the stages before leave; distances are never in memory.
+
+    Args:
+        points: ``[N, d]``, float32, float16 or bfloat16, ``d`` up to 128.
+        books: ``[R, K, d]``, of the same dtype.
+        cosine: Whether entries are chosen by direction (``rpqfx.ops.search.cosine_search``).
+
+    Returns:
+        ``codes [N, R]`` int64 and squared ``distances [N]``. What the stages leave is float32 in between.
+
+    Raises:
+        InputError: If a shape or a dtype does not fit.
+    """
+    _check_dtype("points", points)
+    if books.dtype != points.dtype:
+        raise InputError(f"points are {points.dtype} and the codebooks are {books.dtype}; convert one of them")
+    if points.dim() != 2 or books.dim() != 3 or points.shape[1] != books.shape[2] or not books.shape[1]:
+        raise InputError(f"points {tuple(points.shape)} do not go with codebooks {tuple(books.shape)}")
+    if not 1 <= points.shape[1] <= MOST_SEARCHED:
+        raise InputError(f"the kernel searches 1 to {MOST_SEARCHED} dimensions, points have {points.shape[1]}")
+    from rpqfx.ops import triton_search
+
+    return triton_search.launch(points.contiguous(), books.contiguous(), cosine)
 
 
 # ------------------------------------------------------------------------------------------ what they are made of

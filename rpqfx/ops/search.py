@@ -1,13 +1,15 @@
 """Codes of points: the nearest centre, and sums of entries by beam search.
 
-By compiled kernels for float32 on a CPU, else by torch's own operators in blocks.
+By compiled kernels for float32 on a CPU, by Triton for greedy search on a GPU, else by torch's own operators in blocks.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rpqfx.ops import cuda
 from rpqfx.ops.cpu import build, kernels
 
 # Distances that are alive at a time: few enough to stay in cache.
@@ -54,6 +56,8 @@ def beam_search(points: Tensor, books: Tensor, beam: int) -> tuple[Tensor, Tenso
     Returns:
         ``codes [N, R]`` int64 and squared ``distances [N]``.
     """
+    if beam == 1 and _fused(points, books):
+        return cuda.residual_search(points, books)
     if len(books) == 1:
         codes, distances = nearest(points, books[0])
         return codes[:, None], distances
@@ -61,6 +65,71 @@ def beam_search(points: Tensor, books: Tensor, beam: int) -> tuple[Tensor, Tenso
         return kernels.beam_search(points, books, beam)
     found = [_beam(block, books, beam) for block in points.split(max(1, _BLOCK_ELEMENTS // (beam * books.shape[1])))]
     return torch.cat([codes for codes, _ in found]), torch.cat([distances for _, distances in found])
+
+
+@torch.no_grad()
+def cosine_search(points: Tensor, books: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes of entries that point where what is left of the points does, stage after stage.
+
+    A stage chooses the entry of the largest cosine with what the stages before leave, the first of several; the entry
+    itself, whatever its length, is what it takes off. What is zero has the cosine zero.
+
+    Args:
+        points: ``[N, d]``, floating.
+        books: ``[R, K, d]`` of the same dtype and device, ``R >= 1`` and ``K >= 1``.
+
+    Returns:
+        ``codes [N, R]`` int64 and squared ``distances [N]``.
+    """
+    if _fused(points, books):
+        return cuda.residual_search(points, books, cosine=True)
+    codes = []
+    for book in books:
+        code = nearest(F.normalize(points, dim=1), F.normalize(book, dim=1))[0]
+        points = points - book[code]
+        codes.append(code)
+    return torch.stack(codes, 1), points.square().sum(1)
+
+
+def residual_search(points: Tensor, books: Tensor, *, beam: int = 1, cosine: bool = False) -> tuple[Tensor, Tensor]:
+    """``beam_search``, or ``cosine_search``, which has no beam, as one step of compiled graphs.
+
+    Args:
+        points: ``[N, d]``, floating.
+        books: ``[R, K, d]`` of the same dtype and device, ``R >= 1`` and ``K >= 1``.
+        beam: Sums that go on to the next stage, at least 1.
+        cosine: Whether entries are chosen by direction.
+
+    Returns:
+        ``codes [N, R]`` int64 and squared ``distances [N]``.
+    """
+    if torch.compiler.is_dynamo_compiling():  # which would unroll the blocks, and could not run kernels
+        return _OPERATOR(points, books, beam, cosine)
+    return _search(points, books, beam, cosine)
+
+
+def _search(points: Tensor, books: Tensor, beam: int, cosine: bool) -> tuple[Tensor, Tensor]:
+    return cosine_search(points, books) if cosine else beam_search(points, books, beam)
+
+
+def _fake_search(points: Tensor, books: Tensor, beam: int, cosine: bool) -> tuple[Tensor, Tensor]:
+    return points.new_empty(len(points), len(books), dtype=torch.int64), points.new_empty(len(points))
+
+
+_OPERATOR = torch.library.custom_op(
+    "rpqfx::residual_search",
+    _search,
+    mutates_args=(),
+    schema="(Tensor points, Tensor books, int beam, bool cosine) -> (Tensor, Tensor)",
+)
+_OPERATOR.register_fake(_fake_search)
+
+
+def _fused(points: Tensor, books: Tensor) -> bool:
+    """Whether Triton's kernel takes them."""
+    plain = all(type(x) in (Tensor, nn.Parameter) for x in (points, books)) and points.dtype == books.dtype
+    fits = plain and books.shape[2] <= cuda.MOST_SEARCHED and points.device == books.device
+    return fits and not torch.compiler.is_compiling() and cuda.usable(points)
 
 
 def _compiled(points: Tensor, centres: Tensor) -> bool:

@@ -5,8 +5,9 @@ Tensors are contiguous, terms are summed in float32, and every element of a resu
 order: no atomics, so the same call gives the same bits. Codes are read as the integers that they are stored as.
 Sub-vectors' length ``d`` is a constant of a kernel: the compiler then reads and writes whole short sub-vectors.
 
-Triton is imported here and only here; ``rpqfx.ops.cuda`` launches these kernels and imports this file when it first
-does. With the environment variable ``TRITON_INTERPRET=1`` (from before triton is first imported) they run on the CPU.
+Triton is imported here and in ``rpqfx.ops.triton_search``, nowhere else; ``rpqfx.ops.cuda`` launches these kernels and
+imports this file when it first does. With the environment variable ``TRITON_INTERPRET=1`` (from before triton is first
+imported) they run on the CPU.
 """
 
 from __future__ import annotations
