@@ -65,9 +65,9 @@ RECIPES = {
     "MiniLM": Recipe(16, 100, {"recode": False}, lambda loaded: loaded.calibration(100)),
     "ResNet-20": Recipe(
         16,
-        400,
+        1500,
         {"loss": Distillation(True, 4.0), "norms": "update", "rates": Rates(2e-3, 2e-3, 2e-3, 5e-3)},
-        _images(400),
+        _images(800),
     ),
 }
 

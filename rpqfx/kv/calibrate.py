@@ -23,6 +23,10 @@ from rpqfx.kv.watch import Moments
 
 # Of the mean of its diagonal, what is added to a Fisher matrix: directions that no gradient took are not free.
 _RIDGE = 1e-3
+# Of the largest, what the size of a sub-vector has to be to be brought to one.
+_SILENT = 1e-6
+# Times the energy of the weakest sub-vector with codes, from which on rows of maps have sixteen bits.
+_FINE = 32.0
 _POINTS = 2**17
 _ROUNDS = 2
 _STEPS = 8
@@ -67,7 +71,8 @@ def find_space(coder: HeadCoder, moments: Moments) -> Space:
     energy, turn = energy.flip(1).clamp_min(0), turn.flip(2)
     analysis = root @ turn
     groups = energy.view(parts, -1, d).sum(2)
-    size = (groups / d).clamp_min(1e-12 * groups.max().clamp_min(1e-30)).sqrt().repeat_interleave(d, 1)
+    size = (groups / d).sqrt()
+    size = torch.where(size > _SILENT * size.max(), size, torch.ones_like(size)).repeat_interleave(d, 1)
     analysis = analysis / size[:, None]
     synthesis = torch.linalg.inv(analysis)
     samples = (torch.cat(moments.samples, 1) - moments.mean[:, None]).to(torch.float64) @ analysis
@@ -109,9 +114,10 @@ def fit_coders(coders: Sequence[HeadCoder], spaces: Sequence[Space], bits: float
         start += size
         kept = max(1, int((own > 0).sum(1).max()))  # energies fall, so what is not kept has no codes
         own = own[:, :kept]
+        fine = int((space.energy[:, :kept] > _FINE * space.energy[:, kept - 1 : kept]).sum(1).max())
         coder.set_transform(
             space.analysis[:, :, : kept * d], space.synthesis[:, : kept * d], space.mean,
-            own.flatten().tolist(), codebooks,
+            own.flatten().tolist(), codebooks, fine * d,
         )  # fmt: skip
 
 

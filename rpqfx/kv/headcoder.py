@@ -91,17 +91,17 @@ class HeadCoder(nn.Module):
         self._device = device
         if transform:
             self.mean = nn.Parameter(torch.zeros(heads, dim, device=device, dtype=dtype))
-            self._size_maps(len(each))
+            self._size_maps(len(each), 0)
             assert self.analysis is not None and self.synthesis is not None
             eye = torch.eye(width, len(each) * sub_vector // self.parts).expand(self.parts, -1, -1)
-            self.analysis.set(eye)
+            self.analysis.set(eye.mT)
             self.synthesis.set(eye.mT)
         self._size_quantizer(each)
 
-    def _size_maps(self, groups: int) -> None:
+    def _size_maps(self, groups: int, fine: int) -> None:
         inner = groups // self.parts * self.sub_vector
-        self.analysis = Map(self.parts, self.width, inner, device=self._device)
-        self.synthesis = Map(self.parts, inner, self.width, device=self._device)
+        self.analysis = Map(self.parts, inner, self.width, fine, device=self._device)
+        self.synthesis = Map(self.parts, inner, self.width, fine, device=self._device)
 
     def _size_quantizer(self, stages: Sequence[int]) -> None:
         self.quantizer = VectorQuantizer(len(stages) * self.sub_vector, stages=tuple(stages), **self._options)
@@ -143,7 +143,13 @@ class HeadCoder(nn.Module):
 
     @torch.no_grad()
     def set_transform(
-        self, analysis: Tensor, synthesis: Tensor, mean: Tensor, stages: Sequence[int], codebooks: nn.Parameter
+        self,
+        analysis: Tensor,
+        synthesis: Tensor,
+        mean: Tensor,
+        stages: Sequence[int],
+        codebooks: nn.Parameter,
+        fine: int = 0,
     ) -> None:
         """Takes on what calibration found.
 
@@ -153,11 +159,12 @@ class HeadCoder(nn.Module):
             mean: ``[H, D]``.
             stages: ``[P * G]``.
             codebooks: ``[R, 1, K, d]``, which other coders may hold as well.
+            fine: Coordinates of each part, the first, whose rows of the maps have sixteen bits.
         """
         assert self.mean is not None
-        self._size_maps(len(stages))
+        self._size_maps(len(stages), fine)
         assert self.analysis is not None and self.synthesis is not None
-        self.analysis.set(analysis)
+        self.analysis.set(analysis.mT)
         self.synthesis.set(synthesis)
         self.mean.copy_(mean)
         self._size_quantizer(stages)
@@ -192,7 +199,7 @@ class HeadCoder(nn.Module):
         if self.analysis is None:
             order = "b h t (d g) -> b t (h g d)" if self.strided else "b h t (g d) -> b t (h g d)"
             return rearrange(x, order, d=self.sub_vector), scale
-        y = rearrange(x, "b (p h) t d -> b p t (h d)", p=self.parts) @ self.analysis(x.dtype)
+        y = rearrange(x, "b (p h) t d -> b p t (h d)", p=self.parts) @ self.analysis(x.dtype).mT
         return rearrange(y, "b p t k -> b t (p k)"), scale
 
     def from_code_space(self, y: Tensor, scale: Tensor | None) -> Tensor:
@@ -241,15 +248,17 @@ class HeadCoder(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         """See ``torch.nn.Module.get_extra_state``: how many stages each sub-vector has."""
-        return {"stages": tuple(self.quantizer.layout.stages)}
+        return {
+            "stages": tuple(self.quantizer.layout.stages),
+            "fine": 0 if self.analysis is None else self.analysis.fine,
+        }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """See ``torch.nn.Module.set_extra_state``."""
-        stages = tuple(state["stages"])
-        if stages == tuple(self.quantizer.layout.stages):
+        if state == self.get_extra_state():
             return
-        shared = self.quantizer.codebooks
+        stages, shared = tuple(state["stages"]), self.quantizer.codebooks
         if self.analysis is not None:
-            self._size_maps(len(stages))
+            self._size_maps(len(stages), state["fine"])
         self._size_quantizer(stages)
         self.quantizer.codebooks = shared

@@ -1,4 +1,4 @@
-"""Linear maps in and out of code space, eight bits a number."""
+"""Linear maps in and out of code space, eight or sixteen bits a number."""
 
 from __future__ import annotations
 
@@ -11,47 +11,64 @@ _LARGEST = 127
 
 
 class Map(nn.Module):
-    """Matrices ``[P, a, b]`` whose rows are integers times a number in half precision.
+    """Matrices ``[P, k, n]`` with a row for each coordinate of code space: integers times a number for each row.
 
-    Rounding costs a map some 45 dB of signal to noise, against the 12 dB of two bits a coordinate.
+    Eight bits cost a row some 40 dB of signal to noise. Rows of strong coordinates, which come first, are coded more
+    finely than that, so they have eight bits more.
 
     Args:
         parts: ``P``.
-        inputs: ``a``.
-        outputs: ``b``.
+        rows: ``k``.
+        width: ``n``.
+        fine: Rows with sixteen bits.
         device: Of the tensors.
     """
 
     values: Tensor
+    rest: Tensor
     scale: Tensor
 
-    def __init__(self, parts: int, inputs: int, outputs: int, *, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self, parts: int, rows: int, width: int, fine: int, *, device: torch.device | str | None = None
+    ) -> None:
         super().__init__()
-        self.register_buffer("values", torch.zeros(parts, inputs, outputs, dtype=torch.int8, device=device))
-        self.register_buffer("scale", torch.ones(parts, inputs, dtype=torch.float16, device=device))
+        self.register_buffer("values", torch.zeros(parts, rows, width, dtype=torch.int8, device=device))
+        self.register_buffer("rest", torch.zeros(parts, fine, width, dtype=torch.int8, device=device))
+        self.register_buffer("scale", torch.ones(parts, rows, dtype=torch.float32, device=device))
+
+    @property
+    def fine(self) -> int:
+        """Rows with sixteen bits."""
+        return self.rest.shape[1]
 
     @torch.no_grad()
     def set(self, matrices: Tensor) -> None:
         """Takes on matrices.
 
         Args:
-            matrices: ``[P, a, b]``, finite.
+            matrices: ``[P, k, n]``, finite.
 
         Raises:
-            InputError: If they have another shape, or half precision does not reach their rows.
+            InputError: If they have another shape, or are not finite.
         """
         if matrices.shape != self.values.shape:
             raise InputError(f"maps are {list(self.values.shape)}, got {list(matrices.shape)}")
-        scale = (matrices.abs().amax(-1) / _LARGEST).to(torch.float16)
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        scale = matrices.abs().amax(-1) / _LARGEST
         if not bool(torch.isfinite(scale).all()):
-            raise InputError("rows of a map are too large for half precision; scale the model's activations down")
+            raise InputError("a map has infinite or NaN elements; look for them in the keys and values of calibration")
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        whole = matrices / scale[..., None]
         self.scale.copy_(scale)
-        self.values.copy_((matrices / scale[..., None].to(matrices.dtype)).round().clamp(-_LARGEST, _LARGEST))
+        self.values.copy_(whole.round())
+        self.rest.copy_(((whole - whole.round())[:, : self.fine] * (2 * _LARGEST)).round())
 
     def forward(self, dtype: torch.dtype) -> Tensor:
-        """The matrices in a dtype, ``[P, a, b]``."""
-        return self.values.to(dtype) * self.scale[..., None].to(dtype)
+        """The matrices in a dtype, ``[P, k, n]``."""
+        whole = self.values.to(dtype)
+        if self.fine:
+            rest = self.rest.to(dtype) / (2 * _LARGEST)
+            whole = torch.cat([whole[:, : self.fine] + rest, whole[:, self.fine :]], 1)
+        return whole * self.scale[..., None].to(dtype)
 
     def extra_repr(self) -> str:
         """What ``print`` shows."""
