@@ -56,11 +56,8 @@ def beam_search(points: Tensor, books: Tensor, beam: int) -> tuple[Tensor, Tenso
     Returns:
         ``codes [N, R]`` int64 and squared ``distances [N]``.
     """
-    if beam == 1 and _fused(points, books):
-        return cuda.residual_search(points, books)
-    if len(books) == 1:
-        codes, distances = nearest(points, books[0])
-        return codes[:, None], distances
+    if beam == 1 or len(books) == 1:
+        return _greedy(points, books, cosine=False)
     if _compiled(points, books):
         return kernels.beam_search(points, books, beam)
     found = [_beam(block, books, beam) for block in points.split(max(1, _BLOCK_ELEMENTS // (beam * books.shape[1])))]
@@ -81,14 +78,7 @@ def cosine_search(points: Tensor, books: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         ``codes [N, R]`` int64 and squared ``distances [N]``.
     """
-    if _fused(points, books):
-        return cuda.residual_search(points, books, cosine=True)
-    codes = []
-    for book in books:
-        code = nearest(F.normalize(points, dim=1), F.normalize(book, dim=1))[0]
-        points = points - book[code]
-        codes.append(code)
-    return torch.stack(codes, 1), points.square().sum(1)
+    return _greedy(points, books, cosine=True)
 
 
 def residual_search(points: Tensor, books: Tensor, *, beam: int = 1, cosine: bool = False) -> tuple[Tensor, Tensor]:
@@ -123,6 +113,21 @@ _OPERATOR = torch.library.custom_op(
     schema="(Tensor points, Tensor books, int beam, bool cosine) -> (Tensor, Tensor)",
 )
 _OPERATOR.register_fake(_fake_search)
+
+
+def _greedy(points: Tensor, books: Tensor, cosine: bool) -> tuple[Tensor, Tensor]:
+    """Each stage's best entry for what the stages before leave."""
+    if _fused(points, books):
+        return cuda.residual_search(points, books, cosine)
+    codes, distances = [], None
+    for book in books:
+        if cosine:
+            code = nearest(F.normalize(points, dim=1), F.normalize(book, dim=1))[0]
+        else:
+            code, distances = nearest(points, book)
+        points = points - book[code]
+        codes.append(code)
+    return torch.stack(codes, 1), points.square().sum(1) if distances is None else distances
 
 
 def _fused(points: Tensor, books: Tensor) -> bool:

@@ -30,10 +30,7 @@ def residual_search(
     shifts: tl.tensor, rows: tl.tensor, stages: tl.tensor, entries: tl.tensor, d: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ) -> None:  # fmt: skip
-    """``codes[n, r]`` and the squared ``distances[n]`` that are left at last.
-
-    Comparisons with NaN are false, so that codes are in range whatever comes in.
-    """
+    """``codes[n, r]`` and the squared ``distances[n]`` that are left at last. Codes are in range whatever comes in."""
     n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     j = tl.arange(0, BLOCK_D)
     inside = (n < rows)[:, None] & (j < d)[None, :]
@@ -50,6 +47,7 @@ def residual_search(
             norm = tl.load(norms + book + k, mask=k < entries, other=float("inf"))
             # "ieee": by default float32 would be rounded to the ten bits of tf32 on its way in.
             scores = norm[None, :] - 2.0 * tl.dot(turned, key, input_precision="ieee")
+            scores = tl.where(scores == scores, scores, float("inf"))  # NaN is nearest to nothing
             low, where = tl.min(scores, 1, return_indices=True, return_indices_tie_break_left=True)
             code = tl.where(low < best, first + where, code)
             best = tl.where(low < best, low, best)
