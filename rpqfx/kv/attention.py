@@ -12,6 +12,7 @@ from rpqfx.errors import InputError
 from rpqfx.kv.headcoder import HeadCoder
 from rpqfx.kv.policy import KVPolicy
 from rpqfx.kv.rotary import Rotary, turn, turn_back
+from rpqfx.kv.store import LayerStore
 from rpqfx.kv.watch import Watch
 
 
@@ -37,6 +38,7 @@ class KVAttention(nn.Module):
         super().__init__()
         self.policy, self.name = policy, name
         self.rotary: Rotary | None = None
+        self.store: LayerStore | None = None
         self.watch: Watch | None = None
         self.loss: Tensor | None = None
         self.running = False  # inside its own call of attention
@@ -76,6 +78,9 @@ class KVAttention(nn.Module):
             key, value = self.watch.see(key, value, self._angles())
             return self._attend(query, key, value, attn_mask=attn_mask, is_causal=is_causal, **options)
         self._check(key, value)
+        if self.store is not None:
+            self.append(self.store, key, value)
+            return self.store.attend(query, scale, attn_mask)
         near = self._near(query.shape[-2], key.shape[-2], query.device)
         near_mask, far_mask = _masks(near, attn_mask, is_causal, query)
         old_keys, key_loss = self.recoded_keys(key)
@@ -90,6 +95,16 @@ class KVAttention(nn.Module):
             return F.scaled_dot_product_attention(*args, **options)
         finally:
             self.running = False
+
+    def append(self, store: LayerStore, key: Tensor, value: Tensor) -> None:
+        """Puts the next tokens into a cache.
+
+        Args:
+            store: Of this layer.
+            key: ``[B, H, T, D]``.
+            value: ``[B, H, T, D_v]``.
+        """
+        store.append(key, value, self._angles())
 
     def recoded_keys(self, key: Tensor) -> tuple[Tensor, Tensor]:
         """Keys after coding, and the loss; on the side of the rotary embedding that the policy names."""
@@ -121,6 +136,11 @@ class KVAttention(nn.Module):
         token = torch.arange(tokens, device=device)
         coded = policy.sinks + (seen - policy.sinks - policy.window).clamp_min(0) // policy.chunk * policy.chunk
         return (token < policy.sinks) | (token >= coded)
+
+
+def attentions(model: nn.Module) -> dict[str, KVAttention]:
+    """The attention on codes of a model, by the name of the module it serves."""
+    return {core.name: core for core in model.modules() if isinstance(core, KVAttention)}
 
 
 def _masks(near: Tensor, mask: Tensor | None, is_causal: bool, query: Tensor) -> tuple[Tensor, Tensor]:

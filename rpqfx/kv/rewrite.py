@@ -15,7 +15,7 @@ from rpqfx.graph.capture import capture, evaluating
 from rpqfx.graph.copying import copy_model
 from rpqfx.graph.rewrite import Progress
 from rpqfx.graph.snapshot import Snapshot
-from rpqfx.kv.attention import KVAttention
+from rpqfx.kv.attention import KVAttention, attentions
 from rpqfx.kv.calibrate import find_space, fit_coders, share_codebooks
 from rpqfx.kv.find import AttentionSite, find_attention
 from rpqfx.kv.headcoder import HeadCoder
@@ -90,11 +90,6 @@ def commitment(model: nn.Module) -> torch.Tensor:
     if not losses:
         raise InputError("no attention on codes has run in training mode; call model.train() and run it first")
     return torch.stack(losses).sum()
-
-
-def attentions(model: nn.Module) -> dict[str, KVAttention]:
-    """The attention on codes of a model, by the name of the module it serves."""
-    return {core.name: core for core in model.modules() if isinstance(core, KVAttention)}
 
 
 def _rewrite(
