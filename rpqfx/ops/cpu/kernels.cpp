@@ -7,6 +7,8 @@
 #include "contract.h"
 #include "contract_t.h"
 #include "nearest.h"
+#include "pick.h"
+#include "rotated.h"
 #include "rows.h"
 
 TORCH_LIBRARY_FRAGMENT(rpqfx_cpu, m) {
@@ -22,4 +24,13 @@ TORCH_LIBRARY_FRAGMENT(rpqfx_cpu, m) {
   m.def("collect(Tensor grad, Tensor codes, Tensor? signs, int books, int entries) -> Tensor", rpqfx::collect);
   m.def("nearest(Tensor points, Tensor centres) -> (Tensor, Tensor)", rpqfx::nearest);
   m.def("beam_search(Tensor points, Tensor books, int beam) -> (Tensor, Tensor)", rpqfx::beam_search);
+  m.def(
+      "pick_sum(Tensor table, int rows, Tensor codes, int width, int tokens, Tensor? scale, Tensor? shift, int[] heads)"
+      " -> Tensor",
+      rpqfx::pick_sum);
+  m.def("bin_masses(Tensor p, Tensor codes, int width, Tensor? scale, int[] heads, int entries) -> Tensor", rpqfx::bin_masses);
+  m.def(
+      "rotated_scores(Tensor q, Tensor books, int[] which, int[] groups, int[] heads, Tensor codes, int width,"
+      " int tokens, Tensor? scale, Tensor? basis, Tensor? mean, Tensor cos, Tensor sin) -> Tensor",
+      rpqfx::rotated_scores);
 }

@@ -82,3 +82,28 @@ def nearest(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
 def beam_search(points: Tensor, books: Tensor, beam: int) -> tuple[Tensor, Tensor]:
     """See ``rpqfx.ops.search.beam_search``; float32 only."""
     return torch.ops.rpqfx_cpu.beam_search(points, books, beam)
+
+
+def pick_sum(
+    table: Tensor, rows: int, codes: Tensor, width: int, tokens: int, scale: Tensor | None, shift: Tensor | None,
+    heads: list[int],
+) -> Tensor:  # fmt: skip
+    """See ``rpqfx.ops.slots.pick``; the table is 4, 8 or 16 wide, of which ``rows`` are meant."""
+    shift = None if shift is None else shift.contiguous()
+    return torch.ops.rpqfx_cpu.pick_sum(table.contiguous(), rows, codes, width, tokens, scale, shift, heads)
+
+
+def bin_masses(
+    p: Tensor, codes: Tensor, width: int, scale: Tensor | None, heads: list[int], entries: int
+) -> Tensor:  # fmt: skip
+    """See ``rpqfx.ops.slots.bin_masses``; as wide as a table."""
+    return torch.ops.rpqfx_cpu.bin_masses(p, codes, width, scale, heads, entries)
+
+
+def rotated_scores(
+    q: Tensor, books: Tensor, which: list[int], groups: list[int], heads: list[int], codes: Tensor, width: int,
+    tokens: int, scale: Tensor | None, basis: Tensor | None, mean: Tensor | None, cos: Tensor, sin: Tensor,
+) -> Tensor:  # fmt: skip
+    """See ``rpqfx.ops.slots.rotated_scores``."""
+    rest = (codes, width, tokens, scale, basis, mean, cos, sin)
+    return torch.ops.rpqfx_cpu.rotated_scores(q, books, which, groups, heads, *rest)

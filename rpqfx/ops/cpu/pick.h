@@ -1,0 +1,148 @@
+// Scores of the rows of a head through tables, and the adjoint: masses of the rows summed into bins.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include <vector>
+
+#include "slots.h"
+
+namespace rpqfx {
+
+constexpr int64_t BIN_TOKENS = 8 * TOKENS;      // whose masses are turned at a time: they stay in the first-level cache
+constexpr int64_t BIN_PART = 4096;              // tokens that are worth bins of their own, where slots are few
+constexpr int64_t BIN_TASKS = 4;                // for each thread at least
+
+// sums[j] = sum over slots of table[slot, code(slot, j)], for N tokens.
+template <int W, int N, typename Code>
+void pick_lines(const float* table, int64_t slot, const Code* codes, int64_t stride, int64_t slots, Row<W>* sums) {
+  Row<W> sum[N];
+  for (int64_t j = 0; j < N; ++j) sum[j] = Row<W>{};
+  for (int64_t s = 0; s < slots; ++s, table += slot, codes += stride) {
+#pragma GCC unroll 8
+    for (int64_t j = 0; j < N; ++j) sum[j] += row<W>(table + static_cast<int64_t>(codes[j]) * W);
+  }
+  for (int64_t j = 0; j < N; ++j) sums[j] = sum[j];
+}
+
+// scale[t] * sums + shift of up to TOKENS tokens of a head, as lines y[row, t].
+template <int W, typename Code>
+void pick_block(const float* table, int64_t slot, const Code* codes, int64_t stride, int64_t slots, int64_t tokens,
+                const c10::Half* scale, const float* shift, int64_t rows, float* y, int64_t y_stride) {
+  Row<W> sums[TOGETHER];
+  for (int64_t t = 0; t < tokens; t += TOGETHER) {
+    const int64_t count = std::min(TOGETHER, tokens - t);
+    if (count == TOGETHER) pick_lines<W, TOGETHER>(table, slot, codes + t, stride, slots, sums);
+    else
+      for (int64_t j = 0; j < count; ++j) pick_lines<W, 1>(table, slot, codes + t + j, stride, slots, sums + j);
+    if (scale)
+      for (int64_t j = 0; j < count; ++j) sums[j] *= static_cast<float>(scale[t + j]);
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < count; ++j) y[i * y_stride + t + j] = sums[j][i] + (shift ? shift[i] : 0.0f);
+  }
+}
+
+// table [B, S, K, W], of which `rows` are meant: scale * sums over a head's slots + shift [B, H, rows], [B, H, rows, T].
+inline Tensor pick_sum(const Tensor& table, int64_t rows, const Tensor& codes, int64_t width, int64_t tokens,
+                   const Maybe& scale, const Maybe& shift, c10::IntArrayRef heads) {
+  const int64_t batch = codes.size(0), slots = codes.size(1), count = int64_t(heads.size()) - 1;
+  check_heads(heads, slots);
+  TORCH_CHECK_VALUE(table.dim() == 4 && table.is_contiguous() && table.size(0) == batch && table.size(1) == slots &&
+                        table.scalar_type() == at::kFloat && table.size(3) == row_width(rows),
+                    "a table ", table.sizes(), " does not go with codes ", codes.sizes(), " and ", rows, " rows");
+  TORCH_CHECK_VALUE(!shift || (shift->is_contiguous() && shift->numel() == batch * count * rows &&
+                               shift->scalar_type() == at::kFloat), "a shift does not go with the table");
+  const Packed packed(codes, width, table.size(2), tokens);
+  const Scales scales(scale, batch, count, tokens);
+  Tensor y = at::empty({batch, count, rows, tokens}, table.options());
+  const int64_t blocks = (tokens + TOKENS - 1) / TOKENS;
+  const float* lines = table.const_data_ptr<float>();
+  const float* shifts = shift ? shift->const_data_ptr<float>() : nullptr;
+  float* out = y.data_ptr<float>();
+  by_rows(rows, [&](auto lanes) {
+    constexpr int W = decltype(lanes)::value;
+    by_width(width, [&](auto code) {
+      using Code = decltype(code);
+      at::parallel_for(0, batch * count * blocks, 16, [&](int64_t begin, int64_t end) {
+        std::vector<Code> room;
+        for (int64_t task = begin; task < end; ++task) {
+          const int64_t b = task / (count * blocks), h = task / blocks % count, t = task % blocks * TOKENS;
+          const int64_t left = std::min(TOKENS, tokens - t), head = b * count + h;
+          int64_t stride;
+          const Code* some = packed.unpack(b, heads[h], heads[h + 1] - heads[h], t, left, room, stride);
+          pick_block<W>(lines + (b * slots + heads[h]) * packed.entries * W, packed.entries * W, some, stride,
+                        heads[h + 1] - heads[h], left, scales.at(b, h, t), shifts ? shifts + head * rows : nullptr,
+                        rows, out + head * rows * tokens + t, tokens);
+        }
+      });
+    });
+  });
+  return y;
+}
+
+// bins[code(j)] += masses[j] for some tokens.
+template <int W, typename Code>
+void bin_lines(const Code* codes, const float* masses, int64_t tokens, float* bins) {
+  for (int64_t t = 0; t < tokens; ++t) row<W>(bins + static_cast<int64_t>(codes[t]) * W) += row<W>(masses + t * W);
+}
+
+// p[row, t] * scale[t] of some tokens, the rows beside each other.
+template <int W>
+void turn_masses(const float* p, int64_t stride, int64_t rows, const c10::Half* scale, int64_t tokens, float* masses) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t t = 0; t < tokens; ++t) masses[t * W + i] = p[i * stride + t];
+  if (scale)
+    for (int64_t t = 0; t < tokens; ++t) row<W>(masses + t * W) *= static_cast<float>(scale[t]);
+}
+
+// p [B, H, rows, T] times scale, summed into bins by the codes of each head's slots: [B, S, K, W].
+inline Tensor bin_masses(const Tensor& p, const Tensor& codes, int64_t width, const Maybe& scale, c10::IntArrayRef heads,
+                  int64_t entries) {
+  const int64_t batch = codes.size(0), slots = codes.size(1), count = int64_t(heads.size()) - 1;
+  check_heads(heads, slots);
+  TORCH_CHECK_VALUE(p.dim() == 4 && p.size(0) == batch && p.size(1) == count && p.scalar_type() == at::kFloat &&
+                        (p.size(3) < 2 || p.stride(3) == 1),
+                    "masses ", p.sizes(), " do not go with codes ", codes.sizes());
+  const int64_t rows = p.size(2), tokens = p.size(3), wanted = BIN_TASKS * at::get_num_threads();
+  const Packed packed(codes, width, entries, tokens);
+  const Scales scales(scale, batch, count, tokens);
+  std::vector<int64_t> head_of(slots);
+  for (int64_t h = 0; h < count; ++h) std::fill(&head_of[0] + heads[h], &head_of[0] + heads[h + 1], h);
+  const int64_t lines = batch * slots, most = (tokens + BIN_PART - 1) / BIN_PART;
+  const int64_t parts = std::clamp<int64_t>(lines ? (wanted + lines - 1) / lines : 1, 1, std::max<int64_t>(1, most));
+  const int64_t share = ((tokens + parts - 1) / parts + BIN_TOKENS - 1) / BIN_TOKENS * BIN_TOKENS;
+  Tensor bins = at::zeros({parts, batch, slots, entries, row_width(rows)}, p.options());
+  by_rows(rows, [&](auto lanes) {
+    constexpr int W = decltype(lanes)::value;
+    by_width(width, [&](auto code) {
+      using Code = decltype(code);
+      at::parallel_for(0, parts * lines, 1, [&](int64_t begin, int64_t end) {
+        std::vector<Code> room;
+        std::vector<float> masses(BIN_TOKENS * W, 0.0f);
+        for (int64_t task = begin; task < end;) {  // slots of the same head share the masses
+          const int64_t part = task / lines, b = task % lines / slots, s = task % slots, h = head_of[s];
+          const int64_t some = std::min(heads[h + 1] - s, end - task), last = std::min(tokens, (part + 1) * share);
+          float* first = bins.data_ptr<float>() + task * entries * W;
+          for (int64_t from = part * share; from < last; from += BIN_TOKENS) {
+            const int64_t left = std::min(BIN_TOKENS, last - from);
+            turn_masses<W>(p.const_data_ptr<float>() + b * p.stride(0) + h * p.stride(1) + from, p.stride(2), rows,
+                           scales.at(b, h, from), left, masses.data());
+            for (int64_t i = 0; i < some; ++i)
+              for (int64_t t = 0; t < left; t += TOKENS) {
+                int64_t stride;
+                const int64_t few = std::min(TOKENS, left - t);
+                const Code* held = packed.unpack(b, s + i, 1, from + t, few, room, stride);
+                bin_lines<W>(held, masses.data() + t * W, few, first + i * entries * W);
+              }
+          }
+          task += some;
+        }
+      });
+    });
+  });
+  return parts == 1 ? bins.select(0, 0) : bins.sum(0);
+}
+
+}  // namespace rpqfx

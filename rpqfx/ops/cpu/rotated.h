@@ -1,0 +1,182 @@
+// Scores of keys that were put into codes before their rotary embedding: each token's key is made, turned and used while
+// it is in the first-level cache.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/empty.h>
+
+#include <vector>
+
+#include "slots.h"
+
+namespace rpqfx {
+
+constexpr int64_t KEYS = 32;  // that are alive at a time
+
+// y[t, group * d + i] += book[code(slot, t), i] over a head's slots.
+template <typename Code>
+void add_slots(const float* books, int64_t entries, int64_t d, const int64_t* which, const int64_t* group,
+               const Code* codes, int64_t stride, int64_t slots, int64_t tokens, float* y, int64_t line) {
+  const auto add = [&](auto lanes) {
+    constexpr int W = decltype(lanes)::value;
+    for (int64_t s = 0; s < slots; ++s) {
+      const float* book = books + which[s] * entries * d;
+      for (int64_t t = 0; t < tokens; ++t) {
+        const float* entry = book + static_cast<int64_t>(codes[s * stride + t]) * d;
+        float* to = y + t * line + group[s] * d;
+        for (int64_t i = 0; i < d; i += W) row<W>(to + i) += row<W>(entry + i);
+      }
+    }
+  };
+  if (d % 16 == 0) add(std::integral_constant<int, 16>{});
+  else if (d % 8 == 0) add(std::integral_constant<int, 8>{});
+  else if (d % 4 == 0) add(std::integral_constant<int, 4>{});
+  else add(std::integral_constant<int, 1>{});
+}
+
+// x[t, :] = y[t, :] @ basis for four tokens at a time and C * 16 columns; lines of x and basis are multiples of 16 long.
+template <int C>
+void times_basis(const float* y, int64_t line, int64_t length, const float* basis, int64_t wide, int64_t tokens,
+                 float* x) {
+  for (int64_t t = 0; t < tokens; t += 4) {
+    Row<16> sum[4][C];
+    for (int64_t j = 0; j < 4; ++j)
+      for (int64_t c = 0; c < C; ++c) sum[j][c] = Row<16>{};
+    for (int64_t i = 0; i < length; ++i)
+      for (int64_t c = 0; c < C; ++c) {
+        const Row<16> part = row<16>(basis + i * wide + c * 16);
+#pragma GCC unroll 4
+        for (int64_t j = 0; j < 4; ++j) sum[j][c] += y[(t + j) * line + i] * part;
+      }
+    for (int64_t j = 0; j < 4; ++j)
+      for (int64_t c = 0; c < C; ++c) row<16>(x + (t + j) * wide + c * 16) = sum[j][c];
+  }
+}
+
+// The rotary embedding of one key, whose first 2 * half elements it turns: Su et al., "RoFormer", 2021; halves, not
+// neighbours, are a pair.
+template <typename T>
+void turn_key(float* x, int64_t half, const T* cos, const T* sin) {
+  for (int64_t i = 0; i < half; i += LANES) {
+    const int64_t count = std::min(LANES, half - i);
+    const Vec c = load(cos + i, count), s = load(sin + i, count), a = load(x + i, count), b = load(x + half + i, count);
+    store(x + i, a * c - b * s, count);
+    store(x + half + i, b * c + a * s, count);
+  }
+}
+
+// sums[t] = sum over j of x[t, j] * q[j, :], for N tokens.
+template <int W, int N>
+void dot_rows(const float* x, int64_t wide, const float* q, int64_t dim, Row<W>* sums) {
+  Row<W> sum[N];
+  for (int64_t t = 0; t < N; ++t) sum[t] = Row<W>{};
+  for (int64_t j = 0; j < dim; ++j) {
+    const Row<W> part = row<W>(q + j * W);
+#pragma GCC unroll 8
+    for (int64_t t = 0; t < N; ++t) sum[t] += x[t * wide + j] * part;
+  }
+  for (int64_t t = 0; t < N; ++t) sums[t] = sum[t];
+}
+
+struct Keys {
+  const float *books, *basis, *mean;  // [P, K, d]; [H, length, wide] or null; [H, wide] or null
+  int64_t entries, d, length, dim, wide, half;
+};
+
+// The keys of some tokens of a head, turned: x[t, :]. Whole blocks of KEYS are written, whatever lies past the tokens.
+template <typename Code, typename T>
+void make_keys(const Keys& keys, int64_t head, const int64_t* which, const int64_t* group, const Code* codes,
+               int64_t stride, int64_t slots, int64_t tokens, const c10::Half* scale, const T* cos, const T* sin,
+               float* y, float* x) {
+  const int64_t wide = keys.wide, line = keys.basis ? keys.length : wide;
+  std::fill_n(keys.basis ? y : x, KEYS * line, 0.0f);
+  add_slots(keys.books, keys.entries, keys.d, which, group, codes, stride, slots, tokens, keys.basis ? y : x, line);
+  for (int64_t c = 0; keys.basis && c < wide;) {
+    const float* some = keys.basis + head * keys.length * wide + c;
+    if (c + 64 <= wide) times_basis<4>(y, line, keys.length, some, wide, KEYS, x + c);
+    else times_basis<1>(y, line, keys.length, some, wide, KEYS, x + c);
+    c += c + 64 <= wide ? 64 : 16;
+  }
+  for (int64_t t = 0; t < tokens; ++t) {
+    float* key = x + t * wide;
+    const Row<16> factor = Row<16>{} + (scale ? static_cast<float>(scale[t]) : 1.0f);
+    for (int64_t i = 0; i < wide; i += 16)
+      row<16>(key + i) = row<16>(key + i) * factor + (keys.mean ? row<16>(keys.mean + head * wide + i) : Row<16>{});
+    turn_key(key, keys.half, cos + t * keys.half, sin + t * keys.half);
+  }
+}
+
+inline Tensor padded(const Tensor& x, int64_t wide) {
+  return at::constant_pad_nd(x, {0, wide - x.size(-1)}).contiguous();
+}
+
+// q [B, H, rows, D] . rotary(scale * (y @ basis) + mean): [B, H, rows, T]; y is what slots add up to, in their groups.
+inline Tensor rotated_scores(const Tensor& q, const Tensor& books, c10::IntArrayRef which, c10::IntArrayRef groups,
+                             c10::IntArrayRef heads, const Tensor& codes, int64_t width, int64_t tokens,
+                             const Maybe& scale, const Maybe& basis, const Maybe& mean, const Tensor& cos,
+                             const Tensor& sin) {
+  const int64_t batch = codes.size(0), slots = codes.size(1), count = int64_t(heads.size()) - 1;
+  const int64_t rows = q.size(2), dim = q.size(3), lanes = row_width(rows), wide = (dim + 15) / 16 * 16;
+  check_heads(heads, slots);
+  const auto is_float = [](const Tensor& x) { return x.scalar_type() == at::kFloat; };
+  TORCH_CHECK_VALUE(q.dim() == 4 && books.dim() == 3 && q.size(0) == batch && q.size(1) == count && is_float(q) &&
+                        is_float(books) && int64_t(which.size()) == slots && int64_t(groups.size()) == slots,
+                    "queries ", q.sizes(), " and codebooks ", books.sizes(), " do not go with codes ", codes.sizes());
+  const int64_t length = basis ? basis->size(1) : dim, d = books.size(2), half = cos.size(2);
+  for (int64_t s = 0; s < slots; ++s)
+    TORCH_CHECK_INDEX(which[s] >= 0 && which[s] < books.size(0) && groups[s] >= 0 && (groups[s] + 1) * d <= length,
+                      "slot ", s, " is of codebook ", which[s], " and sub-vector ", groups[s]);
+  TORCH_CHECK_VALUE((!basis || (is_float(*basis) && basis->sizes() == c10::IntArrayRef({count, length, dim}))) &&
+                        (!mean || (is_float(*mean) && mean->sizes() == c10::IntArrayRef({count, dim}))),
+                    "basis or mean do not go with ", count, " heads of ", dim);
+  TORCH_CHECK_VALUE(cos.dim() == 3 && cos.sizes() == sin.sizes() && (cos.size(0) == 1 || cos.size(0) == batch) &&
+                        cos.size(1) == tokens && 2 * half <= dim && cos.scalar_type() == sin.scalar_type() &&
+                        cos.stride(2) == 1 && cos.stride(1) == half && sin.strides() == cos.strides(),
+                    "cos ", cos.sizes(), " and sin ", sin.sizes(), " do not go with ", tokens, " tokens");
+  const Packed packed(codes, width, books.size(1), tokens);
+  const Scales scales(scale, batch, count, tokens);
+  const Tensor entries = books.contiguous();
+  const Maybe columns = basis ? Maybe(padded(*basis, wide)) : std::nullopt;
+  const Maybe shift = mean ? Maybe(padded(*mean, wide)) : std::nullopt;
+  const Keys keys{entries.const_data_ptr<float>(), columns ? columns->const_data_ptr<float>() : nullptr,
+                  shift ? shift->const_data_ptr<float>() : nullptr, books.size(1), d, length, dim, wide, half};
+  const Tensor queries = padded(q.transpose(2, 3), lanes);
+  Tensor scores = at::empty({batch, count, rows, tokens}, q.options());
+  const int64_t blocks = (tokens + TOKENS - 1) / TOKENS, turns = cos.size(0) == 1 ? 0 : cos.stride(0);
+  const auto run = [&](auto some_lanes, auto code, auto angle) {
+    constexpr int W = decltype(some_lanes)::value;
+    using Code = decltype(code);
+    using T = decltype(angle);
+    const T *cosines = cos.const_data_ptr<T>(), *sines = sin.const_data_ptr<T>();
+    at::parallel_for(0, batch * count * blocks, 1, [&](int64_t begin, int64_t end) {
+      std::vector<Code> room;
+      std::vector<float> y(KEYS * length), x(KEYS * wide);
+      Row<W> sums[TOGETHER];
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t b = task / (count * blocks), h = task / blocks % count, from = task % blocks * TOKENS;
+        const int64_t left = std::min(TOKENS, tokens - from), own = heads[h + 1] - heads[h];
+        int64_t stride;
+        const Code* held = packed.unpack(b, heads[h], own, from, left, room, stride);
+        const float* asked = queries.const_data_ptr<float>() + (b * count + h) * dim * W;
+        float* out = scores.data_ptr<float>() + (b * count + h) * rows * tokens + from;
+        for (int64_t t = 0; t < left; t += KEYS) {
+          const int64_t some = std::min(KEYS, left - t), angles = b * turns + (from + t) * half;
+          make_keys(keys, h, which.data() + heads[h], groups.data() + heads[h], held + t, stride, own, some,
+                    scales.at(b, h, from + t), cosines + angles, sines + angles, y.data(), x.data());
+          for (int64_t j = 0; j < some; j += TOGETHER) {
+            dot_rows<W, TOGETHER>(x.data() + j * wide, wide, asked, dim, sums);
+            for (int64_t i = 0; i < rows; ++i)
+              for (int64_t k = 0; k < std::min(TOGETHER, some - j); ++k) out[i * tokens + t + j + k] = sums[k][i];
+          }
+        }
+      }
+    });
+  };
+  by_rows(rows, [&](auto some_lanes) {
+    by_width(width, [&](auto code) { by_float(cos, [&](auto angle) { run(some_lanes, code, angle); }); });
+  });
+  return scores;
+}
+
+}  // namespace rpqfx

@@ -1,0 +1,71 @@
+"""The vectors that a cache's codes stand for, some tokens at a time, and scores of those that are turned first."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rpqfx.ops.cpu import kernels
+from rpqfx.ops.slots import Slots, Stream, compiled, expand, rotate
+
+
+class Held(NamedTuple):
+    """Vectors in codes: ``scale * (y @ basis) + mean``, with ``y`` as ``rpqfx.ops.slots.expand`` gives it.
+
+    Args:
+        books: ``[P, K, d]``, floating.
+        slots: Where the codes belong.
+        codes: Of ``T`` tokens.
+        scale: ``[B, H, T]`` or None.
+        basis: ``[H, D_y, D]``, of the codebooks' dtype, or None.
+        mean: ``[H, D]``, of the codebooks' dtype, or None.
+        dim: ``D``.
+    """
+
+    books: Tensor
+    slots: Slots
+    codes: Stream
+    scale: Tensor | None
+    basis: Tensor | None
+    mean: Tensor | None
+    dim: int
+
+    @property
+    def length(self) -> int:
+        """``D_y``."""
+        return self.dim if self.basis is None else self.basis.shape[1]
+
+    def vectors(self, start: int, stop: int) -> Tensor:
+        """``[B, H, stop - start, D]`` of the codebooks' dtype; ``start`` is a multiple of ``rpqfx.ops.slots.UNIT``."""
+        x = expand(self.books, self.slots, self.codes, start, stop, self.length)
+        x = x if self.basis is None else x @ self.basis
+        x = x if self.scale is None else x * self.scale[:, :, start:stop, None].to(x.dtype)
+        return x if self.mean is None else x + self.mean[:, None]
+
+
+def rotated_scores(q: Tensor, held: Held, cos: Tensor, sin: Tensor) -> Tensor:
+    """Vectors, turned by a rotary embedding, times queries.
+
+    Args:
+        q: ``[B, H, n, D]``, of the codebooks' dtype.
+        held: The vectors.
+        cos: ``[B or 1, T, R / 2]``, see ``rpqfx.ops.slots.rotate``.
+        sin: The same.
+
+    Returns:
+        ``[B, H, n, T]`` of the queries' dtype.
+    """
+    codes, slots = held.codes, held.slots
+    in_order = cos.dtype in (torch.float32, torch.bfloat16) and cos.stride() == sin.stride()
+    in_order = in_order and cos.stride()[1:] == (cos.shape[2], 1) and held.books.dtype is q.dtype
+    if in_order and compiled(q, codes, held.scale, q.shape[2]):
+        layout = (list(slots.books), list(slots.groups), list(slots.heads))
+        packed = (codes.data, codes.width, codes.length)
+        return kernels.rotated_scores(q, held.books, *layout, *packed, held.scale, held.basis, held.mean, cos, sin)
+    y = q.new_empty(*q.shape[:3], codes.length)
+    for start, stop in codes.blocks(q.shape[0] * q.shape[1] * held.length):
+        keys = rotate(held.vectors(start, stop), cos[:, start:stop], sin[:, start:stop])
+        y[..., start:stop] = q @ keys.transpose(-1, -2)
+    return y
