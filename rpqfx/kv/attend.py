@@ -15,6 +15,7 @@ vectors that meet many queries, since each of them then costs less than its term
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from rpqfx.errors import InputError
@@ -56,15 +57,19 @@ def scores(
 
 def straight_scores(q: Tensor, held: Held) -> Tensor:
     """``scores`` of vectors as they are."""
-    if q.shape[2] > KERNEL_ROWS:
+    if q.shape[1] * q.shape[2] > KERNEL_ROWS * held.parts:
         y = q.new_empty(*q.shape[:3], held.codes.length)
         for start, stop in held.codes.blocks(q.shape[0] * q.shape[1] * held.length):
             torch.matmul(q, held.vectors(start, stop).transpose(-1, -2), out=y[..., start:stop])
         return y
     shift = None if held.mean is None else torch.einsum("bhnd,hd->bhn", q, held.mean)
-    parts = _parts(q if held.basis is None else q @ held.basis.transpose(-1, -2), held)
-    table = _books(held) @ parts.transpose(-1, -2)
-    return pick(table, held.codes, held.slots.heads, held.scale, shift)
+    y = q if held.basis is None else q @ held.basis.transpose(-1, -2)
+    table = _books(held) @ _parts(rearrange(y, "b (p h) n k -> b p (h n) k", p=held.parts), held).transpose(-1, -2)
+    if not held.shared:
+        return pick(table, held.codes, held.slots.heads, held.scale, shift)
+    found = rearrange(pick(table, held.codes, held.slots.heads), "b p (h n) t -> b (p h) n t", n=q.shape[2])
+    found = found if held.scale is None else found * held.scale[:, :, None].to(found.dtype)
+    return found if shift is None else found + shift[..., None]
 
 
 def turned_scores(q: Tensor, held: Held, cos: Tensor, sin: Tensor) -> Tensor:
@@ -97,16 +102,20 @@ def weighted(p: Tensor, coder: Coder, codes: Tensor | Stream, scale: Tensor | No
 def weighted_sum(p: Tensor, held: Held) -> Tensor:
     """``weighted`` of vectors that are held."""
     batch, heads, rows, _ = p.shape
-    if rows > KERNEL_ROWS:
+    if heads * rows > KERNEL_ROWS * held.parts:
         total = p.new_zeros(batch, heads, rows, held.dim)
         for start, stop in held.codes.blocks(batch * heads * held.length):
             total += p[..., start:stop] @ held.vectors(start, stop)
         return total
-    sums = bin_masses(p, held.codes, held.slots.heads, held.scale).transpose(-1, -2) @ _books(held)
-    d = held.books.shape[2]
-    y = p.new_zeros(batch, heads * (held.length // d), rows, d)
+    scale, d = held.scale, held.books.shape[2]
+    mass = p
+    if held.shared:
+        mass = p if scale is None else p * scale[:, :, None].to(p.dtype)
+        mass, scale = rearrange(mass, "b (p h) n t -> b p (h n) t", p=held.parts), None
+    sums = bin_masses(mass, held.codes, held.slots.heads, scale).transpose(-1, -2) @ _books(held)
+    y = p.new_zeros(batch, held.parts * (held.length // d), sums.shape[2], d)
     y.index_add_(1, _cells(held), sums)
-    y = y.view(batch, heads, -1, rows, d).transpose(2, 3).reshape(batch, heads, rows, held.length)
+    y = rearrange(y, "b (p g) (h n) d -> b (p h) n (g d)", p=held.parts, n=rows)
     y = y if held.basis is None else y @ held.basis
     return y if held.mean is None else y + p.sum(-1)[..., None] * held.mean[:, None]
 

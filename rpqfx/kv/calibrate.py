@@ -17,6 +17,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from rpqfx.errors import PolicyError
 from rpqfx.fit.residual import encode, train
 from rpqfx.kv.headcoder import HeadCoder
 from rpqfx.kv.watch import Moments
@@ -92,11 +93,16 @@ def fit_coders(coders: Sequence[HeadCoder], spaces: Sequence[Space], bits: float
         bits: For each number: codes, and scales where there are any.
         stages: Of a sub-vector, at most.
         seed: Of the codebooks.
+
+    Raises:
+        PolicyError: If scales take all the bits.
     """
     d, entries = coders[0].sub_vector, coders[0].entries
     numbers = sum(coder.heads * coder.dim for coder in coders)
     scales = sum(16 * coder.heads for coder in coders if coder.scaled)
-    budget = max(0, int((bits * numbers - scales) // max(1, (entries - 1).bit_length())))
+    budget = int((bits * numbers - scales) // (entries - 1).bit_length())
+    if budget < 1:
+        raise PolicyError(f"{bits} bits for each number leave none for codes: scales take {scales / numbers:.2f} of them")
     energy = torch.cat([space.energy.flatten() for space in spaces])
     left = energy[:, None] * _LEFT ** torch.arange(stages + 1, device=energy.device)
     for turn in range(_ROUNDS):

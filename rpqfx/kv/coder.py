@@ -24,7 +24,8 @@ class Coder(Protocol):
         books: ``[P, K, d]``, floating.
         slot_books: ``[S]``, the codebook of each slot; slots of a head follow each other.
         slot_groups: ``[S]``, its sub-vector.
-        head_slots: ``[H + 1]``, the first slot of each head, and ``S``. A head may have no slot.
+        head_slots: ``[P + 1]``, the first slot of each part, and ``S``. Parts are the heads, or as many heads that
+            follow each other and share their ``y``; one may have no slot.
         basis: ``[H, D_y, D]``, or None where ``y`` is ``x``.
         mean: ``[H, D]`` or None.
     """

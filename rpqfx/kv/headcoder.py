@@ -114,7 +114,7 @@ class HeadCoder(nn.Module):
             int(stage) * books + (int(group) if books > 1 else 0) for group, stage in zip(groups, numbers, strict=True)
         )
         counts = [sum(int(group) // each == part for group in groups) for part in range(self.parts)]
-        self.part_slots = tuple(itertools.accumulate(counts, initial=0))
+        self.head_slots = tuple(itertools.accumulate(counts, initial=0))
 
     @property
     def entries(self) -> int:
@@ -131,11 +131,15 @@ class HeadCoder(nn.Module):
         """``S``, codes of a token, all heads together."""
         return len(self.slot_books)
 
-    def basis(self, dtype: torch.dtype) -> Tensor | None:
-        """The map out of code space for each head, ``[H, G * d, D]``, or None where there is none."""
-        if self.synthesis is None:
+    @property
+    def basis(self) -> Tensor | None:
+        """The map out of code space for each head, ``[H, G * d, D]``, or None where channels are as they are."""
+        if self.synthesis is not None:
+            return rearrange(self.synthesis(torch.float32), "p k (h d) -> (p h) k d", d=self.dim)
+        if not self.strided:
             return None
-        return rearrange(self.synthesis(dtype), "p k (h d) -> (p h) k d", d=self.dim)
+        eye = torch.eye(self.dim, device=self.books.device).view(-1, self.dim // self.sub_vector, self.dim)
+        return eye.transpose(0, 1).reshape(1, self.dim, self.dim).expand(self.heads, -1, -1)
 
     def extra_repr(self) -> str:
         """What ``print`` shows."""

@@ -29,8 +29,8 @@ class Side:
     def __init__(self, coder: Coder, name: str) -> None:
         self.coder, self.name = coder, name
         check(slots_of(coder), coder.books, coder.dim if coder.basis is None else coder.basis.shape[1], name)
-        if len(coder.head_slots) != coder.heads + 1:
-            raise InputError(f"{name}: {len(coder.head_slots) - 1} heads have slots, the coder has {coder.heads}")
+        if coder.heads % (len(coder.head_slots) - 1):
+            raise InputError(f"{name}: {len(coder.head_slots) - 1} parts have slots, the coder has {coder.heads} heads")
         self.width = code_bits(coder.entries)
         self.length = 0
         self._data: Tensor | None = None  # [B, S, bytes]

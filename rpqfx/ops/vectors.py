@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from rpqfx.ops.cpu import kernels
@@ -19,7 +20,8 @@ class Held(NamedTuple):
         slots: Where the codes belong.
         codes: Of ``T`` tokens.
         scale: ``[B, H, T]`` or None.
-        basis: ``[H, D_y, D]``, of the codebooks' dtype, or None.
+        basis: ``[H, D_y, D]``, of the codebooks' dtype, or None. Heads that share codes are a part, of which ``slots``
+            says where its codes belong; there are ``P`` parts, ``H`` where heads share none.
         mean: ``[H, D]``, of the codebooks' dtype, or None.
         dim: ``D``.
     """
@@ -37,10 +39,22 @@ class Held(NamedTuple):
         """``D_y``."""
         return self.dim if self.basis is None else self.basis.shape[1]
 
+    @property
+    def parts(self) -> int:
+        """``P``."""
+        return len(self.slots.heads) - 1
+
+    @property
+    def shared(self) -> bool:
+        """Whether heads share codes."""
+        return self.basis is not None and self.basis.shape[0] != self.parts
+
     def vectors(self, start: int, stop: int) -> Tensor:
         """``[B, H, stop - start, D]`` of the codebooks' dtype; ``start`` is a multiple of ``rpqfx.ops.slots.UNIT``."""
         x = expand(self.books, self.slots, self.codes, start, stop, self.length)
-        x = x if self.basis is None else x @ self.basis
+        if self.basis is not None:
+            wide = rearrange(self.basis, "(p h) k d -> p k (h d)", p=self.parts)
+            x = rearrange(x @ wide, "b p t (h d) -> b (p h) t d", d=self.dim)
         x = x if self.scale is None else x * self.scale[:, :, start:stop, None].to(x.dtype)
         return x if self.mean is None else x + self.mean[:, None]
 
@@ -59,7 +73,7 @@ def rotated_scores(q: Tensor, held: Held, cos: Tensor, sin: Tensor) -> Tensor:
     """
     codes, slots = held.codes, held.slots
     in_order = cos.dtype in (torch.float32, torch.bfloat16) and cos.stride() == sin.stride()
-    in_order = in_order and cos.stride()[1:] == (cos.shape[2], 1) and held.books.dtype is q.dtype
+    in_order = in_order and not held.shared and cos.stride()[1:] == (cos.shape[2], 1) and held.books.dtype is q.dtype
     if in_order and compiled(q, codes, held.scale, q.shape[2]):
         layout = (list(slots.books), list(slots.groups), list(slots.heads))
         packed = (codes.data, codes.width, codes.length)

@@ -41,12 +41,12 @@ def vectors(seed: int, length: int = 5) -> Tensor:
 def test_the_definition(seed: int, joint: bool, scaled: bool) -> None:
     coder, x = random_coder(seed, joint, scaled), vectors(seed + 1)
     codes, scale = coder.encode(x)
-    basis = coder.basis(torch.float32)
+    basis = coder.basis
     assert basis is not None
     y = torch.zeros(2, 3, 5, basis.shape[1])
     for head, (b, t) in itertools.product(range(3), itertools.product(range(2), range(5))):
         part = 0 if joint else head
-        for slot in range(coder.part_slots[part], coder.part_slots[part + 1]):
+        for slot in range(coder.head_slots[part], coder.head_slots[part + 1]):
             group, book = coder.slot_groups[slot], coder.slot_books[slot]
             y[b, head, t, group * 4 : group * 4 + 4] += coder.books[book, int(codes[b, slot, t])]
     expected = y @ basis
