@@ -1,10 +1,12 @@
 """Rewrite a PyTorch model so that its weights live in codebooks, and use them straight from there."""
 
-from rpqfx import errors, graph, nn
+from rpqfx import errors, graph, kv, nn
 from rpqfx._api import rpqify
 from rpqfx.codebook import CodebookSpec
 from rpqfx.errors import RPQError
 from rpqfx.finetune import finetune
+from rpqfx.kv.policy import KVPolicy, KVRule
+from rpqfx.kv.rewrite import quantize_kv
 from rpqfx.materialize import materialize
 from rpqfx.policy import Hold, Policy, Rule, Skip
 from rpqfx.report import Report, report
@@ -17,6 +19,8 @@ __version__ = "0.1.0"
 __all__ = [
     "CodebookSpec",
     "Hold",
+    "KVPolicy",
+    "KVRule",
     "Policy",
     "RPQError",
     "Report",
@@ -26,9 +30,11 @@ __all__ = [
     "errors",
     "finetune",
     "graph",
+    "kv",
     "load",
     "materialize",
     "nn",
+    "quantize_kv",
     "report",
     "rpqify",
     "save",

@@ -84,7 +84,9 @@ def find_space(coder: HeadCoder, moments: Moments) -> Space:
 
 
 @torch.no_grad()
-def fit_coders(coders: Sequence[HeadCoder], spaces: Sequence[Space], bits: float, stages: int, *, seed: int = 0) -> None:
+def fit_coders(
+    coders: Sequence[HeadCoder], spaces: Sequence[Space], bits: float, stages: int, *, seed: int = 0
+) -> None:
     """Fits coders that share a budget and codebooks.
 
     Args:
@@ -102,7 +104,9 @@ def fit_coders(coders: Sequence[HeadCoder], spaces: Sequence[Space], bits: float
     scales = sum(16 * coder.heads for coder in coders if coder.scaled)
     budget = int((bits * numbers - scales) // (entries - 1).bit_length())
     if budget < 1:
-        raise PolicyError(f"{bits} bits for each number leave none for codes: scales take {scales / numbers:.2f} of them")
+        raise PolicyError(
+            f"{bits} bits for each number leave none for codes: scales take {scales / numbers:.2f} of them"
+        )
     energy = torch.cat([space.energy.flatten() for space in spaces])
     left = energy[:, None] * _LEFT ** torch.arange(stages + 1, device=energy.device)
     for turn in range(_ROUNDS):

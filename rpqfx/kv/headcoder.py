@@ -45,7 +45,7 @@ class HeadCoder(nn.Module):
         entries: ``K``.
         stages: Residual stages of each sub-vector: one number for all, or ``P * G`` of them, ``G`` for each part.
         transform: Whether there are maps and a mean; without them ``y`` is ``x`` in its own channels.
-        joint: Whether heads share codes; takes a transform.
+        joint: Whether heads share codes; takes a transform, and no scale, which each head has its own of.
         strided: Sub-vector ``g`` of a head has its channels ``g, g + D/d, ...`` instead of neighbours.
         scaled: Whether each token and head has a scale, its standard deviation (0 counts as 1).
         device: Of the tensors.
@@ -73,7 +73,7 @@ class HeadCoder(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        joint = joint and transform
+        joint = joint and transform and not scaled
         self.parts = 1 if joint else heads
         width = heads * dim // self.parts
         if width % sub_vector:

@@ -63,7 +63,7 @@ class KVPolicy:
         transform: Whether there is the linear map, and a number of stages for each sub-vector.
         joint: Whether a layer's heads share codes, which saves about half a bit; each has its own otherwise.
         strided: Without transform: sub-vectors of channels that are far apart, for keys.
-        scaled: A scale for each token and head.
+        scaled: A scale for each token and head; heads are apart then.
         cosine: Whether entries are chosen by angle.
         beam: Sums that go on from stage to stage while encoding; 1 is greedy.
         decay: Of moving averages that codebooks follow in training; None: they are trained by gradient.

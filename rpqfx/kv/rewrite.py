@@ -24,8 +24,8 @@ from rpqfx.kv.watch import Moments, Watch
 from rpqfx.kv.wrap import unwrap, wrap
 from rpqfx.progress import shown
 
-# Every so many vectors one is kept to fit codebooks to.
-_STEP = 8
+# Every so many vectors one is kept to fit codebooks to: a set that serves the whole model needs few of each layer.
+_STEP, _STEP_OWN = 8, 2
 
 
 def quantize_kv(
@@ -102,7 +102,9 @@ def _rewrite(
     policies = _decide(sites, policy)
     cores = {site: KVAttention(own, site.name) for site, own in policies.items()}
     for site, core in cores.items():
-        core.watch = Watch(core.policy.transform and core.policy.joint, _STEP)
+        policy = core.policy
+        joint = policy.transform and policy.joint and not policy.scaled
+        core.watch = Watch(joint, _STEP if policy.transform else _STEP_OWN)
         wrap(site, core)
     try:
         with evaluating(model):

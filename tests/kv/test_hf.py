@@ -30,7 +30,9 @@ def llama(seed: int = 0) -> Any:
 def gpt2(seed: int = 0) -> Any:
     torch.manual_seed(seed)
     sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 60, "n_positions": 128}
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, initializer_range=0.3, eos_token_id=None)).eval()
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(**sizes, initializer_range=0.3, eos_token_id=None)
+    ).eval()
 
 
 def ids(seed: int, batch: int = 2, length: int = 32) -> Tensor:
