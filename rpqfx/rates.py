@@ -24,7 +24,7 @@ _LARGE_BITS = 12  # more only where searching all sub-vectors stays a matter of 
 _MOST_DISTANCES = 2.5e12
 _RUNGS = 6
 # Importance is known roughly, and a weight that gets next to no bits costs more than its gradient says: this power of
-# it counts (measured; with 1, or with ladders of at most 0.75 bits, ResNet-20 at 1.05 bits gets 60 to 72 % right, so 81).
+# it counts (measured; with 1, or with ladders of at most 0.75 bits, ResNet-20 at 1.05 bits gets 60 to 72 %, so 81).
 _TRUST = 0.6
 _FLOAT_BITS = 16  # codebooks and factors are rounded to half precision
 _FACTORS_SHARE = 0.05  # of the budget, what factors of columns may take

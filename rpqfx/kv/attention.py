@@ -43,6 +43,10 @@ class KVAttention(nn.Module):
         self.loss: Tensor | None = None
         self.running = False  # inside its own call of attention
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles take: nothing of a call."""
+        return {**self.__dict__, "rotary": None, "store": None, "watch": None, "loss": None}
+
     def extra_repr(self) -> str:
         """What ``print`` shows."""
         return f"window={self.policy.window}, sinks={self.policy.sinks}, keys={self.policy.keys!r}"
@@ -89,10 +93,10 @@ class KVAttention(nn.Module):
         keys, values = torch.cat([key, old_keys], -2), torch.cat([value, old_values], -2)
         return self._attend(query, keys, values, attn_mask=torch.cat([near_mask, far_mask], -1), **options)
 
-    def _attend(self, *args: Tensor, **options: Any) -> Tensor:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         self.running = True
         try:
-            return F.scaled_dot_product_attention(*args, **options)
+            return F.scaled_dot_product_attention(query, key, value, **options)
         finally:
             self.running = False
 

@@ -28,15 +28,16 @@ class Coded(NamedTuple):
 
 
 class HeadCoder(nn.Module):
-    r"""Codes of vectors ``x [B, H, T, D]``, with a linear map between code space and channels:
+    r"""Codes of vectors ``x [B, H, T, D]``, with a linear map between code space and channels.
 
         x_hat[b, h, t] = scale[b, h, t] * (y[b, p, t] @ basis[h]) + mean[h]
 
     ``p`` is the part that the head belongs to: all heads are one part and share codes (``joint``), or each is its own.
-    ``y`` is what a [`VectorQuantizer`][rpqfx.kv.quantizer.VectorQuantizer] makes of ``((x - mean) / scale) @ analysis``.
-    A query meets the basis once, so tokens never do (``rpqfx.kv.attend``). Coding where coordinates are uncorrelated,
-    with more bits where there is more energy and none where there is little, is transform coding (Huang and
-    Schultheiss, "Block Quantization of Correlated Gaussian Random Variables", 1963; Goyal, 2001).
+    ``y`` is what a [`VectorQuantizer`][rpqfx.kv.quantizer.VectorQuantizer] makes of
+    ``((x - mean) / scale) @ analysis``. A query meets the basis once, so tokens never do (``rpqfx.kv.attend``). Coding
+    where coordinates are uncorrelated, with more bits where there is more energy and none where there is little, is
+    transform coding (Huang and Schultheiss, "Block Quantization of Correlated Gaussian Random Variables", 1963; Goyal,
+    "Theoretical Foundations of Transform Coding", 2001).
 
     Args:
         heads: ``H``.

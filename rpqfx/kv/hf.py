@@ -45,7 +45,7 @@ def _attend(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls; see its ``sdpa_attention_forward``."""
-    core = module.kv_codes
+    core: Any = module.kv_codes
     if isinstance(key, Pending):
         return key.store.attend(query, scaling, attention_mask).transpose(1, 2).contiguous(), None
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -123,7 +123,7 @@ class TransformersCache(CodebookCache, Cache):
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None = None) -> None:
         CodebookCache.__init__(self, model, dtype)
-        by_index = {}
+        by_index: dict[int, CodebookLayer] = {}
         for name, core in self.cores.items():
             module = model.get_submodule(name)
             by_index[getattr(module, "layer_idx", len(by_index))] = CodebookLayer(core, self.stores[name])

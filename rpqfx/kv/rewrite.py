@@ -95,6 +95,8 @@ def commitment(model: nn.Module) -> torch.Tensor:
 def _rewrite(
     model: nn.Module, policy: KVPolicy, calibration: Iterable[Any], fit: bool, seed: int, progress: Progress | None
 ) -> None:
+    if attentions(model):
+        raise RewriteError("this model already attends to codes; start from the model before quantize_kv")
     batches = Batches(model, calibration)
     if not batches.runs:
         raise InputError("there are no calibration batches; give some, 16 sequences do")

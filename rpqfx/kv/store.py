@@ -222,9 +222,9 @@ class LayerStore:
         keys, values = (plain[:, :, : self._filled] for plain in self._plain)
         if not self.encoded:
             return Parts(keys, values, self._filled, None, None, None)
-        held = [attend.hold(s.coder, s.codes(), s.scale(), dtype) for s in (self.keys, self.values)]
+        held = tuple(attend.hold(s.coder, s.codes(), s.scale(), dtype) for s in (self.keys, self.values))
         turns = self.positions.get(self.sinks, self.sinks + self.encoded) if self._turned else None
-        return Parts(keys, values, self.sinks, *held, turns)
+        return Parts(keys, values, self.sinks, held[0], held[1], turns)
 
     def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         self._plain = [change(plain) for plain in self._plain]

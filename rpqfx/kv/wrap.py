@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -92,9 +91,9 @@ def _angles(core: KVAttention, rotary: Rotary | None) -> Iterator[None]:
 def _found(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rotary | None:
     """Cosines and sines, ``[B, T, D']`` each, among a call's arguments."""
     for value in (kwargs.get("position_embeddings"), *args):
-        if isinstance(value, tuple) and len(value) == 2 and all(isinstance(x, Tensor) and x.dim() == 3 for x in value):
-            if value[0].shape == value[1].shape:
-                return Rotary(*value)
+        pair = isinstance(value, tuple) and len(value) == 2 and all(isinstance(x, Tensor) for x in value)
+        if pair and value[0].dim() == 3 and value[0].shape == value[1].shape:
+            return Rotary(*value)
     return None
 
 
@@ -147,10 +146,14 @@ _BASES: dict[str, tuple[type, ...]] = {
 }
 
 
-@functools.cache
+_MADE: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}
+
+
 def _class_of(base: type[nn.Module], kind: str) -> type[nn.Module]:
-    bases = (*_BASES[kind], *((Attends,) if base is nn.MultiheadAttention else ()), base)
-    return type(base.__name__, bases, {"_kv_base": base, "_kv_kind": kind})
+    if (base, kind) not in _MADE:
+        bases = (*_BASES[kind], *((Attends,) if base is nn.MultiheadAttention else ()), base)
+        _MADE[base, kind] = type(base.__name__, bases, {"_kv_base": base, "_kv_kind": kind})
+    return _MADE[base, kind]
 
 
 def _new(base: type[nn.Module], kind: str) -> nn.Module:

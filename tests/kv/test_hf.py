@@ -17,7 +17,8 @@ transformers = pytest.importorskip("transformers")
 
 _SIZES = {
     "vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": None,
 }  # fmt: skip
 _POLICY = {"bits": 3, "window": 6, "sinks": 2, "chunk": 8, "sub_vector": 4, "entries": 16}
 
@@ -105,10 +106,9 @@ def test_padding_on_the_left_changes_nothing_but_which_tokens_are_sinks() -> Non
     found = small(padded, attention_mask=mask, past_key_values=CodebookCache.for_model(small)).logits[:, 8:]
     wanted = small(x, past_key_values=CodebookCache.for_model(small)).logits
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
-    with pytest.MonkeyPatch.context():
-        options = {"max_new_tokens": 8, "do_sample": False}
-        one = small.generate(padded, attention_mask=mask, past_key_values=CodebookCache.for_model(small), **options)
-        other = small.generate(x, past_key_values=CodebookCache.for_model(small), **options)
+    options = {"max_new_tokens": 8, "do_sample": False}
+    one = small.generate(padded, attention_mask=mask, past_key_values=CodebookCache.for_model(small), **options)
+    other = small.generate(x, past_key_values=CodebookCache.for_model(small), **options)
     assert torch.equal(one[:, 32:], other[:, 24:])
 
 
