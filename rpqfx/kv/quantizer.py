@@ -275,7 +275,8 @@ class VectorQuantizer(nn.Module):
         rows = _rows(x).to(torch.promote_types(x.dtype, torch.float32))
         if not self.scaled:
             return self.layout.split(rows), None
-        scale = rows.detach().std(1, correction=0)
+        given = rows.detach()
+        scale = (given - given.mean(1, keepdim=True)).square().mean(1).sqrt()
         scale = torch.where(scale == 0, 1, scale)
         return self.layout.split(rows / scale[:, None]), scale
 
