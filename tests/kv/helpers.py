@@ -16,12 +16,15 @@ from tests.helpers import generator
 def arguments(draw: st.DrawFn, **fixed: Any) -> dict[str, Any]:
     """Any small quantiser."""
     groups, d = draw(st.integers(1, 4)), draw(st.integers(1, 4))
-    uneven = st.lists(st.integers(0, 3), min_size=groups, max_size=groups)
+    repeat = draw(st.sampled_from([1, 1, 2]))
+    number = st.integers(0, 3 // repeat).map(lambda i: i * repeat)
+    uneven = st.lists(number, min_size=groups, max_size=groups)
     drawn = {
         "dim": groups * d,
         "sub_vector": d,
         "entries": draw(st.integers(2, 9)),
-        "stages": draw(st.one_of(st.integers(1, 3), uneven)),
+        "stages": draw(st.one_of(st.integers(1, 3 // repeat).map(lambda i: i * repeat), uneven)),
+        "repeat": repeat,
         "shared": draw(st.booleans()),
         "strided": draw(st.booleans()),
         "scaled": draw(st.booleans()),
@@ -50,7 +53,7 @@ def channels(quantizer: VectorQuantizer, group: int) -> list[int]:
 
 
 def book(quantizer: VectorQuantizer, stage: int, group: int) -> Tensor:
-    return quantizer.codebooks[stage, 0 if quantizer.layout.shared else group].detach()
+    return quantizer.codebooks[stage // quantizer.repeat, 0 if quantizer.layout.shared else group].detach()
 
 
 def naive_decode(quantizer: VectorQuantizer, codes: Tensor, scale: Tensor | None = None) -> Tensor:

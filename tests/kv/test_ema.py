@@ -39,7 +39,7 @@ def naive_step(quantizer: VectorQuantizer, x: Tensor, mask: Tensor) -> tuple[Ten
         for rest, k, group, stage in zip(
             naive_rests(quantizer, vector, code), code.tolist(), *quantizer.slots, strict=True
         ):
-            where = (stage, 0 if shared else group, k)
+            where = (stage // quantizer.repeat, 0 if shared else group, k)
             counts[where] += counted
             sums[where] += rest * counted
     books = quantizer.codebooks.detach().double().clone()
@@ -117,14 +117,14 @@ def test_dead_entries_become_inputs_with_count_and_sum(given: dict[str, Any], se
     plain = copy.deepcopy(quantizer)
     plain.revive = 0.0
     codes = plain(x, mask).codes.long()
-    slots, shared = quantizer.layout, quantizer.layout.shared
+    shared = quantizer.layout.shared
     before = quantizer.codebooks.clone()
     pools: dict[tuple[int, int], list[Tensor]] = {}
     for vector, code, counted in zip(x, codes, mask.tolist(), strict=True):
         rests = naive_rests(quantizer, vector, code)
         for rest, group, stage in zip(rests, *quantizer.slots, strict=True):
             if counted:
-                pools.setdefault((stage, 0 if shared else group), []).append(rest)
+                pools.setdefault((stage // quantizer.repeat, 0 if shared else group), []).append(rest)
     quantizer(x, mask)
     for (stage, book), pool in pools.items():
         dead = plain.ema_counts[stage, book] < 0.75
@@ -134,8 +134,8 @@ def test_dead_entries_become_inputs_with_count_and_sum(given: dict[str, Any], se
             assert min(float((entry - rest).abs().max()) for rest in pool) < 1e-5
             assert quantizer.ema_counts[stage, book, k] == 0.75
             torch.testing.assert_close(quantizer.ema_sums[stage, book, k], entry * 0.75)
-    for stage in range(slots.codebooks_shape[0]):
-        for book in range(slots.codebooks_shape[1]):
+    for stage in range(quantizer.codebooks.shape[0]):
+        for book in range(quantizer.codebooks.shape[1]):
             if (stage, book) not in pools:
                 assert torch.equal(quantizer.codebooks[stage, book], before[stage, book])
 

@@ -19,7 +19,7 @@ from tests.kv.helpers import arguments, book, channels, made, naive_decode, naiv
 def test_codes_are_those_of_a_search_for_each_group(given: dict[str, Any], seed: int, tokens: int) -> None:
     quantizer = made(seed, **given)
     x = randn(seed + 1, tokens, given["dim"])
-    slots, books = quantizer.layout, quantizer.codebooks.detach()
+    slots, books = quantizer.layout, quantizer.books.detach()
     codes = assign(slots.split(x), books, slots, given["beam"], given["cosine"])
     assert codes.shape == (tokens, slots.count) and codes.dtype == torch.int64
     at = 0
@@ -40,7 +40,7 @@ def test_codes_are_those_of_a_search_for_each_group(given: dict[str, Any], seed:
 def test_decoding_adds_up_entries(given: dict[str, Any], seed: int, tokens: int) -> None:
     quantizer = made(seed, **given)
     codes = torch.randint(given["entries"], (tokens, quantizer.layout.count), generator=generator(seed))
-    parts = decode(codes, quantizer.codebooks, quantizer.layout)
+    parts = decode(codes, quantizer.books, quantizer.layout)
     assert parts.shape == (tokens, quantizer.layout.groups, given["sub_vector"])
     for row, code in zip(quantizer.layout.join(parts), codes, strict=True):
         torch.testing.assert_close(row, naive_decode(quantizer, code))
@@ -52,7 +52,7 @@ def test_stages_see_what_those_before_left(given: dict[str, Any], seed: int) -> 
     slots = quantizer.layout
     x = randn(seed + 1, 3, given["dim"])
     codes = torch.randint(given["entries"], (3, slots.count), generator=generator(seed))
-    steps = list(walk(slots.split(x), codes, quantizer.codebooks, slots))
+    steps = list(walk(slots.split(x), codes, quantizer.books, slots))
     seen = {(group, step.stage): (step, i) for step in steps for i, group in enumerate(step.run.groups)}
     assert sorted(seen) == list(zip(*quantizer.slots, strict=True))
     for token in range(3):

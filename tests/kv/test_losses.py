@@ -53,7 +53,7 @@ def test_entries_are_drawn_to_what_chose_them(given: dict[str, Any], seed: int) 
         rests = naive_rests(quantizer, vector, codes)
         for rest, code, group, stage in zip(rests, codes.tolist(), *quantizer.slots, strict=True):
             users = sum(own > stage for own in quantizer.layout.stages)
-            where = (stage, 0 if given["shared"] else group, code)
+            where = (stage // given["repeat"], 0 if given["shared"] else group, code)
             exact[where] += 2 * (quantizer.codebooks.detach()[where] - rest) / (5 * users)
     if quantizer.layout.count:
         torch.testing.assert_close(torch.autograd.grad(out.loss, quantizer.codebooks)[0], exact)

@@ -252,6 +252,8 @@ def test_printing_shows_what_it_is() -> None:
 @pytest.mark.parametrize(
     ("given", "kind", "message"),
     [
+        ({"repeat": 0}, SpecError, "repeat 0 does not divide"),
+        ({"repeat": 2, "stages": [2, 3]}, SpecError, r"repeat 2 does not divide the stages \[2, 3\]"),
         ({"beam": 0}, SpecError, "beam is at least 1"),
         ({"decay": 1.0}, SpecError, "decay is from 0 to less than 1"),
         ({"revive": 1.0}, SpecError, "needs a decay"),
@@ -309,7 +311,7 @@ def test_what_is_not_finite_comes_out_as_such(bad: float, given: dict[str, Any])
         {},
         {"cosine": True, "shared": False},
         {"stages": [2, 0, 1, 3], "scaled": True, "strided": True, "beam": 1},
-        {"decay": 0.9, "revive": 1.0},
+        {"decay": 0.9, "revive": 1.0, "repeat": 2},
     ],
 )
 def test_compiled_whole_it_is_the_same(given: dict[str, Any]) -> None:
