@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from rpqfx.errors import InputError, SpecError
-from rpqfx.kv import ema
+from rpqfx.kv.averaged import Averaged
 from rpqfx.kv.checks import check_points, check_vectors, counted_tokens
-from rpqfx.kv.lookup import Step, assign, decode, exact, walk
+from rpqfx.kv.lookup import assign, decode, exact, walk
 from rpqfx.kv.losses import stage_losses
 from rpqfx.kv.slots import Slots
 from rpqfx.kv.start import start
 from rpqfx.spec import code_dtype
-
-_AVERAGES = ("ema_counts", "ema_sums")
 
 
 class Codes(NamedTuple):
@@ -40,7 +38,7 @@ class Quantized(NamedTuple):
     """Scalar, float32: add it to the loss of the model."""
 
 
-class VectorQuantizer(nn.Module):
+class VectorQuantizer(Averaged):
     """Residual vector quantisation of the last axis of a tensor, as of keys or values of attention heads.
 
     A vector is cut into ``M = dim / sub_vector`` groups of channels, and each group is the sum of an entry of each of
@@ -56,6 +54,7 @@ class VectorQuantizer(nn.Module):
         sub_vector: ``d``, channels of a group. Divides ``dim``.
         entries: ``K``, entries of a codebook, 2 to 65,536.
         stages: Residual stages: one number, or one for each group. A group without any is always zero.
+        repeat: Stages in a row that share a codebook. Divides all numbers of stages.
         shared: Whether all groups use the same codebooks.
         strided: Whether channel ``c`` belongs to group ``c % M``; else groups are runs of channels.
         scaled: Whether each vector is divided by its standard deviation first (the population's; by 1 where it is 0).
@@ -76,10 +75,7 @@ class VectorQuantizer(nn.Module):
     """
 
     codebooks: nn.Parameter
-    """``[R, G, K, d]``: ``R`` the most stages of a group, ``G`` 1 if shared, else ``M``."""
-    ema_counts: Tensor
-    ema_sums: Tensor
-    ema_steps: Tensor
+    """``[R / repeat, G, K, d]``: ``R`` the most stages of a group, ``G`` 1 if shared, else ``M``. See ``books``."""
 
     def __init__(
         self,
@@ -88,6 +84,7 @@ class VectorQuantizer(nn.Module):
         sub_vector: int = 8,
         entries: int = 256,
         stages: int | Sequence[int] = 2,
+        repeat: int = 1,
         shared: bool = True,
         strided: bool = False,
         scaled: bool = False,
@@ -102,8 +99,10 @@ class VectorQuantizer(nn.Module):
     ) -> None:
         super().__init__()
         self.layout = Slots.make(dim, sub_vector, stages, entries, shared, strided)
-        self.scaled, self.cosine, self.beam = scaled, cosine, beam
+        self.repeat, self.scaled, self.cosine, self.beam = repeat, scaled, cosine, beam
         self.decay, self.revive, self.commitment, self.seed = decay, revive, commitment, seed
+        if repeat < 1 or any(own % repeat for own in self.layout.stages):
+            raise SpecError(f"repeat {repeat} does not divide the stages {sorted(set(self.layout.stages))}")
         if beam < 1:
             raise SpecError(f"beam is at least 1, got {beam}")
         if decay is not None and not 0 <= decay < 1:
@@ -115,13 +114,10 @@ class VectorQuantizer(nn.Module):
         dtype = dtype or torch.get_default_dtype()
         if not dtype.is_floating_point:
             raise InputError(f"codebooks are floating point, got {dtype}")
-        shape = self.layout.codebooks_shape
+        used = self.layout.codebooks_shape
+        shape = (used[0] // repeat, *used[1:])
         self.codebooks = nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=decay is None)
-        averaged = decay is not None
-        for name, size in zip(_AVERAGES, (shape[:3], shape), strict=True):
-            held = torch.empty(size, device=device, dtype=torch.float32) if averaged else None
-            self.register_buffer(name, held)
-        self.register_buffer("ema_steps", torch.zeros((), device=device, dtype=torch.int64) if averaged else None)
+        self._register_averages(shape, device)
         self.reset_parameters()
 
     @property
@@ -134,16 +130,21 @@ class VectorQuantizer(nn.Module):
         """The group and the stage of each of the ``S`` codes of a vector."""
         return self.layout.slot_groups, self.layout.slot_stages
 
+    @property
+    def books(self) -> Tensor:
+        """``[R, G, K, d]``: the codebooks of each stage. These are ``codebooks``, if none is repeated."""
+        return self.codebooks if self.repeat == 1 else self.codebooks.repeat_interleave(self.repeat, 0)
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws normal entries: of variance 1, less at each later stage as far as ``K`` entries can lessen it."""
-        stages, books, entries, d = self.layout.codebooks_shape
         self.codebooks.normal_()
-        for stage in range(stages):
-            self.codebooks[stage] *= entries ** (-stage / d)
-            for book in range(books if books > 1 else 0):
-                if self.layout.stages[book] <= stage:
-                    self.codebooks[stage, book] = 0
+        for i, books in enumerate(self.codebooks):
+            stage = i * self.repeat
+            books *= self.layout.entries ** (-stage / self.layout.sub_vector)
+            for group, own in enumerate(self.layout.stages if len(books) > 1 else ()):
+                if own <= stage:
+                    books[group] = 0
         self._average_from(None)
 
     def fit(self, points: Tensor, weights: Tensor | None = None, *, seed: int = 0, steps: int = 10) -> VectorQuantizer:
@@ -174,10 +175,11 @@ class VectorQuantizer(nn.Module):
                 square = scale.square()[:, None].expand(shape)
                 weights = square if weights is None else weights * square
             books, counts = start(
-                parts, weights, self.layout, beam=self.beam, cosine=self.cosine, seed=seed, steps=steps
-            )
-            self.codebooks.copy_(books)
-            self._average_from(counts.clamp_min(1))
+                parts, weights, self.layout, repeat=self.repeat, beam=self.beam, cosine=self.cosine, seed=seed,
+                steps=steps,
+            )  # fmt: skip
+            self.codebooks.copy_(books[:: self.repeat])
+            self._average_from(self._each_book(counts).clamp_min(1))
         return self
 
     @torch.no_grad()
@@ -195,7 +197,7 @@ class VectorQuantizer(nn.Module):
         """
         check_vectors(x, self.dim)
         parts, scale = self._parts(x)
-        codes = assign(parts, self.codebooks.to(parts.dtype), self.layout, self.beam, self.cosine)
+        codes = assign(parts, self.books.to(parts.dtype), self.layout, self.beam, self.cosine)
         return Codes(self._narrow(codes, x), None if scale is None else scale.view(x.shape[:-1]))
 
     def decode(self, codes: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -217,7 +219,7 @@ class VectorQuantizer(nn.Module):
             raise InputError("this quantizer has a scale, give it" if self.scaled else "this quantizer has no scale")
         if scale is not None and scale.shape != codes.shape[:-1]:
             raise InputError(f"scale is {list(scale.shape)}, expected {list(codes.shape[:-1])}")
-        parts = decode(_rows(codes), self.codebooks, self.layout)
+        parts = decode(_rows(codes), self.books, self.layout)
         values = self.layout.join(parts).view(*codes.shape[:-1], self.dim)
         return values if scale is None else (values * scale[..., None]).to(values.dtype)
 
@@ -240,7 +242,7 @@ class VectorQuantizer(nn.Module):
         check_vectors(x, self.dim)
         with exact(x):
             parts, scale = self._parts(x)
-            books = self.codebooks.to(parts.dtype)
+            books = self.books.to(parts.dtype)
             codes = assign(parts.detach(), books.detach(), self.layout, self.beam, self.cosine)
             counted = counted_tokens(x, mask)
             steps = list(walk(parts, codes, books, self.layout))
@@ -252,45 +254,18 @@ class VectorQuantizer(nn.Module):
         # Not x + (values - x): that would round the values. What is added is zero, with the gradient of x.
         return Quantized(values + (x - x.detach()), self._narrow(codes, x), loss)
 
-    @torch.no_grad()
-    def _average(self, steps: list[Step], counted: Tensor) -> None:
-        assert self.decay is not None
-        drawn = None
-        if self.revive:
-            drawn = ema.draw(steps, counted, self.layout, self.ema_steps + self.seed)
-        batch = ema.batch_sums(steps, counted, self.layout)
-        held = ema.Sums(self.ema_counts, self.ema_sums)
-        ema.update(self.codebooks, held, batch, decay=self.decay, revive=self.revive, drawn=drawn)
-        self.ema_steps += 1
-
-    def _average_from(self, counts: Tensor | None) -> None:
-        """Averages that give the codebooks as they are, of one point an entry if not said otherwise."""
-        if self.decay is not None:
-            self.ema_counts.copy_(torch.ones_like(self.ema_counts) if counts is None else counts)
-            self.ema_sums.copy_(self.codebooks.float() * self.ema_counts[..., None])
-            self.ema_steps.zero_()
-
     def _parts(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Sub-vectors ``[T, M, d]`` as they are quantised, and the scales ``[T]``."""
         rows = _rows(x).to(torch.promote_types(x.dtype, torch.float32))
         if not self.scaled:
             return self.layout.split(rows), None
-        scale = rows.detach().std(1, correction=0)
+        given = rows.detach()
+        scale = (given - given.mean(1, keepdim=True)).square().mean(1).sqrt()
         scale = torch.where(scale == 0, 1, scale)
         return self.layout.split(rows / scale[:, None]), scale
 
     def _narrow(self, codes: Tensor, x: Tensor) -> Tensor:
         return codes.to(code_dtype(self.layout.entries)).view(*x.shape[:-1], self.layout.count)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VectorQuantizer:
-        """Moves tensors, but leaves averages in float32: ``half()`` would round and overflow them."""
-        before = {name: self._buffers[name] for name in _AVERAGES}
-        super()._apply(fn, recurse)
-        for name, held in before.items():
-            now = self._buffers[name]
-            if held is not None and now is not None and now.dtype != held.dtype:
-                self._buffers[name] = now.float() if held.is_meta else held.to(now.device)
-        return self
 
     def extra_repr(self) -> str:
         """What printing shows of it."""
@@ -299,6 +274,7 @@ class VectorQuantizer(nn.Module):
         shown = [
             f"{layout.dim}, sub_vector={layout.sub_vector}, entries={layout.entries}",
             f"stages={layout.stages[0] if even else list(layout.stages)}",
+            f"repeat={self.repeat}" if self.repeat > 1 else "",
             *(name for name in ("strided", "scaled", "cosine") if getattr(self, name, getattr(layout, name, False))),
             "shared" if layout.shared else "own codebooks",
             f"beam={self.beam}" if not self.cosine else "",

@@ -10,7 +10,7 @@ from rpqfx.fit.kmeans import kmeans
 from rpqfx.fit.refit import left_over
 from rpqfx.fit.residual import train
 from rpqfx.kv.slots import Slots
-from rpqfx.ops.search import nearest
+from rpqfx.ops.search import nearest, residual_search
 
 # Sub-vectors that a codebook is fitted to.
 SAMPLES = 100_000
@@ -18,17 +18,27 @@ SAMPLES = 100_000
 
 @torch.no_grad()
 def start(
-    parts: Tensor, weights: Tensor | None, slots: Slots, *, beam: int, cosine: bool, seed: int, steps: int
+    parts: Tensor,
+    weights: Tensor | None,
+    slots: Slots,
+    *,
+    repeat: int = 1,
+    beam: int,
+    cosine: bool,
+    seed: int,
+    steps: int,
 ) -> tuple[Tensor, Tensor]:
     """Codebooks by k-means, stage after stage, on at most 100,000 sub-vectors each.
 
     Stage ``r`` is trained on what is left of the groups that have more than ``r`` stages. By the cosine, a stage
-    clusters directions, and gives each entry the length that leaves the least error.
+    clusters directions, and gives each entry the length that leaves the least error. Codebooks of several stages are
+    clusters of what all of these see.
 
     Args:
         parts: ``[N, M, d]``, finite.
         weights: ``[N, M]``, not negative, or None for ones.
         slots: Which groups have which stages.
+        repeat: Stages in a row that share a codebook.
         beam: As in ``rpqfx.fit.train``.
         cosine: Whether entries will be chosen by direction.
         seed: Of the samples and of k-means.
@@ -55,7 +65,9 @@ def start(
             live = stages_of >= end
             rests, stages_of = rests[live], stages_of[live]
             share = None if share is None else share[live]
-            if cosine:
+            if repeat > 1:
+                new, codes = _train_repeated(rests, end - done, entries, share, steps, own + done, repeat, cosine)
+            elif cosine:
                 new, codes = _train_directions(rests, end - done, entries, share, steps, own + done)
             else:
                 new, codes = train(
@@ -104,4 +116,26 @@ def _train_directions(
         books.append(book)
         codes.append(code)
         rests = rests - book[code]
+    return torch.stack(books), torch.stack(codes, 1)
+
+
+def _train_repeated(
+    points: Tensor, stages: int, entries: int, weights: Tensor | None, steps: int, seed: int, repeat: int, cosine: bool
+) -> tuple[Tensor, Tensor]:
+    """Codebooks ``[stages, K, d]``, ``repeat`` in a row the same, and codes ``[P, stages]``."""
+    books, codes = [], []
+    for first in range(0, stages, repeat):
+        start, seen = None, [points]
+        for _ in range(repeat):  # what later stages see depends on the codebook, and it on what they see
+            share = None if weights is None else weights.repeat(len(seen))
+            book = kmeans(torch.cat(seen), entries, weights=share, steps=steps, seed=seed + first, start=start)[0]
+            start, own, seen = book, [], []
+            rest = points
+            for _ in range(repeat):
+                seen.append(rest)
+                own.append(residual_search(rest, book[None], cosine=cosine)[0][:, 0])
+                rest = rest - book[own[-1]]
+        points = rest
+        books += [book] * repeat
+        codes += own
     return torch.stack(books), torch.stack(codes, 1)

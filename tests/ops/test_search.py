@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rpqfx.ops import search
 from rpqfx.ops.cpu import build, kernels
-from rpqfx.ops.search import beam_search, nearest
+from rpqfx.ops.search import beam_search, cosine_search, nearest, residual_search
 from tests.helpers import randn, seeds
 
 dtypes = st.sampled_from([torch.float32, torch.float64])
@@ -179,3 +179,47 @@ def test_without_kernels_a_beam_is_the_same(monkeypatch: pytest.MonkeyPatch) -> 
     blocks = beam_search(points, books, 8)
     assert torch.equal(ours[0], blocks[0])
     torch.testing.assert_close(ours[1], blocks[1], rtol=1e-4, atol=1e-5)
+
+
+@given(
+    st.integers(0, 5), st.integers(1, 3), st.integers(1, 20), st.sampled_from([2, 3, 8, 17]), seeds, dtypes
+)  # fmt: skip
+def test_by_cosine_each_stage_takes_the_entry_that_points_the_same_way(
+    n: int, stages: int, entries: int, d: int, seed: int, dtype: torch.dtype
+) -> None:
+    """Its length does not count when it is chosen, and counts when it is taken off."""
+    points, books = randn(seed, n, d, dtype=dtype), randn(seed + 1, stages, entries, d, dtype=dtype)
+    books *= randn(seed + 2, stages, entries, 1, dtype=dtype).exp()
+    codes, distances = cosine_search(points, books)
+    assert codes.shape == (n, stages) and codes.dtype == torch.int64 and distances.dtype == dtype
+    for point, code, distance in zip(points.double(), codes.tolist(), distances.tolist(), strict=True):
+        rest = point
+        for k, book in zip(code, books.double(), strict=True):
+            cosines = [float(rest @ entry / (rest.norm() * entry.norm())) for entry in book]
+            assert cosines[k] == pytest.approx(max(cosines), abs=1e-5)
+            rest = rest - book[k]
+        assert distance == pytest.approx(float(rest.square().sum()), rel=1e-4, abs=1e-5)
+
+
+def test_by_cosine_the_first_of_equal_directions_is_taken_and_zero_has_none() -> None:
+    books = torch.tensor([[[2.0, 0], [1, 0], [0, 0], [0, 3]]])
+    points = torch.tensor([[5.0, 0.1], [0.1, 5], [0, 0], [-1, -2]])
+    assert cosine_search(points, books)[0][:, 0].tolist() == [0, 3, 2, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("beam", [1, 3])
+def test_stage_by_stage_is_a_beam_of_one(dtype: torch.dtype, beam: int) -> None:
+    """By whatever way it runs, and as one operator of a compiled graph, for any number of points."""
+    points, books = randn(0, 40, 4, dtype=dtype), randn(1, 3, 30, 4, dtype=dtype)
+    codes, distances = residual_search(points, books, beam=beam)
+    found = search._beam(points, books, beam)
+    assert torch.equal(codes, found[0])
+    torch.testing.assert_close(distances, found[1], rtol=1e-4, atol=1e-5)
+    torch.compiler.reset()
+    run = torch.compile(residual_search, fullgraph=True, backend="aot_eager", dynamic=True)
+    for count in (40, 7):
+        for way in ({"beam": beam}, {"cosine": True}):
+            ours, eager = run(points[:count], books, **way), residual_search(points[:count], books, **way)
+            assert torch.equal(ours[0], eager[0]) and torch.equal(ours[1], eager[1])
+    torch.library.opcheck(torch.ops.rpqfx.residual_search.default, (points, books, beam, False))
