@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rpqfx.errors import InputError
 from rpqfx.kv.coder import Coder, slots_of
-from rpqfx.ops.slots import KERNEL_ROWS, Stream, bin_masses, heads_of, pick
+from rpqfx.ops.slots import KERNEL_ROWS, Stream, bin_masses, heads_of, pick, tables
 from rpqfx.ops.vectors import Held, rotated_scores
 from rpqfx.steps import sum_dtype
 
@@ -63,8 +63,7 @@ def straight_scores(q: Tensor, held: Held) -> Tensor:
         return y
     shift = None if held.mean is None else torch.einsum("bhnd,hd->bhn", q, held.mean)
     parts = _parts(q if held.basis is None else q @ held.basis.transpose(-1, -2), held)
-    table = _books(held) @ parts.transpose(-1, -2)
-    return pick(table, held.codes, held.slots.heads, held.scale, shift)
+    return pick(tables(parts, held.books, held.slots.books), held.codes, held.slots.heads, held.scale, shift)
 
 
 def turned_scores(q: Tensor, held: Held, cos: Tensor, sin: Tensor) -> Tensor:
