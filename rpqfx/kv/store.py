@@ -252,7 +252,7 @@ class LayerStore:
         for name, side in (("keys", self.keys), ("values", self.values)):
             side.restore(parts[name], encoded, batch)
         if self._own_positions:
-            self.positions.restore(parts["positions"])
+            self.positions.restore(parts["positions"], self.name)
             if turned and self.positions.length != total:
                 raise FormatError(f"{self.name}: the positions saved are not of {total} tokens")
         self.total, self._turned = total, bool(turned) if total else None
