@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rpqfx.errors import InputError
 from rpqfx.kv.coder import Coder, slots_of
-from rpqfx.ops.slots import KERNEL_ROWS, Stream, bin_masses, heads_of, pick
+from rpqfx.ops.slots import KERNEL_ROWS, Stream, bin_masses, heads_of, pick, tables
 from rpqfx.ops.vectors import Held, rotated_scores
 from rpqfx.steps import sum_dtype
 
@@ -64,7 +64,8 @@ def straight_scores(q: Tensor, held: Held) -> Tensor:
         return y
     shift = None if held.mean is None else torch.einsum("bhnd,hd->bhn", q, held.mean)
     y = q if held.basis is None else q @ held.basis.transpose(-1, -2)
-    table = _books(held) @ _parts(rearrange(y, "b (p h) n k -> b p (h n) k", p=held.parts), held).transpose(-1, -2)
+    parts = _parts(rearrange(y, "b (p h) n k -> b p (h n) k", p=held.parts), held)
+    table = tables(parts, held.books, held.slots.books)
     if not held.shared:
         return pick(table, held.codes, held.slots.heads, held.scale, shift)
     found = rearrange(pick(table, held.codes, held.slots.heads), "b p (h n) t -> b (p h) n t", n=q.shape[2])

@@ -80,15 +80,19 @@ class Positions:
         """What ``restore`` takes."""
         return {name: part[:, : self.length].clone() for name, part in zip(("cos", "sin"), self._tensors, strict=False)}
 
-    def restore(self, state: dict[str, Tensor]) -> None:
+    def restore(self, state: dict[str, Tensor], name: str) -> None:
         """Takes what ``state`` gave.
+
+        Args:
+            state: Cosines and sines, or nothing.
+            name: Of the layer, for errors.
 
         Raises:
             FormatError: If it is something else.
         """
-        tensors = [state[name].clone() for name in ("cos", "sin") if name in state]
+        tensors = [state[part].clone() for part in ("cos", "sin") if part in state]
         if len(tensors) == 1 or any(part.dim() != 3 or part.shape != tensors[0].shape for part in tensors):
-            raise FormatError("positions are saved as cos and sin of one shape, [1 or B, T, R / 2]")
+            raise FormatError(f"{name}: positions are saved as cos and sin of one shape, [1 or B, T, R / 2]")
         self._tensors, self.length = tensors, tensors[0].shape[1] if tensors else 0
 
     def _make_room(self, batch: int, length: int, like: Tensor) -> None:

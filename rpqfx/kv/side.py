@@ -86,8 +86,8 @@ class Side:
 
     def state(self) -> dict[str, Tensor]:
         """What ``restore`` takes."""
-        state = {name: part.clone() for name, part in self._used().items()}
-        return {**state, "coder": fingerprint(self.coder)}
+        state = {"codes": torch.empty(0), "scale": torch.empty(0), **self._used()}
+        return {**{name: part.clone() for name, part in state.items()}, "coder": fingerprint(self.coder)}
 
     def restore(self, state: dict[str, Tensor], length: int, batch: int) -> None:
         """Takes what ``state`` gave, of so many tokens.
@@ -97,15 +97,15 @@ class Side:
         """
         if not torch.equal(state["coder"].cpu(), fingerprint(self.coder).cpu()):
             raise FormatError(f"{self.name}: the cache was saved with other codebooks")
-        slots = (batch, len(self.coder.slot_books))
-        if length and ("codes" not in state or state["codes"].shape != (*slots, self._bytes(length))):
-            raise FormatError(f"{self.name}: the codes saved are not of {length} tokens")
-        if "scale" in state and state["scale"].shape != (batch, self.coder.heads, length):
+        codes, scale = (state[name].clone() for name in ("codes", "scale"))
+        shape = (batch, len(self.coder.slot_books), self._bytes(length))
+        if length and (codes.shape != shape or codes.dtype is not torch.uint8):
+            raise FormatError(f"{self.name}: the codes saved are {tuple(codes.shape)}, {length} tokens take {shape}")
+        if scale.dim() == 3 and (scale.shape != (batch, self.coder.heads, length) or scale.dtype is not torch.float16):
             raise FormatError(f"{self.name}: the scales saved are not of {length} tokens")
-        codes, scale = state.get("codes"), state.get("scale")
-        self._data, self._scale = codes if codes is None else codes.clone(), scale if scale is None else scale.clone()
+        self._data, self._scale = codes if length else None, scale if length and scale.dim() == 3 else None
         self.length = length
-        for start, stop in self.codes().blocks(slots[0] * slots[1]) if length else ():
+        for start, stop in self.codes().blocks(shape[0] * shape[1]) if length else ():
             some = self.codes().block(start, stop)
             if some.numel() and int(some.max()) >= self.coder.entries:
                 raise FormatError(f"{self.name}: codes saved are above the {self.coder.entries} entries")

@@ -222,9 +222,10 @@ class LayerStore:
         keys, values = (plain[:, :, : self._filled] for plain in self._plain)
         if not self.encoded:
             return Parts(keys, values, self._filled, None, None, None)
-        held = tuple(attend.hold(s.coder, s.codes(), s.scale(), dtype) for s in (self.keys, self.values))
+        held_keys = attend.hold(self.keys.coder, self.keys.codes(), self.keys.scale(), dtype)
+        held_values = attend.hold(self.values.coder, self.values.codes(), self.values.scale(), dtype)
         turns = self.positions.get(self.sinks, self.sinks + self.encoded) if self._turned else None
-        return Parts(keys, values, self.sinks, held[0], held[1], turns)
+        return Parts(keys, values, self.sinks, held_keys, held_values, turns)
 
     def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         self._plain = [change(plain) for plain in self._plain]
@@ -251,7 +252,9 @@ class LayerStore:
         for name, side in (("keys", self.keys), ("values", self.values)):
             side.restore(parts[name], encoded, batch)
         if self._own_positions:
-            self.positions.restore(parts["positions"])
+            self.positions.restore(parts["positions"], self.name)
+            if turned and self.positions.length != total:
+                raise FormatError(f"{self.name}: the positions saved are not of {total} tokens")
         self.total, self._turned = total, bool(turned) if total else None
 
     # ------------------------------------------------------------------------------------------------ checks

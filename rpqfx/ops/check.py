@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rpqfx import codebook, maps
 from rpqfx.errors import RPQError
+from rpqfx.packing import pack_codes
 
 # Rows of every path: a few, fewer than a table is wide, more, and several blocks with a rest.
 ROWS = (1, 3, 7, 20, 70)
@@ -35,6 +36,10 @@ def against_reference(backend: Any, device: torch.device) -> None:
             _check_search(backend, device, generator)
         if hasattr(backend, "residual_search"):
             _check_greedy(backend, device, generator)
+        if hasattr(backend, "pick_sum"):
+            for rows in (1, 7, 16):
+                for entries, width in ((40, 8), (40, 6), (300, 9)):
+                    _check_slots(backend, rows, entries, width, generator)
 
 
 def _check(
@@ -79,6 +84,45 @@ def _check(
     same("gather_sum", run("gather_sum", table, codes), maps.gather_sum(table.double(), codes))
     maps_of = torch.randn(2, vectors, 50, generator=g).to(dtype)
     same("bin_sum", run("bin_sum", maps_of, codes, entries), maps.bin_sum(maps_of.double(), codes, entries))
+
+
+def _check_slots(backend: Any, rows: int, entries: int, width: int, g: torch.Generator) -> None:
+    """Of attention on codes, which some backends have: heads of some slots and of none, tokens of several blocks."""
+    batch, tokens, heads, which, groups, d, dim, half = 2, 139, [0, 3, 3, 5], [0, 2, 2, 1, 0], [1, 0, 2, 1, 1], 4, 10, 4
+    head_of = torch.tensor([0, 0, 0, 2, 2])
+    codes = torch.randint(entries, (batch, 5, tokens), generator=g)
+    padded = torch.nn.functional.pad(codes, (0, -tokens % 8)).to(torch.int32)
+    held = padded.byte() if width == 8 else pack_codes(padded, entries).view(batch, 5, -1)
+    books, basis = torch.randn(3, entries, d, generator=g), torch.randn(3, 3 * d, dim, generator=g)
+    mean, scale = torch.randn(3, dim, generator=g), torch.rand(batch, 3, tokens, generator=g).half()
+    q, p = torch.randn(batch, 3, rows, dim, generator=g), torch.rand(batch, 3, rows, tokens, generator=g)
+    parts, shift = torch.randn(batch, 5, rows, d, generator=g), torch.randn(batch, 3, rows, generator=g)
+    cos, sin = torch.randn(1, tokens, half, generator=g), torch.randn(1, tokens, half, generator=g)
+
+    def same(name: str, ours: Tensor, exact: Tensor) -> None:
+        error = (ours.double() - exact).abs().max() / exact.abs().max()
+        if not error <= 1e-4:
+            raise RPQError(f"the kernel of {name} is wrong by {float(error):.1e}; plain operators are not")
+
+    used = torch.nn.functional.one_hot(codes, entries).double()  # [B, S, T, K]
+    of_head = torch.nn.functional.one_hot(head_of, 3).double()
+    tables = parts.double() @ books[which].double().transpose(1, 2)
+    table = backend.slot_tables(parts, books, which)
+    same("slot_tables", table[..., :rows], tables.transpose(2, 3))
+    sums = torch.einsum("bstk,bsnk,sh->bhnt", used, tables, of_head) * scale[:, :, None].double()
+    ours = backend.pick_sum(table, rows, held, width, tokens, scale, shift, heads)
+    same("pick_sum", ours, sums + shift[..., None].double())
+    masses = torch.einsum("bstk,bsnt->bskn", used, (p * scale[:, :, None])[:, head_of].double())
+    same("bin_masses", backend.bin_masses(p, held, width, scale, heads, entries)[..., :rows], masses)
+    places = torch.nn.functional.one_hot(torch.tensor(groups), 3).double()
+    y = torch.einsum("bstk,ske,sg,sh->bhtge", used, books[which].double(), places, of_head).flatten(3)
+    x = (y @ basis.double()) * scale[..., None].double() + mean[:, None].double()
+    left, right, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    turned = torch.cat(
+        [left * cos[:, None] - right * sin[:, None], right * cos[:, None] + left * sin[:, None], rest], -1
+    )
+    layout = (which, groups, heads, held, width, tokens, scale)
+    same("rotated_scores", backend.rotated_scores(q, books, *layout, basis, mean, cos, sin), q.double() @ turned.mT)
 
 
 def _check_search(backend: Any, device: torch.device, g: torch.Generator) -> None:

@@ -14,6 +14,7 @@ The first two are adjoint to each other. All run in blocks of tokens, so that no
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -99,13 +100,29 @@ def packed(codes: Tensor, entries: int) -> Tensor:
     return pack_codes(padded, entries).view(*codes.shape[:2], size)
 
 
+def tables(parts: Tensor, books: Tensor, which: Sequence[int]) -> Tensor:
+    """Dot products of queries with the entries of each slot.
+
+    Args:
+        parts: ``[B, S, n, d]``, floating.
+        books: ``[P, K, d]``, of the same dtype.
+        which: ``[S]``, the codebook of each slot.
+
+    Returns:
+        ``[B, S, K, n]``, a view into wider lines where compiled kernels made them.
+    """
+    if parts.dtype is books.dtype and _compiled((parts, books), parts.shape[2]):
+        return kernels.slot_tables(parts, books, list(which))[..., : parts.shape[2]]
+    return books[torch.tensor(which, dtype=torch.int64, device=books.device)] @ parts.transpose(-1, -2)
+
+
 def pick(
     table: Tensor, codes: Stream, heads: Sequence[int], scale: Tensor | None = None, shift: Tensor | None = None
 ) -> Tensor:
     """Picks a line of the table for every token and slot, and sums over the slots of a head.
 
     Args:
-        table: ``[B, S, K, n]``, floating.
+        table: ``[B, S, K, n]``, floating, see ``tables``.
         codes: Of ``S`` slots.
         heads: ``[H + 1]``, first slots.
         scale: ``[B, H, T]`` or None.
@@ -116,7 +133,7 @@ def pick(
     """
     rows = table.shape[-1]
     if compiled(table, codes, scale, rows):
-        wide = F.pad(table, (0, (4 if rows <= 4 else 8 if rows <= 8 else 16) - rows))
+        wide = _lines(table)
         return kernels.pick_sum(wide, rows, codes.data, codes.width, codes.length, scale, shift, list(heads))
     batch, slots, entries, _ = table.shape
     y = table.new_zeros(batch, len(heads) - 1, rows, codes.length)
@@ -205,14 +222,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def compiled(x: Tensor, codes: Stream, scale: Tensor | None, rows: int) -> bool:
     """Whether the compiled kernels take it: a few rows of float32 on a CPU, scales of float16 that lie in order."""
-    if x.dtype is not torch.float32 or not 1 <= rows <= KERNEL_ROWS or torch.compiler.is_compiling():
-        return False
-    tensors = (x, codes.data) if scale is None else (x, codes.data, scale)
-    if not all(type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" for tensor in tensors):
-        return False
     if scale is not None and (scale.dtype is not torch.float16 or scale.stride(-1) != 1):
         return False
-    return build.ready()
+    return _compiled((x, codes.data) if scale is None else (x, codes.data, scale), rows)
 
 
 def heads_of(heads: Sequence[int]) -> list[int]:
@@ -232,6 +244,24 @@ def check(slots: Slots, books: Tensor, length: int, name: str) -> None:
         raise InputError(f"{name}: {len(slots.books)} slots do not go with the first slots of heads {slots.heads}")
     if any(not 0 <= book < number for book in slots.books) or any(not 0 <= g < length // d for g in slots.groups):
         raise InputError(f"{name}: a slot is of a codebook or a sub-vector that is not there")
+
+
+def _compiled(tensors: Sequence[Tensor], rows: int) -> bool:
+    if tensors[0].dtype is not torch.float32 or not 1 <= rows <= KERNEL_ROWS or torch.compiler.is_compiling():
+        return False
+    plain = all(type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" for x in tensors)
+    return plain and build.ready()
+
+
+def _lines(table: Tensor) -> Tensor:
+    """A table in lines as wide as the kernels take: what ``tables`` made already lies so."""
+    rows = table.shape[-1]
+    wide = 4 if rows <= 4 else 8 if rows <= 8 else 16
+    shape = (*table.shape[:-1], wide)
+    strides = torch.empty(shape, device="meta").stride()
+    if table.stride() == strides and table.untyped_storage().nbytes() == math.prod(shape) * table.element_size():
+        return table.as_strided(shape, strides)
+    return F.pad(table, (0, wide - rows))
 
 
 def _bags(lines: Tensor, codes: Tensor, first: Tensor, bounds: Sequence[int]) -> Tensor:

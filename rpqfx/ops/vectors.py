@@ -72,7 +72,7 @@ def rotated_scores(q: Tensor, held: Held, cos: Tensor, sin: Tensor) -> Tensor:
         ``[B, H, n, T]`` of the queries' dtype.
     """
     codes, slots = held.codes, held.slots
-    in_order = cos.dtype in (torch.float32, torch.bfloat16) and cos.stride() == sin.stride()
+    in_order = cos.dtype in (torch.float32, torch.float16, torch.bfloat16) and cos.stride() == sin.stride()
     in_order = in_order and not held.shared and cos.stride()[1:] == (cos.shape[2], 1) and held.books.dtype is q.dtype
     if in_order and compiled(q, codes, held.scale, q.shape[2]):
         layout = (list(slots.books), list(slots.groups), list(slots.heads))

@@ -46,7 +46,7 @@ class PlainCoder:
         y = y if scale is None else y / scale[..., None].to(dtype).clamp_min(1e-6)
         y = y if self.basis is None else y @ self.basis.transpose(-1, -2)
         d = self.books.shape[2]
-        rest = y.reshape(batch, heads, tokens, -1, d).clone()
+        rest = y.reshape(batch, heads, tokens, y.shape[-1] // d, d).clone()
         codes = torch.zeros(batch, len(self.slot_books), tokens, dtype=self.code_dtype)
         for h in range(heads):
             for s in range(self.head_slots[h], self.head_slots[h + 1]):

@@ -37,6 +37,9 @@ inline Vec load(const c10::BFloat16* p, int64_t count = LANES) {
   const auto half = at::vec::Vectorized<c10::BFloat16>::loadu(p, count);
   return std::get<0>(at::vec::convert_bfloat16_float(half));
 }
+inline Vec load(const c10::Half* p, int64_t count = LANES) {
+  return std::get<0>(at::vec::convert_half_float(at::vec::Vectorized<c10::Half>::loadu(p, count)));
+}
 inline void store(float* p, const Vec& x, int64_t count) { x.store(p, count); }
 inline void store(c10::BFloat16* p, const Vec& x, int64_t count) {
   at::vec::convert_float_bfloat16(x, Vec(0)).store(p, count);

@@ -24,6 +24,7 @@ TORCH_LIBRARY_FRAGMENT(rpqfx_cpu, m) {
   m.def("collect(Tensor grad, Tensor codes, Tensor? signs, int books, int entries) -> Tensor", rpqfx::collect);
   m.def("nearest(Tensor points, Tensor centres) -> (Tensor, Tensor)", rpqfx::nearest);
   m.def("beam_search(Tensor points, Tensor books, int beam) -> (Tensor, Tensor)", rpqfx::beam_search);
+  m.def("slot_tables(Tensor parts, Tensor books, int[] which) -> Tensor", rpqfx::slot_tables);
   m.def(
       "pick_sum(Tensor table, int rows, Tensor codes, int width, int tokens, Tensor? scale, Tensor? shift, int[] heads)"
       " -> Tensor",

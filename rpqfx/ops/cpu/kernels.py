@@ -84,6 +84,11 @@ def beam_search(points: Tensor, books: Tensor, beam: int) -> tuple[Tensor, Tenso
     return torch.ops.rpqfx_cpu.beam_search(points, books, beam)
 
 
+def slot_tables(parts: Tensor, books: Tensor, which: list[int]) -> Tensor:
+    """See ``rpqfx.ops.slots.tables``; 4, 8 or 16 wide."""
+    return torch.ops.rpqfx_cpu.slot_tables(parts, books, which)
+
+
 def pick_sum(
     table: Tensor, rows: int, codes: Tensor, width: int, tokens: int, scale: Tensor | None, shift: Tensor | None,
     heads: list[int],

@@ -13,6 +13,7 @@ namespace rpqfx {
 
 constexpr int64_t BIN_TOKENS = 8 * TOKENS;      // whose masses are turned at a time: they stay in the first-level cache
 constexpr int64_t BIN_PART = 4096;              // tokens that are worth bins of their own, where slots are few
+constexpr int64_t SLOTS_TOGETHER = 4;           // whose bins are filled in turns
 constexpr int64_t BIN_TASKS = 4;                // for each thread at least
 
 // sums[j] = sum over slots of table[slot, code(slot, j)], for N tokens.
@@ -25,6 +26,37 @@ void pick_lines(const float* table, int64_t slot, const Code* codes, int64_t str
     for (int64_t j = 0; j < N; ++j) sum[j] += row<W>(table + static_cast<int64_t>(codes[j]) * W);
   }
   for (int64_t j = 0; j < N; ++j) sums[j] = sum[j];
+}
+
+// table[s, k, :] = books[which[s], k] . parts[s, :, :] for all slots, the rows beside each other.
+inline Tensor slot_tables(const Tensor& given_parts, const Tensor& given_books, c10::IntArrayRef which) {
+  const Tensor parts = given_parts.contiguous(), books = given_books.contiguous();
+  const int64_t batch = parts.size(0), slots = parts.size(1), rows = parts.size(2), d = books.size(2);
+  TORCH_CHECK_VALUE(parts.dim() == 4 && books.dim() == 3 && parts.size(3) == d && int64_t(which.size()) == slots &&
+                        parts.scalar_type() == at::kFloat && books.scalar_type() == at::kFloat,
+                    "queries ", parts.sizes(), " do not go with codebooks ", books.sizes());
+  for (const int64_t book : which) TORCH_CHECK_INDEX(book >= 0 && book < books.size(0), "codebook ", book);
+  const int64_t entries = books.size(1);
+  Tensor table = at::empty({batch, slots, entries, row_width(rows)}, parts.options());
+  by_rows(rows, [&](auto lanes) {
+    constexpr int W = decltype(lanes)::value;
+    at::parallel_for(0, batch * slots, std::max<int64_t>(1, GRAIN / (entries * d)), [&](int64_t begin, int64_t end) {
+      std::vector<float> turned(d * W, 0.0f);
+      for (int64_t line = begin; line < end; ++line) {
+        const float* part = parts.const_data_ptr<float>() + line * rows * d;
+        const float* book = books.const_data_ptr<float>() + which[line % slots] * entries * d;
+        float* out = table.data_ptr<float>() + line * entries * W;
+        for (int64_t i = 0; i < rows; ++i)
+          for (int64_t j = 0; j < d; ++j) turned[j * W + i] = part[i * d + j];
+        for (int64_t k = 0; k < entries; ++k) {
+          Row<W> sum{};
+          for (int64_t j = 0; j < d; ++j) sum += book[k * d + j] * row<W>(&turned[j * W]);
+          row<W>(out + k * W) = sum;
+        }
+      }
+    });
+  });
+  return table;
 }
 
 // scale[t] * sums + shift of up to TOKENS tokens of a head, as lines y[row, t].
@@ -71,6 +103,7 @@ inline Tensor pick_sum(const Tensor& table, int64_t rows, const Tensor& codes, i
           const int64_t b = task / (count * blocks), h = task / blocks % count, t = task % blocks * TOKENS;
           const int64_t left = std::min(TOKENS, tokens - t), head = b * count + h;
           int64_t stride;
+          packed.prefetch(b, heads[h], heads[h + 1] - heads[h], t + TOKENS);
           const Code* some = packed.unpack(b, heads[h], heads[h + 1] - heads[h], t, left, room, stride);
           pick_block<W>(lines + (b * slots + heads[h]) * packed.entries * W, packed.entries * W, some, stride,
                         heads[h + 1] - heads[h], left, scales.at(b, h, t), shifts ? shifts + head * rows : nullptr,
@@ -82,10 +115,15 @@ inline Tensor pick_sum(const Tensor& table, int64_t rows, const Tensor& codes, i
   return y;
 }
 
-// bins[code(j)] += masses[j] for some tokens.
-template <int W, typename Code>
-void bin_lines(const Code* codes, const float* masses, int64_t tokens, float* bins) {
-  for (int64_t t = 0; t < tokens; ++t) row<W>(bins + static_cast<int64_t>(codes[t]) * W) += row<W>(masses + t * W);
+// bins[slot, code(slot, j)] += masses[j] for some tokens and N slots: sums into one wait for each other, so they take turns.
+template <int W, int N, typename Code>
+void bin_lines(const Code* codes, int64_t stride, const float* masses, int64_t tokens, float* bins, int64_t slot) {
+  for (int64_t t = 0; t < tokens; ++t) {
+    const Row<W> mass = row<W>(masses + t * W);
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < N; ++i)
+      row<W>(bins + i * slot + static_cast<int64_t>(codes[i * stride + t]) * W) += mass;
+  }
 }
 
 // p[row, t] * scale[t] of some tokens, the rows beside each other.
@@ -129,13 +167,19 @@ inline Tensor bin_masses(const Tensor& p, const Tensor& codes, int64_t width, co
             const int64_t left = std::min(BIN_TOKENS, last - from);
             turn_masses<W>(p.const_data_ptr<float>() + b * p.stride(0) + h * p.stride(1) + from, p.stride(2), rows,
                            scales.at(b, h, from), left, masses.data());
-            for (int64_t i = 0; i < some; ++i)
+            for (int64_t i = 0; i < some;) {
+              const int64_t at_once = some - i < SLOTS_TOGETHER ? 1 : SLOTS_TOGETHER;
               for (int64_t t = 0; t < left; t += TOKENS) {
                 int64_t stride;
                 const int64_t few = std::min(TOKENS, left - t);
-                const Code* held = packed.unpack(b, s + i, 1, from + t, few, room, stride);
-                bin_lines<W>(held, masses.data() + t * W, few, first + i * entries * W);
+                packed.prefetch(b, s + i + at_once, std::min(at_once, some - i - at_once), from + t);
+                const Code* held = packed.unpack(b, s + i, at_once, from + t, few, room, stride);
+                float* out = first + i * entries * W;
+                if (at_once == 1) bin_lines<W, 1>(held, stride, masses.data() + t * W, few, out, entries * W);
+                else bin_lines<W, SLOTS_TOGETHER>(held, stride, masses.data() + t * W, few, out, entries * W);
               }
+              i += at_once;
+            }
           }
           task += some;
         }

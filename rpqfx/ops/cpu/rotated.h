@@ -153,10 +153,11 @@ inline Tensor rotated_scores(const Tensor& q, const Tensor& books, c10::IntArray
       std::vector<Code> room;
       std::vector<float> y(KEYS * length), x(KEYS * wide);
       Row<W> sums[TOGETHER];
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t b = task / (count * blocks), h = task / blocks % count, from = task % blocks * TOKENS;
+      for (int64_t task = begin; task < end; ++task) {  // heads of the same tokens, which share their angles, in a row
+        const int64_t b = task / (count * blocks), h = task % count, from = task / count % blocks * TOKENS;
         const int64_t left = std::min(TOKENS, tokens - from), own = heads[h + 1] - heads[h];
         int64_t stride;
+        packed.prefetch(b, heads[h], own, from + TOKENS);
         const Code* held = packed.unpack(b, heads[h], own, from, left, room, stride);
         const float* asked = queries.const_data_ptr<float>() + (b * count + h) * dim * W;
         float* out = scores.data_ptr<float>() + (b * count + h) * rows * tokens + from;
@@ -174,7 +175,10 @@ inline Tensor rotated_scores(const Tensor& q, const Tensor& books, c10::IntArray
     });
   };
   by_rows(rows, [&](auto some_lanes) {
-    by_width(width, [&](auto code) { by_float(cos, [&](auto angle) { run(some_lanes, code, angle); }); });
+    by_width(width, [&](auto code) {
+      if (cos.scalar_type() == at::kHalf) run(some_lanes, code, c10::Half{});
+      else by_float(cos, [&](auto angle) { run(some_lanes, code, angle); });
+    });
   });
   return scores;
 }

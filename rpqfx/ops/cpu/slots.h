@@ -75,6 +75,13 @@ struct Packed {
     return room.data();
   }
 
+  // Asks for the codes of some slots, of TOKENS tokens from `from` on: they lie apart, where nothing foresees them.
+  void prefetch(int64_t b, int64_t s, int64_t count, int64_t from) const {
+    const uint8_t* first = data + b * sample + s * slot + from * width / 8;
+    for (int64_t i = 0; i < count && from < tokens; ++i)
+      for (int64_t byte = 0; byte < TOKENS * width / 8; byte += 64) __builtin_prefetch(first + i * slot + byte, 0, 2);
+  }
+
  private:
   // Eight codes, which fill `width` bytes: in two halves of 64 bits at most.
   template <typename Code>

@@ -113,7 +113,21 @@ def test_the_check_passes_wherever_the_first_use_is(place: Any) -> None:
 @needs_kernels
 @pytest.mark.parametrize(
     "name",
-    ["contract", "contract_grads", "expand", "lookup", "collect", "gather_sum", "bin_sum", "nearest", "beam_search"],
+    [
+        "contract",
+        "contract_grads",
+        "expand",
+        "lookup",
+        "collect",
+        "gather_sum",
+        "bin_sum",
+        "nearest",
+        "beam_search",
+        "slot_tables",
+        "pick_sum",
+        "bin_masses",
+        "rotated_scores",
+    ],
 )
 def test_the_check_looks_at_every_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = getattr(kernels, name)
