@@ -131,7 +131,7 @@ class CodebookCache:
         try:
             for name, store in self.stores.items():
                 store.restore(state[name])
-            self.positions.restore(state[""])
+            self.positions.restore(state[""], "the cache")
         except FormatError:
             self.reset()
             raise
