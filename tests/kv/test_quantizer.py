@@ -108,13 +108,19 @@ def test_the_recipe_of_vqllm() -> None:
     out = quantizer(x, torch.rand(2, 1, 20) < 0.8)
     assert out.codes.shape == (2, 3, 20, 32) and out.codes.dtype == torch.int16
     assert out.codes.shape[-1] * 11 / 128 == 2.75
+    scale = quantizer.encode(x).scale
+    assert scale is not None and scale.shape == (2, 3, 20) and out.loss.isfinite()
+    assert quantizer.ema_counts.shape == (8, 1, 2048) and quantizer.codebooks.isfinite().all()
+
+
+def test_each_stage_takes_more_off() -> None:
+    x = randn(0, 1000, 16, dtype=torch.float32)
+    given: dict[str, Any] = {"sub_vector": 4, "entries": 16, "strided": True, "scaled": True, "beam": 1}
     errors = []
-    for stages in (1, 4, 8):
-        kept = torch.stack([out.codes[..., 8 * m : 8 * m + stages] for m in range(4)], -2).flatten(-2)
-        part = VectorQuantizer(128, sub_vector=32, entries=2048, stages=stages, strided=True, scaled=True)
-        part.codebooks = torch.nn.Parameter(quantizer.codebooks[:stages].clone())
-        errors.append(float((part.decode(kept, quantizer.encode(x).scale).detach() - x).square().mean()))
-    assert errors[0] > errors[1] > errors[2]
+    for stages in (1, 2, 4):
+        quantizer = VectorQuantizer(16, stages=stages, **given).fit(x)
+        errors.append(float((quantizer(x).values - x).square().mean()))
+    assert 1 > errors[0] > 2 * errors[1] > 4 * errors[2]
 
 
 def test_a_group_without_stages_is_zero() -> None:
