@@ -52,7 +52,7 @@ def test_codes_are_those_of_a_loop(given: dict[str, Any], seed: int, batch: tupl
     for i, row in enumerate(rows):
         expected, factor = naive_encode(quantizer, row)
         ours = codes.reshape(len(rows), -1)[i].long()
-        if given["dim"] > 1 or not given["cosine"]:  # in one dimension cosines are equal
+        if given["sub_vector"] > 1 or not given["cosine"]:  # in one dimension cosines are equal
             assert torch.equal(ours, expected)
         if scale is not None:
             assert float(scale.reshape(-1)[i]) == pytest.approx(factor)
