@@ -68,6 +68,18 @@ def test_a_step_is_the_smoothed_average(given: dict[str, Any], seed: int, decay:
         torch.testing.assert_close(ours.detach().double(), exact, rtol=1e-4, atol=1e-5)
 
 
+def test_counts_are_smoothed() -> None:
+    """As if each entry had a little of a point more, the total as it was: no division by zero."""
+    counts, sums = torch.tensor([[[0.0, 2e-5, 3.0]]]), torch.tensor([[[[0.0], [4e-5], [6.0]]]])
+    codebooks = torch.ones(1, 1, 3, 1)
+    batch = ema.Sums(torch.tensor([[[0.0, 0, 4]]]), torch.tensor([[[[0.0], [0], [2]]]]))
+    ema.update(codebooks, ema.Sums(counts, sums), batch, decay=0.5)
+    assert counts.flatten().tolist() == pytest.approx([0, 1e-5, 3.5])
+    total = 3.5 + 1e-5
+    smooth = [(count + 1e-5) / (total + 3e-5) * total for count in (0, 1e-5, 3.5)]
+    assert codebooks.flatten().tolist() == pytest.approx([0, 2e-5 / smooth[1], 4 / smooth[2]])
+
+
 def test_evaluation_and_padding_alone_change_nothing() -> None:
     quantizer = made(0, 8, dtype=torch.float32, entries=4, decay=0.9, revive=2.0)
     before = {name: tensor.clone() for name, tensor in quantizer.state_dict().items()}
@@ -192,7 +204,7 @@ def rank(index: int, store: str, results: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=index, world_size=2)
     x = randn(5, 40, 8, dtype=torch.float32)
     mask = torch.rand(40, generator=generator(6)) < 0.8
-    quantizer = made(0, 8, dtype=torch.float32, entries=16, decay=0.8, revive=0.5, stages=[2, 1], sub_vector=4)
+    quantizer = made(0, 8, dtype=torch.float32, entries=16, decay=0.8, revive=1.0, stages=[2, 1], sub_vector=4)
     for step in range(3):
         # The second time rank 0 has padding only.
         own = slice(0, 25) if index == 0 else slice(25, 40)
