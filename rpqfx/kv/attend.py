@@ -19,11 +19,15 @@ from torch import Tensor
 
 from rpqfx.errors import InputError
 from rpqfx.kv.coder import Coder, slots_of
-from rpqfx.ops.slots import KERNEL_ROWS, Stream, bin_masses, heads_of, pick, tables
+from rpqfx.ops.slots import KERNEL_ROWS, Stream, bin_masses, compiled, heads_of, pick, sums, tables
 from rpqfx.ops.vectors import Held, rotated_scores
 from rpqfx.steps import sum_dtype
 
 Rope = tuple[Tensor, Tensor]
+# Rows up to which tables and bins, made for ``KERNEL_ROWS`` at a time, beat tiles of vectors (measured, CPU: 32,768
+# tokens of three heads, 16 slots each of 256 entries; with torch's own operators, bins lose much sooner).
+TABLE_ROWS = 128
+PLAIN_BIN_ROWS = 4
 
 
 def scores(
@@ -56,8 +60,14 @@ def scores(
 
 def straight_scores(q: Tensor, held: Held) -> Tensor:
     """``scores`` of vectors as they are."""
-    if q.shape[2] > KERNEL_ROWS:
+    rows = q.shape[2]
+    if rows > KERNEL_ROWS:
         y = q.new_empty(*q.shape[:3], held.codes.length)
+        if rows <= TABLE_ROWS and compiled(q, held.codes, held.scale, KERNEL_ROWS):
+            for start in range(0, rows, KERNEL_ROWS):
+                some = slice(start, start + KERNEL_ROWS)
+                y[:, :, some] = straight_scores(q[:, :, some], held)
+            return y
         for start, stop in held.codes.blocks(q.shape[0] * q.shape[1] * held.length):
             torch.matmul(q, held.vectors(start, stop).transpose(-1, -2), out=y[..., start:stop])
         return y
@@ -96,15 +106,18 @@ def weighted(p: Tensor, coder: Coder, codes: Tensor | Stream, scale: Tensor | No
 def weighted_sum(p: Tensor, held: Held) -> Tensor:
     """``weighted`` of vectors that are held."""
     batch, heads, rows, _ = p.shape
-    if rows > KERNEL_ROWS:
+    by_kernel = compiled(p, held.codes, held.scale, KERNEL_ROWS)
+    if by_kernel and KERNEL_ROWS < rows <= TABLE_ROWS:
+        return torch.cat([weighted_sum(some, held) for some in p.split(KERNEL_ROWS, 2)], 2)
+    if rows > (KERNEL_ROWS if by_kernel else PLAIN_BIN_ROWS):
         total = p.new_zeros(batch, heads, rows, held.dim)
         for start, stop in held.codes.blocks(batch * heads * held.length):
             total += p[..., start:stop] @ held.vectors(start, stop)
         return total
-    sums = bin_masses(p, held.codes, held.slots.heads, held.scale).transpose(-1, -2) @ _books(held)
+    bins = bin_masses(p, held.codes, held.slots.heads, held.scale)
     d = held.books.shape[2]
     y = p.new_zeros(batch, heads * (held.length // d), rows, d)
-    y.index_add_(1, _cells(held), sums)
+    y.index_add_(1, _cells(held), sums(bins, held.books, held.slots.books))
     y = y.view(batch, heads, -1, rows, d).transpose(2, 3).reshape(batch, heads, rows, held.length)
     y = y if held.basis is None else y @ held.basis
     return y if held.mean is None else y + p.sum(-1)[..., None] * held.mean[:, None]
@@ -133,11 +146,6 @@ def _held(x: Tensor, coder: Coder, codes: Tensor | Stream, scale: Tensor | None)
     if scale is not None and scale.shape != (batch, coder.heads, stream.length):
         raise InputError(f"scale is {tuple(scale.shape)}, expected {(batch, coder.heads, stream.length)}")
     return hold(coder, stream, scale, compute_dtype(x, coder))
-
-
-def _books(held: Held) -> Tensor:
-    """``[S, K, d]``."""
-    return held.books[torch.tensor(held.slots.books, dtype=torch.int64, device=held.books.device)]
 
 
 def _cells(held: Held) -> Tensor:

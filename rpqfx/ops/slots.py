@@ -133,8 +133,7 @@ def pick(
     """
     rows = table.shape[-1]
     if compiled(table, codes, scale, rows):
-        wide = _lines(table)
-        return kernels.pick_sum(wide, rows, codes.data, codes.width, codes.length, scale, shift, list(heads))
+        return kernels.pick_sum(_lines(table), rows, codes.data, codes.width, codes.length, scale, shift, list(heads))
     batch, slots, entries, _ = table.shape
     y = table.new_zeros(batch, len(heads) - 1, rows, codes.length)
     first = torch.arange(batch * slots, device=table.device).view(batch, slots) * entries
@@ -172,6 +171,22 @@ def bin_masses(p: Tensor, codes: Stream, heads: Sequence[int], scale: Tensor | N
         index = codes.block(start, stop) + first
         bins.index_add_(0, index.view(-1), some.index_select(1, head_of).transpose(2, 3).reshape(-1, rows))
     return bins.view(batch, slots, entries, rows)
+
+
+def sums(bins: Tensor, books: Tensor, which: Sequence[int]) -> Tensor:
+    """Sums of the entries of each slot, by their bins: the adjoint of ``tables``.
+
+    Args:
+        bins: ``[B, S, K, n]``, floating, see ``bin_masses``.
+        books: ``[P, K, d]``, of the same dtype.
+        which: ``[S]``, the codebook of each slot.
+
+    Returns:
+        ``[B, S, n, d]``.
+    """
+    if bins.dtype is books.dtype and _compiled((bins, books), bins.shape[3]):
+        return kernels.slot_sums(_lines(bins), bins.shape[3], books, list(which))
+    return bins.transpose(-1, -2) @ books[torch.tensor(which, dtype=torch.int64, device=books.device)]
 
 
 def expand(books: Tensor, slots: Slots, codes: Stream, start: int, stop: int, length: int) -> Tensor:

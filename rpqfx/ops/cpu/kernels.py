@@ -89,6 +89,11 @@ def slot_tables(parts: Tensor, books: Tensor, which: list[int]) -> Tensor:
     return torch.ops.rpqfx_cpu.slot_tables(parts, books, which)
 
 
+def slot_sums(bins: Tensor, rows: int, books: Tensor, which: list[int]) -> Tensor:
+    """See ``rpqfx.ops.slots.sums``; the bins are 4, 8 or 16 wide, of which ``rows`` are meant."""
+    return torch.ops.rpqfx_cpu.slot_sums(bins, rows, books, which)
+
+
 def pick_sum(
     table: Tensor, rows: int, codes: Tensor, width: int, tokens: int, scale: Tensor | None, shift: Tensor | None,
     heads: list[int],

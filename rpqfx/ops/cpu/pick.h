@@ -59,6 +59,34 @@ inline Tensor slot_tables(const Tensor& given_parts, const Tensor& given_books, 
   return table;
 }
 
+// sums[s, row, :] = sum over k of bins[s, k, row] * books[which[s], k, :] for all slots: the adjoint of slot_tables.
+inline Tensor slot_sums(const Tensor& given_bins, int64_t rows, const Tensor& given_books, c10::IntArrayRef which) {
+  const Tensor bins = given_bins.contiguous(), books = given_books.contiguous();
+  const int64_t batch = bins.size(0), slots = bins.size(1), entries = bins.size(2), d = books.size(2);
+  TORCH_CHECK_VALUE(bins.dim() == 4 && books.dim() == 3 && books.size(1) == entries && int64_t(which.size()) == slots &&
+                        bins.size(3) == row_width(rows) && bins.scalar_type() == at::kFloat &&
+                        books.scalar_type() == at::kFloat,
+                    "bins ", bins.sizes(), " do not go with codebooks ", books.sizes());
+  for (const int64_t book : which) TORCH_CHECK_INDEX(book >= 0 && book < books.size(0), "codebook ", book);
+  Tensor sums = at::empty({batch, slots, rows, d}, bins.options());
+  by_rows(rows, [&](auto lanes) {
+    constexpr int W = decltype(lanes)::value;
+    at::parallel_for(0, batch * slots, std::max<int64_t>(1, GRAIN / (entries * d)), [&](int64_t begin, int64_t end) {
+      std::vector<float> turned(d * W);
+      for (int64_t line = begin; line < end; ++line) {
+        const float* bin = bins.const_data_ptr<float>() + line * entries * W;
+        const float* book = books.const_data_ptr<float>() + which[line % slots] * entries * d;
+        std::fill(turned.begin(), turned.end(), 0.0f);
+        for (int64_t k = 0; k < entries; ++k)
+          for (int64_t j = 0; j < d; ++j) row<W>(&turned[j * W]) += book[k * d + j] * row<W>(bin + k * W);
+        for (int64_t i = 0; i < rows; ++i)
+          for (int64_t j = 0; j < d; ++j) sums.data_ptr<float>()[(line * rows + i) * d + j] = turned[j * W + i];
+      }
+    });
+  });
+  return sums;
+}
+
 // scale[t] * sums + shift of up to TOKENS tokens of a head, as lines y[row, t].
 template <int W, typename Code>
 void pick_block(const float* table, int64_t slot, const Code* codes, int64_t stride, int64_t slots, int64_t tokens,

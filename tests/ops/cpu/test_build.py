@@ -124,6 +124,7 @@ def test_the_check_passes_wherever_the_first_use_is(place: Any) -> None:
         "nearest",
         "beam_search",
         "slot_tables",
+        "slot_sums",
         "pick_sum",
         "bin_masses",
         "rotated_scores",
