@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from rpqfx.errors import InputError
 from rpqfx.ops.cpu import build, kernels
-from rpqfx.packing import code_bits, pack_codes, unpack_codes
+from rpqfx.packing import code_bits, pack_codes
 
 # Rows of a head that the compiled kernels take.
 KERNEL_ROWS = 16
@@ -71,18 +71,32 @@ class Stream(NamedTuple):
         return Stream(packed(codes, entries), code_bits(entries), entries, codes.shape[-1])
 
     def block(self, start: int, stop: int) -> Tensor:
-        """``[B, S, stop - start]`` int32 (bytes as they lie); ``start`` is a multiple of ``UNIT``."""
+        """``[B, S, stop - start]`` int32 (bytes as they lie)."""
         if self.width == 8:
             return self.data[:, :, start:stop]
-        some = self.data[:, :, start * self.width // 8 : -(-stop // UNIT) * self.width].contiguous()
-        shape = (*some.shape[:2], some.shape[2] // self.width * UNIT)
-        return unpack_codes(some.view(-1), 2**self.width, shape, torch.int32)[:, :, : stop - start]
+        bits = torch.arange(start, stop, device=self.data.device) * self.width
+        return bits_at(self.data, bits, self.width)
 
     def blocks(self, per_token: int) -> Iterator[tuple[int, int]]:
         """Ranges of tokens that make so many elements each, few enough at a time."""
         size = max(UNIT, BLOCK_ELEMENTS // max(1, per_token) // UNIT * UNIT)
         for start in range(0, self.length, size):
             yield start, min(start + size, self.length)
+
+
+def bits_at(data: Tensor, bits: Tensor, width: int) -> Tensor:
+    """Codes that begin at some bits.
+
+    Args:
+        data: ``[B, S, bytes]`` uint8.
+        bits: ``[T]`` int64.
+        width: Bits of a code, up to 16: it lies in three bytes at most.
+
+    Returns:
+        ``[B, S, T]`` int32.
+    """
+    words = [data[:, :, (bits // 8 + i).clamp(max=data.shape[2] - 1)].to(torch.int32) << 8 * i for i in range(3)]
+    return (words[0] | words[1] | words[2]) >> (bits % 8).to(torch.int32) & 2**width - 1
 
 
 def packed(codes: Tensor, entries: int) -> Tensor:
@@ -196,7 +210,7 @@ def expand(books: Tensor, slots: Slots, codes: Stream, start: int, stop: int, le
         books: ``[P, K, d]``, floating.
         slots: Where the codes belong.
         codes: Of ``S`` slots.
-        start: The first token, a multiple of ``UNIT``.
+        start: The first token.
         stop: The one after the last.
         length: Of a vector, a multiple of ``d``.
 

@@ -38,7 +38,7 @@ class Held(NamedTuple):
         return self.dim if self.basis is None else self.basis.shape[1]
 
     def vectors(self, start: int, stop: int) -> Tensor:
-        """``[B, H, stop - start, D]`` of the codebooks' dtype; ``start`` is a multiple of ``rpqfx.ops.slots.UNIT``."""
+        """``[B, H, stop - start, D]`` of the codebooks' dtype."""
         x = expand(self.books, self.slots, self.codes, start, stop, self.length)
         x = x if self.basis is None else x @ self.basis
         x = x if self.scale is None else x * self.scale[:, :, start:stop, None].to(x.dtype)
