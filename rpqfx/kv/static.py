@@ -15,7 +15,7 @@ from rpqfx.packing import code_bits
 
 
 class StaticStore(nn.Module):
-    """Keys and values of one layer; ``update``, ``reset`` and positions as tensors, as torchtune's ``KVCache`` has them.
+    """Keys and values of one layer; ``update``, ``reset``, positions as tensors, as torchtune's ``KVCache`` has them.
 
     Every token is encoded as it comes; the last ``window`` of them, and the sinks, are kept as they are besides, and
     are attended to instead of their codes.
