@@ -58,22 +58,23 @@ def scores(
     return straight_scores(q, held)
 
 
-def straight_scores(q: Tensor, held: Held) -> Tensor:
-    """``scores`` of vectors as they are."""
+def straight_scores(q: Tensor, held: Held, out: Tensor | None = None) -> Tensor:
+    """``scores`` of vectors as they are, in ``out [B, H, n, T]`` if that is given."""
     rows = q.shape[2]
     if rows > KERNEL_ROWS:
-        y = q.new_empty(*q.shape[:3], held.codes.length)
+        y = q.new_empty(*q.shape[:3], held.codes.length) if out is None else out
         if rows <= TABLE_ROWS and compiled(q, held.codes, held.scale, KERNEL_ROWS):
             for start in range(0, rows, KERNEL_ROWS):
                 some = slice(start, start + KERNEL_ROWS)
-                y[:, :, some] = straight_scores(q[:, :, some], held)
+                straight_scores(q[:, :, some], held, y[:, :, some])
             return y
         for start, stop in held.codes.blocks(q.shape[0] * q.shape[1] * held.length):
-            torch.matmul(q, held.vectors(start, stop).transpose(-1, -2), out=y[..., start:stop])
+            y[..., start:stop] = q @ held.vectors(start, stop).transpose(-1, -2)
         return y
     shift = None if held.mean is None else torch.einsum("bhnd,hd->bhn", q, held.mean)
     parts = _parts(q if held.basis is None else q @ held.basis.transpose(-1, -2), held)
-    return pick(tables(parts, held.books, held.slots.books), held.codes, held.slots.heads, held.scale, shift)
+    table = tables(parts, held.books, held.slots.books)
+    return pick(table, held.codes, held.slots.heads, held.scale, shift, out)
 
 
 def turned_scores(q: Tensor, held: Held, cos: Tensor, sin: Tensor) -> Tensor:

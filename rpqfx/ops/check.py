@@ -108,8 +108,9 @@ def _check_slots(backend: Any, rows: int, entries: int, width: int, g: torch.Gen
     table = backend.slot_tables(parts, books, which)
     same("slot_tables", table[..., :rows], tables.transpose(2, 3))
     sums = torch.einsum("bstk,bsnk,sh->bhnt", used, tables, of_head) * scale[:, :, None].double()
-    ours = backend.pick_sum(table, rows, held, width, tokens, scale, shift, heads)
-    same("pick_sum", ours, sums + shift[..., None].double())
+    scores = torch.full((batch, 3, rows, tokens + 1), torch.nan)[..., 1:]
+    backend.pick_sum(table, held, width, scale, shift, heads, scores)
+    same("pick_sum", scores, sums + shift[..., None].double())
     masses = torch.einsum("bstk,bsnt->bskn", used, (p * scale[:, :, None])[:, head_of].double())
     same("bin_masses", backend.bin_masses(p, held, width, scale, heads, entries)[..., :rows], masses)
     bins = torch.nn.functional.pad(masses.float(), (0, table.shape[3] - rows))

@@ -131,8 +131,9 @@ def tables(parts: Tensor, books: Tensor, which: Sequence[int]) -> Tensor:
 
 
 def pick(
-    table: Tensor, codes: Stream, heads: Sequence[int], scale: Tensor | None = None, shift: Tensor | None = None
-) -> Tensor:
+    table: Tensor, codes: Stream, heads: Sequence[int], scale: Tensor | None = None, shift: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Picks a line of the table for every token and slot, and sums over the slots of a head.
 
     Args:
@@ -141,19 +142,21 @@ def pick(
         heads: ``[H + 1]``, first slots.
         scale: ``[B, H, T]`` or None.
         shift: ``[B, H, n]`` or None.
+        out: Where the result goes, or None.
 
     Returns:
         ``[B, H, n, T]`` of the table's dtype.
     """
     rows = table.shape[-1]
+    y = table.new_empty(codes.data.shape[0], len(heads) - 1, rows, codes.length) if out is None else out
     if compiled(table, codes, scale, rows):
-        return kernels.pick_sum(_lines(table), rows, codes.data, codes.width, codes.length, scale, shift, list(heads))
+        kernels.pick_sum(_lines(table), codes.data, codes.width, scale, shift, list(heads), y)
+        return y
     batch, slots, entries, _ = table.shape
-    y = table.new_zeros(batch, len(heads) - 1, rows, codes.length)
     first = torch.arange(batch * slots, device=table.device).view(batch, slots) * entries
     for start, stop in codes.blocks(batch * slots * rows):
-        sums = _bags(table.reshape(-1, rows), codes.block(start, stop), first, heads)
-        y[..., start:stop] = sums.permute(0, 2, 3, 1)
+        picked = _bags(table.reshape(-1, rows), codes.block(start, stop), first, heads)
+        y[..., start:stop] = picked.permute(0, 2, 3, 1)
     if scale is not None:
         y *= scale[:, :, None].to(y.dtype)
     return y if shift is None else y.add_(shift[..., None])

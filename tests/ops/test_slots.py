@@ -145,7 +145,7 @@ def test_what_does_not_go_together_is_refused() -> None:
     table = torch.zeros(1, 2, 4, 4)
     for rows_, width, tokens, heads in ((3, 8, 9, [0, 2]), (5, 8, 8, [0, 2]), (3, 17, 8, [0, 2]), (3, 8, 8, [0, 1])):
         with pytest.raises(ValueError):
-            kernels.pick_sum(table, rows_, codes, width, tokens, None, None, heads)
+            kernels.pick_sum(table, codes, width, None, None, heads, torch.zeros(1, 1, rows_, tokens))
 
 
 @given(cases(), seeds)

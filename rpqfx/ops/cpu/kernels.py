@@ -95,12 +95,11 @@ def slot_sums(bins: Tensor, rows: int, books: Tensor, which: list[int]) -> Tenso
 
 
 def pick_sum(
-    table: Tensor, rows: int, codes: Tensor, width: int, tokens: int, scale: Tensor | None, shift: Tensor | None,
-    heads: list[int],
-) -> Tensor:  # fmt: skip
-    """See ``rpqfx.ops.slots.pick``; the table is 4, 8 or 16 wide, of which ``rows`` are meant."""
+    table: Tensor, codes: Tensor, width: int, scale: Tensor | None, shift: Tensor | None, heads: list[int], y: Tensor
+) -> None:
+    """See ``rpqfx.ops.slots.pick``; the table is 4, 8 or 16 wide, and the result is ``y [B, H, n, T]``."""
     shift = None if shift is None else shift.contiguous()
-    return torch.ops.rpqfx_cpu.pick_sum(table.contiguous(), rows, codes, width, tokens, scale, shift, heads)
+    torch.ops.rpqfx_cpu.pick_sum(table.contiguous(), codes, width, scale, shift, heads, y)
 
 
 def bin_masses(
