@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rpqfx.errors import FormatError, InputError
-from rpqfx.ops.slots import rotate
+from rpqfx.ops.vectors import rotate
 from rpqfx.steps import sum_dtype
 
 

@@ -235,23 +235,6 @@ def expand(books: Tensor, slots: Slots, codes: Stream, start: int, stop: int, le
     return y.view(*y.shape[:2], len(slots.heads) - 1, length).transpose(1, 2)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """A rotary embedding whose pairs lie half its width apart (Su et al., "RoFormer", 2021).
-
-    Args:
-        x: ``[B, H, T, D]``.
-        cos: ``[B or 1, T, R / 2]``, of the first ``R <= D`` elements; the others stay.
-        sin: The same.
-
-    Returns:
-        ``[B, H, T, D]``.
-    """
-    half = cos.shape[-1]
-    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
-    left, right, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat([left * cos - right * sin, right * cos + left * sin, rest], -1)
-
-
 def compiled(x: Tensor, codes: Stream, scale: Tensor | None, rows: int) -> bool:
     """Whether the compiled kernels take it: a few rows of float32 on a CPU, scales of float16 that lie in order."""
     if scale is not None and (scale.dtype is not torch.float16 or scale.stride(-1) != 1):

@@ -13,8 +13,8 @@ from torch import Tensor
 from rpqfx.errors import InputError
 from rpqfx.ops import slots as module
 from rpqfx.ops.cpu import build, kernels
-from rpqfx.ops.slots import Slots, Stream, bin_masses, check, expand, packed, pick, rotate, sums, tables
-from rpqfx.ops.vectors import Held, rotated_scores
+from rpqfx.ops.slots import Slots, Stream, bin_masses, check, expand, packed, pick, sums, tables
+from rpqfx.ops.vectors import Held, rotate, rotated_scores
 from rpqfx.packing import code_bits
 from tests.helpers import generator, randn, seeds
 
