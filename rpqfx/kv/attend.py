@@ -20,11 +20,15 @@ from torch import Tensor
 
 from rpqfx.errors import InputError
 from rpqfx.kv.coder import Coder, slots_of
-from rpqfx.ops.slots import KERNEL_ROWS, Stream, bin_masses, heads_of, pick, tables
+from rpqfx.ops.slots import KERNEL_ROWS, Stream, bin_masses, compiled, heads_of, pick, sums, tables
 from rpqfx.ops.vectors import Held, rotated_scores
 from rpqfx.steps import sum_dtype
 
 Rope = tuple[Tensor, Tensor]
+# Rows up to which tables and bins, made for ``KERNEL_ROWS`` at a time, beat tiles of vectors (measured, CPU: 32,768
+# tokens of three heads, 16 slots each of 256 entries; with torch's own operators, bins lose much sooner).
+TABLE_ROWS = 128
+PLAIN_BIN_ROWS = 4
 
 
 def scores(
@@ -55,22 +59,31 @@ def scores(
     return straight_scores(q, held)
 
 
-def straight_scores(q: Tensor, held: Held) -> Tensor:
-    """``scores`` of vectors as they are."""
-    if q.shape[1] * q.shape[2] > KERNEL_ROWS * held.parts:
-        y = q.new_empty(*q.shape[:3], held.codes.length)
-        for start, stop in held.codes.blocks(q.shape[0] * q.shape[1] * held.length):
-            torch.matmul(q, held.vectors(start, stop).transpose(-1, -2), out=y[..., start:stop])
+def straight_scores(q: Tensor, held: Held, out: Tensor | None = None) -> Tensor:
+    """``scores`` of vectors as they are, in ``out [B, H, n, T]`` if that is given."""
+    batch, heads, rows, _ = q.shape
+    met = rows * (heads // held.parts)  # rows that meet a part's codes
+    if met > KERNEL_ROWS:
+        y = q.new_empty(*q.shape[:3], held.codes.length) if out is None else out
+        step = KERNEL_ROWS // (heads // held.parts)
+        if step and met <= TABLE_ROWS and compiled(q, held.codes, held.scale, KERNEL_ROWS):
+            for start in range(0, rows, step):
+                some = slice(start, start + step)
+                straight_scores(q[:, :, some], held, y[:, :, some])
+            return y
+        for start, stop in held.codes.blocks(batch * heads * held.length):
+            y[..., start:stop] = q @ held.vectors(start, stop).transpose(-1, -2)
         return y
     shift = None if held.mean is None else torch.einsum("bhnd,hd->bhn", q, held.mean)
     y = q if held.basis is None else q @ held.basis.transpose(-1, -2)
     parts = _parts(rearrange(y, "b (p h) n k -> b p (h n) k", p=held.parts), held)
     table = tables(parts, held.books, held.slots.books)
     if not held.shared:
-        return pick(table, held.codes, held.slots.heads, held.scale, shift)
-    found = rearrange(pick(table, held.codes, held.slots.heads), "b p (h n) t -> b (p h) n t", n=q.shape[2])
+        return pick(table, held.codes, held.slots.heads, held.scale, shift, out)
+    found = rearrange(pick(table, held.codes, held.slots.heads), "b p (h n) t -> b (p h) n t", n=rows)
     found = found if held.scale is None else found * held.scale[:, :, None].to(found.dtype)
-    return found if shift is None else found + shift[..., None]
+    found = found if shift is None else found + shift[..., None]
+    return found if out is None else out.copy_(found)
 
 
 def turned_scores(q: Tensor, held: Held, cos: Tensor, sin: Tensor) -> Tensor:
@@ -103,19 +116,22 @@ def weighted(p: Tensor, coder: Coder, codes: Tensor | Stream, scale: Tensor | No
 def weighted_sum(p: Tensor, held: Held) -> Tensor:
     """``weighted`` of vectors that are held."""
     batch, heads, rows, _ = p.shape
-    if heads * rows > KERNEL_ROWS * held.parts:
+    share = heads // held.parts
+    by_kernel = compiled(p, held.codes, held.scale, KERNEL_ROWS) and share <= KERNEL_ROWS
+    if by_kernel and KERNEL_ROWS < rows * share <= TABLE_ROWS:
+        return torch.cat([weighted_sum(some, held) for some in p.split(KERNEL_ROWS // share, 2)], 2)
+    if rows * share > (KERNEL_ROWS if by_kernel else PLAIN_BIN_ROWS):
         total = p.new_zeros(batch, heads, rows, held.dim)
         for start, stop in held.codes.blocks(batch * heads * held.length):
             total += p[..., start:stop] @ held.vectors(start, stop)
         return total
-    scale, d = held.scale, held.books.shape[2]
-    mass = p
+    scale, d, mass = held.scale, held.books.shape[2], p
     if held.shared:
         mass = p if scale is None else p * scale[:, :, None].to(p.dtype)
         mass, scale = rearrange(mass, "b (p h) n t -> b p (h n) t", p=held.parts), None
-    sums = bin_masses(mass, held.codes, held.slots.heads, scale).transpose(-1, -2) @ _books(held)
-    y = p.new_zeros(batch, held.parts * (held.length // d), sums.shape[2], d)
-    y.index_add_(1, _cells(held), sums)
+    bins = bin_masses(mass, held.codes, held.slots.heads, scale)
+    y = p.new_zeros(batch, held.parts * (held.length // d), rows * share, d)
+    y.index_add_(1, _cells(held), sums(bins, held.books, held.slots.books))
     y = rearrange(y, "b (p g) (h n) d -> b (p h) n (g d)", p=held.parts, n=rows)
     y = y if held.basis is None else y @ held.basis
     return y if held.mean is None else y + p.sum(-1)[..., None] * held.mean[:, None]
@@ -144,11 +160,6 @@ def _held(x: Tensor, coder: Coder, codes: Tensor | Stream, scale: Tensor | None)
     if scale is not None and scale.shape != (batch, coder.heads, stream.length):
         raise InputError(f"scale is {tuple(scale.shape)}, expected {(batch, coder.heads, stream.length)}")
     return hold(coder, stream, scale, compute_dtype(x, coder))
-
-
-def _books(held: Held) -> Tensor:
-    """``[S, K, d]``."""
-    return held.books[torch.tensor(held.slots.books, dtype=torch.int64, device=held.books.device)]
 
 
 def _cells(held: Held) -> Tensor:

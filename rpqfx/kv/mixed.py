@@ -43,11 +43,13 @@ class Parts(NamedTuple):
         near = q @ self.keys.to(q.dtype).transpose(-1, -2)
         if self.held_keys is None:
             return near
+        scores, last = q.new_empty(*q.shape[:3], self.total), self.sinks + self.held_keys.codes.length
+        scores[..., : self.sinks], scores[..., last:] = near[..., : self.sinks], near[..., self.sinks :]
         if self.turns is None:
-            far = straight_scores(q, self.held_keys)
+            straight_scores(q, self.held_keys, scores[..., self.sinks : last])
         else:
-            far = turned_scores(q, self.held_keys, *self.turns)
-        return torch.cat([near[..., : self.sinks], far, near[..., self.sinks :]], -1)
+            scores[..., self.sinks : last] = turned_scores(q, self.held_keys, *self.turns)
+        return scores
 
     def sums(self, p: Tensor) -> Tensor:
         """``[B, H, n, D_v]`` of weights ``[B, H, n, total]``."""

@@ -12,10 +12,9 @@ from rpqfx.kv import attend
 from rpqfx.kv.attend import Rope
 from rpqfx.kv.coder import Coder
 from rpqfx.kv.mixed import Parts, attention
-from rpqfx.kv.positions import Positions
+from rpqfx.kv.positions import Positions, turned_back
 from rpqfx.kv.side import Side
-from rpqfx.ops.slots import UNIT, rotate
-from rpqfx.steps import sum_dtype
+from rpqfx.ops.slots import UNIT
 
 
 class LayerStore:
@@ -209,7 +208,7 @@ class LayerStore:
         keys, values = (x[:, :, self.sinks : self.sinks + due] for x in joined)
         if self._turned:
             start = self.sinks + self.encoded
-            keys = _turned_back(keys, *self.positions.get(start, start + due))
+            keys = turned_back(keys, *self.positions.get(start, start + due))
         encoded = self.keys.encode(keys), self.values.encode(values)
         for side, codes in zip((self.keys, self.values), encoded, strict=True):
             side.add(codes)
@@ -291,11 +290,3 @@ class LayerStore:
             return mask.expand(shape)
         except RuntimeError:
             raise InputError(f"{self.name}: a mask {tuple(mask.shape)} does not broadcast to {shape}") from None
-
-
-def _turned_back(k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Keys before their rotary embedding, whose pairs it may have stretched as well as turned."""
-    dtype = sum_dtype(k.dtype)
-    cos, sin = cos.to(dtype), sin.to(dtype)
-    size = cos.square() + sin.square()
-    return rotate(k.to(dtype), cos / size, -sin / size)

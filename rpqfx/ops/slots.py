@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from rpqfx.errors import InputError
 from rpqfx.ops.cpu import build, kernels
-from rpqfx.packing import code_bits, pack_codes, unpack_codes
+from rpqfx.packing import code_bits, pack_codes
 
 # Rows of a head that the compiled kernels take.
 KERNEL_ROWS = 16
@@ -71,18 +71,32 @@ class Stream(NamedTuple):
         return Stream(packed(codes, entries), code_bits(entries), entries, codes.shape[-1])
 
     def block(self, start: int, stop: int) -> Tensor:
-        """``[B, S, stop - start]`` int32 (bytes as they lie); ``start`` is a multiple of ``UNIT``."""
+        """``[B, S, stop - start]`` int32 (bytes as they lie)."""
         if self.width == 8:
             return self.data[:, :, start:stop]
-        some = self.data[:, :, start * self.width // 8 : -(-stop // UNIT) * self.width].contiguous()
-        shape = (*some.shape[:2], some.shape[2] // self.width * UNIT)
-        return unpack_codes(some.view(-1), 2**self.width, shape, torch.int32)[:, :, : stop - start]
+        bits = torch.arange(start, stop, device=self.data.device) * self.width
+        return bits_at(self.data, bits, self.width)
 
     def blocks(self, per_token: int) -> Iterator[tuple[int, int]]:
         """Ranges of tokens that make so many elements each, few enough at a time."""
         size = max(UNIT, BLOCK_ELEMENTS // max(1, per_token) // UNIT * UNIT)
         for start in range(0, self.length, size):
             yield start, min(start + size, self.length)
+
+
+def bits_at(data: Tensor, bits: Tensor, width: int) -> Tensor:
+    """Codes that begin at some bits.
+
+    Args:
+        data: ``[B, S, bytes]`` uint8.
+        bits: ``[T]`` int64.
+        width: Bits of a code, up to 16: it lies in three bytes at most.
+
+    Returns:
+        ``[B, S, T]`` int32.
+    """
+    words = [data[:, :, (bits // 8 + i).clamp(max=data.shape[2] - 1)].to(torch.int32) << 8 * i for i in range(3)]
+    return (words[0] | words[1] | words[2]) >> (bits % 8).to(torch.int32) & 2**width - 1
 
 
 def packed(codes: Tensor, entries: int) -> Tensor:
@@ -117,8 +131,9 @@ def tables(parts: Tensor, books: Tensor, which: Sequence[int]) -> Tensor:
 
 
 def pick(
-    table: Tensor, codes: Stream, heads: Sequence[int], scale: Tensor | None = None, shift: Tensor | None = None
-) -> Tensor:
+    table: Tensor, codes: Stream, heads: Sequence[int], scale: Tensor | None = None, shift: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Picks a line of the table for every token and slot, and sums over the slots of a head.
 
     Args:
@@ -127,20 +142,21 @@ def pick(
         heads: ``[H + 1]``, first slots.
         scale: ``[B, H, T]`` or None.
         shift: ``[B, H, n]`` or None.
+        out: Where the result goes, or None.
 
     Returns:
         ``[B, H, n, T]`` of the table's dtype.
     """
     rows = table.shape[-1]
+    y = table.new_empty(codes.data.shape[0], len(heads) - 1, rows, codes.length) if out is None else out
     if compiled(table, codes, scale, rows):
-        wide = _lines(table)
-        return kernels.pick_sum(wide, rows, codes.data, codes.width, codes.length, scale, shift, list(heads))
+        kernels.pick_sum(_lines(table), codes.data, codes.width, scale, shift, list(heads), y)
+        return y
     batch, slots, entries, _ = table.shape
-    y = table.new_zeros(batch, len(heads) - 1, rows, codes.length)
     first = torch.arange(batch * slots, device=table.device).view(batch, slots) * entries
     for start, stop in codes.blocks(batch * slots * rows):
-        sums = _bags(table.reshape(-1, rows), codes.block(start, stop), first, heads)
-        y[..., start:stop] = sums.permute(0, 2, 3, 1)
+        picked = _bags(table.reshape(-1, rows), codes.block(start, stop), first, heads)
+        y[..., start:stop] = picked.permute(0, 2, 3, 1)
     if scale is not None:
         y *= scale[:, :, None].to(y.dtype)
     return y if shift is None else y.add_(shift[..., None])
@@ -174,6 +190,22 @@ def bin_masses(p: Tensor, codes: Stream, heads: Sequence[int], scale: Tensor | N
     return bins.view(batch, slots, entries, rows)
 
 
+def sums(bins: Tensor, books: Tensor, which: Sequence[int]) -> Tensor:
+    """Sums of the entries of each slot, by their bins: the adjoint of ``tables``.
+
+    Args:
+        bins: ``[B, S, K, n]``, floating, see ``bin_masses``.
+        books: ``[P, K, d]``, of the same dtype.
+        which: ``[S]``, the codebook of each slot.
+
+    Returns:
+        ``[B, S, n, d]``.
+    """
+    if bins.dtype is books.dtype and _compiled((bins, books), bins.shape[3]):
+        return kernels.slot_sums(_lines(bins), bins.shape[3], books, list(which))
+    return bins.transpose(-1, -2) @ books[torch.tensor(which, dtype=torch.int64, device=books.device)]
+
+
 def expand(books: Tensor, slots: Slots, codes: Stream, start: int, stop: int, length: int) -> Tensor:
     """The vectors of some tokens.
 
@@ -181,7 +213,7 @@ def expand(books: Tensor, slots: Slots, codes: Stream, start: int, stop: int, le
         books: ``[P, K, d]``, floating.
         slots: Where the codes belong.
         codes: Of ``S`` slots.
-        start: The first token, a multiple of ``UNIT``.
+        start: The first token.
         stop: The one after the last.
         length: Of a vector, a multiple of ``d``.
 
@@ -201,23 +233,6 @@ def expand(books: Tensor, slots: Slots, codes: Stream, start: int, stop: int, le
     first = torch.tensor([slots.books[slot] * entries for slot in order], dtype=torch.int64, device=books.device)
     y = _bags(books.reshape(-1, d), some, first.expand(some.shape[0], -1), firsts)
     return y.view(*y.shape[:2], len(slots.heads) - 1, length).transpose(1, 2)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """A rotary embedding whose pairs lie half its width apart (Su et al., "RoFormer", 2021).
-
-    Args:
-        x: ``[B, H, T, D]``.
-        cos: ``[B or 1, T, R / 2]``, of the first ``R <= D`` elements; the others stay.
-        sin: The same.
-
-    Returns:
-        ``[B, H, T, D]``.
-    """
-    half = cos.shape[-1]
-    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
-    left, right, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat([left * cos - right * sin, right * cos + left * sin, rest], -1)
 
 
 def compiled(x: Tensor, codes: Stream, scale: Tensor | None, rows: int) -> bool:

@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor
 
 from rpqfx.ops.cpu import kernels
-from rpqfx.ops.slots import Slots, Stream, compiled, expand, rotate
+from rpqfx.ops.slots import Slots, Stream, compiled, expand
 
 
 class Held(NamedTuple):
@@ -50,7 +50,7 @@ class Held(NamedTuple):
         return self.basis is not None and self.basis.shape[0] != self.parts
 
     def vectors(self, start: int, stop: int) -> Tensor:
-        """``[B, H, stop - start, D]`` of the codebooks' dtype; ``start`` is a multiple of ``rpqfx.ops.slots.UNIT``."""
+        """``[B, H, stop - start, D]`` of the codebooks' dtype."""
         x = expand(self.books, self.slots, self.codes, start, stop, self.length)
         if self.basis is not None:
             wide = rearrange(self.basis, "(p h) k d -> p k (h d)", p=self.parts)
@@ -65,7 +65,7 @@ def rotated_scores(q: Tensor, held: Held, cos: Tensor, sin: Tensor) -> Tensor:
     Args:
         q: ``[B, H, n, D]``, of the codebooks' dtype.
         held: The vectors.
-        cos: ``[B or 1, T, R / 2]``, see ``rpqfx.ops.slots.rotate``.
+        cos: ``[B or 1, T, R / 2]``, see ``rotate``.
         sin: The same.
 
     Returns:
@@ -83,3 +83,20 @@ def rotated_scores(q: Tensor, held: Held, cos: Tensor, sin: Tensor) -> Tensor:
         keys = rotate(held.vectors(start, stop), cos[:, start:stop], sin[:, start:stop])
         y[..., start:stop] = q @ keys.transpose(-1, -2)
     return y
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """A rotary embedding whose pairs lie half its width apart (Su et al., "RoFormer", 2021).
+
+    Args:
+        x: ``[B, H, T, D]``.
+        cos: ``[B or 1, T, R / 2]``, of the first ``R <= D`` elements; the others stay.
+        sin: The same.
+
+    Returns:
+        ``[B, H, T, D]``.
+    """
+    half = cos.shape[-1]
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    left, right, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([left * cos - right * sin, right * cos + left * sin, rest], -1)

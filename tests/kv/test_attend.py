@@ -16,7 +16,7 @@ from tests.kv.coders import PlainCoder, coders, decode, draw_codes
 
 # Of the largest element or of 1. float64: sums of a few hundred terms whose rounding is 2**-53 each. float32: 2**-24.
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5}
-rows = st.sampled_from([1, 3, 4, 5, 16, 17, 40])  # one table, several, and tiles
+rows = st.sampled_from([1, 3, 4, 5, 16, 17, 40, 130])  # one table, several, and tiles
 lengths = st.sampled_from([0, 1, 7, 8, 33, 150])
 
 

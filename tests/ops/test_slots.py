@@ -13,8 +13,8 @@ from torch import Tensor
 from rpqfx.errors import InputError
 from rpqfx.ops import slots as module
 from rpqfx.ops.cpu import build, kernels
-from rpqfx.ops.slots import Slots, Stream, bin_masses, check, expand, packed, pick, rotate, tables
-from rpqfx.ops.vectors import Held, rotated_scores
+from rpqfx.ops.slots import Slots, Stream, bin_masses, check, expand, packed, pick, sums, tables
+from rpqfx.ops.vectors import Held, rotate, rotated_scores
 from rpqfx.packing import code_bits
 from tests.helpers import generator, randn, seeds
 
@@ -91,7 +91,10 @@ def test_picks_and_bins(dtype: torch.dtype, case: tuple[Slots, Stream, Tensor, i
             bins[:, s].scatter_add_(2, index, p[:, h].double() * factor[:, h])
     close(pick(table, stream, slots.heads, scale, shift), y if shift is None else y + shift[..., None].double())
     close(pick(table.clone(), stream, slots.heads, scale), y)
-    close(bin_masses(p, stream, slots.heads, scale), bins.transpose(2, 3))
+    ours = bin_masses(p, stream, slots.heads, scale)
+    close(ours, bins.transpose(2, 3))
+    for some in (ours, ours.clone()):
+        close(sums(some, books, slots.books), ours.double().transpose(2, 3) @ books.double()[list(slots.books)])
 
 
 @dtypes
@@ -142,7 +145,7 @@ def test_what_does_not_go_together_is_refused() -> None:
     table = torch.zeros(1, 2, 4, 4)
     for rows_, width, tokens, heads in ((3, 8, 9, [0, 2]), (5, 8, 8, [0, 2]), (3, 17, 8, [0, 2]), (3, 8, 8, [0, 1])):
         with pytest.raises(ValueError):
-            kernels.pick_sum(table, rows_, codes, width, tokens, None, None, heads)
+            kernels.pick_sum(table, codes, width, None, None, heads, torch.zeros(1, 1, rows_, tokens))
 
 
 @given(cases(), seeds)

@@ -25,9 +25,9 @@ TORCH_LIBRARY_FRAGMENT(rpqfx_cpu, m) {
   m.def("nearest(Tensor points, Tensor centres) -> (Tensor, Tensor)", rpqfx::nearest);
   m.def("beam_search(Tensor points, Tensor books, int beam) -> (Tensor, Tensor)", rpqfx::beam_search);
   m.def("slot_tables(Tensor parts, Tensor books, int[] which) -> Tensor", rpqfx::slot_tables);
+  m.def("slot_sums(Tensor bins, int rows, Tensor books, int[] which) -> Tensor", rpqfx::slot_sums);
   m.def(
-      "pick_sum(Tensor table, int rows, Tensor codes, int width, int tokens, Tensor? scale, Tensor? shift, int[] heads)"
-      " -> Tensor",
+      "pick_sum(Tensor table, Tensor codes, int width, Tensor? scale, Tensor? shift, int[] heads, Tensor(a!) y) -> ()",
       rpqfx::pick_sum);
   m.def("bin_masses(Tensor p, Tensor codes, int width, Tensor? scale, int[] heads, int entries) -> Tensor", rpqfx::bin_masses);
   m.def(

@@ -89,13 +89,17 @@ def slot_tables(parts: Tensor, books: Tensor, which: list[int]) -> Tensor:
     return torch.ops.rpqfx_cpu.slot_tables(parts, books, which)
 
 
+def slot_sums(bins: Tensor, rows: int, books: Tensor, which: list[int]) -> Tensor:
+    """See ``rpqfx.ops.slots.sums``; the bins are 4, 8 or 16 wide, of which ``rows`` are meant."""
+    return torch.ops.rpqfx_cpu.slot_sums(bins, rows, books, which)
+
+
 def pick_sum(
-    table: Tensor, rows: int, codes: Tensor, width: int, tokens: int, scale: Tensor | None, shift: Tensor | None,
-    heads: list[int],
-) -> Tensor:  # fmt: skip
-    """See ``rpqfx.ops.slots.pick``; the table is 4, 8 or 16 wide, of which ``rows`` are meant."""
+    table: Tensor, codes: Tensor, width: int, scale: Tensor | None, shift: Tensor | None, heads: list[int], y: Tensor
+) -> None:
+    """See ``rpqfx.ops.slots.pick``; the table is 4, 8 or 16 wide, and the result is ``y [B, H, n, T]``."""
     shift = None if shift is None else shift.contiguous()
-    return torch.ops.rpqfx_cpu.pick_sum(table.contiguous(), rows, codes, width, tokens, scale, shift, heads)
+    torch.ops.rpqfx_cpu.pick_sum(table.contiguous(), codes, width, scale, shift, heads, y)
 
 
 def bin_masses(

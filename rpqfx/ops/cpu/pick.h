@@ -3,7 +3,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
+#include <ATen/ops/sum.h>
 
 #include <vector>
 
@@ -14,6 +14,7 @@ namespace rpqfx {
 constexpr int64_t BIN_TOKENS = 8 * TOKENS;      // whose masses are turned at a time: they stay in the first-level cache
 constexpr int64_t BIN_PART = 4096;              // tokens that are worth bins of their own, where slots are few
 constexpr int64_t SLOTS_TOGETHER = 4;           // whose bins are filled in turns
+constexpr int64_t SMALL = 1 << 20;              // multiplications that are worth another thread
 constexpr int64_t BIN_TASKS = 4;                // for each thread at least
 
 // sums[j] = sum over slots of table[slot, code(slot, j)], for N tokens.
@@ -40,7 +41,7 @@ inline Tensor slot_tables(const Tensor& given_parts, const Tensor& given_books, 
   Tensor table = at::empty({batch, slots, entries, row_width(rows)}, parts.options());
   by_rows(rows, [&](auto lanes) {
     constexpr int W = decltype(lanes)::value;
-    at::parallel_for(0, batch * slots, std::max<int64_t>(1, GRAIN / (entries * d)), [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, batch * slots, std::max<int64_t>(1, SMALL / (entries * d)), [&](int64_t begin, int64_t end) {
       std::vector<float> turned(d * W, 0.0f);
       for (int64_t line = begin; line < end; ++line) {
         const float* part = parts.const_data_ptr<float>() + line * rows * d;
@@ -57,6 +58,34 @@ inline Tensor slot_tables(const Tensor& given_parts, const Tensor& given_books, 
     });
   });
   return table;
+}
+
+// sums[s, row, :] = sum over k of bins[s, k, row] * books[which[s], k, :] for all slots: the adjoint of slot_tables.
+inline Tensor slot_sums(const Tensor& given_bins, int64_t rows, const Tensor& given_books, c10::IntArrayRef which) {
+  const Tensor bins = given_bins.contiguous(), books = given_books.contiguous();
+  const int64_t batch = bins.size(0), slots = bins.size(1), entries = bins.size(2), d = books.size(2);
+  TORCH_CHECK_VALUE(bins.dim() == 4 && books.dim() == 3 && books.size(1) == entries && int64_t(which.size()) == slots &&
+                        bins.size(3) == row_width(rows) && bins.scalar_type() == at::kFloat &&
+                        books.scalar_type() == at::kFloat,
+                    "bins ", bins.sizes(), " do not go with codebooks ", books.sizes());
+  for (const int64_t book : which) TORCH_CHECK_INDEX(book >= 0 && book < books.size(0), "codebook ", book);
+  Tensor sums = at::empty({batch, slots, rows, d}, bins.options());
+  by_rows(rows, [&](auto lanes) {
+    constexpr int W = decltype(lanes)::value;
+    at::parallel_for(0, batch * slots, std::max<int64_t>(1, SMALL / (entries * d)), [&](int64_t begin, int64_t end) {
+      std::vector<float> turned(d * W);
+      for (int64_t line = begin; line < end; ++line) {
+        const float* bin = bins.const_data_ptr<float>() + line * entries * W;
+        const float* book = books.const_data_ptr<float>() + which[line % slots] * entries * d;
+        std::fill(turned.begin(), turned.end(), 0.0f);
+        for (int64_t k = 0; k < entries; ++k)
+          for (int64_t j = 0; j < d; ++j) row<W>(&turned[j * W]) += book[k * d + j] * row<W>(bin + k * W);
+        for (int64_t i = 0; i < rows; ++i)
+          for (int64_t j = 0; j < d; ++j) sums.data_ptr<float>()[(line * rows + i) * d + j] = turned[j * W + i];
+      }
+    });
+  });
+  return sums;
 }
 
 // scale[t] * sums + shift of up to TOKENS tokens of a head, as lines y[row, t].
@@ -76,9 +105,13 @@ void pick_block(const float* table, int64_t slot, const Code* codes, int64_t str
   }
 }
 
-// table [B, S, K, W], of which `rows` are meant: scale * sums over a head's slots + shift [B, H, rows], [B, H, rows, T].
-inline Tensor pick_sum(const Tensor& table, int64_t rows, const Tensor& codes, int64_t width, int64_t tokens,
-                   const Maybe& scale, const Maybe& shift, c10::IntArrayRef heads) {
+// table [B, S, K, W]: scale * sums over a head's slots + shift [B, H, rows], as y [B, H, rows, T].
+inline void pick_sum(const Tensor& table, const Tensor& codes, int64_t width, const Maybe& scale, const Maybe& shift,
+                     c10::IntArrayRef heads, Tensor& y) {
+  TORCH_CHECK_VALUE(y.dim() == 4 && y.scalar_type() == at::kFloat && y.size(0) == codes.size(0) &&
+                        y.size(1) + 1 == int64_t(heads.size()) && (y.size(3) < 2 || y.stride(3) == 1),
+                    "scores ", y.sizes(), " do not go with codes ", codes.sizes());
+  const int64_t rows = y.size(2), tokens = y.size(3);
   const int64_t batch = codes.size(0), slots = codes.size(1), count = int64_t(heads.size()) - 1;
   check_heads(heads, slots);
   TORCH_CHECK_VALUE(table.dim() == 4 && table.is_contiguous() && table.size(0) == batch && table.size(1) == slots &&
@@ -88,7 +121,6 @@ inline Tensor pick_sum(const Tensor& table, int64_t rows, const Tensor& codes, i
                                shift->scalar_type() == at::kFloat), "a shift does not go with the table");
   const Packed packed(codes, width, table.size(2), tokens);
   const Scales scales(scale, batch, count, tokens);
-  Tensor y = at::empty({batch, count, rows, tokens}, table.options());
   const int64_t blocks = (tokens + TOKENS - 1) / TOKENS;
   const float* lines = table.const_data_ptr<float>();
   const float* shifts = shift ? shift->const_data_ptr<float>() : nullptr;
@@ -107,12 +139,11 @@ inline Tensor pick_sum(const Tensor& table, int64_t rows, const Tensor& codes, i
           const Code* some = packed.unpack(b, heads[h], heads[h + 1] - heads[h], t, left, room, stride);
           pick_block<W>(lines + (b * slots + heads[h]) * packed.entries * W, packed.entries * W, some, stride,
                         heads[h + 1] - heads[h], left, scales.at(b, h, t), shifts ? shifts + head * rows : nullptr,
-                        rows, out + head * rows * tokens + t, tokens);
+                        rows, out + b * y.stride(0) + h * y.stride(1) + t, y.stride(2));
         }
       });
     });
   });
-  return y;
 }
 
 // bins[slot, code(slot, j)] += masses[j] for some tokens and N slots: sums into one wait for each other, so they take turns.
@@ -151,7 +182,7 @@ inline Tensor bin_masses(const Tensor& p, const Tensor& codes, int64_t width, co
   const int64_t lines = batch * slots, most = (tokens + BIN_PART - 1) / BIN_PART;
   const int64_t parts = std::clamp<int64_t>(lines ? (wanted + lines - 1) / lines : 1, 1, std::max<int64_t>(1, most));
   const int64_t share = ((tokens + parts - 1) / parts + BIN_TOKENS - 1) / BIN_TOKENS * BIN_TOKENS;
-  Tensor bins = at::zeros({parts, batch, slots, entries, row_width(rows)}, p.options());
+  Tensor bins = at::empty({parts, batch, slots, entries, row_width(rows)}, p.options());
   by_rows(rows, [&](auto lanes) {
     constexpr int W = decltype(lanes)::value;
     by_width(width, [&](auto code) {
@@ -163,6 +194,7 @@ inline Tensor bin_masses(const Tensor& p, const Tensor& codes, int64_t width, co
           const int64_t part = task / lines, b = task % lines / slots, s = task % slots, h = head_of[s];
           const int64_t some = std::min(heads[h + 1] - s, end - task), last = std::min(tokens, (part + 1) * share);
           float* first = bins.data_ptr<float>() + task * entries * W;
+          std::fill_n(first, some * entries * W, 0.0f);
           for (int64_t from = part * share; from < last; from += BIN_TOKENS) {
             const int64_t left = std::min(BIN_TOKENS, last - from);
             turn_masses<W>(p.const_data_ptr<float>() + b * p.stride(0) + h * p.stride(1) + from, p.stride(2), rows,

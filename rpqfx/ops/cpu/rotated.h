@@ -5,6 +5,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 
 #include <vector>
 
@@ -14,25 +15,61 @@ namespace rpqfx {
 
 constexpr int64_t KEYS = 32;  // that are alive at a time
 
-// y[t, group * d + i] += book[code(slot, t), i] over a head's slots.
+// The slots of a head in the order of their groups, so that each sub-vector is summed in registers. `some` leaves out
+// groups without slots, and y is the others, one after the other: what is zero need not be multiplied.
+struct Sorted {
+  std::vector<int64_t> slots, first, groups;  // slots, from the head's first on; where each group begins among them
+
+  Sorted(const int64_t* group, int64_t count, int64_t all, bool some) : slots(count), first(1, 0) {
+    for (int64_t s = 0; s < count; ++s) slots[s] = s;
+    std::stable_sort(slots.begin(), slots.end(), [&](int64_t a, int64_t b) { return group[a] < group[b]; });
+    std::vector<int64_t> numbers(all, 0);
+    for (int64_t s = 0; s < count; ++s) ++numbers[group[s]];
+    for (int64_t g = 0; g < all; ++g) {
+      if (some && !numbers[g]) continue;
+      groups.push_back(g);
+      first.push_back(first.back() + numbers[g]);
+    }
+  }
+};
+
+// y[t, group * d + i] = sum of book[code(slot, t), i] over the group's slots, for N tokens and W elements of each entry.
+template <int W, int N, typename Code>
+void sum_group(const float* books, int64_t entries, int64_t d, const int64_t* which, const int64_t* slots,
+               const int64_t* end, const Code* codes, int64_t stride, float* y, int64_t line) {
+  Row<W> sum[N];
+  for (int64_t j = 0; j < N; ++j) sum[j] = Row<W>{};
+  for (; slots != end; ++slots) {
+    const float* book = books + which[*slots] * entries * d;
+    const Code* code = codes + *slots * stride;
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < N; ++j) sum[j] += row<W>(book + static_cast<int64_t>(code[j]) * d);
+  }
+  for (int64_t j = 0; j < N; ++j) row<W>(y + j * line) = sum[j];
+}
+
+// The sub-vectors that the slots of a head add up to.
 template <typename Code>
-void add_slots(const float* books, int64_t entries, int64_t d, const int64_t* which, const int64_t* group,
-               const Code* codes, int64_t stride, int64_t slots, int64_t tokens, float* y, int64_t line) {
-  const auto add = [&](auto lanes) {
+void sum_slots(const float* books, int64_t entries, int64_t d, const int64_t* which, const Sorted& sorted,
+               const Code* codes, int64_t stride, int64_t tokens, float* y, int64_t line) {
+  const auto sum = [&](auto lanes) {
     constexpr int W = decltype(lanes)::value;
-    for (int64_t s = 0; s < slots; ++s) {
-      const float* book = books + which[s] * entries * d;
-      for (int64_t t = 0; t < tokens; ++t) {
-        const float* entry = book + static_cast<int64_t>(codes[s * stride + t]) * d;
-        float* to = y + t * line + group[s] * d;
-        for (int64_t i = 0; i < d; i += W) row<W>(to + i) += row<W>(entry + i);
+    for (size_t g = 0; g < sorted.groups.size(); ++g) {
+      const int64_t *slots = sorted.slots.data() + sorted.first[g], *end = sorted.slots.data() + sorted.first[g + 1];
+      for (int64_t i = 0; i < d; i += W) {
+        float* to = y + g * d + i;
+        int64_t t = 0;
+        for (; t + 4 <= tokens; t += 4)
+          sum_group<W, 4>(books + i, entries, d, which, slots, end, codes + t, stride, to + t * line, line);
+        for (; t < tokens; ++t)
+          sum_group<W, 1>(books + i, entries, d, which, slots, end, codes + t, stride, to + t * line, line);
       }
     }
   };
-  if (d % 16 == 0) add(std::integral_constant<int, 16>{});
-  else if (d % 8 == 0) add(std::integral_constant<int, 8>{});
-  else if (d % 4 == 0) add(std::integral_constant<int, 4>{});
-  else add(std::integral_constant<int, 1>{});
+  if (d % 16 == 0) sum(std::integral_constant<int, 16>{});
+  else if (d % 8 == 0) sum(std::integral_constant<int, 8>{});
+  else if (d % 4 == 0) sum(std::integral_constant<int, 4>{});
+  else sum(std::integral_constant<int, 1>{});
 }
 
 // x[t, :] = y[t, :] @ basis for four tokens at a time and C * 16 columns; lines of x and basis are multiples of 16 long.
@@ -66,17 +103,36 @@ void turn_key(float* x, int64_t half, const T* cos, const T* sin) {
   }
 }
 
-// sums[t] = sum over j of x[t, j] * q[j, :], for N tokens.
+// sums[t] = sum over j of x[t, j] * q[j, :], for N tokens; lines of x and q are multiples of 16 elements long.
 template <int W, int N>
-void dot_rows(const float* x, int64_t wide, const float* q, int64_t dim, Row<W>* sums) {
-  Row<W> sum[N];
-  for (int64_t t = 0; t < N; ++t) sum[t] = Row<W>{};
-  for (int64_t j = 0; j < dim; ++j) {
-    const Row<W> part = row<W>(q + j * W);
+void dot_rows(const float* x, int64_t wide, const float* q, Row<W>* sums) {
+  if constexpr (W == 4) {  // four elements of x at a time, each beside itself four times
+    typedef int Lanes __attribute__((vector_size(64)));
+    constexpr Lanes SPREAD = {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3};
+    Row<16> sum[N];
+    for (int64_t t = 0; t < N; ++t) sum[t] = Row<16>{};
+    for (int64_t j = 0; j < wide; j += 16) {
+      const Row<16> part[4] = {row<16>(q + j * 4), row<16>(q + j * 4 + 16), row<16>(q + j * 4 + 32),
+                               row<16>(q + j * 4 + 48)};
 #pragma GCC unroll 8
-    for (int64_t t = 0; t < N; ++t) sum[t] += x[t * wide + j] * part;
+      for (int64_t t = 0; t < N; ++t) {
+        const Row<16> some = row<16>(x + t * wide + j);
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; ++k) sum[t] += __builtin_shuffle(some, SPREAD + 4 * k) * part[k];
+      }
+    }
+    for (int64_t t = 0; t < N; ++t)
+      for (int64_t i = 0; i < 4; ++i) sums[t][i] = (sum[t][i] + sum[t][4 + i]) + (sum[t][8 + i] + sum[t][12 + i]);
+  } else {
+    Row<W> sum[N];
+    for (int64_t t = 0; t < N; ++t) sum[t] = Row<W>{};
+    for (int64_t j = 0; j < wide; ++j) {
+      const Row<W> part = row<W>(q + j * W);
+#pragma GCC unroll 8
+      for (int64_t t = 0; t < N; ++t) sum[t] += x[t * wide + j] * part;
+    }
+    for (int64_t t = 0; t < N; ++t) sums[t] = sum[t];
   }
-  for (int64_t t = 0; t < N; ++t) sums[t] = sum[t];
 }
 
 struct Keys {
@@ -86,16 +142,16 @@ struct Keys {
 
 // The keys of some tokens of a head, turned: x[t, :]. Whole blocks of KEYS are written, whatever lies past the tokens.
 template <typename Code, typename T>
-void make_keys(const Keys& keys, int64_t head, const int64_t* which, const int64_t* group, const Code* codes,
-               int64_t stride, int64_t slots, int64_t tokens, const c10::Half* scale, const T* cos, const T* sin,
+void make_keys(const Keys& keys, int64_t head, const int64_t* which, const Sorted& sorted, const Code* codes,
+               int64_t stride, int64_t tokens, const c10::Half* scale, const T* cos, const T* sin,
                float* y, float* x) {
   const int64_t wide = keys.wide, line = keys.basis ? keys.length : wide;
-  std::fill_n(keys.basis ? y : x, KEYS * line, 0.0f);
-  add_slots(keys.books, keys.entries, keys.d, which, group, codes, stride, slots, tokens, keys.basis ? y : x, line);
+  sum_slots(keys.books, keys.entries, keys.d, which, sorted, codes, stride, tokens, keys.basis ? y : x, line);
   for (int64_t c = 0; keys.basis && c < wide;) {
     const float* some = keys.basis + head * keys.length * wide + c;
-    if (c + 64 <= wide) times_basis<4>(y, line, keys.length, some, wide, KEYS, x + c);
-    else times_basis<1>(y, line, keys.length, some, wide, KEYS, x + c);
+    const int64_t length = int64_t(sorted.groups.size()) * keys.d;
+    if (c + 64 <= wide) times_basis<4>(y, line, length, some, wide, KEYS, x + c);
+    else times_basis<1>(y, line, length, some, wide, KEYS, x + c);
     c += c + 64 <= wide ? 64 : 16;
   }
   for (int64_t t = 0; t < tokens; ++t) {
@@ -109,6 +165,17 @@ void make_keys(const Keys& keys, int64_t head, const int64_t* which, const int64
 
 inline Tensor padded(const Tensor& x, int64_t wide) {
   return at::constant_pad_nd(x, {0, wide - x.size(-1)}).contiguous();
+}
+
+// Lines of each head's basis [H, length, wide] for the groups that have slots, one after the other.
+inline Tensor used_lines(const Tensor& basis, const std::vector<Sorted>& sorted, int64_t d) {
+  Tensor used = at::empty_like(basis);
+  const int64_t length = basis.size(1), block = d * basis.size(2);
+  for (int64_t h = 0; h < basis.size(0); ++h)
+    for (size_t g = 0; g < sorted[h].groups.size(); ++g)
+      std::copy_n(basis.const_data_ptr<float>() + h * length / d * block + sorted[h].groups[g] * block, block,
+                  used.data_ptr<float>() + h * length / d * block + g * block);
+  return used;
 }
 
 // q [B, H, rows, D] . rotary(scale * (y @ basis) + mean): [B, H, rows, T]; y is what slots add up to, in their groups.
@@ -127,7 +194,7 @@ inline Tensor rotated_scores(const Tensor& q, const Tensor& books, c10::IntArray
   for (int64_t s = 0; s < slots; ++s)
     TORCH_CHECK_INDEX(which[s] >= 0 && which[s] < books.size(0) && groups[s] >= 0 && (groups[s] + 1) * d <= length,
                       "slot ", s, " is of codebook ", which[s], " and sub-vector ", groups[s]);
-  TORCH_CHECK_VALUE((!basis || (is_float(*basis) && basis->sizes() == c10::IntArrayRef({count, length, dim}))) &&
+  TORCH_CHECK_VALUE(length % d == 0 && (!basis || (is_float(*basis) && basis->sizes() == c10::IntArrayRef({count, length, dim}))) &&
                         (!mean || (is_float(*mean) && mean->sizes() == c10::IntArrayRef({count, dim}))),
                     "basis or mean do not go with ", count, " heads of ", dim);
   TORCH_CHECK_VALUE(cos.dim() == 3 && cos.sizes() == sin.sizes() && (cos.size(0) == 1 || cos.size(0) == batch) &&
@@ -137,11 +204,14 @@ inline Tensor rotated_scores(const Tensor& q, const Tensor& books, c10::IntArray
   const Packed packed(codes, width, books.size(1), tokens);
   const Scales scales(scale, batch, count, tokens);
   const Tensor entries = books.contiguous();
-  const Maybe columns = basis ? Maybe(padded(*basis, wide)) : std::nullopt;
+  std::vector<Sorted> sorted;
+  for (int64_t h = 0; h < count; ++h)
+    sorted.emplace_back(groups.data() + heads[h], heads[h + 1] - heads[h], length / d, basis.has_value());
+  const Maybe columns = basis ? Maybe(used_lines(padded(*basis, wide), sorted, d)) : std::nullopt;
   const Maybe shift = mean ? Maybe(padded(*mean, wide)) : std::nullopt;
   const Keys keys{entries.const_data_ptr<float>(), columns ? columns->const_data_ptr<float>() : nullptr,
                   shift ? shift->const_data_ptr<float>() : nullptr, books.size(1), d, length, dim, wide, half};
-  const Tensor queries = padded(q.transpose(2, 3), lanes);
+  const Tensor queries = at::constant_pad_nd(q.transpose(2, 3), {0, lanes - rows, 0, wide - dim}).contiguous();
   Tensor scores = at::empty({batch, count, rows, tokens}, q.options());
   const int64_t blocks = (tokens + TOKENS - 1) / TOKENS, turns = cos.size(0) == 1 ? 0 : cos.stride(0);
   const auto run = [&](auto some_lanes, auto code, auto angle) {
@@ -151,7 +221,7 @@ inline Tensor rotated_scores(const Tensor& q, const Tensor& books, c10::IntArray
     const T *cosines = cos.const_data_ptr<T>(), *sines = sin.const_data_ptr<T>();
     at::parallel_for(0, batch * count * blocks, 1, [&](int64_t begin, int64_t end) {
       std::vector<Code> room;
-      std::vector<float> y(KEYS * length), x(KEYS * wide);
+      std::vector<float> y(KEYS * length, 0.0f), x(KEYS * wide, 0.0f);
       Row<W> sums[TOGETHER];
       for (int64_t task = begin; task < end; ++task) {  // heads of the same tokens, which share their angles, in a row
         const int64_t b = task / (count * blocks), h = task % count, from = task / count % blocks * TOKENS;
@@ -159,14 +229,14 @@ inline Tensor rotated_scores(const Tensor& q, const Tensor& books, c10::IntArray
         int64_t stride;
         packed.prefetch(b, heads[h], own, from + TOKENS);
         const Code* held = packed.unpack(b, heads[h], own, from, left, room, stride);
-        const float* asked = queries.const_data_ptr<float>() + (b * count + h) * dim * W;
+        const float* asked = queries.const_data_ptr<float>() + (b * count + h) * wide * W;
         float* out = scores.data_ptr<float>() + (b * count + h) * rows * tokens + from;
         for (int64_t t = 0; t < left; t += KEYS) {
           const int64_t some = std::min(KEYS, left - t), angles = b * turns + (from + t) * half;
-          make_keys(keys, h, which.data() + heads[h], groups.data() + heads[h], held + t, stride, own, some,
+          make_keys(keys, h, which.data() + heads[h], sorted[h], held + t, stride, some,
                     scales.at(b, h, from + t), cosines + angles, sines + angles, y.data(), x.data());
           for (int64_t j = 0; j < some; j += TOGETHER) {
-            dot_rows<W, TOGETHER>(x.data() + j * wide, wide, asked, dim, sums);
+            dot_rows<W, TOGETHER>(x.data() + j * wide, wide, asked, sums);
             for (int64_t i = 0; i < rows; ++i)
               for (int64_t k = 0; k < std::min(TOGETHER, some - j); ++k) out[i * tokens + t + j + k] = sums[k][i];
           }
