@@ -2,8 +2,8 @@
 
     python examples/03_kv_cache.py
 
-Trains a byte-level language model on Python's own documentation for a minute, holds its KV cache at 3 bits a number, and
-goes through a text token by token. Checks that this gives what the model gives on the whole sequence.
+Trains a byte-level language model on the documentation of Python for a minute, holds its KV cache at 3 bits a number,
+and goes through a text token by token. Checks that this gives what the model gives on the whole sequence.
 """
 
 import pydoc_data.topics

@@ -29,7 +29,7 @@ from rpqfx.kv import CodebookCache, KVPolicy, attentions
 CONTEXT = 4096
 LONG = 32_768
 OURS = {
-    "5.5 x": KVPolicy(bits=2.1, window=64),
+    "5.5 x": KVPolicy(bits=1.82, window=64),
     "4": KVPolicy(bits=4, window=128),
     "3": KVPolicy(bits=3, window=128),
     "2": KVPolicy(bits=2, window=128),

@@ -83,8 +83,10 @@ class KVAttention(nn.Module):
             return self._attend(query, key, value, attn_mask=attn_mask, is_causal=is_causal, **options)
         self._check(key, value)
         if self.store is not None:
+            empty = self.store.total == 0
             self.append(self.store, key, value)
-            return self.store.attend(query, scale, attn_mask)
+            if not empty:
+                return self.store.attend(query, scale, attn_mask)
         near = self._near(query.shape[-2], key.shape[-2], query.device)
         near_mask, far_mask = _masks(near, attn_mask, is_causal, query)
         old_keys, key_loss = self.recoded_keys(key)

@@ -23,7 +23,7 @@ class CodebookCache:
 
     Args:
         model: What ``quantize_kv`` returned.
-        dtype: Of the sinks and the window; None for what keys and values come in.
+        dtype: Of the sinks, the window and the rotary embedding's angles; None for what they come in.
 
     Raises:
         InputError: If the model has no attention on codes.
@@ -33,7 +33,7 @@ class CodebookCache:
         self.cores = attentions(model)
         if not self.cores:
             raise InputError("this model has no attention on codes; give it some with rpqfx.quantize_kv")
-        self.positions = Positions()
+        self.positions = Positions(dtype)
         self.stores: dict[str, LayerStore] = {}
         for name, core in self.cores.items():
             policy = core.policy

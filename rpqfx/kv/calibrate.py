@@ -28,10 +28,10 @@ _RIDGE = 1e-3
 _SILENT = 1e-6
 # Times the energy of the weakest sub-vector with codes, from which on rows of maps have sixteen bits.
 _FINE = 32.0
-_POINTS = 2**17
-_ROUNDS = 2
-_STEPS = 8
+_POINTS = (2**14, 2**16)  # that codebooks are trained on: first to learn how stages do, then for good
+_STEPS = (3, 8)
 _BEAM = 8
+_MEASURED = 256  # samples of a sub-vector that say what stages leave of it
 # What is left of a sub-vector's energy after each stage of 8 bits over 8 channels, to begin with.
 _LEFT = 0.31
 
@@ -109,12 +109,11 @@ def fit_coders(
         )
     energy = torch.cat([space.energy.flatten() for space in spaces])
     left = energy[:, None] * _LEFT ** torch.arange(stages + 1, device=energy.device)
-    for turn in range(_ROUNDS):
+    for count, steps in zip(_POINTS, _STEPS, strict=True):
         counts = allocate(left, budget)
-        points = _points(spaces, counts, seed)
-        books, _ = train(points, stages, entries, steps=_STEPS, beam=_BEAM, seed=seed)
-        books = books.half().float()
-        if turn + 1 < _ROUNDS:
+        points = _points(spaces, counts, count, seed)
+        books = train(points, stages, entries, steps=steps, beam=_BEAM, seed=seed)[0].half().float()
+        if count != _POINTS[-1]:
             left = _measure(spaces, books, energy)
     codebooks = nn.Parameter(books[:, None].to(coders[0].books.dtype), coders[0].quantizer.codebooks.requires_grad)
     start = 0
@@ -178,7 +177,7 @@ def _best_step(row: list[float], at: int) -> tuple[float, int]:
     return max(gains, default=(0.0, 0))
 
 
-def _points(spaces: Sequence[Space], counts: Tensor, seed: int) -> Tensor:
+def _points(spaces: Sequence[Space], counts: Tensor, most: int, seed: int) -> Tensor:
     """Sub-vectors that have codes, drawn evenly."""
     kept, start = [], 0
     for space in spaces:
@@ -186,17 +185,17 @@ def _points(spaces: Sequence[Space], counts: Tensor, seed: int) -> Tensor:
         kept.append(space.samples.flatten(0, 1)[counts[start : start + size] > 0].flatten(0, 1))
         start += size
     points = torch.cat(kept)
-    if len(points) <= _POINTS:
+    if len(points) <= most:
         return points
     generator = torch.Generator(points.device).manual_seed(seed)
-    return points[torch.randint(len(points), (_POINTS,), generator=generator, device=points.device)]
+    return points[torch.randint(len(points), (most,), generator=generator, device=points.device)]
 
 
 def _measure(spaces: Sequence[Space], books: Tensor, energy: Tensor) -> Tensor:
     """What is left of each sub-vector's energy after 0 to ``R`` stages, ``[n, R + 1]``."""
     shares = []
     for space in spaces:
-        points = space.samples.flatten(0, 1)
+        points = space.samples[:, :, :_MEASURED].flatten(0, 1)
         whole = points.square().sum((1, 2)).clamp_min(1e-30)
         own = [torch.ones_like(whole)]
         for count in range(1, len(books) + 1):

@@ -47,7 +47,9 @@ def _attend(
     """What transformers calls; see its ``sdpa_attention_forward``."""
     core: Any = module.kv_codes
     if isinstance(key, Pending):
-        return key.store.attend(query, scaling, attention_mask).transpose(1, 2).contiguous(), None
+        if key.first is None:
+            return key.store.attend(query, scaling, attention_mask).transpose(1, 2).contiguous(), None
+        key, value = key.first, value.first
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = causal and attention_mask is None and query.shape[2] > 1
     gqa = query.shape[1] != key.shape[1]
@@ -56,10 +58,17 @@ def _attend(
 
 
 class Pending(NamedTuple):
-    """What a layer of the cache returns in the place of keys and of values, which are never made."""
+    """What a layer of the cache returns in the place of keys and of values, which are never made.
+
+    Args:
+        store: Of the layer.
+        shape: That they would have.
+        first: They themselves, where they are the first of all.
+    """
 
     store: LayerStore
     shape: torch.Size
+    first: Tensor | None
 
 
 class CodebookLayer(CacheLayerMixin):
@@ -91,12 +100,13 @@ class CodebookLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Takes the next tokens."""
+        first = self._store.total == 0
         self._core.append(self._store, key_states, value_states)
-        length = self._store.total
-        return (
-            Pending(self._store, torch.Size((*key_states.shape[:2], length, key_states.shape[3]))),
-            Pending(self._store, torch.Size((*value_states.shape[:2], length, value_states.shape[3]))),
+        keys, values = (
+            Pending(self._store, torch.Size((*x.shape[:2], self._store.total, x.shape[3])), x if first else None)
+            for x in (key_states, value_states)
         )
+        return keys, values
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
         """Tokens that a mask is over, and its first."""
