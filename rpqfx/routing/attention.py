@@ -35,6 +35,7 @@ class RoutedAttention(nn.Module):
         rotary: Whether the heavy branch knows positions.
         multiply_keys_by_score: Whether scores scale keys too, not only values.
         multiply_queries_by_score: Whether scores scale queries.
+        residual: Whether the input is added to the result.
         router: Arguments of both ``Router``.
         device: Where the tensors go.
         dtype: Of the Parameters.
@@ -60,6 +61,7 @@ class RoutedAttention(nn.Module):
         rotary: bool = False,
         multiply_keys_by_score: bool = False,
         multiply_queries_by_score: bool = False,
+        residual: bool = False,
         router: Mapping[str, Any] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -67,6 +69,7 @@ class RoutedAttention(nn.Module):
         super().__init__()
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_heavy_tokens_q, self.num_heavy_tokens_kv = num_heavy_tokens_q, num_heavy_tokens_kv
+        self.residual = residual
         self.light = None
         if has_light_attn:
             size = {"dim_head": light_dim_head, "heads": light_heads, "window_size": light_window_size}
@@ -103,7 +106,10 @@ class RoutedAttention(nn.Module):
             count(num_heavy_tokens_kv, self.num_heavy_tokens_kv),
         )
         out = torch.zeros_like(x) if self.light is None else self.light(x, mask)
-        return self.heavy(x, x, out, num_q, num_kv, mask=mask, context_mask=mask, most=(most_q, most_kv))
+        return self.heavy(
+            x, x, out, num_q, num_kv,
+            mask=mask, context_mask=mask, most=(most_q, most_kv), plus=x if self.residual else None,
+        )  # fmt: skip
 
 
 class RoutedCrossAttention(nn.Module):
@@ -122,6 +128,7 @@ class RoutedCrossAttention(nn.Module):
         route_block_size: Choose an equal share within each block of this many tokens of the context.
         multiply_keys_by_score: Whether scores scale keys too, not only values.
         multiply_queries_by_score: Whether scores scale queries.
+        residual: Whether the input is added to the result.
         router: Arguments of both ``Router``.
         device: Where the tensors go.
         dtype: Of the Parameters.
@@ -144,13 +151,14 @@ class RoutedCrossAttention(nn.Module):
         route_block_size: int | None = None,
         multiply_keys_by_score: bool = False,
         multiply_queries_by_score: bool = False,
+        residual: bool = False,
         router: Mapping[str, Any] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         made: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.num_tokens_q, self.num_tokens_kv = num_tokens_q, num_tokens_kv
+        self.num_tokens_q, self.num_tokens_kv, self.residual = num_tokens_q, num_tokens_kv, residual
         self.source = AskingTokens(dim, **made) if query_source else None
         self.heavy = RoutedBranch(
             dim, num_routed_kv=kv_routing_tokens, stand_in=stand_in, router=router,
@@ -191,7 +199,7 @@ class RoutedCrossAttention(nn.Module):
         if self.source is not None:
             tokens = self.source(self.heavy.kv_router.routing_token, x, mask)
         return self.heavy(
-            x, context, torch.zeros_like(x), num_q, num_kv,
+            x, context, x if self.residual else torch.zeros_like(x), num_q, num_kv,
             mask=mask, context_mask=context_mask, most=(most_q, most_kv), routing_tokens=tokens,
         )  # fmt: skip
 
@@ -201,7 +209,7 @@ class AskingTokens(nn.Module):
 
     def __init__(self, dim: int, **made: Any) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(dim, **made)
+        self.norm = nn.LayerNorm(dim, **made)
         self.to_kv = nn.Linear(dim, 2 * dim, bias=False, **made)
         self.to_out = nn.Linear(dim, dim, bias=False, **made)
 

@@ -47,7 +47,7 @@ class RoutedTransformerBlock(nn.Module):
         **attention: Any,
     ) -> None:
         super().__init__()
-        made: dict[str, Any] = {"router": router, "device": device, "dtype": dtype}
+        made: dict[str, Any] = {"residual": True, "router": router, "device": device, "dtype": dtype}
         self.attention = RoutedAttention(
             dim,
             num_heavy_tokens_q=num_heavy_attn_tokens_q,
@@ -82,5 +82,5 @@ class RoutedTransformerBlock(nn.Module):
         Raises:
             InputError: As ``Router.forward``.
         """
-        x = x + self.attention(x, mask, num_heavy_attn_tokens_q, num_heavy_attn_tokens_kv)
-        return x + self.feed_forward(x, mask, num_heavy_ff_tokens)
+        x = self.attention(x, mask, num_heavy_attn_tokens_q, num_heavy_attn_tokens_kv)
+        return self.feed_forward(x, mask, num_heavy_ff_tokens)

@@ -69,6 +69,7 @@ class RoutedBranch(nn.Module):
         context_mask: Tensor | None = None,
         most: tuple[int | None, int | None] = (None, None),
         routing_tokens: Tensor | None = None,
+        plus: Tensor | None = None,
     ) -> Tensor:
         """Adds the heavy branch to ``out``.
 
@@ -82,6 +83,7 @@ class RoutedBranch(nn.Module):
             context_mask: ``[B, m]`` bool.
             most: Slots for queries and for keys and values where their numbers are tensors.
             routing_tokens: ``[B, R, d]`` for keys and values.
+            plus: ``[B, n, d]``, added to the result.
 
         Returns:
             ``[B, n, d]``.
@@ -96,7 +98,7 @@ class RoutedBranch(nn.Module):
             mask=keys.mask,
             positions=(_positions(queries, x)[:, 0], _positions(keys, context)) if self.attention.rotary else None,
         )
-        return put(out, queries, heavy, self.stand_in)
+        return put(out, queries, heavy, self.stand_in, plus)
 
 
 def _positions(choice: Choice, x: Tensor) -> Tensor:

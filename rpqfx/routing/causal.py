@@ -47,6 +47,7 @@ class RoutedAutoregressiveAttention(nn.Module):
         rotary: Whether the heavy branch knows positions.
         multiply_keys_by_score: Whether scores scale keys too, not only values.
         multiply_queries_by_score: Whether scores scale queries.
+        residual: Whether the input is added to the result.
         router: Arguments of both ``Router``; the method is ``"exact"``.
         device: Where the tensors go.
         dtype: Of the Parameters.
@@ -72,6 +73,7 @@ class RoutedAutoregressiveAttention(nn.Module):
         rotary: bool = False,
         multiply_keys_by_score: bool = False,
         multiply_queries_by_score: bool = False,
+        residual: bool = False,
         router: Mapping[str, Any] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -86,7 +88,7 @@ class RoutedAutoregressiveAttention(nn.Module):
             if isinstance(number, float) or number < 1:
                 raise SpecError(f"{name} counts tokens of each window and must be an int of at least 1, got {number}")
         made: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.window = window
+        self.window, self.residual = window, residual
         self.num_heavy_tokens_q, self.num_heavy_tokens_kv = num_heavy_tokens_q, num_heavy_tokens_kv
         size = {"dim_head": light_dim_head, "heads": light_heads, "window_size": light_window_size}
         self.light = LocalAttention(dim, causal=True, **size, **made)
@@ -109,9 +111,10 @@ class RoutedAutoregressiveAttention(nn.Module):
         Raises:
             InputError: As ``Router.forward``.
         """
-        out = self.light(x, mask)
+        out, plus = self.light(x, mask), x if self.residual else None
         past = (x.shape[1] - 1) // self.window * self.window  # whole windows that have another after them
         if past <= 0:
+            out = out if plus is None else out + plus
             return out if self.heavy.stand_in is None else out + self.heavy.stand_in.to(out.dtype)
         heavy = self.heavy
         queries = choose_by_the_past(heavy.q_router, x, self.num_heavy_tokens_q, self.window, mask)
@@ -130,7 +133,7 @@ class RoutedAutoregressiveAttention(nn.Module):
             mask=seen if keys.mask is None else seen & keys.mask[:, :, None],
             positions=(queries.indices[:, 0], at),
         )
-        return put(out, queries, made, heavy.stand_in)
+        return put(out, queries, made, heavy.stand_in, plus)
 
 
 def choose_by_the_past(router: Router, x: Tensor, num_tokens: int, window: int, mask: Tensor | None = None) -> Choice:

@@ -24,6 +24,7 @@ class RoutedFeedForward(nn.Module):
         num_heavy_tokens: How many tokens of each sample are chosen; a float is a share of its length.
         light_ff_mult: Hidden width of the light block over ``dim``.
         heavy_ff_mult: Hidden width of the heavy block over ``dim``.
+        residual: Whether the input is added to the result.
         router: Arguments of ``Router``.
         device: Where the tensors go.
         dtype: Of the Parameters.
@@ -39,13 +40,14 @@ class RoutedFeedForward(nn.Module):
         num_heavy_tokens: int | float,
         light_ff_mult: float = 0.5,
         heavy_ff_mult: float = 4,
+        residual: bool = False,
         router: Mapping[str, Any] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         made: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.num_heavy_tokens = num_heavy_tokens
+        self.num_heavy_tokens, self.residual = num_heavy_tokens, residual
         self.router = Router(dim, **dict(router or {}), **made)
         self.light, self.heavy = feed_forward(dim, light_ff_mult, **made), feed_forward(dim, heavy_ff_mult, **made)
 
@@ -66,7 +68,8 @@ class RoutedFeedForward(nn.Module):
         number, most = count(num_heavy_tokens, self.num_heavy_tokens)
         chosen = self.router(x, number, mask=mask, most=most)
         heavy = self.heavy(take(x, chosen)[:, 0])
-        return put(self.light(x), chosen, heavy * chosen.scores[:, 0, :, None].to(heavy.dtype))
+        heavy = heavy * chosen.scores[:, 0, :, None].to(heavy.dtype)
+        return put(self.light(x), chosen, heavy, plus=x if self.residual else None)
 
 
 def feed_forward(dim: int, mult: float, **made: Any) -> nn.Sequential:
@@ -82,5 +85,5 @@ def feed_forward(dim: int, mult: float, **made: Any) -> nn.Sequential:
     """
     hidden = int(dim * mult)
     return nn.Sequential(
-        nn.RMSNorm(dim, **made), nn.Linear(dim, hidden, **made), nn.GELU(), nn.Linear(hidden, dim, **made)
+        nn.LayerNorm(dim, **made), nn.Linear(dim, hidden, **made), nn.GELU(), nn.Linear(hidden, dim, **made)
     )

@@ -53,7 +53,7 @@ class HeavyAttention(nn.Module):
         self.multiply_queries_by_score = multiply_queries_by_score
         made = {"device": device, "dtype": dtype}
         inner = heads * dim_head
-        self.norm = nn.RMSNorm(dim, **made)
+        self.norm = nn.LayerNorm(dim, **made)
         self.to_q = nn.Linear(dim, inner, bias=False, **made)
         self.to_kv = nn.ModuleList([nn.Linear(dim, 2 * inner // groups, bias=False, **made) for _ in range(groups)])
         self.null_kv = nn.Parameter(torch.empty(2, heads, dim_head, **made))

@@ -44,7 +44,7 @@ class WindowAttention(nn.Module):
         if window_size < 1:
             raise SpecError(f"window_size must be at least 1, got {window_size}")
         self.heads, self.window_size = heads, window_size
-        self.norm = nn.RMSNorm(dim, device=device, dtype=dtype)
+        self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
         self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False, device=device, dtype=dtype)
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False, device=device, dtype=dtype)
 
@@ -87,6 +87,7 @@ class RoutedImageAttention(nn.Module):
         stand_in: Whether places that were not chosen get a trained vector, beside what the light branch gives them.
         multiply_keys_by_score: Whether scores scale keys too, not only values.
         multiply_queries_by_score: Whether scores scale queries.
+        residual: Whether the input is added to the result.
         router: Arguments of both ``Router``.
         device: Where the tensors go.
         dtype: Of the Parameters.
@@ -111,13 +112,14 @@ class RoutedImageAttention(nn.Module):
         stand_in: bool = True,
         multiply_keys_by_score: bool = False,
         multiply_queries_by_score: bool = False,
+        residual: bool = False,
         router: Mapping[str, Any] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         made: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.channel_first = channel_first
+        self.channel_first, self.residual = channel_first, residual
         self.num_heavy_tokens_q, self.num_heavy_tokens_kv = num_heavy_tokens_q, num_heavy_tokens_kv
         size = {"dim_head": light_dim_head, "heads": light_heads, "window_size": light_window_size}
         self.light = WindowAttention(dim, **size, **made)
@@ -156,5 +158,8 @@ class RoutedImageAttention(nn.Module):
         )
         light = rearrange(self.light(x, mask), "b h w d -> b (h w) d")
         line, kept = rearrange(x, "b h w d -> b (h w) d"), None if mask is None else rearrange(mask, "b h w -> b (h w)")
-        out = self.heavy(line, line, light, num_q, num_kv, mask=kept, context_mask=kept, most=(most_q, most_kv))
+        out = self.heavy(
+            line, line, light, num_q, num_kv,
+            mask=kept, context_mask=kept, most=(most_q, most_kv), plus=line if self.residual else None,
+        )  # fmt: skip
         return rearrange(out, "b (h w) d -> b d h w" if self.channel_first else "b (h w) d -> b h w d", h=x.shape[1])

@@ -25,7 +25,9 @@ def take(x: Tensor, choice: Choice) -> Tensor:
     return rearrange(rows, "(b r k) d -> b r k d", b=x.shape[0], r=choice.scores.shape[1])
 
 
-def put(out: Tensor, choice: Choice, values: Tensor, stand_in: Tensor | None = None) -> Tensor:
+def put(
+    out: Tensor, choice: Choice, values: Tensor, stand_in: Tensor | None = None, plus: Tensor | None = None
+) -> Tensor:
     """Adds to each token what was made of it.
 
     Args:
@@ -33,20 +35,22 @@ def put(out: Tensor, choice: Choice, values: Tensor, stand_in: Tensor | None = N
         choice: By one routing token.
         values: ``[B, k, d]``; where the choice's mask is False they are left out.
         stand_in: ``[d]``, added to the tokens that were not chosen.
+        plus: ``[B, n, d]``, added to all.
 
     Returns:
         ``[B, n, d]``.
     """
-    values = values.to(out.dtype)
     if choice.indices is None:
-        return out + values
+        return out + values if plus is None else out + values + plus
+    flat = rearrange(out, "b n d -> (b n) d")
+    # The first sum is a tensor of its own, which no backward pass looks at: the others are added in place.
+    flat = flat.clone() if plus is None else flat + rearrange(plus, "b n d -> (b n) d")
     if stand_in is not None:
-        stand_in = stand_in.to(out.dtype)
-        out, values = out + stand_in, values - stand_in
+        stand_in = stand_in.to(flat.dtype)
+        flat, values = flat.add_(stand_in), values - stand_in
     if choice.mask is not None:
         values = values.masked_fill(~choice.mask[:, 0, :, None], 0.0)
-    flat = rearrange(out, "b n d -> (b n) d")
-    flat = flat.index_add(0, _flat(choice.indices, out.shape[1]), rearrange(values, "b k d -> (b k) d"))
+    flat.index_add_(0, _flat(choice.indices, out.shape[1]), rearrange(values, "b k d -> (b k) d").to(flat.dtype))
     return rearrange(flat, "(b n) d -> b n d", b=out.shape[0])
 
 

@@ -74,13 +74,13 @@ class RoutedViT(nn.Module):
         )
         numbers = {"num_heavy_tokens_q": attn_num_heavy_tokens_q, "num_heavy_tokens_kv": attn_num_heavy_tokens_kv}
         self.attentions = nn.ModuleList(
-            RoutedImageAttention(dim, channel_first=False, router=router, **numbers, **attention, **made)
+            RoutedImageAttention(dim, channel_first=False, residual=True, router=router, **numbers, **attention, **made)
             for _ in range(depth)
         )
         self.feed_forwards = nn.ModuleList(
             RoutedFeedForward(
                 dim, num_heavy_tokens=ff_num_heavy_tokens, light_ff_mult=ff_light_mult, heavy_ff_mult=ff_heavy_mult,
-                router=router, **made,
+                residual=True, router=router, **made,
             )
             for _ in range(depth)
         )  # fmt: skip
@@ -101,8 +101,8 @@ class RoutedViT(nn.Module):
         x = x + positions(*x.shape[1:], device=x.device).to(x.dtype)
         height = x.shape[1]
         for attention, feed_forward in zip(self.attentions, self.feed_forwards, strict=True):
-            x = x + attention(x)
-            x = x + rearrange(feed_forward(rearrange(x, "b h w d -> b (h w) d")), "b (h w) d -> b h w d", h=height)
+            x = attention(x)
+            x = rearrange(feed_forward(rearrange(x, "b h w d -> b (h w) d")), "b (h w) d -> b h w d", h=height)
         return self.head(reduce(x, "b h w d -> b d", "mean"))
 
 

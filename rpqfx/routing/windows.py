@@ -40,13 +40,12 @@ def local_attention(
     if q.device.type == "cpu" and not torch.compiler.is_compiling():
         count = max(1, SEGMENT // block)
     ks, vs = k.split(count), v.split(count)
-    out = [
-        F.scaled_dot_product_attention(
-            rearrange(part, "c w h e -> c h w e"), _around(ks, i, causal), _around(vs, i, causal), some
-        )
-        for i, (part, some) in enumerate(zip(q.split(count), bias.split(count), strict=True))
-    ]
-    whole = rearrange(torch.cat(out) if len(out) > 1 else out[0], "(b c) h w e -> b (c w) h e", b=batch)
+    out = []
+    for i, (part, some) in enumerate(zip(q.split(count), bias.split(count), strict=True)):
+        part = rearrange(part, "c w h e -> c h w e")
+        part = F.scaled_dot_product_attention(part, _around(ks, i, causal), _around(vs, i, causal), some)
+        out.append(rearrange(part, "c h w e -> c w h e"))
+    whole = rearrange(torch.cat(out) if len(out) > 1 else out[0], "(b c) w h e -> b (c w) h e", b=batch)
     return whole[:, :n] if rest else whole
 
 
@@ -108,7 +107,7 @@ class LocalAttention(nn.Module):
             raise SpecError(f"a window reaches equally far to both sides, so its size must be even; got {window_size}")
         self.heads, self.causal = heads, causal
         self.block = window_size if causal else window_size // 2
-        self.norm = nn.RMSNorm(dim, device=device, dtype=dtype)
+        self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
         self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False, device=device, dtype=dtype)
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False, device=device, dtype=dtype)
 
