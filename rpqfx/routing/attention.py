@@ -72,11 +72,11 @@ class RoutedAttention(nn.Module):
         self.residual = residual
         self.light = None
         if has_light_attn:
-            size = {"dim_head": light_dim_head, "heads": light_heads, "window_size": light_window_size}
+            size: dict[str, Any] = {"dim_head": light_dim_head, "heads": light_heads, "window_size": light_window_size}
             self.light = LocalAttention(dim, **size, **made)
         self.heavy = RoutedBranch(
-            dim, num_routed_kv=num_routed_kv, stand_in=stand_in, router=router, dim_head=heavy_dim_head, heads=heavy_heads,
-            rotary=rotary, multiply_keys_by_score=multiply_keys_by_score,
+            dim, num_routed_kv=num_routed_kv, stand_in=stand_in, router=router, dim_head=heavy_dim_head,
+            heads=heavy_heads, rotary=rotary, multiply_keys_by_score=multiply_keys_by_score,
             multiply_queries_by_score=multiply_queries_by_score, **made,
         )  # fmt: skip
 
@@ -92,7 +92,8 @@ class RoutedAttention(nn.Module):
         Args:
             x: ``[B, n, d]``.
             mask: ``[B, n]`` bool, False for tokens that none may see and that are never chosen.
-            num_heavy_tokens_q: Instead of the module's own; a tensor ``[B]`` is cut to the module's own if that is an int.
+            num_heavy_tokens_q: Instead of the module's own; a tensor ``[B]`` is cut to the module's own if that is an
+                int.
             num_heavy_tokens_kv: In the same way.
 
         Returns:
@@ -123,8 +124,8 @@ class RoutedCrossAttention(nn.Module):
         dim_head: Width of a head.
         heads: How many.
         stand_in: Whether queries that were not chosen get a trained vector rather than 0.
-        query_source: Whether the routing tokens of the context first attend to the sequence, so that what is chosen depends
-            on what asks.
+        query_source: Whether the routing tokens of the context first attend to the sequence, so that what is chosen
+            depends on what asks.
         route_block_size: Choose an equal share within each block of this many tokens of the context.
         multiply_keys_by_score: Whether scores scale keys too, not only values.
         multiply_queries_by_score: Whether scores scale queries.
@@ -205,7 +206,7 @@ class RoutedCrossAttention(nn.Module):
 
 
 class AskingTokens(nn.Module):
-    """Routing tokens that look at a sequence before they route another: one head of attention, added to what they were."""
+    """Routing tokens that look at a sequence before they route another, by one head of attention."""
 
     def __init__(self, dim: int, **made: Any) -> None:
         super().__init__()

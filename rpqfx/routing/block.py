@@ -72,7 +72,8 @@ class RoutedTransformerBlock(nn.Module):
         Args:
             x: ``[B, n, d]``.
             mask: ``[B, n]`` bool, False for tokens that none may see and that are never chosen.
-            num_heavy_attn_tokens_q: Instead of the module's own; a tensor ``[B]`` is cut to the module's own if that is an int.
+            num_heavy_attn_tokens_q: Instead of the module's own; a tensor ``[B]`` is cut to the module's own if that
+                is an int.
             num_heavy_attn_tokens_kv: In the same way.
             num_heavy_ff_tokens: In the same way.
 

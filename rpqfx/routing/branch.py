@@ -15,7 +15,7 @@ from rpqfx.routing.router import Choice, Count, Router
 
 
 class RoutedBranch(nn.Module):
-    """Chooses queries of one sequence, keys and values of another or the same, and adds what the ones make of the others.
+    """Chooses queries of one sequence, keys and values of the same or another, and adds their attention.
 
     Args:
         dim: Width of tokens.

@@ -26,8 +26,8 @@ class RoutedAutoregressiveAttention(nn.Module):
 
     - keys and values are chosen within each window and seen from later windows only;
     - a query is chosen if its dot product with the routing token reaches the least one among the chosen of the window
-      before, while its own window has places left: in order of position, so that no later token can take its place. Its score
-      is that which the window before would give it.
+      before, while its own window has places left: in order of position, so that no later token can take its place.
+      Its score is that which the window before would give it.
 
     Both choices are final when their window is complete: a sequence that grows only adds to them. The first window has
     the light branch alone.
@@ -53,7 +53,8 @@ class RoutedAutoregressiveAttention(nn.Module):
         dtype: Of the Parameters.
 
     Raises:
-        SpecError: If a number makes no sense, or a heavy window is longer than a light one, so that tokens would see neither.
+        SpecError: If a number makes no sense, or a heavy window is longer than a light one, so that tokens would see
+            neither.
     """
 
     def __init__(
@@ -90,12 +91,13 @@ class RoutedAutoregressiveAttention(nn.Module):
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         self.window, self.residual = window, residual
         self.num_heavy_tokens_q, self.num_heavy_tokens_kv = num_heavy_tokens_q, num_heavy_tokens_kv
-        size = {"dim_head": light_dim_head, "heads": light_heads, "window_size": light_window_size}
+        size: dict[str, Any] = {"dim_head": light_dim_head, "heads": light_heads, "window_size": light_window_size}
         self.light = LocalAttention(dim, causal=True, **size, **made)
         self.heavy = RoutedBranch(
             dim, num_routed_kv=num_routed_kv, stand_in=stand_in, router=router,
-            kv_router={"block_size": window, "per_block": True}, dim_head=heavy_dim_head, heads=heavy_heads, rotary=rotary,
-            multiply_keys_by_score=multiply_keys_by_score, multiply_queries_by_score=multiply_queries_by_score, **made,
+            kv_router={"block_size": window, "per_block": True}, dim_head=heavy_dim_head, heads=heavy_heads,
+            rotary=rotary, multiply_keys_by_score=multiply_keys_by_score,
+            multiply_queries_by_score=multiply_queries_by_score, **made,
         )  # fmt: skip
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:

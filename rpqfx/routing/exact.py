@@ -1,14 +1,15 @@
 r"""The fixed point of coordinate descent, read off exactly.
 
-CoLT5 (Ainslie et al., 2023, arXiv:2303.09752) chooses ``k`` of ``n`` tokens by scores that iterations of coordinate descent
-approach (``rpqfx.routing.iterative``). Where they stop changing, one number ``a`` for each row is all there is to know:
+CoLT5 (Ainslie et al., 2023, arXiv:2303.09752) chooses ``k`` of ``n`` tokens by scores that iterations of coordinate
+descent approach (``rpqfx.routing.iterative``). Where they stop changing, one number ``a`` for each row is all there is
+to know:
 
     score_i = min(1, exp((s_i + a) / eps)),        sum_i score_i = k
 
-Let ``u = s / eps`` in descending order, counted from 0, and ``L_i`` the log of the sum of ``exp(u_m)`` over all ``m >= i``.
-Were token ``i`` just at 1, those before it would be at 1 too, and the sum would be ``i + exp(L_i - u_i)``. That grows with
-``i``, so the tokens at 1 are the first ``j``, the number of ``i`` at which it is still below ``k``, and the others share what
-is left: ``a / eps = log(k - j) - L_j``. As ``j < k``, only the largest ``k`` have to be in order.
+Let ``u = s / eps`` in descending order, counted from 0, and ``L_i`` the log of the sum of ``exp(u_m)`` over all
+``m >= i``. Were token ``i`` just at 1, those before it would be at 1 too, and the sum would be ``i + exp(L_i - u_i)``. That
+grows with ``i``, so the tokens at 1 are the first ``j``, the number of ``i`` at which it is still below ``k``, and the
+others share what is left: ``a / eps = log(k - j) - L_j``. As ``j < k``, only the largest ``k`` have to be in order.
 
 The gradient is that of the equation, not of the way to its solution. With ``w`` the scores below 1 and 0 for the rest,
 
@@ -35,14 +36,15 @@ def exact_scores(
 
     Args:
         s: ``[..., n]``, floating.
-        k: How many are chosen: a number, whole or not, or a tensor ``[...]`` with one for each row. No gradient reaches it.
+        k: How many are chosen: a number, whole or not, or a tensor ``[...]`` with one for each row. No gradient
+            reaches it.
         eps: How soft the choice is, in units of ``s``.
         mask: ``[..., n]`` bool, False for tokens that cannot be chosen.
         most: Where ``k`` is a tensor, what none of it exceeds, if that is known. It spares sorting whole rows.
 
     Returns:
-        ``[..., n]`` in float64 if ``s`` is, else in float32. Masked tokens have 0. In rows with no more than ``k`` others, those
-        have 1.
+        ``[..., n]`` in float64 if ``s`` is, else in float32. Masked tokens have 0. In rows with no more than ``k``
+        others, those have 1.
 
     Raises:
         InputError: If ``s`` is not floating, or the mask not bool.
@@ -82,7 +84,7 @@ def exact_offset(
 def prepared(
     s: Tensor, k: float | Tensor, eps: float, mask: Tensor | None, most: int | None = None
 ) -> tuple[Tensor, Tensor, int]:
-    """What routers are given, checked: logits in float32 or float64, ``k`` as ``[..., 1]``, and what it cannot exceed."""
+    """What routers are given, checked: float32 or float64 logits, ``k`` as ``[..., 1]``, and what it cannot exceed."""
     if not s.is_floating_point():
         raise InputError(f"routing needs floating logits, got {s.dtype}; cast them first")
     if mask is not None and mask.dtype != torch.bool:

@@ -57,7 +57,8 @@ class RoutedFeedForward(nn.Module):
         Args:
             x: ``[B, n, d]``.
             mask: ``[B, n]`` bool, False for tokens that are never chosen.
-            num_heavy_tokens: Instead of the module's own; a tensor ``[B]`` is cut to the module's own if that is an int.
+            num_heavy_tokens: Instead of the module's own; a tensor ``[B]`` is cut to the module's own if that is an
+                int.
 
         Returns:
             ``[B, n, d]``.

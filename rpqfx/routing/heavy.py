@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
@@ -13,7 +15,8 @@ from rpqfx.errors import SpecError
 class HeavyAttention(nn.Module):
     """Attention whose heads fall into groups, each with keys and values of its own.
 
-    A trained key and value that no mask hides stands before the others, so that a query with nothing to see gets something.
+    A trained key and value that no mask hides stands before the others, so that a query with nothing to see gets
+    something.
 
     Args:
         dim: Width of tokens.
@@ -51,7 +54,7 @@ class HeavyAttention(nn.Module):
         self.heads, self.groups, self.rotary = heads, groups, rotary
         self.multiply_keys_by_score = multiply_keys_by_score
         self.multiply_queries_by_score = multiply_queries_by_score
-        made = {"device": device, "dtype": dtype}
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
         inner = heads * dim_head
         self.norm = nn.LayerNorm(dim, **made)
         self.to_q = nn.Linear(dim, inner, bias=False, **made)

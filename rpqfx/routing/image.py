@@ -65,13 +65,13 @@ class WindowAttention(nn.Module):
             seen = rearrange(F.pad(mask, (0, across, 0, down)), "b (i p) (j q) -> (b i j) 1 1 (p q)", **cut)
             hidden = torch.finfo(windows.dtype).min / 2  # finite, as a window may be masked whole
             bias = torch.zeros_like(seen, dtype=windows.dtype).masked_fill(~seen, hidden)
-        out = F.scaled_dot_product_attention(*windows.unbind(), bias)
+        out = F.scaled_dot_product_attention(windows[0], windows[1], windows[2], bias)
         out = rearrange(out, "(b i j) h (p q) e -> b (i p) (j q) (h e)", b=batch, i=(height + down) // size, **cut)
         return self.to_out(out[:, :height, :width])
 
 
 class RoutedImageAttention(nn.Module):
-    """Light attention within windows of a feature map, and heavy attention of chosen places to chosen places of all of it.
+    """Light attention within windows of a feature map, and heavy attention among chosen places of all of it.
 
     Args:
         dim: Channels.
@@ -121,11 +121,12 @@ class RoutedImageAttention(nn.Module):
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         self.channel_first, self.residual = channel_first, residual
         self.num_heavy_tokens_q, self.num_heavy_tokens_kv = num_heavy_tokens_q, num_heavy_tokens_kv
-        size = {"dim_head": light_dim_head, "heads": light_heads, "window_size": light_window_size}
+        size: dict[str, Any] = {"dim_head": light_dim_head, "heads": light_heads, "window_size": light_window_size}
         self.light = WindowAttention(dim, **size, **made)
         self.heavy = RoutedBranch(
-            dim, num_routed_kv=num_routed_kv, stand_in=stand_in, router=router, dim_head=heavy_dim_head, heads=heavy_heads,
-            multiply_keys_by_score=multiply_keys_by_score, multiply_queries_by_score=multiply_queries_by_score, **made,
+            dim, num_routed_kv=num_routed_kv, stand_in=stand_in, router=router, dim_head=heavy_dim_head,
+            heads=heavy_heads, multiply_keys_by_score=multiply_keys_by_score,
+            multiply_queries_by_score=multiply_queries_by_score, **made,
         )  # fmt: skip
 
     def forward(
@@ -140,7 +141,8 @@ class RoutedImageAttention(nn.Module):
         Args:
             x: ``[B, d, H, W]``, or ``[B, H, W, d]`` with ``channel_first=False``.
             mask: ``[B, H, W]`` bool, False for places that none may see and that are never chosen.
-            num_heavy_tokens_q: Instead of the module's own; a tensor ``[B]`` is cut to the module's own if that is an int.
+            num_heavy_tokens_q: Instead of the module's own; a tensor ``[B]`` is cut to the module's own if that is an
+                int.
             num_heavy_tokens_kv: In the same way.
 
         Returns:

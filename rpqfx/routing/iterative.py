@@ -24,9 +24,9 @@ def coordinate_descent(
 ) -> Tensor:
     """CoLT5's router as published: what ``exact_scores`` computes at once, approached step by step.
 
-    Each step solves for ``a`` given ``b`` and for ``b`` given ``a`` (Wright, 2015, arXiv:1502.04759, as used by Qian et al., 2022,
-    arXiv:2211.01267, and in CoLT5, arXiv:2303.09752). With ``eps_init``, eps shrinks to its value from there, by a factor each
-    step, and some 20 steps do what 50 did (Lei et al., 2023, arXiv:2304.04947).
+    Each step solves for ``a`` given ``b`` and for ``b`` given ``a`` (Wright, 2015, arXiv:1502.04759, as used by Qian
+    et al., 2022, arXiv:2211.01267, and in CoLT5, arXiv:2303.09752). With ``eps_init``, eps shrinks to its value from
+    there, by a factor each step, and some 20 steps do what 50 did (Lei et al., 2023, arXiv:2304.04947).
 
     Args:
         s: ``[..., n]``, floating.
@@ -62,8 +62,9 @@ def sinkhorn(
 ) -> Tensor:
     """Transport of ``n`` tokens to two places, one that holds ``k`` and one for the rest.
 
-    The share that goes to the first is ``sigmoid((s + a) / eps)``, soft at both ends, where coordinate descent reaches 1.
-    Sinkhorn's steps scale both places to what they hold, in turns with the tokens (Xie et al., 2020, arXiv:2002.06504).
+    The share that goes to the first is ``sigmoid((s + a) / eps)``: soft at both ends, where coordinate descent has a
+    corner. Sinkhorn's steps scale both places to what they hold, in turns with the tokens (Xie et al., 2020,
+    arXiv:2002.06504).
 
     Args:
         s: ``[..., n]``, floating.
@@ -96,8 +97,8 @@ def sinkhorn(
 def cumulative_softmax(s: Tensor, k: float | Tensor, *, eps: float = 1.0, mask: Tensor | None = None) -> Tensor:
     """The share of each token in the softmax over itself and those below it.
 
-    It knows nothing of ``k``, except that rows with no more than ``k`` tokens are chosen whole. The choice is that of the ``k``
-    largest; 1 means far above all others below.
+    It knows nothing of ``k``, except that rows with no more than ``k`` tokens are chosen whole. The choice is that of
+    the ``k`` largest; 1 means far above all others below.
 
     Args:
         s: ``[..., n]``, floating.

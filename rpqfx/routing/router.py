@@ -48,8 +48,8 @@ class Choice(NamedTuple):
 class Router(nn.Module):
     """Chooses tokens by their dot product with a trained routing token.
 
-    After CoLT5 (Ainslie et al., 2023, arXiv:2303.09752), section 3. The scores multiply what the heavy branch makes of a
-    token, which is how the choice is trained.
+    After CoLT5 (Ainslie et al., 2023, arXiv:2303.09752), section 3. The scores multiply what the heavy branch makes of
+    a token, which is how the choice is trained.
 
     Args:
         dim: Width of tokens.
@@ -59,7 +59,8 @@ class Router(nn.Module):
         eps: How soft the choice is.
         fetch_ratio: Scores sum to the number of tokens times this, so that more than are chosen learn.
         straight_through: Whether scores are 1 forward, and themselves only in the backward pass.
-        cosine: Whether tokens and routing tokens are brought to length 1 first, and their product times ``cosine_scale``.
+        cosine: Whether tokens and routing tokens are brought to length 1 first, and their product times
+            ``cosine_scale``.
         cosine_scale: See above.
         block_size: Cut rows into blocks of this many tokens and choose within each: an equal share for each block.
         per_block: Whether the number of tokens is that of each block rather than their sum.
@@ -104,8 +105,9 @@ class Router(nn.Module):
         self.cosine, self.cosine_scale = cosine, cosine_scale
         self.block_size, self.per_block = block_size, per_block
         self.method_kwargs = dict(method_kwargs or {})
-        tokens = torch.empty(num_routing_tokens, dim, device=device, dtype=dtype) if learned else None
-        self.register_parameter("routing_token", None if tokens is None else nn.Parameter(tokens))
+        self.routing_token: nn.Parameter | None = None
+        if learned:
+            self.routing_token = nn.Parameter(torch.empty(num_routing_tokens, dim, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -158,11 +160,12 @@ class Router(nn.Module):
 
         Args:
             x: ``[B, n, d]``.
-            num_tokens: How many of each sample: an int; a float for a share of each sample's unmasked tokens, rounded up; or an
-                integer tensor ``[B]``.
+            num_tokens: How many of each sample: an int; a float for a share of each sample's unmasked tokens, rounded
+                up; or an integer tensor ``[B]``.
             mask: ``[B, n]`` bool, False for tokens that cannot be chosen.
             routing_tokens: ``[B, R, d]``, instead of the learned ones.
-            most: How many slots a tensor ``num_tokens`` has; more are not chosen. Left out, as many as there are tokens.
+            most: How many slots a tensor ``num_tokens`` has; more are not chosen. Left out, as many as there are
+                tokens.
 
         Returns:
             The choice. Where there are as many slots as tokens, it is all tokens, in their order, with scores 1.

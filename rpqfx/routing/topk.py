@@ -28,7 +28,7 @@ class TopK(NamedTuple):
 
 
 def topk(x: Tensor, k: int, *, eps: float = 0.1, fetch_ratio: float = 9 / 8, mask: Tensor | None = None) -> TopK:
-    """The ``k`` largest of the last axis, in descending order; the values' gradient reaches those that just missed, too.
+    """The ``k`` largest of the last axis, in descending order; gradients reach those that just missed, too.
 
     Args:
         x: ``[..., n]``, floating.

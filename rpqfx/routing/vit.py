@@ -72,7 +72,10 @@ class RoutedViT(nn.Module):
         self.embed = nn.Sequential(
             nn.LayerNorm(patch, **made), nn.Linear(patch, dim, **made), nn.LayerNorm(dim, **made)
         )
-        numbers = {"num_heavy_tokens_q": attn_num_heavy_tokens_q, "num_heavy_tokens_kv": attn_num_heavy_tokens_kv}
+        numbers: dict[str, Any] = {
+            "num_heavy_tokens_q": attn_num_heavy_tokens_q,
+            "num_heavy_tokens_kv": attn_num_heavy_tokens_kv,
+        }
         self.attentions = nn.ModuleList(
             RoutedImageAttention(dim, channel_first=False, residual=True, router=router, **numbers, **attention, **made)
             for _ in range(depth)
@@ -98,8 +101,8 @@ class RoutedViT(nn.Module):
             )
         p, q = self.patch_size
         x = self.embed(rearrange(images, "b c (h p) (w q) -> b h w (p q c)", p=p, q=q))
-        x = x + positions(*x.shape[1:], device=x.device).to(x.dtype)
-        height = x.shape[1]
+        height, width, dim = x.shape[1:]
+        x = x + positions(height, width, dim, x.device).to(x.dtype)
         for attention, feed_forward in zip(self.attentions, self.feed_forwards, strict=True):
             x = attention(x)
             x = rearrange(feed_forward(rearrange(x, "b h w d -> b (h w) d")), "b (h w) d -> b h w d", h=height)

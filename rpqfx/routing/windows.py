@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from rpqfx.errors import SpecError
 
-# Tokens of one call of scaled_dot_product_attention on a CPU. Gradients of the keys and values that blocks share are made apart
-# before they are added up; in segments these come from memory that is there already.
+# Tokens of one call of scaled_dot_product_attention on a CPU. Gradients of the keys and values that blocks share are
+# made apart before they are added up; in segments these come from memory that is there already.
 SEGMENT = 4096
 
 
