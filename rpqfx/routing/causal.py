@@ -158,8 +158,10 @@ def choose_by_the_past(router: Router, x: Tensor, num_tokens: int, window: int, 
     slots = min(num_tokens, window)
     past, seen = s[:, :-1], kept[:, :-1]
     offset = exact_offset(past, min(slots * router.fetch_ratio, window), eps=router.eps, mask=seen)
-    least = past.detach().masked_fill(~seen, -torch.inf).topk(slots).values[..., -1:]
-    s, kept = s[:, 1:], kept[:, 1:] & (s[:, 1:] >= least)
+    s, kept = s[:, 1:], kept[:, 1:]
+    if slots < window:
+        least = past.detach().masked_fill(~seen, -torch.inf).topk(slots).values[..., -1:]
+        kept = kept & (s >= least)
     kept = kept & (kept.cumsum(-1) <= slots)
     line = torch.arange(window, device=x.device)
     places = torch.where(kept, line, window).sort(-1).values[..., :slots]

@@ -7,9 +7,9 @@ to know:
     score_i = min(1, exp((s_i + a) / eps)),        sum_i score_i = k
 
 Let ``u = s / eps`` in descending order, counted from 0, and ``L_i`` the log of the sum of ``exp(u_m)`` over all
-``m >= i``. Were token ``i`` just at 1, those before it would be at 1 too, and the sum would be ``i + exp(L_i - u_i)``. That
-grows with ``i``, so the tokens at 1 are the first ``j``, the number of ``i`` at which it is still below ``k``, and the
-others share what is left: ``a / eps = log(k - j) - L_j``. As ``j < k``, only the largest ``k`` have to be in order.
+``m >= i``. Were token ``i`` just at 1, those before it would be at 1 too, and the sum would be ``i + exp(L_i - u_i)``.
+That grows with ``i``, so the tokens at 1 are the first ``j``, the number of ``i`` at which it is still below ``k``, and
+the others share what is left: ``a / eps = log(k - j) - L_j``. As ``j < k``, only the largest ``k`` have to be in order.
 
 The gradient is that of the equation, not of the way to its solution. With ``w`` the scores below 1 and 0 for the rest,
 

@@ -25,7 +25,7 @@ def local_attention(
         v: ``[B, n, h, e]``.
         block: Tokens of a block.
         causal: Whether a token sees none after it: the block before its own, and its own up to itself.
-        mask: ``[B, n]`` bool, False for tokens that none may see.
+        mask: ``[B, n]`` bool, False for tokens that no other may see.
 
     Returns:
         ``[B, n, h, e]``. It costs ``n`` times three blocks (two if causal), and makes nothing of shape n x n.
@@ -36,12 +36,12 @@ def local_attention(
         q, k, v = (F.pad(x, (0, 0, 0, 0, 0, rest)) for x in (q, k, v))
     q, k, v = (rearrange(x, "b (c w) h e -> (b c) w h e", w=block) for x in (q, k, v))
     bias = _bias(batch, n, block, causal, mask, q)
-    count = q.shape[0]
+    segments: list[tuple[Tensor, ...]] = [(x,) for x in (q, k, v, bias)]
     if q.device.type == "cpu" and not torch.compiler.is_compiling():
-        count = max(1, SEGMENT // block)
-    ks, vs = k.split(count), v.split(count)
+        segments = [x.split(max(1, SEGMENT // block)) for x in (q, k, v, bias)]
+    qs, ks, vs, biases = segments
     out = []
-    for i, (part, some) in enumerate(zip(q.split(count), bias.split(count), strict=True)):
+    for i, (part, some) in enumerate(zip(qs, biases, strict=True)):
         part = rearrange(part, "c w h e -> c h w e")
         part = F.scaled_dot_product_attention(part, _around(ks, i, causal), _around(vs, i, causal), some)
         out.append(rearrange(part, "c h w e -> c w h e"))
@@ -70,7 +70,9 @@ def _bias(batch: int, n: int, block: int, causal: bool, mask: Tensor | None, lik
     seen = torch.cat([beside[:, :-2], seen, *([] if causal else [beside[:, 2:]])], -1)
     seen = rearrange(seen, "b c s -> (b c) 1 1 s")
     if causal:
-        seen = seen & torch.ones(block, 2 * block, dtype=torch.bool, device=like.device).tril(block)
+        near = torch.ones(block, 2 * block, dtype=torch.bool, device=like.device)
+        own = near.tril(block) & near.triu(block)  # seen in any case: a mean of all would be of later ones too
+        seen = (seen & near.tril(block)) | own
     hidden = torch.finfo(like.dtype).min / 2
     return torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill(~seen, hidden)
 
