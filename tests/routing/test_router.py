@@ -24,7 +24,11 @@ def made(**options: Any) -> Router:
 def chosen(choice: Choice, sample: int, route: int = 0) -> set[int]:
     """Which tokens have a slot of their own."""
     assert choice.indices is not None
-    kept = choice.indices[sample, route] if choice.mask is None else choice.indices[sample, route][choice.mask[sample, route]]
+    kept = (
+        choice.indices[sample, route]
+        if choice.mask is None
+        else choice.indices[sample, route][choice.mask[sample, route]]
+    )
     assert len(set(kept.tolist())) == len(kept), "a token was chosen twice"
     return set(kept.tolist())
 
