@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rpqfx.routing import RoutedAutoregressiveAttention, Router
+from rpqfx.errors import InputError, SpecError
+from rpqfx.routing import RoutedAutoregressiveAttention, RoutedFeedForward, Router
 from rpqfx.routing.causal import choose_by_the_past
 from tests.helpers import generator, randn, seeds
 
@@ -37,6 +38,27 @@ def test_the_future_does_not_reach_the_past(seed: int, n: int, part: float, mask
         later[:, start:] = ~later[:, start:]
     with torch.no_grad():
         assert torch.equal(layer(x, mask)[:, :start], layer(other, later)[:, :start])
+
+
+@given(seeds, st.integers(2, 45), st.floats(0, 1))
+def test_nor_through_a_feed_forward_block_with_windows(seed: int, n: int, part: float) -> None:
+    torch.manual_seed(seed % 7)
+    layer, start = RoutedFeedForward(DIM, num_heavy_tokens=3, window=8).double(), 1 + int(part * (n - 2))
+    x = randn(seed, 2, n, DIM)
+    other = x.clone()
+    other[:, start:] = 20 * randn(seed + 1, 2, n - start, DIM)
+    with torch.no_grad():
+        assert torch.equal(layer(x)[:, :start], layer(other)[:, :start])
+        changed = (layer(x) - layer.light(x)).abs().amax(-1) > 1e-9
+    assert not changed[:, :8].any() and (n < 24 or changed[:, 8:].any())
+
+
+def test_feed_forward_windows_that_cannot_be_are_refused() -> None:
+    for number, window in ((3, 0), (0.5, 8)):
+        with pytest.raises(SpecError, match="heavy tokens are an int"):
+            RoutedFeedForward(DIM, num_heavy_tokens=number, window=window)
+    with pytest.raises(InputError, match="leave it out"):
+        RoutedFeedForward(DIM, num_heavy_tokens=3, window=8)(torch.zeros(1, 20, DIM), None, 4)
 
 
 @given(seeds, st.integers(10, 45))
