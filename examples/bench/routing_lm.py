@@ -38,7 +38,7 @@ class Dense(nn.Module):
 
 
 def routed(dim: int) -> nn.Module:
-    """A quarter of the queries, keys and values of each window for the heavy branch, and of tokens for the feed-forward."""
+    """A quarter of each window's queries, keys and values, and of its tokens for the heavy feed-forward block."""
     attention = RoutedAutoregressiveAttention(
         dim, num_heavy_tokens_q=WINDOW // 4, num_heavy_tokens_kv=WINDOW // 4, light_dim_head=32, light_heads=dim // 32,
         light_window_size=WINDOW, heavy_dim_head=32, heavy_heads=dim // 32, residual=True,

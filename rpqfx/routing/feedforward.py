@@ -27,8 +27,8 @@ class RoutedFeedForward(nn.Module):
         light_ff_mult: Hidden width of the light block over ``dim``.
         heavy_ff_mult: Hidden width of the heavy block over ``dim``.
         window: Cut the sequence into windows of this many tokens and choose in each by the one before, as
-            ``RoutedAutoregressiveAttention`` chooses queries: nothing depends on later tokens. The number of heavy tokens is
-            then that of each window, at most, and the first window has none.
+            ``RoutedAutoregressiveAttention`` chooses queries: nothing depends on later tokens. The number of heavy
+            tokens is then that of each window, at most, and the first window has none.
         residual: Whether the input is added to the result.
         router: Arguments of ``Router``.
         device: Where the tensors go.
