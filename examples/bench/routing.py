@@ -6,8 +6,8 @@
     python examples/bench/routing.py lm --seconds 600 --plot routing.svg
 
 Shapes are those of its README: 2 x 32768 tokens of width 512, of which 1024 are heavy, and cross-attention of 1024
-tokens to 131,072 memories. "full" is an ordinary transformer block, its attention by scaled_dot_product_attention. "lm" trains
-two byte-level language models on the text in ``pydoc_data`` for equal time: ``routing_lm.py``.
+tokens to 131,072 memories. "full" is an ordinary transformer block, its attention by scaled_dot_product_attention. "lm"
+trains two byte-level language models on the text in ``pydoc_data`` for equal time: ``routing_lm.py``.
 """
 
 from __future__ import annotations
