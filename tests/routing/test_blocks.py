@@ -116,6 +116,16 @@ def test_attention_with_k_of_all_is_both_branches_in_full(name: str) -> None:
     torch.testing.assert_close(layer(x), heavy)
 
 
+def test_each_group_of_heads_has_a_mask_of_its_own() -> None:
+    torch.manual_seed(0)
+    heavy = HeavyAttention(DIM, dim_head=4, heads=4, groups=2).double()
+    x, context, ones = randn(0, 2, 5, DIM), randn(1, 2, 2, 6, DIM), torch.ones(2, 5).double()
+    mask = torch.rand(2, 2, 6, generator=generator(0)) < 0.5
+    other = torch.where(mask[..., None], context, randn(2, 2, 2, 6, DIM))
+    made_of = [heavy(x, c, scores_q=ones, scores_kv=torch.ones(2, 2, 6), mask=mask) for c in (context, other)]
+    torch.testing.assert_close(*made_of)
+
+
 def test_feed_forward_and_block_with_k_of_all_are_both_branches_in_full() -> None:
     x, layer, block = x_and_mask()[0], made("feed forward", 48), made("block", 48)
     assert torch.equal(layer(x), layer.light(x) + layer.heavy(x))

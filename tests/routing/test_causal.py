@@ -19,7 +19,7 @@ DIM = 8
 
 def made(seed: int = 0, **options: Any) -> RoutedAutoregressiveAttention:
     torch.manual_seed(seed)
-    sizes = {"light_dim_head": 4, "light_heads": 2, "light_window_size": 8, "heavy_dim_head": 4, "heavy_heads": 2}
+    sizes = {"light_dim_head": 4, "light_heads": 2, "light_window_size": 8, "heavy_dim_head": 4, "heavy_heads": 4}
     numbers = {"num_heavy_tokens_q": 3, "num_heavy_tokens_kv": 2}
     layer = RoutedAutoregressiveAttention(DIM, **{**sizes, **numbers, "num_routed_kv": 2, "rotary": True, **options})
     return layer.double()

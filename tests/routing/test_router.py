@@ -82,6 +82,9 @@ def test_a_number_for_each_sample() -> None:
     assert [len(chosen(choice, i)) for i in range(3)] == [1, 5, 6]
     assert choice.indices.shape == (3, 1, 6)
     assert torch.equal(choice.scores != 0, choice.mask)
+    mask = torch.arange(40) < torch.tensor([40, 3, 40])[:, None]
+    choice = made()(randn(0, 3, 40, DIM), torch.tensor([1, 5, 99]), most=6, mask=mask)
+    assert [len(chosen(choice, i)) for i in range(3)] == [1, 3, 6]
 
 
 def test_a_share_is_of_each_samples_own_length() -> None:
