@@ -14,15 +14,11 @@ from rpqfx.errors import SpecError
 SEGMENT = 4096
 
 
-def local_attention(
-    q: Tensor, k: Tensor, v: Tensor, block: int, *, causal: bool = False, mask: Tensor | None = None
-) -> Tensor:
+def local_attention(qkv: Tensor, block: int, *, causal: bool = False, mask: Tensor | None = None) -> Tensor:
     """Attention of each block of tokens to itself and the blocks beside it.
 
     Args:
-        q: ``[B, n, h, e]``.
-        k: ``[B, n, h, e]``.
-        v: ``[B, n, h, e]``.
+        qkv: Queries, keys and values, ``[B, n, 3, h, e]``: in one, so that their gradients are too.
         block: Tokens of a block.
         causal: Whether a token sees none after it: the block before its own, and its own up to itself.
         mask: ``[B, n]`` bool, False for tokens that no other may see.
@@ -30,16 +26,16 @@ def local_attention(
     Returns:
         ``[B, n, h, e]``. It costs ``n`` times three blocks (two if causal), and makes nothing of shape n x n.
     """
-    batch, n = q.shape[:2]
+    batch, n = qkv.shape[:2]
     rest = -n % block
     if rest:
-        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, rest)) for x in (q, k, v))
-    q, k, v = (rearrange(x, "b (c w) h e -> (b c) w h e", w=block) for x in (q, k, v))
-    bias = _bias(batch, n, block, causal, mask, q)
-    segments: list[tuple[Tensor, ...]] = [(x,) for x in (q, k, v, bias)]
-    if q.device.type == "cpu" and not torch.compiler.is_compiling():
-        segments = [x.split(max(1, SEGMENT // block)) for x in (q, k, v, bias)]
-    qs, ks, vs, biases = segments
+        qkv = F.pad(qkv, (0, 0, 0, 0, 0, 0, 0, rest))
+    qkv = rearrange(qkv, "b (c w) s h e -> (b c) w s h e", w=block)
+    bias = _bias(batch, n, block, causal, mask, qkv)
+    segments, biases = (qkv,), (bias,)
+    if qkv.device.type == "cpu" and not torch.compiler.is_compiling():
+        segments, biases = (x.split(max(1, SEGMENT // block)) for x in (qkv, bias))
+    qs, ks, vs = zip(*(part.unbind(2) for part in segments), strict=True)
     out = []
     for i, (part, some) in enumerate(zip(qs, biases, strict=True)):
         part = rearrange(part, "c w h e -> c h w e")
@@ -115,7 +111,6 @@ class LocalAttention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """``[B, n, d]`` to ``[B, n, d]``; the mask ``[B, n]`` is False for tokens that none may see."""
-        q, k, v = rearrange(self.to_qkv(self.norm(x)), "b n (s h e) -> s b n h e", s=3, h=self.heads).unbind()
-        return self.to_out(
-            rearrange(local_attention(q, k, v, self.block, causal=self.causal, mask=mask), "b n h e -> b n (h e)")
-        )
+        qkv = rearrange(self.to_qkv(self.norm(x)), "b n (s h e) -> b n s h e", s=3, h=self.heads)
+        out = local_attention(qkv, self.block, causal=self.causal, mask=mask)
+        return self.to_out(rearrange(out, "b n h e -> b n (h e)"))

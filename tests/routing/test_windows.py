@@ -33,7 +33,7 @@ def test_it_is_attention_to_the_blocks_beside(
     tensors = [randn(seed + i, 2, n, 2, 3).requires_grad_() for i in range(3)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(windows, "SEGMENT", segment)
-        ours = local_attention(*tensors, block, causal=causal, mask=mask if masked else None)[mask]
+        ours = local_attention(torch.stack(tensors, 2), block, causal=causal, mask=mask if masked else None)[mask]
     wanted = naive(*tensors, block, causal, mask)[mask]
     torch.testing.assert_close(ours, wanted)
     seen = randn(seed + 4, *ours.shape)
