@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from rpqfx.routing import RoutedAutoregressiveAttention, RoutedFeedForward
 
 BATCH, LENGTH, DEPTH, DIM, WINDOW = 4, 1024, 4, 128, 64
-WIDTHS = range(64, 321, 16)  # of dense models, of which that with the nearest step time is trained
+WIDTHS = range(64, 257, 32)  # of dense models, of which that with the nearest step time is trained
 
 
 class Dense(nn.Module):
