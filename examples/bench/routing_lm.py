@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from rpqfx.routing import RoutedAutoregressiveAttention, RoutedFeedForward
 
-BATCH, LENGTH, DEPTH, DIM, WINDOW = 4, 1024, 4, 128, 64
-WIDTHS = range(64, 257, 32)  # of dense models, of which that with the nearest step time is trained
+BATCH, LENGTH, DEPTH, DIM, WINDOW = 1, 4096, 4, 128, 128
+WIDTHS = (64, 80, 96, 128, 160)  # of dense models, of which that with the nearest step time is trained
 
 
 class Dense(nn.Module):
