@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import rpqfx
+import rpqfx.routing
 from rpqfx.nn.layer import CodebookOptions, RPQLayer
 
 ROOT = Path(__file__).parent.parent
@@ -95,6 +96,7 @@ def test_the_readme_and_every_guide_have_snippets():
         "layers",
         "pretrained",
         "rewriting",
+        "routing",
         "saving",
         "speed",
         "training-memory",
@@ -130,7 +132,7 @@ def referenced() -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("module", [rpqfx, rpqfx.nn, rpqfx.graph], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [rpqfx, rpqfx.nn, rpqfx.graph, rpqfx.routing], ids=lambda module: module.__name__)
 def test_every_public_name_is_in_the_reference(module: Any):
     known = referenced()
     documented = {id(item) for item in known.values()}
@@ -200,8 +202,8 @@ def test_every_row_of_what_came_before_says_where_it_is():
     for ability, where in rows:
         told = "`" in where or "planned: " in where or "no figure of ours yet" in where
         assert told, f"no answer for: {ability}"
-    kinds = set(re.findall(r"planned: (KV cache|routed blocks|\w+)", text))
-    assert kinds == {"KV cache", "routed blocks"}
+    kinds = set(re.findall(r"planned: (KV cache|\w+)", text))
+    assert kinds == {"KV cache"}
 
 
 # ------------------------------------------------------------------------------------------------------ the pages
