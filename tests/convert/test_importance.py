@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import rpqfx
-from rpqfx.convert.importance import _probe, importance
+from rpqfx.convert.importance import importance
 from rpqfx.convert.observe import Observer
+from rpqfx.convert.probe import probe
 from rpqfx.convert.standin import StandIn
 from rpqfx.nn.layout import Layout
 from tests.helpers import randn
@@ -92,15 +93,15 @@ def test_what_no_gradient_reaches_matters_as_little_as_the_least() -> None:
 
 
 @pytest.mark.parametrize("output", [torch.zeros(3), torch.tensor([1, 2]), None, "text", SimpleNamespace()])
-def test_outputs_without_gradients_have_no_probe(output: Any) -> None:
-    assert _probe(output, 0) is None
+def test_outputs_without_gradients_have_noprobe(output: Any) -> None:
+    assert probe(output, 0) is None
 
 
 def test_the_probe_of_logits_has_the_fisher_information() -> None:
     logits = randn(0, 1, 5, dtype=torch.float32).requires_grad_()
     grads = []
     for seed in range(4000):
-        loss = _probe(SimpleNamespace(logits=logits), seed)
+        loss = probe(SimpleNamespace(logits=logits), seed)
         assert loss is not None
         grads.append(torch.autograd.grad(loss, logits)[0][0])
     chances = logits.detach().softmax(-1)[0]
