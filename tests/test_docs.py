@@ -96,6 +96,7 @@ def test_the_readme_and_every_guide_have_snippets():
         "layers",
         "pretrained",
         "rewriting",
+        "kv-cache",
         "routing",
         "saving",
         "speed",
