@@ -46,8 +46,7 @@ def quantize_kv(
     was, and gives what it would give with a [`CodebookCache`][rpqfx.kv.cache.CodebookCache] filled token by token.
 
     Args:
-        model: Any model; left alone. The result shares its Parameters and buffers unless they are copied by
-            ``copy.deepcopy``'s rules, that is: they are copied.
+        model: Any model; left alone. The result has copies of its Parameters and buffers and shares none.
         policy: How keys and values are held; ``KVPolicy()`` if left out.
         calibration: Batches: each a tensor, a tuple of positional or a mapping of keyword inputs. 16 sequences do.
         fit: Whether coders are fitted; if not, batches only show the shapes (one is enough), codebooks are random, and
