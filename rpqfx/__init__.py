@@ -1,6 +1,6 @@
 """Rewrite a PyTorch model so that its weights live in codebooks, and use them straight from there."""
 
-from rpqfx import errors, graph, kv, nn
+from rpqfx import errors, graph, kv, nn, reroute
 from rpqfx._api import rpqify
 from rpqfx.codebook import CodebookSpec
 from rpqfx.errors import RPQError
@@ -9,6 +9,8 @@ from rpqfx.kv.policy import KVPolicy, KVRule
 from rpqfx.kv.rewrite import quantize_kv
 from rpqfx.materialize import materialize
 from rpqfx.policy import Hold, Policy, Rule, Skip
+from rpqfx.reroute.policy import RoutePolicy, RouteRule
+from rpqfx.reroute.rewrite import route
 from rpqfx.report import Report, report
 from rpqfx.serialize import load, save
 from rpqfx.site import Site
@@ -24,6 +26,8 @@ __all__ = [
     "Policy",
     "RPQError",
     "Report",
+    "RoutePolicy",
+    "RouteRule",
     "Rule",
     "Site",
     "Skip",
@@ -36,6 +40,8 @@ __all__ = [
     "nn",
     "quantize_kv",
     "report",
+    "reroute",
+    "route",
     "rpqify",
     "save",
     "tune",

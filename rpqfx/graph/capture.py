@@ -66,6 +66,16 @@ class ModuleTracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        """As the base class; but where arguments are at their defaults, there are none beyond those with names.
+
+        So ``**kwargs`` can be handed on, and a forward behind a decorator is called as it is.
+        """
+        function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+        if concrete_args is None or not any(map(_is_star, args)):
+            return function, args
+        return root_fn, [arg for arg in args if not _is_star(arg)]
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Always."""
         return True
@@ -111,6 +121,10 @@ def capture(
     return Captured(model, graphs)
 
 
+def _is_star(argument: Any) -> bool:
+    return isinstance(argument, fx.Proxy) and str(argument.node.target).startswith("*")
+
+
 def _lazy(model: nn.Module) -> str | None:
     """A lazy module that has never run, in words, or None."""
     for name, module in model.named_modules():
@@ -128,7 +142,7 @@ def _read(module: nn.Module, leaves: tuple[type[nn.Module], ...]) -> ModuleGraph
     if type(module).forward is nn.Module.forward and "forward" not in module.__dict__:
         return ModuleGraph(opaque="it has no forward")
     graphs, errors = [], []
-    fixed = (None, _defaults(module)) if _defaults(module) else (None,)
+    fixed = (None, values) if (values := _defaults(module)) is not None else (None,)
     for training, values in itertools.product((False, True), fixed):
         try:
             with _unchanged(module):
@@ -145,9 +159,11 @@ def is_builtin(module: nn.Module) -> bool:
     return kind.__module__.startswith("torch.nn") or isinstance(module, _CONTAINERS)
 
 
-def _defaults(module: nn.Module) -> dict[str, Any]:
+def _defaults(module: nn.Module) -> dict[str, Any] | None:
+    """Arguments that need not be given, or None where all must be."""
     parameters = inspect.signature(module.forward).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+    found = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+    return found if found or any(p.kind is p.VAR_KEYWORD for p in parameters) else None
 
 
 @contextlib.contextmanager

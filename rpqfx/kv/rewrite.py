@@ -17,7 +17,7 @@ from rpqfx.graph.rewrite import Progress
 from rpqfx.graph.snapshot import Snapshot
 from rpqfx.kv.attention import KVAttention, attentions
 from rpqfx.kv.calibrate import find_space, fit_coders, share_codebooks
-from rpqfx.kv.find import AttentionSite, find_attention
+from rpqfx.graph.attention import AttentionSite, find_attention
 from rpqfx.kv.headcoder import HeadCoder
 from rpqfx.kv.policy import KVPolicy
 from rpqfx.kv.watch import Moments, Watch

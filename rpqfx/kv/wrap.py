@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from rpqfx.errors import InputError, RewriteError
 from rpqfx.kv.attention import KVAttention
-from rpqfx.kv.find import AttentionSite
+from rpqfx.graph.attention import AttentionSite
 from rpqfx.kv.rotary import Rotary
 from rpqfx.nn.attention import Attends
 

@@ -138,7 +138,9 @@ class RoutedAutoregressiveAttention(nn.Module):
         return put(out, queries, made, heavy.stand_in, plus)
 
 
-def choose_by_the_past(router: Router, x: Tensor, num_tokens: int, window: int, mask: Tensor | None = None) -> Choice:
+def choose_by_the_past(
+    router: Router, x: Tensor, num_tokens: int, window: int, mask: Tensor | None = None, *, fill: bool = False
+) -> Choice:
     """Chooses tokens of each window, but the first, by what the window before would have chosen.
 
     Args:
@@ -147,9 +149,10 @@ def choose_by_the_past(router: Router, x: Tensor, num_tokens: int, window: int, 
         num_tokens: At most how many of each window.
         window: Its length.
         mask: ``[B, n]`` bool.
+        fill: Whether the last tokens of a window take the places that are left.
 
     Returns:
-        A choice of ``num_tokens`` slots for each window but the first.
+        A choice of ``num_tokens`` slots for each window but the first, in the order of tokens.
     """
     batch, n = x.shape[:2]
     kept = torch.ones(batch, n, dtype=torch.bool, device=x.device) if mask is None else mask
@@ -161,8 +164,7 @@ def choose_by_the_past(router: Router, x: Tensor, num_tokens: int, window: int, 
     s, kept = s[:, 1:], kept[:, 1:]
     if slots < window:
         least = past.detach().masked_fill(~seen, -torch.inf).topk(slots).values[..., -1:]
-        kept = kept & (s >= least)
-    kept = kept & (kept.cumsum(-1) <= slots)
+        kept = _in_turn(kept & (s >= least), slots, fill) & kept
     line = torch.arange(window, device=x.device)
     places = torch.where(kept, line, window).sort(-1).values[..., :slots]
     taken = places < window
@@ -173,3 +175,15 @@ def choose_by_the_past(router: Router, x: Tensor, num_tokens: int, window: int, 
     indices = (places + start[:, None]).clamp(max=n - 1)
     flat = (rearrange(t, "b c k -> b 1 (c k)") for t in (indices, scores, taken))
     return Choice(*flat)
+
+
+def _in_turn(wanted: Tensor, slots: int, fill: bool) -> Tensor:
+    """``[..., w]`` bool: the first ``slots`` that are wanted, and at the end whoever is needed to fill them.
+
+    How many are taken up to a token, and so whether it is, follows from what is wanted up to there.
+    """
+    taken = wanted.cumsum(-1).clamp(max=slots)
+    if fill:
+        after = torch.arange(wanted.shape[-1], device=wanted.device).flip(-1)
+        taken = torch.maximum(taken, slots - after)
+    return F.pad(taken, (1, 0)).diff(dim=-1) > 0

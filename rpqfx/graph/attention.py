@@ -1,4 +1,4 @@
-"""Where a model attends: modules whose keys and values could be held as codes."""
+"""Where a model attends."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
 from rpqfx.graph.capture import Captured
 
@@ -49,9 +49,23 @@ def find_attention(captured: Captured) -> list[AttentionSite]:
     return found
 
 
-def _calls(captured: Captured, name: str) -> bool:
+def attends_causally(captured: Captured, site: AttentionSite) -> bool:
+    """Whether a module says of itself, or its calls say, that no token sees later ones.
+
+    False is no proof: a mask may say so when the model runs.
+
+    Args:
+        captured: The model as it was read.
+        site: The module.
+    """
+    if any(getattr(site.module, name, False) is True for name in ("is_causal", "causal")):
+        return True
+    return any(call.kwargs.get("is_causal") is True or True in call.args[5:6] for call in _calls(captured, site.name))
+
+
+def _calls(captured: Captured, name: str) -> list[fx.Node]:
     graphs = captured.graphs[name].graphs if name in captured.graphs else ()
-    return any(node.target is F.scaled_dot_product_attention for graph in graphs for node in graph.nodes)
+    return [node for graph in graphs for node in graph.nodes if node.target is F.scaled_dot_product_attention]
 
 
 def _is_opaque_caller(captured: Captured, name: str, module: nn.Module) -> bool:

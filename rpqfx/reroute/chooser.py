@@ -1,0 +1,117 @@
+"""Which tokens of a sequence take the heavy branch of a block that was rewritten."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from einops import repeat
+from torch import Tensor, nn
+
+from rpqfx.routing.causal import choose_by_the_past
+from rpqfx.routing.router import Choice, Router
+
+
+class Padding:
+    """The mask of the call that is under way: which tokens are padding, as far as the model was told."""
+
+    def __init__(self) -> None:
+        self.mask: Tensor | None = None
+
+    def of(self, x: Tensor) -> Tensor | None:
+        """``[B, n]`` bool, False for padding, if there is a mask that fits tokens ``[B, n, d]``."""
+        mask = self.mask
+        return mask if mask is not None and mask.shape == x.shape[:2] else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles take: nothing of a call."""
+        return {"mask": None}
+
+
+class Chooser(nn.Module):
+    """The router of a rewritten block.
+
+    Args:
+        dim: Width of tokens.
+        number: How many are chosen of each sequence, or of each window; a float is a share.
+        window: Choose window by window, by the past alone; the first is chosen whole.
+        padding: Of the model.
+        router: Arguments of ``Router``.
+        device: Where the tensors go.
+        dtype: Of the Parameters.
+
+    Raises:
+        SpecError: As ``Router``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        number: int | float,
+        window: int | None,
+        padding: Padding,
+        router: Mapping[str, Any],
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.number, self.window, self.padding = number, window, padding
+        self.router = Router(dim, **router, device=device, dtype=dtype)
+
+    def extra_repr(self) -> str:
+        """What ``print`` shows."""
+        return f"{self.number} heavy tokens" + ("" if self.window is None else f" of {self.window}")
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Choice:
+        """Chooses.
+
+        Args:
+            x: ``[B, n, d]``.
+            mask: ``[B, n]`` bool, False for tokens that are not chosen; left out, that of the model's call.
+
+        Returns:
+            A choice in the order of tokens; or, where every token is chosen, one without indices, whose scores are
+            all 1 whatever the mask.
+        """
+        if self._all(x.shape[1]):
+            return _everyone(x)
+        mask = self.padding.of(x) if mask is None else mask
+        if self.window is None:
+            return _in_order(self.router(x, self.number, mask=mask))
+        slots = self._slots(self.window)
+        choice = choose_by_the_past(self.router, x, slots, self.window, mask, fill=True)
+        return _with_first(choice, self.window, mask)
+
+    def _all(self, n: int) -> bool:
+        """Whether all of ``n`` tokens are chosen."""
+        if self.window is not None and (n <= self.window or self._slots(self.window) >= self.window):
+            return True
+        return self._slots(n) >= n
+
+    def _slots(self, n: int) -> int:
+        """Of so many tokens."""
+        return math.ceil(n * self.number - 1e-4) if isinstance(self.number, float) else self.number
+
+
+def _everyone(x: Tensor) -> Choice:
+    return Choice(None, torch.ones(x.shape[0], 1, x.shape[1], device=x.device), None)
+
+
+def _in_order(choice: Choice) -> Choice:
+    """The same, in the order of tokens: what is causal stays so."""
+    assert choice.indices is not None
+    indices, at = choice.indices.sort(-1)
+    return Choice(indices, choice.scores.gather(-1, at), None if choice.mask is None else choice.mask.gather(-1, at))
+
+
+def _with_first(choice: Choice, window: int, mask: Tensor | None) -> Choice:
+    """With all tokens of the first window before the others."""
+    indices, scores, kept = choice
+    assert indices is not None and kept is not None
+    first = repeat(torch.arange(window, device=indices.device), "w -> b 1 w", b=indices.shape[0])
+    taken = torch.ones_like(first, dtype=torch.bool) if mask is None else mask[:, None, :window]
+    return Choice(
+        torch.cat([first, indices], -1), torch.cat([taken.to(scores.dtype), scores], -1), torch.cat([taken, kept], -1)
+    )
