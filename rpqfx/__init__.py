@@ -9,9 +9,9 @@ from rpqfx.kv.policy import KVPolicy, KVRule
 from rpqfx.kv.rewrite import quantize_kv
 from rpqfx.materialize import materialize
 from rpqfx.policy import Hold, Policy, Rule, Skip
+from rpqfx.report import Report, report
 from rpqfx.reroute.policy import RoutePolicy, RouteRule
 from rpqfx.reroute.rewrite import route
-from rpqfx.report import Report, report
 from rpqfx.serialize import load, save
 from rpqfx.site import Site
 from rpqfx.tune import tune

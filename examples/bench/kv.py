@@ -35,6 +35,7 @@ OURS = {
     "3": KVPolicy(bits=3, window=128),
     "2": KVPolicy(bits=2, window=128),
     "2, keys after rotation": KVPolicy(bits=2, window=128, keys="after"),
+    "2, keys after rotation, heads apart": KVPolicy(bits=2, window=128, keys="after", joint=False),
     "1": KVPolicy(bits=1, window=128),
 }
 VQLLM = KVPolicy(

@@ -79,7 +79,13 @@ def _bound(child: nn.Module, graph: fx.Graph, args: Any, kwargs: Any) -> dict[fx
     call.apply_defaults()
     given: dict[str, Any] = {}
     for name, parameter in inspect.signature(child.forward).parameters.items():
-        star = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+        star = (
+            "*"
+            if parameter.kind is parameter.VAR_POSITIONAL
+            else "**"
+            if parameter.kind is parameter.VAR_KEYWORD
+            else ""
+        )
         given[star + name] = call.arguments[name]
     bound: dict[fx.Node, Any] = {}
     for node in graph.nodes:

@@ -11,13 +11,13 @@ from torch import nn
 from rpqfx.convert.batches import Batches
 from rpqfx.convert.probe import probe
 from rpqfx.errors import InputError, PolicyError, RewriteError
+from rpqfx.graph.attention import AttentionSite, find_attention
 from rpqfx.graph.capture import capture, evaluating
 from rpqfx.graph.copying import copy_model
 from rpqfx.graph.rewrite import Progress
 from rpqfx.graph.snapshot import Snapshot
 from rpqfx.kv.attention import KVAttention, attentions
 from rpqfx.kv.calibrate import find_space, fit_coders, share_codebooks
-from rpqfx.graph.attention import AttentionSite, find_attention
 from rpqfx.kv.headcoder import HeadCoder
 from rpqfx.kv.policy import KVPolicy
 from rpqfx.kv.watch import Moments, Watch

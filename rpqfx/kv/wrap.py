@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from rpqfx.errors import InputError, RewriteError
-from rpqfx.kv.attention import KVAttention
 from rpqfx.graph.attention import AttentionSite
+from rpqfx.kv.attention import KVAttention
 from rpqfx.kv.rotary import Rotary
 from rpqfx.nn.attention import Attends
 

@@ -145,7 +145,7 @@ def _ends_at(model: nn.Module, node: fx.Node) -> _Found | None:
         return None
     inside = _between(node, linear, blind)
     heads = [each for each in node.graph.nodes if each in inside and linear(each)]
-    if not heads or len({each.args[:1] for each in heads}) != 1 or all(idle(each) for each in inside if each not in heads):
+    if len({each.args[:1] for each in heads}) != 1 or all(idle(each) for each in inside if each not in heads):
         return None
     if any(user is not node and user not in inside for each in inside for user in each.users):
         return None
@@ -153,9 +153,7 @@ def _ends_at(model: nn.Module, node: fx.Node) -> _Found | None:
     return first, last  # type: ignore[return-value]
 
 
-def _between(
-    node: fx.Node, linear: Callable[[fx.Node], bool], blind: Callable[[fx.Node], bool]
-) -> dict[fx.Node, None]:
+def _between(node: fx.Node, linear: Callable[[fx.Node], bool], blind: Callable[[fx.Node], bool]) -> dict[fx.Node, None]:
     """What a linear layer's input is made of, back to linear layers; nothing where there is something else."""
     found: dict[fx.Node, None] = {}
     waiting = list(node.all_input_nodes)
@@ -182,7 +180,7 @@ def _pointwise(node: fx.Node) -> bool:
     if name in _ALONG_THE_LAST:
         at = _ALONG_THE_LAST[name]
         axis = node.kwargs.get("dim", node.args[at] if len(node.args) > at else None)
-        return axis == -1 or (name == "glu" and axis is None)
+        return bool(axis == -1) or (name == "glu" and axis is None)
     return name in _POINTWISE
 
 

@@ -149,8 +149,8 @@ def _widths(block: Block) -> tuple[int, int]:
 def _sizes(layer: nn.Module) -> tuple[int, int]:
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
-    rows, columns = layer.weight.shape  # type: ignore[union-attr]
-    return int(rows), int(columns)
+    rows, columns = layer.get_parameter("weight").shape  # transformers' Conv1D
+    return rows, columns
 
 
 def _install(block: Block, new: FeedForwardRoute | AttentionRoute) -> None:
@@ -194,5 +194,5 @@ def _without_cache(model: nn.Module) -> None:
     """Has models of transformers make no cache unless they are told to."""
     for module in model.modules():
         for config in (getattr(module, "config", None), getattr(module, "generation_config", None)):
-            if getattr(config, "use_cache", None):
+            if config is not None and getattr(config, "use_cache", False):
                 config.use_cache = False

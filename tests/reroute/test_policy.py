@@ -10,7 +10,9 @@ from rpqfx.errors import PolicyError
 from rpqfx.reroute import RoutePolicy, RouteRule
 
 POLICY = RoutePolicy(
-    feed_forward=8, router={"eps": 0.2}, rules=(RouteRule("layers.0", skip="it is first"), RouteRule("layers.*", tokens=0.5))
+    feed_forward=8,
+    router={"eps": 0.2},
+    rules=(RouteRule("layers.0", skip="it is first"), RouteRule("layers.*", tokens=0.5)),
 )
 
 

@@ -124,7 +124,7 @@ def test_a_causal_model_needs_a_window() -> None:
     with pytest.raises(PolicyError, match="causal"):
         route(Layer(causal=True), RoutePolicy(attention=None))
     small = route(encoder().train(), SOME)
-    with pytest.raises(InputError, match="is causal.*window"):
+    with pytest.raises(InputError, match=r"is causal.*window"):
         small(x_of(0), mask=nn.Transformer.generate_square_subsequent_mask(LENGTH), is_causal=True)
 
 
