@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from rpqfx.kv import ema
+from rpqfx.kv.groups import Groups
 from rpqfx.kv.lookup import Step
-from rpqfx.kv.slots import Slots
 
 _FLOAT32 = ("ema_counts", "ema_sums")
 
@@ -18,7 +18,7 @@ _FLOAT32 = ("ema_counts", "ema_sums")
 class Averaged(nn.Module):
     """Keeps the averages of a quantiser's codebooks, in float32 whatever the module is cast to."""
 
-    layout: Slots
+    layout: Groups
     codebooks: nn.Parameter
     repeat: int
     decay: float | None

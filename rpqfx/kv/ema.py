@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rpqfx.kv.groups import Groups
 from rpqfx.kv.lookup import Step
-from rpqfx.kv.slots import Slots
 
 # Points that each entry is taken to have on top of its own.
 _SMOOTHING = 1e-5
@@ -25,7 +25,7 @@ class Sums(NamedTuple):
 
 
 @torch.no_grad()
-def batch_sums(steps: list[Step], mask: Tensor, slots: Slots) -> Sums:
+def batch_sums(steps: list[Step], mask: Tensor, slots: Groups) -> Sums:
     """What the entries were chosen for in a batch, added up over all ranks.
 
     Args:
@@ -50,7 +50,7 @@ def batch_sums(steps: list[Step], mask: Tensor, slots: Slots) -> Sums:
 
 
 @torch.no_grad()
-def draw(steps: list[Step], mask: Tensor, slots: Slots, number: Tensor) -> Tensor:
+def draw(steps: list[Step], mask: Tensor, slots: Groups, number: Tensor) -> Tensor:
     """A point of the batch for each entry, ``[R, G, K, d]`` float32: rank 0's for all ranks.
 
     Which points is a matter of ``number`` alone, and they are different ones while there are enough. NaN where no

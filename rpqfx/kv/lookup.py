@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rpqfx.kv.slots import Run, Slots
+from rpqfx.kv.groups import Groups, Run
 from rpqfx.ops.search import residual_search
 
 
@@ -28,7 +28,7 @@ class Step(NamedTuple):
 
 
 @torch.no_grad()
-def assign(parts: Tensor, books: Tensor, slots: Slots, beam: int, cosine: bool) -> Tensor:
+def assign(parts: Tensor, books: Tensor, slots: Groups, beam: int, cosine: bool) -> Tensor:
     """Codes of sub-vectors.
 
     Args:
@@ -59,7 +59,7 @@ def assign(parts: Tensor, books: Tensor, slots: Slots, beam: int, cosine: bool) 
     return torch.cat(slots.in_order(found), 1) if found else parts.new_empty(len(parts), 0, dtype=torch.int64)
 
 
-def decode(codes: Tensor, books: Tensor, slots: Slots) -> Tensor:
+def decode(codes: Tensor, books: Tensor, slots: Groups) -> Tensor:
     """The sums of entries that codes stand for.
 
     Args:
@@ -80,7 +80,7 @@ def decode(codes: Tensor, books: Tensor, slots: Slots) -> Tensor:
     return _whole(found, slots, books.new_zeros(len(codes), slots.sub_vector))
 
 
-def walk(parts: Tensor, codes: Tensor, books: Tensor, slots: Slots) -> Iterator[Step]:
+def walk(parts: Tensor, codes: Tensor, books: Tensor, slots: Groups) -> Iterator[Step]:
     """The stages one by one.
 
     Args:
@@ -111,7 +111,7 @@ def _entries(index: Tensor, books: Tensor) -> Tensor:
     return F.embedding(index, books.flatten(0, 1))
 
 
-def _whole(found: list[Tensor], slots: Slots, zeros: Tensor) -> Tensor:
+def _whole(found: list[Tensor], slots: Groups, zeros: Tensor) -> Tensor:
     if len(found) == 1 and len(slots.runs[0].groups) == slots.groups:
         return found[0]
     return torch.stack(slots.in_order(found, zeros), 1)

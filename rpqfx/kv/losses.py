@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rpqfx.kv.groups import Groups
 from rpqfx.kv.lookup import Step
-from rpqfx.kv.slots import Slots
 
 
-def stage_losses(steps: list[Step], mask: Tensor, slots: Slots, commitment: float, *, by_gradient: bool) -> Tensor:
+def stage_losses(steps: list[Step], mask: Tensor, slots: Groups, commitment: float, *, by_gradient: bool) -> Tensor:
     """The commitment of all stages (van den Oord et al., 2017, arXiv 1711.00937), and the codebooks' part.
 
     Args:

@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 
 from rpqfx.errors import FormatError, InputError
-from rpqfx.ops.vectors import rotate
-from rpqfx.steps import sum_dtype
 
 
 class Positions:
@@ -113,20 +111,3 @@ class Positions:
 def grown(length: int) -> int:
     """Room for tokens and for an eighth more, so that growing costs little and little lies idle."""
     return (length + length // 8 + 7) // 8 * 8
-
-
-def turned_back(k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Keys before their rotary embedding, whose pairs it may have stretched as well as turned.
-
-    Args:
-        k: ``[B, H, T, D]``, floating.
-        cos: ``[B or 1, T, R / 2]``.
-        sin: The same.
-
-    Returns:
-        ``[B, H, T, D]``, in float32 at least.
-    """
-    dtype = sum_dtype(k.dtype)
-    cos, sin = cos.to(dtype), sin.to(dtype)
-    size = cos.square() + sin.square()
-    return rotate(k.to(dtype), cos / size, -sin / size)

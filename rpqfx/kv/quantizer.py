@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from rpqfx.errors import InputError, SpecError
 from rpqfx.kv.averaged import Averaged
 from rpqfx.kv.checks import check_points, check_vectors, counted_tokens
+from rpqfx.kv.groups import Groups
 from rpqfx.kv.lookup import assign, decode, exact, walk
 from rpqfx.kv.losses import stage_losses
-from rpqfx.kv.slots import Slots
 from rpqfx.kv.start import start
 from rpqfx.spec import code_dtype
 
@@ -98,7 +98,7 @@ class VectorQuantizer(Averaged):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.layout = Slots.make(dim, sub_vector, stages, entries, shared, strided)
+        self.layout = Groups.make(dim, sub_vector, stages, entries, shared, strided)
         self.repeat, self.scaled, self.cosine, self.beam = repeat, scaled, cosine, beam
         self.decay, self.revive, self.commitment, self.seed = decay, revive, commitment, seed
         if repeat < 1 or any(own % repeat for own in self.layout.stages):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
+
+from rpqfx.ops.vectors import rotate
+from rpqfx.steps import sum_dtype
 
 
 class Rotary(NamedTuple):
@@ -27,31 +29,36 @@ def turn(x: Tensor, rotary: Rotary) -> Tensor:
         x: ``[B, H, T, D]``.
         rotary: Of its tokens.
     """
-    cos, sin, part, rest = _parts(x, rotary)
-    return _whole(part * cos + _half(part) * sin, rest)
+    return rotate(x, *_halves(rotary))
 
 
 def turn_back(x: Tensor, rotary: Rotary) -> Tensor:
-    """``x`` before the embedding; embeddings that also stretch (YaRN) are undone as well.
+    """``x`` before the embedding, in its own dtype; see ``turned_back``.
 
     Args:
         x: ``[B, H, T, D]``.
         rotary: Of its tokens.
     """
-    cos, sin, part, rest = _parts(x, rotary)
-    return _whole((part * cos - _half(part) * sin) / (cos.square() + sin.square()), rest)
+    return turned_back(x, *_halves(rotary)).to(x.dtype)
 
 
-def _parts(x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    cos, sin = (angle[:, None].to(x.dtype) for angle in rotary)
-    turned = cos.shape[-1]
-    return cos, sin, x[..., :turned], x[..., turned:] if turned < x.shape[-1] else None
+def turned_back(k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Keys before their rotary embedding, whose pairs it may have stretched (YaRN) as well as turned.
+
+    Args:
+        k: ``[B, H, T, D]``, floating.
+        cos: ``[B or 1, T, D' / 2]``, without its repetition.
+        sin: The same.
+
+    Returns:
+        ``[B, H, T, D]``, in float32 at least.
+    """
+    dtype = sum_dtype(k.dtype)
+    cos, sin = cos.to(dtype), sin.to(dtype)
+    size = cos.square() + sin.square()
+    return rotate(k.to(dtype), cos / size, -sin / size)
 
 
-def _whole(part: Tensor, rest: Tensor | None) -> Tensor:
-    return part if rest is None else torch.cat([part, rest], -1)
-
-
-def _half(x: Tensor) -> Tensor:
-    a, b = x.chunk(2, -1)
-    return torch.cat([-b, a], -1)
+def _halves(rotary: Rotary) -> tuple[Tensor, Tensor]:
+    half = rotary.cos.shape[-1] // 2
+    return rotary.cos[..., :half], rotary.sin[..., :half]

@@ -9,7 +9,7 @@ from torch import Tensor
 from rpqfx.fit.kmeans import kmeans
 from rpqfx.fit.refit import left_over
 from rpqfx.fit.residual import train
-from rpqfx.kv.slots import Slots
+from rpqfx.kv.groups import Groups
 from rpqfx.ops.search import nearest, residual_search
 
 # Sub-vectors that a codebook is fitted to.
@@ -20,7 +20,7 @@ SAMPLES = 100_000
 def start(
     parts: Tensor,
     weights: Tensor | None,
-    slots: Slots,
+    slots: Groups,
     *,
     repeat: int = 1,
     beam: int,
@@ -81,7 +81,7 @@ def start(
 
 
 def _sample(
-    parts: Tensor, weights: Tensor | None, used: list[int], slots: Slots, seed: int
+    parts: Tensor, weights: Tensor | None, used: list[int], slots: Groups, seed: int
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Sub-vectors ``[P, d]`` of some groups, their weights, and how many stages their groups have."""
     count = len(parts) * len(used)

@@ -9,7 +9,7 @@ from rpqfx.errors import InputError
 from rpqfx.kv import attend
 from rpqfx.kv.attend import Rope
 from rpqfx.kv.coder import Coder, slots_of
-from rpqfx.kv.positions import turned_back
+from rpqfx.kv.rotary import turned_back
 from rpqfx.ops.slots import Stream, bits_at, check
 from rpqfx.packing import code_bits
 

@@ -12,7 +12,8 @@ from rpqfx.kv import attend
 from rpqfx.kv.attend import Rope
 from rpqfx.kv.coder import Coder
 from rpqfx.kv.mixed import Parts, attention
-from rpqfx.kv.positions import Positions, turned_back
+from rpqfx.kv.positions import Positions
+from rpqfx.kv.rotary import turned_back
 from rpqfx.kv.side import Side
 from rpqfx.ops.slots import UNIT
 

@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rpqfx.errors import CodeError, InputError, SpecError
-from rpqfx.kv.slots import Run, Slots
+from rpqfx.kv.groups import Groups, Run
 from tests.helpers import randn, seeds
 
 
 @given(seeds, st.integers(1, 5), st.integers(1, 5), st.booleans(), st.integers(0, 3))
 def test_groups_are_runs_or_strides_of_channels(seed: int, groups: int, d: int, strided: bool, tokens: int) -> None:
-    slots = Slots.make(groups * d, d, 1, 4, True, strided)
+    slots = Groups.make(groups * d, d, 1, 4, True, strided)
     x = randn(seed, tokens, groups * d)
     parts = slots.split(x)
     assert parts.shape == (tokens, groups, d)
@@ -25,7 +25,7 @@ def test_groups_are_runs_or_strides_of_channels(seed: int, groups: int, d: int, 
 
 
 def test_slots_are_group_major() -> None:
-    slots = Slots.make(8, 2, [2, 0, 1, 2], 4, False, False)
+    slots = Groups.make(8, 2, [2, 0, 1, 2], 4, False, False)
     assert slots.slot_groups == (0, 0, 2, 3, 3) and slots.slot_stages == (0, 1, 0, 0, 1)
     assert slots.count == 5 and slots.codebooks_shape == (2, 4, 4, 2)
     assert slots.runs == (Run((2,), 1), Run((0, 3), 2))
@@ -33,7 +33,7 @@ def test_slots_are_group_major() -> None:
     codes = torch.arange(5)[None]
     assert slots.codes_of(codes, slots.runs[1]).tolist() == [[[0, 1], [3, 4]]]
     assert slots.codes_of(codes, slots.runs[0]).tolist() == [[[2]]]
-    assert Slots.make(8, 2, 3, 4, True, False).codebooks_shape == (3, 1, 4, 2)
+    assert Groups.make(8, 2, 3, 4, True, False).codebooks_shape == (3, 1, 4, 2)
 
 
 @pytest.mark.parametrize(
@@ -52,11 +52,11 @@ def test_slots_are_group_major() -> None:
 def test_numbers_that_cannot_be_are_refused(changes: dict[str, int], message: str) -> None:
     given = {"dim": 64, "sub_vector": 8, "stages": 2, "entries": 256, "shared": True, "strided": False}
     with pytest.raises(SpecError, match=message):
-        Slots.make(**{**given, **changes})  # type: ignore[arg-type]
+        Groups.make(**{**given, **changes})  # type: ignore[arg-type]
 
 
 def test_codes_that_cannot_be_are_refused() -> None:
-    slots = Slots.make(4, 2, 1, 5, True, False)
+    slots = Groups.make(4, 2, 1, 5, True, False)
     slots.check_codes(torch.tensor([[0, 4]]))
     slots.check_codes(torch.tensor([0, 4]).to(torch.uint16))
     slots.check_codes(torch.empty(0, 2, dtype=torch.uint8))

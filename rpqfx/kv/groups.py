@@ -21,7 +21,7 @@ class Run(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Slots:
+class Groups:
     """How a vector is cut into groups of channels, and where the codes of each group lie.
 
     A slot is a pair of a group and a stage. Slots are group-major: those of group 0 come first, stages in order.
@@ -72,8 +72,8 @@ class Slots:
     @classmethod
     def make(
         cls, dim: int, sub_vector: int, stages: int | Sequence[int], entries: int, shared: bool, strided: bool
-    ) -> Slots:
-        """Slots from what a person says; the arguments are those of the class."""
+    ) -> Groups:
+        """Groups from what a person says; the arguments are those of the class."""
         if dim < 1 or sub_vector < 1:
             raise SpecError(f"dim and sub_vector are at least 1, got {dim} and {sub_vector}")
         if dim % sub_vector:
