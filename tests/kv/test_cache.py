@@ -51,7 +51,7 @@ def test_token_by_token_is_the_whole_sequence(name: str) -> None:
 
 
 @given(st.integers(0, 2**31), st.lists(st.integers(1, 12), min_size=2, max_size=6))
-@settings(max_examples=8)
+@settings(max_examples=4)
 def test_pieces_see_each_other_as_they_are(seed: int, pieces: list[int]) -> None:
     small = small_of()
     ids = tokens(seed, 2, sum(pieces) + 1)

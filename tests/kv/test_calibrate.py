@@ -66,20 +66,20 @@ def test_no_other_allocation_is_cheaper(energies: list[float], budget: int) -> N
 
 
 def test_bits_are_kept_and_more_of_them_cost_less() -> None:
-    x, grads = correlated(0)
+    x, grads = correlated(0, 600)
     costs = []
-    for bits in (0.5, 1.0, 2.0, 4.0):
+    for bits in (0.5, 1.0, 3.0):
         coders = [HeadCoder(2, 8, sub_vector=4, entries=16) for _ in range(2)]
-        share_codebooks(coders, 8)
+        share_codebooks(coders, 5)
         spaces = [find_space(coder, moments_of(x, grads)) for coder in coders]
-        fit_coders(coders, spaces, bits, 8)
+        fit_coders(coders, spaces, bits, 5)
         assert sum(coder.code_count for coder in coders) * 4 <= bits * 32
         assert coders[0].quantizer.codebooks is coders[1].quantizer.codebooks
         flat = grads.transpose(1, 2).flatten(2)[0]
         error = (coders[0](x)[0].detach() - x).transpose(1, 2).flatten(2)[0]
         costs.append(float((error @ (flat.mT @ flat / len(flat)) * error).sum()))
     assert costs == sorted(costs, reverse=True)
-    assert costs[3] < 0.1 * costs[0]
+    assert costs[2] < 0.1 * costs[0]
 
 
 def test_it_beats_coding_channels_as_they_are() -> None:
