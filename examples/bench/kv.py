@@ -30,7 +30,7 @@ CONTEXT = 4096
 LONG = 32_768
 LAYERS = 8
 OURS = {
-    "5.5 x": KVPolicy(bits=1.72, window=128),
+    "5.5 x": KVPolicy(bits=1.7, window=128),
     "4": KVPolicy(bits=4, window=128),
     "3": KVPolicy(bits=3, window=128),
     "2": KVPolicy(bits=2, window=128),

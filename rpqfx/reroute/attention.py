@@ -49,7 +49,7 @@ class AttentionRoute(nn.Module):
         Raises:
             InputError: If the call has a cache, or something of which it is unclear how it belongs to tokens.
         """
-        given = _named(module, args, kwargs)
+        given = named(module, args, kwargs)
         x = next(iter(given.values()), None)
         self._input = self._choice = self._kept = None
         if not isinstance(x, Tensor) or any(given.get(name) is not None for name in _OTHERS):
@@ -124,7 +124,7 @@ class TorchAttentionRoute(AttentionRoute):
             InputError: If attention weights are asked for, or a mask looks ahead of the router.
         """
         assert isinstance(module, nn.MultiheadAttention)
-        given = _named(module, args, kwargs)
+        given = named(module, args, kwargs)
         query = given["query"]
         self._input = self._choice = self._kept = None
         if query.dim() != 3 or not (query is given["key"] and query is given["value"]):
@@ -184,7 +184,7 @@ def _is_mask(name: str) -> bool:
     return any(word in name for word in _MASKS)
 
 
-def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """What a module is called with, by name: positional first, in their order."""
     names = [name for name in inspect.signature(type(module).forward).parameters if name != "self"]
     return {**dict(zip(names, args, strict=False)), **kwargs}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rpqfx.errors import InputError, PolicyError, RewriteError
 from rpqfx.graph.capture import capture
 from rpqfx.graph.copying import copy_model
-from rpqfx.reroute.attention import AttentionRoute, TorchAttentionRoute
+from rpqfx.reroute.attention import AttentionRoute, TorchAttentionRoute, named
 from rpqfx.reroute.chooser import Chooser, Padding
 from rpqfx.reroute.feedforward import FeedForwardRoute
 from rpqfx.reroute.find import Block, find_blocks
@@ -172,7 +172,8 @@ class _Note:
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Of transformers (1 for tokens) or of torch (True for padding)."""
-        ours, theirs = kwargs.get("attention_mask"), kwargs.get("src_key_padding_mask")
+        given = named(module, args, kwargs)
+        ours, theirs = given.get("attention_mask"), given.get("src_key_padding_mask")
         if isinstance(ours, Tensor) and ours.dim() == 2:
             self.padding.mask = ours.bool()
         elif isinstance(theirs, Tensor) and theirs.dtype == torch.bool and theirs.dim() == 2:

@@ -274,3 +274,22 @@ def test_attention_to_others_is_not_routed() -> None:
     attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
     small, x, y = route(attention, SOME), x_of(0), x_of(1)
     assert torch.equal(small(x, y, y)[0], attention(x, y, y)[0])
+
+
+class Told(Plain):
+    """Is told which tokens are padding, and makes nothing of it."""
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_the_models_own_mask_reaches_the_router(by_name: bool) -> None:
+    small, mask = jolted(route(Told(), RoutePolicy(feed_forward=4))), torch.ones(2, LENGTH, dtype=torch.long)
+    mask[1, 10:] = 0
+    x, loud = x_of(0), x_of(0)
+    (found,) = routed(small).values()
+    loud[1, 10:] = 100 * found.chooser.router.routing_token.detach()[0]  # would be chosen
+    run = (lambda x: small(x, attention_mask=mask)) if by_name else (lambda x: small(x, mask))
+    torch.testing.assert_close(run(loud)[1, :10], run(x)[1, :10])
+    assert not torch.allclose(small(loud)[1, :10], small(x)[1, :10])
