@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 from torch.export import Dim, export
@@ -20,6 +21,7 @@ def build() -> nn.Module:
     return nn.Sequential(nn.Embedding(2048, 512), nn.Linear(512, 512), nn.GELU(), nn.Linear(512, 256))
 
 
+@pytest.mark.slow
 def test_a_package_runs_where_this_library_is_not(tmp_path: Path):
     """For any batch; it holds codebooks and codes, not the weights."""
     policy = Policy.from_scratch(codebook_dim=128, bits=4, rules=(Rule("3", codebook_dim=16, signs=True),))

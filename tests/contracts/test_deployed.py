@@ -25,7 +25,11 @@ from tests.helpers import gradients
 
 NAMES = list(DEPLOYED)
 BATCHES = (2, 3, 5, 8, 17)
-PLANS = [*((name, "auto") for name in NAMES), ("vit", "expand"), ("vit", "contract")]
+PLANS = [
+    *((name, "auto") for name in NAMES),
+    pytest.param("vit", "expand", marks=pytest.mark.slow),
+    pytest.param("vit", "contract", marks=pytest.mark.slow),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -205,6 +209,7 @@ def test_a_saved_program_is_of_the_rewritten_models_size(name: str, saved: dict[
     assert small <= held <= small + 512 * len(case.model().state_dict()) < 0.35 * dense_bytes(case.dense())
 
 
+@pytest.mark.slow
 def test_saved_programs_run_where_this_library_is_not(saved: dict[str, Path], tmp_path: Path):
     calls = {
         str(path): [DEPLOYED[name].inputs(**sizes) for sizes in (DEPLOYED[name].sizes, *DEPLOYED[name].others)]

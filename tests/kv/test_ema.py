@@ -216,6 +216,7 @@ def rank(index: int, store: str, results: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 def test_two_ranks_are_one(tmp_path: Path) -> None:
     """All ranks hold the same, and without dead entries what one rank with all tokens would hold."""
