@@ -12,6 +12,8 @@ from torch import fx, nn
 
 from rpqfx.graph.capture import Captured
 
+_STARS = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}
+
 
 def inlined(captured: Captured, name: str) -> Iterator[fx.Graph]:
     """Graphs of one module, in which calls of modules name them as the whole model does.
@@ -79,14 +81,7 @@ def _bound(child: nn.Module, graph: fx.Graph, args: Any, kwargs: Any) -> dict[fx
     call.apply_defaults()
     given: dict[str, Any] = {}
     for name, parameter in inspect.signature(child.forward).parameters.items():
-        star = (
-            "*"
-            if parameter.kind is parameter.VAR_POSITIONAL
-            else "**"
-            if parameter.kind is parameter.VAR_KEYWORD
-            else ""
-        )
-        given[star + name] = call.arguments[name]
+        given[_STARS.get(parameter.kind.name, "") + name] = call.arguments[name]
     bound: dict[fx.Node, Any] = {}
     for node in graph.nodes:
         if node.op == "placeholder":

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import json
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
+from rpqfx import byname
 from rpqfx.errors import PolicyError
 
 _MOST_BITS = 8.0
@@ -126,7 +126,7 @@ class KVPolicy:
 
     def to_json(self) -> str:
         """The policy as JSON; ``from_json`` reads it."""
-        return json.dumps(dataclasses.asdict(self))
+        return byname.to_json(self)
 
     @classmethod
     def from_json(cls, text: str) -> KVPolicy:
@@ -135,14 +135,7 @@ class KVPolicy:
         Raises:
             PolicyError: If the text says something else.
         """
-        try:
-            held: dict[str, Any] = json.loads(text)
-            rules = tuple(KVRule(**rule) for rule in held.pop("rules", ()))
-            return cls(**held, rules=rules)
-        except (TypeError, ValueError, AttributeError) as error:
-            if isinstance(error, PolicyError):
-                raise
-            raise PolicyError(f"not a KVPolicy in JSON: {error}") from error
+        return byname.from_json(cls, KVRule, text, cls.__name__)
 
 
 def _check_bits(bits: float) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rpqfx.byname import check_rules
 from rpqfx.convert.batches import Batches
 from rpqfx.convert.probe import probe
 from rpqfx.errors import InputError, PolicyError, RewriteError
@@ -135,10 +136,7 @@ def _decide(sites: Sequence[AttentionSite], policy: KVPolicy) -> dict[AttentionS
             "no attention was found: no module's forward calls scaled_dot_product_attention, and there is no "
             "torch.nn.MultiheadAttention and no attention module of transformers"
         )
-    for rule in policy.rules:
-        if not any(rule.matches(site.name) for site in sites):
-            names = ", ".join(site.name for site in sites[:4])
-            raise PolicyError(f"the rule for {rule.match!r} matches no attention module; there are {names}, ...")
+    check_rules(policy.rules, [site.name for site in sites], "attention module")
     decided = {site: policy.of(site.name) for site in sites}
     held = {site: own for site, own in decided.items() if isinstance(own, KVPolicy)}
     if not held:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from rpqfx import byname
 from rpqfx.errors import PolicyError
 
 Number = int | float | None
@@ -108,7 +107,7 @@ class RoutePolicy:
 
     def to_json(self) -> str:
         """The policy as JSON; ``from_json`` reads it."""
-        return json.dumps(dataclasses.asdict(self))
+        return byname.to_json(self)
 
     @classmethod
     def from_json(cls, text: str) -> RoutePolicy:
@@ -117,14 +116,7 @@ class RoutePolicy:
         Raises:
             PolicyError: If the text says something else.
         """
-        try:
-            held: dict[str, Any] = json.loads(text)
-            rules = tuple(RouteRule(**rule) for rule in held.pop("rules", ()))
-            return cls(**held, rules=rules)
-        except (TypeError, ValueError, AttributeError) as error:
-            if isinstance(error, PolicyError):
-                raise
-            raise PolicyError(f"not a RoutePolicy in JSON: {error}") from error
+        return byname.from_json(cls, RouteRule, text, cls.__name__)
 
 
 def _check_number(name: str, number: Number) -> None:

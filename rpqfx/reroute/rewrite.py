@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rpqfx.byname import check_rules
 from rpqfx.errors import InputError, PolicyError, RewriteError
 from rpqfx.graph.capture import capture
 from rpqfx.graph.copying import copy_model
@@ -82,15 +83,15 @@ def _decide(blocks: Sequence[Block], policy: RoutePolicy) -> list[tuple[Block, i
             "nothing to route was found: no linear layers with an activation between them, no module whose forward "
             "calls scaled_dot_product_attention, no torch.nn.MultiheadAttention, no attention of transformers"
         )
-    for rule in policy.rules:
-        if not any(rule.matches(block.name) for block in blocks):
-            names = ", ".join(block.name or "(the model)" for block in blocks[:4])
-            raise PolicyError(f"the rule for {rule.match!r} matches no block; there are {names}, ...")
+    check_rules(policy.rules, [block.name for block in blocks], "block")
     decided = [(block, policy.of(block.name, block.kind)) for block in blocks]
     taken = [(b, number) for b, number in decided if not isinstance(number, str) and b.obstacle is None]
     if not taken:
         why = "; ".join(f"{b.name}: {said if isinstance(said, str) else b.obstacle}" for b, said in decided[:4])
         raise RewriteError(f"no block is routed: {why}")
+    for block, _ in taken:
+        if hasattr(block.last, ROUTE):
+            raise RewriteError(f"{block.name} already has an attribute {ROUTE!r}; skip it with a RouteRule")
     causal = next((block.name for block in blocks if block.causal), None)
     if causal is not None and policy.window is None and not policy.look_ahead:
         raise PolicyError(

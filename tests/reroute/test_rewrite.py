@@ -294,3 +294,11 @@ def test_the_models_own_mask_reaches_the_router(by_name: bool) -> None:
     run = (lambda x: small(x, attention_mask=mask)) if by_name else (lambda x: small(x, mask))
     torch.testing.assert_close(run(loud)[1, :10], run(x)[1, :10])
     assert not torch.allclose(small(loud)[1, :10], small(x)[1, :10])
+
+
+def test_a_name_that_is_taken_is_refused_before_anything_is_done() -> None:
+    model = Layer()
+    model.block.down.routed = nn.Identity()
+    with pytest.raises(RewriteError, match="already has an attribute 'routed'"):
+        route(model, inplace=True)
+    assert not model.block.up._forward_pre_hooks and not routed(model)
