@@ -62,7 +62,7 @@ RECIPES = {
     "SmolLM2-135M": Recipe(
         16, 60, {"autocast": torch.bfloat16, "recode": False, "rates": Rates(2e-3, 2e-3)}, _windows(512, 4)
     ),
-    "MiniLM": Recipe(16, 100, {"recode": False}, lambda loaded: loaded.calibration(100)),
+    "MiniLM": Recipe(48, 200, {"recode": False}, lambda loaded: loaded.calibration(200)),
     "ResNet-20": Recipe(
         16,
         1500,
