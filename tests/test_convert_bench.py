@@ -1,4 +1,4 @@
-"""How ``examples/bench/convert_peers.py`` shares stored bits between matrices."""
+"""How ``examples/bench/convert.py`` shares stored bits between matrices, and cleans its text."""
 
 import importlib.util
 import itertools
@@ -23,6 +23,7 @@ def _module(name: str) -> ModuleType:
 
 
 budget = _module("convert_budget")
+models = _module("convert_models")
 
 
 @given(st.integers(0, 2**32 - 1))
@@ -57,3 +58,17 @@ def test_equal_matrices_take_steps_in_order():
 @pytest.mark.parametrize(("dim", "bits", "error"), [(4, 2, 0.0990), (2, 4, 0.0083), (1, 8, 2.72 / 4**8)])
 def test_expected_error_is_that_of_kmeans_within_7_percent(dim, bits, error):
     assert budget.vector_error(dim, bits) == pytest.approx(error, rel=0.07)
+
+
+@pytest.mark.parametrize(
+    ("tokenised", "written"),
+    [
+        ("those of H. gammarus are white @-@ tipped .", "those of H. gammarus are white-tipped."),
+        ("up to 60 cm ( 24 in ) and 0 @.@ 7 kg , at 2 @,@ 000 m", "up to 60 cm (24 in) and 0.7 kg, at 2,000 m"),
+        ('turning " lobster red " on cooking', 'turning "lobster red" on cooking'),
+        ("the crew 's boat did n't sink", "the crew's boat didn't sink"),
+        (" plain words stay ", "plain words stay"),
+    ],
+)
+def test_tokenised_text_is_put_as_people_write_it(tokenised, written):
+    assert models.plain(tokenised) == written

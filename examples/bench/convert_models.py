@@ -192,13 +192,13 @@ def phrases() -> list[str]:
         found.append(sentence)
         if len(sentence.split()) > 12:
             found += re.split(r" [,;:] ", sentence)
-    whole = [_plain(phrase) for phrase in found if "<unk>" not in phrase]
+    whole = [plain(phrase) for phrase in found if "<unk>" not in phrase]
     kept = sorted({phrase for phrase in whole if 4 <= len(phrase.split()) <= 30})
     order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(0)).tolist()
     return [kept[i] for i in order]
 
 
-def _plain(phrase: str) -> str:
+def plain(phrase: str) -> str:
     """Text without the spaces that WikiText's tokeniser put in."""
     for pattern, there in (
         (r" @(.)@ ", r"\1"),
