@@ -1,8 +1,9 @@
 """The three pretrained models of ``convert.py``: loading, sites, evaluation, calibration.
 
 They come from an evaluation kit: a folder with ``evalkit.py``, named by the environment variable ``RPQFX_EVALKIT``.
-The kit has no training text, so calibration text is the part of WikiText-2 valid that starts at the first article
-after the 65,536 tokens which are evaluated: never evaluated here, yet of the same kind as what is.
+The kit has no training text, so the language model is calibrated on the part of WikiText-2 valid that starts at the
+first article after the 65,536 tokens which are evaluated: never evaluated here, yet of the same kind as what is. The
+sentence encoder, evaluated on other text, is calibrated on phrases of the whole file.
 """
 
 from __future__ import annotations
@@ -115,7 +116,8 @@ def load_minilm() -> Loaded:
         return {"Spearman": kit().eval_sts(net)}
 
     def calibration(batches: int, size: int = 32) -> list[Batch]:
-        taken = [phrases()[i] for i in _spread(len(phrases()), batches * size)]
+        available = phrases()
+        taken = [available[i] for i in _spread(len(available), batches * size)]
         groups = [taken[i : i + size] for i in range(0, len(taken), size)]
         return [dict(model.tokenizer(g, padding=True, truncation=True, return_tensors="pt")) for g in groups]
 
