@@ -1,29 +1,13 @@
 """How ``examples/bench/convert.py`` shares stored bits between matrices, and cleans its text."""
 
-import importlib.util
 import itertools
 import random
-import sys
-from pathlib import Path
-from types import ModuleType
 
+import convert_budget as budget
+import convert_models as models
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-
-def _module(name: str) -> ModuleType:
-    path = Path(__file__).parents[1] / "examples" / "bench" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-budget = _module("convert_budget")
-models = _module("convert_models")
 
 
 @given(st.integers(0, 2**32 - 1))

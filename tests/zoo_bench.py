@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "bench"))
-
 import zoo_checks as checks
 import zoo_coverage as coverage
 import zoo_models as models
