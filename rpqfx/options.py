@@ -106,7 +106,9 @@ class Rule(Options):
     Args:
         match: A glob on the qualified name of the Parameter or of its module (``"*.attn.*"``, ``"head"``); a module
             class, which its subclasses match too; or a predicate on the [`Site`][rpqfx.graph.Site].
-        skip: Leave matching sites alone, for this reason.
+
+    Keyword Args:
+        skip (str | None): Leave matching sites alone, for this reason.
     """
 
     match: str | type[nn.Module] | Callable[[Site], bool] = "*"

@@ -133,6 +133,32 @@ def test_weights_have_the_standard_deviation_of_the_dense_layers_own_initialisat
         assert float(weight().std()) == pytest.approx(float(dense.get_parameter(name).std()), rel=0.05), name
 
 
+@pytest.mark.parametrize("name", ["initializer_range", "init_std"])
+def test_codebooks_follow_a_configurations_scale_and_no_rule_in_code(name: str):
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.fc = nn.Embedding(2048, 64), nn.Linear(64, 2048)
+
+        def _init_weights(self, module: nn.Module) -> None:
+            for parameter in module.parameters(recurse=False):
+                nn.init.normal_(parameter, std=0.5)
+
+    policy = Policy.from_scratch(codebook_dim=8, bits=7)
+    plain = rpqfx.materialize(on_meta(Model, policy))
+    assert float(plain.table.weight_rpq().detach().std()) == pytest.approx(1.0, rel=0.05)
+    assert float(plain.fc.weight_rpq().detach().std()) == pytest.approx((3 * 64) ** -0.5, rel=0.05)
+
+    def configured() -> nn.Module:
+        model = Model()
+        model.config = type("Config", (), {name: 0.02})()
+        return model
+
+    told = rpqfx.materialize(on_meta(configured, policy))
+    for weight in (told.table.weight_rpq, told.fc.weight_rpq):
+        assert float(weight().detach().std()) == pytest.approx(0.02, rel=0.05)
+
+
 def test_codes_are_balanced_and_the_padding_row_is_zero():
     small = rpqfx.materialize(on_meta(lambda: nn.Embedding(64, 16, padding_idx=5)))
     for codes in small.weight_rpq.codes.reshape(-1, 64):

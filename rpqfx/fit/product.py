@@ -16,7 +16,7 @@ from rpqfx.fit.residual import train
 class Fit(NamedTuple):
     """Codebooks and codes that approximate a matrix (axes as in ``rpqfx.codebook``).
 
-    Args:
+    Attributes:
         codebooks: ``[R, G, K, d]``.
         codes: ``[R, M, N]``.
         scale: ``[N]``, or None where the spec has none.

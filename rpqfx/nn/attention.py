@@ -126,18 +126,18 @@ class RPQMultiheadAttention(RPQLayer, Attends):
 
     Further arguments are those of ``RPQLayer``; they hold for each projection.
 
-    Args:
-        embed_dim: Width of queries and of the result.
-        num_heads: Heads; divides ``embed_dim``.
-        dropout: Of the attention weights, in training.
-        bias: Whether projections have a bias.
-        add_bias_kv: Whether a trained key and value are appended.
-        add_zero_attn: Whether a zero key and value are appended.
-        kdim: Width of keys, ``embed_dim`` if left out.
-        vdim: Width of values, ``embed_dim`` if left out.
-        batch_first: Whether inputs are ``[B, L, E]`` rather than ``[L, B, E]``.
-        device: Where the tensors go.
-        dtype: Of codebooks and biases.
+    Other Args:
+        embed_dim (int): Width of queries and of the result.
+        num_heads (int): Heads; divides ``embed_dim``.
+        dropout (float): Of the attention weights, in training.
+        bias (bool): Whether projections have a bias.
+        add_bias_kv (bool): Whether a trained key and value are appended.
+        add_zero_attn (bool): Whether a zero key and value are appended.
+        kdim (int | None): Width of keys, ``embed_dim`` if left out.
+        vdim (int | None): Width of values, ``embed_dim`` if left out.
+        batch_first (bool): Whether inputs are ``[B, L, E]`` rather than ``[L, B, E]``.
+        device (torch.device | str | None): Where the tensors go.
+        dtype (torch.dtype | None): Of codebooks and biases.
 
     Raises:
         SpecError: If the codebooks do not fit a weight.

@@ -17,13 +17,13 @@ class RPQBilinear(RPQLayer, nn.Bilinear):
     ``A [out, in1, in2]`` is seen as ``out * in1`` vectors of length ``in2``: one product with the codebooks gives
     ``A @ x2``, and a dot with ``x1`` does the rest. Further arguments are those of ``RPQLayer``.
 
-    Args:
-        in1_features: Width of the first input.
-        in2_features: Width of the second input.
-        out_features: Width of the output.
-        bias: Whether there is a bias.
-        device: Where the tensors go.
-        dtype: Of codebooks and bias.
+    Other Args:
+        in1_features (int): Width of the first input.
+        in2_features (int): Width of the second input.
+        out_features (int): Width of the output.
+        bias (bool): Whether there is a bias.
+        device (torch.device | str | None): Where the tensors go.
+        dtype (torch.dtype | None): Of codebooks and bias.
 
     Raises:
         SpecError: If the codebooks do not fit the weight.

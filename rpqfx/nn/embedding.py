@@ -40,16 +40,16 @@ class RPQEmbedding(_Table, nn.Embedding):
     ones that are stored. ``sparse`` gives the codebooks a sparse gradient. Further arguments are those of
     ``RPQLayer``.
 
-    Args:
-        num_embeddings: Rows.
-        embedding_dim: Width of a row.
-        padding_idx: A row of zeros, without a gradient.
-        max_norm: Rows with a larger norm are shrunk to it.
-        norm_type: ``p`` of that norm.
-        scale_grad_by_freq: Divide each row's gradient by its number of uses in the batch.
-        sparse: Sparse gradient.
-        device: Where the tensors go.
-        dtype: Of the codebooks.
+    Other Args:
+        num_embeddings (int): Rows.
+        embedding_dim (int): Width of a row.
+        padding_idx (int | None): A row of zeros, without a gradient.
+        max_norm (float | None): Rows with a larger norm are shrunk to it.
+        norm_type (float): ``p`` of that norm.
+        scale_grad_by_freq (bool): Divide each row's gradient by its number of uses in the batch.
+        sparse (bool): Sparse gradient.
+        device (torch.device | str | None): Where the tensors go.
+        dtype (torch.dtype | None): Of the codebooks.
 
     Raises:
         SpecError: If the codebooks do not fit the table.
@@ -68,18 +68,18 @@ class RPQEmbeddingBag(_Table, nn.EmbeddingBag):
 
     Costs the rows in the bags, whatever the table's size. Further arguments are those of ``RPQLayer``.
 
-    Args:
-        num_embeddings: Rows.
-        embedding_dim: Width of a row.
-        max_norm: Rows with a larger norm are shrunk to it.
-        norm_type: ``p`` of that norm.
-        scale_grad_by_freq: Divide each row's gradient by its number of uses in the batch.
-        mode: ``"sum"``, ``"mean"`` or ``"max"``.
-        sparse: Sparse gradient.
-        include_last_offset: Whether the last offset is the end of the last bag.
-        padding_idx: A row of zeros that bags do not count.
-        device: Where the tensors go.
-        dtype: Of the codebooks.
+    Other Args:
+        num_embeddings (int): Rows.
+        embedding_dim (int): Width of a row.
+        max_norm (float | None): Rows with a larger norm are shrunk to it.
+        norm_type (float): ``p`` of that norm.
+        scale_grad_by_freq (bool): Divide each row's gradient by its number of uses in the batch.
+        mode (str): ``"sum"``, ``"mean"`` or ``"max"``.
+        sparse (bool): Sparse gradient.
+        include_last_offset (bool): Whether the last offset is the end of the last bag.
+        padding_idx (int | None): A row of zeros that bags do not count.
+        device (torch.device | str | None): Where the tensors go.
+        dtype (torch.dtype | None): Of the codebooks.
 
     Raises:
         SpecError: If the codebooks do not fit the table.

@@ -15,12 +15,12 @@ class RPQLinear(RPQLayer, nn.Linear):
     (one for each input). The smaller of ``in_features`` and ``out_features`` as the vectors' length makes the
     smaller layer. Further arguments are those of ``RPQLayer``.
 
-    Args:
-        in_features: Width of the input.
-        out_features: Width of the output.
-        bias: Whether there is a bias.
-        device: Where the tensors go.
-        dtype: Of codebooks and bias.
+    Other Args:
+        in_features (int): Width of the input.
+        out_features (int): Width of the output.
+        bias (bool): Whether there is a bias.
+        device (torch.device | str | None): Where the tensors go.
+        dtype (torch.dtype | None): Of codebooks and bias.
 
     Raises:
         SpecError: If the codebooks do not fit the weight.

@@ -104,6 +104,26 @@ def test_the_padding_row_is_zero_and_stays_zero(layer: type, signs: bool) -> Non
         assert not torch.equal(table.weight, before)
 
 
+@pytest.mark.parametrize("layer", [RPQEmbedding, RPQEmbeddingBag])
+@pytest.mark.parametrize("filled", [False, True])
+def test_a_padding_row_is_zero_where_the_dense_one_is(layer: type, filled: bool) -> None:
+    """One with values is fitted as any other row, trains nothing, and moves with the entries that it shares."""
+    dense = layer._dense(16, 8, padding_idx=5)
+    with torch.no_grad():
+        dense.weight.copy_(randn(0, 16, 8))
+        if not filled:
+            dense.weight[5] = 0.0
+    table = layer.from_dense(dense, codebook_dim=4, bits=2)
+    fitted = table.weight[5].detach().clone()
+    assert bool(fitted.any()) is filled
+    table(torch.tensor([[5]])).square().sum().backward()
+    assert table.weight_rpq.codebooks.grad.abs().sum() == 0
+    table(torch.arange(16)[:, None]).square().sum().backward()
+    with torch.no_grad():
+        table.weight_rpq.codebooks -= 0.1 * table.weight_rpq.codebooks.grad
+    assert torch.equal(table.weight[5], fitted) is not filled
+
+
 def test_bags_do_not_count_the_padding_row() -> None:
     table = RPQEmbeddingBag(10, 8, padding_idx=7, mode="mean", codebook_dim=4, bits=2)
     assert_same(table(torch.tensor([[1, 7, 2]])), table.weight[[1, 2]].mean(0, keepdim=True), tolerance=1e-6)
