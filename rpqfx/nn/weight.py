@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,9 @@ ReadAs = Literal["expanded", "virtual", "tensor"]
 class RPQWeight(Loaded):
     """A tensor held in codebooks; calling it gives the tensor, or some of its rows.
 
-    Tensors: ``codebooks [R, G, K, d]`` (Parameter), ``codes [R, M, N]`` (buffer, the narrowest integer), and where
-    the spec has them ``scale [N]`` (Parameter), ``dim_scale [D / share]`` (Parameter) and ``signs [R, M, ceil(N/8)]``
-    (buffer, uint8, eight signs a byte).
+    Tensors: ``codebooks [R, G, K, d]`` (Parameter), ``codes [R, M, N]`` (buffer, the narrowest integer; one of two
+    bytes lies there [as bytes][rpqfx.nn.codebytes]), and where the spec has them ``scale [N]`` (Parameter),
+    ``dim_scale [D / share]`` (Parameter) and ``signs [R, M, ceil(N/8)]`` (buffer, uint8, eight signs a byte).
 
     Example:
         >>> spec = CodebookSpec.make(9216, 9216, codebook_dim=128, bits=8)
@@ -46,7 +46,6 @@ class RPQWeight(Loaded):
     """
 
     codebooks: nn.Parameter
-    codes: Tensor
     scale: nn.Parameter | None
     dim_scale: nn.Parameter | None
     signs: Tensor | None
@@ -83,7 +82,7 @@ class RPQWeight(Loaded):
             raise InputError(f"codebooks are floating point, got {dtype}")
         self.spec, self.layout, self.std, self.plan = spec, layout, std, plan
         self.codebooks = nn.Parameter(torch.empty(spec.codebooks_shape, device=device, dtype=dtype))
-        self.register_buffer("codes", torch.empty(spec.codes_shape, device=device, dtype=spec.code_dtype))
+        self.codes = torch.empty(spec.codes_shape, device=device, dtype=spec.code_dtype)
         for name, count in (("scale", spec.num_vectors if spec.scale else 0), ("dim_scale", spec.dim_scales)):
             factors = nn.Parameter(torch.empty(count, device=device, dtype=dtype)) if count else None
             self.register_parameter(name, factors)
@@ -181,8 +180,9 @@ class RPQWeight(Loaded):
         """The stored tensors, as the operations take them."""
         held, buffers = self._parameters, self._buffers
         if "codebooks" in held and "scale" in held and "dim_scale" in held:  # torch's lookup takes longer
+            codes: Any = buffers["codes"] if self.spec.entries <= 256 else self.codes  # bytes, where there are more
             return ops.Tensors(
-                held["codebooks"], buffers["codes"], held["scale"], buffers["signs"], held["dim_scale"]  # type: ignore[arg-type]
+                held["codebooks"], codes, held["scale"], buffers["signs"], held["dim_scale"]  # type: ignore[arg-type]
             )  # fmt: skip
         return ops.Tensors(self.codebooks, self.codes, self.scale, self.signs, self.dim_scale)  # one is parametrised
 
