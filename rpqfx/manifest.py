@@ -19,6 +19,7 @@ from rpqfx.graph.rewrite import install_all, parameter_at
 from rpqfx.nn.backed import SUFFIX, backed_weights
 from rpqfx.nn.computed import hooked, refresh
 from rpqfx.nn.layout import Layout
+from rpqfx.nn.offloaded import check_not_offloaded, offloaded
 from rpqfx.nn.weight import RPQWeight
 from rpqfx.packing import code_bits, pack_codes, pack_floats, unpack_codes
 from rpqfx.report import SiteRecord, attach_records, attached_records
@@ -39,9 +40,10 @@ def describe(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
         The tensors and a manifest of plain values.
 
     Raises:
-        RPQError: If a tensor is on the meta device.
+        RPQError: If a tensor is on the meta device, or offloaded by accelerate.
         CodeError: If codes point outside their codebook.
     """
+    check_not_offloaded(offloaded(model), "saved")
     tensors: dict[str, Tensor] = {}
     entries: list[dict[str, Any]] = []
     first: dict[int, dict[str, Any]] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from rpqfx.fit import fit_codebooks
 from rpqfx.nn.layout import Layout
 from rpqfx.nn.loaded import Loaded
 from rpqfx.nn.part import Part
+from rpqfx.nn.recorded import CalledPart
 
 ReadAs = Literal["expanded", "virtual", "tensor"]
 
@@ -188,18 +190,38 @@ class RPQWeight(Loaded):
 
     def part(self) -> Part:
         """The whole tensor as a [`Part`][rpqfx.nn.part.Part], of which parts may be taken."""
+        if self._hooked:
+            return CalledPart(self, self.tensors, self.layout, self.spec.grad_factor, self._plan)
+        return self._whole()
+
+    def _whole(self) -> Part:
         return Part(self.tensors, self.layout, self.spec.grad_factor, self._plan)
 
-    def forward(self, ids: Tensor | None = None) -> Tensor:
+    @property
+    def _hooked(self) -> bool:
+        """Whether somebody wants to know of calls: hooks of torch, or a forward in place of this one (accelerate)."""
+        found = self.__dict__
+        if found["_forward_pre_hooks"] or found["_forward_hooks"] or "forward" in found:
+            return True
+        return bool(found["_backward_hooks"] or found["_backward_pre_hooks"])
+
+    def forward(self, ids: Tensor | None = None, *operands: Any, use: Callable[..., Tensor] | None = None) -> Tensor:
         """The tensor, or rows of it.
 
+        Layers use the weight without a call, unless it has hooks: then ``linear``, ``lookup`` and the rest call it with
+        their operands and with ``use``, so that forward and backward hooks get the operand and the product.
+
         Args:
-            ids: Integer rows of any shape, or None for all.
+            ids: Integer rows of any shape, or None for all; with ``use`` the first operand.
+            *operands: Further ones, with ``use``.
+            use: Called with the whole [`Part`][rpqfx.nn.part.Part] and the operands that were given.
 
         Returns:
-            The tensor in its layout's shape, or ``[*ids.shape, cols]``.
+            The tensor in its layout's shape, or ``[*ids.shape, cols]``, or what ``use`` returns.
         """
-        return self.part().dense() if ids is None else self.lookup(ids)
+        if use is not None:
+            return use(self._whole(), *(() if ids is None else (ids, *operands)))
+        return self._whole().dense() if ids is None else self._whole().lookup(ids)
 
     def lookup(self, ids: Tensor, sparse: bool = False) -> Tensor:
         """Rows of the matrix ``[rows, cols]``.
