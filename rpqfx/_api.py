@@ -17,6 +17,7 @@ from rpqfx.decision import Skip
 from rpqfx.errors import InputError, RewriteError
 from rpqfx.graph.capture import capture, evaluating
 from rpqfx.graph.copying import copy_model
+from rpqfx.graph.loaded import check_loaded
 from rpqfx.graph.match import find_sites, is_rewritten
 from rpqfx.graph.rewrite import Progress, parameter_at, rewrite
 from rpqfx.graph.snapshot import Snapshot
@@ -74,8 +75,9 @@ def rpqify(
 
     Raises:
         InputError: If ``model`` is not a module, or rejects a calibration batch.
-        RewriteError: If the model already holds weights in codebooks, cannot be copied, or (with example inputs) does
-            not compute what the dense model with the expanded weights does.
+        RewriteError: If the model already holds weights in codebooks, cannot be copied, has been loaded in part (some
+            weights are on the meta device, or offloaded by accelerate), or (with example inputs) does not compute what
+            the dense model with the expanded weights does.
         PolicyError: If the policy rewrites nothing, or cannot be followed.
         FormatError: If the checkpoint folder holds another conversion.
         OSError: If the checkpoint folder cannot be written; what was saved before stays.
@@ -95,6 +97,7 @@ def rpqify(
     sites = find_sites(captured)
     others = dense_bytes(model) - sum(site.dense_bytes for site in sites)
     decisions, notes = decide_all(policy, sites, others)
+    check_loaded(captured.model, sites, decisions)
     if not inplace:
         replaced = [parameter_at(model, site.name) for site in sites if isinstance(decisions[site.name], Hold)]
         captured = dataclasses.replace(captured, model=copy_model(model, replaced))

@@ -40,13 +40,16 @@ def counted(weight: RPQWeight, seen: set[int]) -> Counts:
         weight: Its floating Parameters besides the codebooks count as scales.
         seen: ``id`` of the tensors that were counted before; those of this weight are added.
     """
-    codebooks, codes, signs = weight.codebooks, weight.codes, weight.signs
+    codebooks, codes, signs = weight.codebooks, weight.stored_codes, weight.signs
     scales = [parameter for parameter in weight.parameters(recurse=False) if parameter is not codebooks]
     floats, integers = [codebooks, *scales], [codes] if signs is None else [codes, signs]
     new = {id(tensor) for tensor in (*floats, *integers)} - seen
-    entries = {id(codes): weight.spec.entries}
     code_bits, codebook_bits, scale_bits = (
-        sum(stored_bits(tensor, entries.get(id(tensor))) for tensor in tensors if id(tensor) in new)
+        sum(
+            stored_bits(weight.codes, weight.spec.entries) if tensor is codes else stored_bits(tensor)
+            for tensor in tensors
+            if id(tensor) in new
+        )
         for tensors in (integers, [codebooks], scales)
     )
     new_floats, new_codes = unseen_bytes(floats, seen), unseen_bytes(integers, seen)

@@ -19,6 +19,7 @@ from rpqfx.graph.rewrite import install_all, parameter_at
 from rpqfx.nn.backed import SUFFIX, backed_weights
 from rpqfx.nn.computed import hooked, refresh
 from rpqfx.nn.layout import Layout
+from rpqfx.nn.offloaded import check_not_offloaded, offloaded
 from rpqfx.nn.weight import RPQWeight
 from rpqfx.packing import code_bits, pack_codes, pack_floats, unpack_codes
 from rpqfx.report import SiteRecord, attach_records, attached_records
@@ -39,14 +40,15 @@ def describe(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
         The tensors and a manifest of plain values.
 
     Raises:
-        RPQError: If a tensor is on the meta device.
+        RPQError: If a tensor is on the meta device, or offloaded by accelerate.
         CodeError: If codes point outside their codebook.
     """
+    check_not_offloaded(offloaded(model), "saved")
     tensors: dict[str, Tensor] = {}
     entries: list[dict[str, Any]] = []
     first: dict[int, dict[str, Any]] = {}
     weights = [module for module in model.modules() if isinstance(module, RPQWeight)]
-    codes = {id(weight.codes): weight.spec.entries for weight in weights}
+    holders = {id(weight.stored_codes): weight for weight in weights}
     floats = {id(parameter) for weight in weights for parameter in weight.parameters(recurse=False)}
     for kind, name, tensor in _all_tensors(model):
         if id(tensor) in first:
@@ -54,15 +56,17 @@ def describe(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
             continue
         if tensor.is_meta:
             raise RPQError(f"{name} is on the meta device and has no values; call rpqfx.materialize first")
+        holder = holders.get(id(tensor))
+        values = tensor if holder is None else holder.codes
         entry = {
-            "names": [name], "kind": kind, "shape": list(tensor.shape), "dtype": _name(tensor.dtype),
+            "names": [name], "kind": kind, "shape": list(values.shape), "dtype": _name(values.dtype),
             "requires_grad": tensor.requires_grad and kind == "parameter",
         }  # fmt: skip
         first[id(tensor)] = entry
         entries.append(entry)
         tensors[name] = tensor.detach()
-        if id(tensor) in codes:
-            tensors[name], entry["packed"] = _packed(name, tensor, codes[id(tensor)])
+        if holder is not None:
+            tensors[name], entry["packed"] = _packed(name, values, holder.spec.entries)
         elif id(tensor) in floats:
             tensors[name] = pack_floats(tensor.detach())
             if tensors[name].dtype is not tensor.dtype:
@@ -203,7 +207,10 @@ def _assign(model: nn.Module, manifest: dict[str, Any], tensors: dict[str, Tenso
                 raise FormatError(
                     f"{path} holds {name} of shape {tuple(tensor.shape)}, build() made it {tuple(before.shape)}"
                 )
-            group[attribute] = tensor
+            if isinstance(module, RPQWeight) and attribute == "codes":
+                module.codes = tensor
+            else:
+                group[attribute] = tensor
             missing.discard(name)
     if missing:
         raise FormatError(f"build() made {sorted(missing)[0]}, which {path} does not hold: it is of another model")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rpqfx.errors import RewriteError
 from rpqfx.nn.computed import hooked, refresh
 from rpqfx.nn.layer import RPQLayer
+from rpqfx.nn.offloaded import check_not_offloaded, offloaded
 from rpqfx.nn.recurrent import BackedCell
 from rpqfx.nn.virtual import initialising
 from rpqfx.nn.weight import RPQWeight
@@ -35,8 +36,10 @@ def materialize(
         ``model``.
 
     Raises:
-        RewriteError: If a module can not be initialised in any of these ways; nothing is allocated then.
+        RewriteError: If a module can not be initialised in any of these ways, or accelerate has offloaded a tensor,
+            which has values elsewhere; nothing is allocated then.
     """
+    check_not_offloaded(offloaded(model), "given new values")
     owners = [(name, m) for name, m in model.named_modules() if _owns_meta(m)]
     general = getattr(model, "_init_weights", None)
     if init is None:

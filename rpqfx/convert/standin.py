@@ -6,7 +6,6 @@ architecture that runs rewritten can be calibrated.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +15,7 @@ from rpqfx import ops
 from rpqfx.codebook import CodebookSpec
 from rpqfx.nn.layout import Layout
 from rpqfx.nn.part import Part
+from rpqfx.nn.recorded import Recorded
 from rpqfx.nn.weight import RPQWeight
 
 
@@ -78,49 +78,20 @@ class StandIn(RPQWeight):
             del self.__dict__[name]
 
 
-class _StandInPart(Part):
+class _StandInPart(Recorded):
     """A part of a stand-in. When the weight has become codebooks meanwhile, the same part of those."""
 
-    def __init__(self, weight: RPQWeight, steps: tuple[Callable[[Part], Any], ...] = (), *args: Any) -> None:
+    def __init__(self, weight: RPQWeight, *args: Any) -> None:
         super().__init__(*(args or (weight.tensors, weight.layout)))
         self.plan = "expand"
         self._weight = weight
-        self._steps = steps
 
     def _part(self, tensors: ops.Tensors, layout: Layout, *steps: tuple[Any, ...]) -> Part:
-        return _StandInPart(self._weight, self._steps, tensors, layout)
-
-    def _next(self, part: Any, step: Callable[[Part], Any]) -> Any:
-        if isinstance(part, _StandInPart) and part is not self:
-            part._steps = (*self._steps, step)
-        return part
-
-    def narrow(self, axis: int, start: int, length: int) -> Part | None:
-        return self._next(super().narrow(axis, start, length), lambda part: part.narrow(axis, start, length))
-
-    def seen_as(self, layout: Layout) -> Part:
-        return self._next(super().seen_as(layout), lambda part: part.seen_as(layout))
-
-    def drop(self, axis: int) -> Part | None:
-        return self._next(super().drop(axis), lambda part: part.drop(axis))
-
-    def take(self, experts: Tensor) -> Part:
-        return self._next(super().take(experts), lambda part: part.take(experts))
-
-    def experts(self) -> list[Part]:
-        def step(number: int) -> Callable[[Part], Part]:
-            return lambda part: part.experts()[number]
-
-        return [self._next(part, step(number)) for number, part in enumerate(super().experts())]
+        return _StandInPart(self._weight, tensors, layout)
 
     def _current(self) -> Part | None:
         """The part of the codebooks, or None while the weight is a stand-in, or where they cannot be cut so."""
-        if isinstance(self._weight, StandIn):
-            return None
-        part: Part | None = self._weight.part()
-        for step in self._steps:
-            part = None if part is None else step(part)
-        return part
+        return None if isinstance(self._weight, StandIn) else self.again(self._weight.part())
 
     def dense(self) -> Tensor:
         current = self._current()

@@ -19,6 +19,7 @@ from rpqfx.errors import RewriteError
 from rpqfx.fit import fit_codebooks
 from rpqfx.graph.capture import Captured
 from rpqfx.graph.code import needs_tensors
+from rpqfx.graph.loaded import check_loaded
 from rpqfx.graph.match import find_sites
 from rpqfx.graph.pretrained import adapt_pretrained
 from rpqfx.graph.settle import groups_of, layout_of, settle
@@ -57,11 +58,13 @@ def rewrite(
         ``captured.model``.
 
     Raises:
-        RewriteError: If a decision names no site, or one that cannot be rewritten, or does not fit it.
+        RewriteError: If a decision names no site, or one that cannot be rewritten, or does not fit it, or a weight has
+            not been loaded while others have.
         PolicyError: If a spec fits neither side of its site.
     """
     sites = find_sites(captured) if sites is None else sites
     settled = settle(decisions, sites)
+    check_loaded(captured.model, sites, settled)
     by_name = {site.name: site for site in sites}
     held = {name: decision for name, decision in settled.items() if isinstance(decision, Hold)}
     made: dict[str, RPQWeight] = {}

@@ -137,7 +137,7 @@ def _plain(value: Any, made: list[Remade]) -> Any:
     """A value with plain tensors for expanded weights; ``made`` takes how they are made again."""
     if _is_one(value):
         tensor = value.as_subclass(Tensor)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and value._virtual.part.lasting:
             made.append(value._virtual.remade(tensor))
         return tensor
     if isinstance(value, (list, tuple)) and any(_is_one(item) for item in value):

@@ -31,6 +31,9 @@ class Part:
         note: Called with the name, the input, the arguments and the path of each product, where somebody listens.
     """
 
+    lasting = True
+    """Whether the tensors stay where they are after a product."""
+
     def __init__(
         self,
         tensors: ops.Tensors,

@@ -280,7 +280,7 @@ def as_dense(value: Any, made: list[Remade]) -> Any:
     if isinstance(value, VirtualWeight):
         dense = value.expand_dense()
         graph = value.tracing or torch.compiler.is_compiling()
-        if torch.is_grad_enabled() and not graph and not dense.is_inference():
+        if torch.is_grad_enabled() and value.part.lasting and not graph and not dense.is_inference():
             made.append(value.remade(dense))
         return dense
     if isinstance(value, (list, tuple)) and any([isinstance(item, VirtualWeight) for item in value]):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from rpqfx.fit import fit_codebooks
 from rpqfx.nn.layout import Layout
 from rpqfx.nn.loaded import Loaded
 from rpqfx.nn.part import Part
+from rpqfx.nn.recorded import CalledPart
 
 ReadAs = Literal["expanded", "virtual", "tensor"]
 
@@ -23,9 +25,9 @@ ReadAs = Literal["expanded", "virtual", "tensor"]
 class RPQWeight(Loaded):
     """A tensor held in codebooks; calling it gives the tensor, or some of its rows.
 
-    Tensors: ``codebooks [R, G, K, d]`` (Parameter), ``codes [R, M, N]`` (buffer, the narrowest integer), and where
-    the spec has them ``scale [N]`` (Parameter), ``dim_scale [D / share]`` (Parameter) and ``signs [R, M, ceil(N/8)]``
-    (buffer, uint8, eight signs a byte).
+    Tensors: ``codebooks [R, G, K, d]`` (Parameter), ``codes [R, M, N]`` (buffer, the narrowest integer; one of two
+    bytes lies there [as bytes][rpqfx.nn.codebytes]), and where the spec has them ``scale [N]`` (Parameter),
+    ``dim_scale [D / share]`` (Parameter) and ``signs [R, M, ceil(N/8)]`` (buffer, uint8, eight signs a byte).
 
     Example:
         >>> spec = CodebookSpec.make(9216, 9216, codebook_dim=128, bits=8)
@@ -46,7 +48,6 @@ class RPQWeight(Loaded):
     """
 
     codebooks: nn.Parameter
-    codes: Tensor
     scale: nn.Parameter | None
     dim_scale: nn.Parameter | None
     signs: Tensor | None
@@ -83,7 +84,7 @@ class RPQWeight(Loaded):
             raise InputError(f"codebooks are floating point, got {dtype}")
         self.spec, self.layout, self.std, self.plan = spec, layout, std, plan
         self.codebooks = nn.Parameter(torch.empty(spec.codebooks_shape, device=device, dtype=dtype))
-        self.register_buffer("codes", torch.empty(spec.codes_shape, device=device, dtype=spec.code_dtype))
+        self.codes = torch.empty(spec.codes_shape, device=device, dtype=spec.code_dtype)
         for name, count in (("scale", spec.num_vectors if spec.scale else 0), ("dim_scale", spec.dim_scales)):
             factors = nn.Parameter(torch.empty(count, device=device, dtype=dtype)) if count else None
             self.register_parameter(name, factors)
@@ -181,25 +182,46 @@ class RPQWeight(Loaded):
         """The stored tensors, as the operations take them."""
         held, buffers = self._parameters, self._buffers
         if "codebooks" in held and "scale" in held and "dim_scale" in held:  # torch's lookup takes longer
+            codes: Any = buffers["codes"] if self.spec.entries <= 256 else self.codes  # bytes, where there are more
             return ops.Tensors(
-                held["codebooks"], buffers["codes"], held["scale"], buffers["signs"], held["dim_scale"]  # type: ignore[arg-type]
+                held["codebooks"], codes, held["scale"], buffers["signs"], held["dim_scale"]  # type: ignore[arg-type]
             )  # fmt: skip
         return ops.Tensors(self.codebooks, self.codes, self.scale, self.signs, self.dim_scale)  # one is parametrised
 
     def part(self) -> Part:
         """The whole tensor as a [`Part`][rpqfx.nn.part.Part], of which parts may be taken."""
+        if self._hooked:
+            return CalledPart(self, self.tensors, self.layout, self.spec.grad_factor, self._plan)
+        return self._whole()
+
+    def _whole(self) -> Part:
         return Part(self.tensors, self.layout, self.spec.grad_factor, self._plan)
 
-    def forward(self, ids: Tensor | None = None) -> Tensor:
+    @property
+    def _hooked(self) -> bool:
+        """Whether somebody wants to know of calls: hooks of torch, or a forward in place of this one (accelerate)."""
+        found = self.__dict__
+        if found["_forward_pre_hooks"] or found["_forward_hooks"] or "forward" in found:
+            return True
+        return bool(found["_backward_hooks"] or found["_backward_pre_hooks"])
+
+    def forward(self, ids: Tensor | None = None, *operands: Any, use: Callable[..., Tensor] | None = None) -> Tensor:
         """The tensor, or rows of it.
 
+        Layers use the weight without a call, unless it has hooks: then ``linear``, ``lookup`` and the rest call it with
+        their operands and with ``use``, so that forward and backward hooks get the operand and the product.
+
         Args:
-            ids: Integer rows of any shape, or None for all.
+            ids: Integer rows of any shape, or None for all; with ``use`` the first operand.
+            *operands: Further ones, with ``use``.
+            use: Called with the whole [`Part`][rpqfx.nn.part.Part] and the operands that were given.
 
         Returns:
-            The tensor in its layout's shape, or ``[*ids.shape, cols]``.
+            The tensor in its layout's shape, or ``[*ids.shape, cols]``, or what ``use`` returns.
         """
-        return self.part().dense() if ids is None else self.lookup(ids)
+        if use is not None:
+            return use(self._whole(), *(() if ids is None else (ids, *operands)))
+        return self._whole().dense() if ids is None else self._whole().lookup(ids)
 
     def lookup(self, ids: Tensor, sparse: bool = False) -> Tensor:
         """Rows of the matrix ``[rows, cols]``.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rpqfx.errors import InputError
+from rpqfx.nn.offloaded import check_not_offloaded, offloaded
 from rpqfx.nn.weight import RPQWeight
 from rpqfx.tuning.latent import Latent
 
@@ -39,6 +40,7 @@ def held(model: nn.Module) -> list[RPQWeight]:
 
     Raises:
         InputError: If there are none, or they cannot be trained as they are.
+        RewriteError: If accelerate has offloaded the model.
     """
     weights = [module for module in model.modules() if isinstance(module, RPQWeight)]
     if not weights:
@@ -47,6 +49,7 @@ def held(model: nn.Module) -> list[RPQWeight]:
         )
     for weight in weights:
         if weight.codebooks.is_meta:
+            check_not_offloaded(offloaded(model), "trained")
             raise InputError("the model is on the meta device, where nothing runs; call rpqfx.materialize first")
         if weight.codebooks.dtype.itemsize < 4:
             raise InputError(
