@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_flatten
 from rpqfx.errors import CaptureError
 from rpqfx.graph.copying import copy_model
 from rpqfx.graph.leaves import is_leaf
+from rpqfx.graph.tracer import ONE_AT_A_TIME, NumbersKept, ThreadTracer, outline
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
@@ -61,7 +62,7 @@ class Captured:
         return {name: found.opaque for name, found in self.graphs.items() if found.opaque}
 
 
-class ModuleTracer(fx.Tracer):
+class ModuleTracer(ThreadTracer):
     """Traces one module's own forward: every child is a leaf, buffers stay symbolic."""
 
     proxy_buffer_attributes = True
@@ -145,9 +146,8 @@ def _read(module: nn.Module, leaves: tuple[type[nn.Module], ...]) -> ModuleGraph
     fixed = (None, values) if (values := _defaults(module)) is not None else (None,)
     for training, values in itertools.product((False, True), fixed):
         try:
-            with _unchanged(module):
-                module.training = training
-                graphs.append(ModuleTracer().trace(module, values))
+            with _quietly():
+                graphs.append(ModuleTracer().trace(outline(module, training), values))
         except Exception as error:  # a foreign forward may raise anything; whatever it is, the module is opaque
             errors.append(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}".rstrip(": "))
     return ModuleGraph(tuple(graphs)) if graphs else ModuleGraph(opaque=errors[0])
@@ -167,20 +167,11 @@ def _defaults(module: nn.Module) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def _unchanged(module: nn.Module) -> Iterator[None]:
-    """Undoes what tracing a forward leaves behind: attributes it set, random numbers it drew, warnings."""
-    before = dict(module.__dict__)
-    held = {key: value.copy() for key, value in before.items() if isinstance(value, (dict, list, set))}
-    try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.no_grad():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        module.__dict__.clear()
-        module.__dict__.update(before)
-        for key, value in held.items():
-            before[key].clear()
-            before[key].extend(value) if isinstance(value, list) else before[key].update(value)
+def _quietly() -> Iterator[None]:
+    """Without gradients, and without what a traced forward leaves behind: random numbers it drew, warnings."""
+    with ONE_AT_A_TIME, warnings.catch_warnings(), NumbersKept(), torch.no_grad():  # filters are the process's
+        warnings.simplefilter("ignore")
+        yield
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
+from rpqfx.graph.functions import functions_of, referred
 from rpqfx.site import Site
 
 
@@ -93,6 +94,10 @@ def _kept_elsewhere(model: nn.Module) -> dict[int, str]:
             for item in items:
                 if isinstance(item, nn.Parameter):
                     found[id(item)] = f"is also kept in the plain attribute {key!r} of {path or 'the model'}"
+        for key, function in functions_of(module):
+            for kept in referred(function):
+                if isinstance(kept, nn.Parameter):
+                    found[id(kept)] = f"is also kept by a function in the attribute {key!r} of {path or 'the model'}"
     return found
 
 

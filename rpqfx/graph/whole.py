@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,12 +12,14 @@ from torch import fx, nn
 
 from rpqfx.errors import CaptureError
 from rpqfx.graph.leaves import is_leaf
+from rpqfx.graph.tracer import ONE_AT_A_TIME, ThreadTracer
 from rpqfx.nn.layer import RPQLayer
-from rpqfx.nn.virtual import VirtualWeight, tracing
+from rpqfx.nn.views import tracing
+from rpqfx.nn.virtual import VirtualWeight
 from rpqfx.nn.weight import RPQWeight
 
 
-class _WholeTracer(fx.Tracer):
+class _WholeTracer(ThreadTracer):
     """Leaves: torch.nn's own layers, the RPQ ones, the codebooks of any other module, and what ``leaf`` was given."""
 
     failed = ""  # innermost module whose forward raised
@@ -26,7 +29,8 @@ class _WholeTracer(fx.Tracer):
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception:
-            self.failed = self.failed or self.path_of_module(m)
+            if threading.get_ident() == self._thread:
+                self.failed = self.failed or self.path_of_module(m)
             raise
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -67,9 +71,10 @@ def whole_graph(
                 "pass example_inputs to capture the model with torch.export, or use the rewritten modules as they are"
             ) from error
     try:
-        return torch.export.export(
-            model, tuple(example_inputs or ()), dict(example_kwargs or {}), strict=False
-        ).module()
+        with ONE_AT_A_TIME:
+            return torch.export.export(
+                model, tuple(example_inputs or ()), dict(example_kwargs or {}), strict=False
+            ).module()
     except Exception as error:
         raise CaptureError(
             f"torch.export cannot capture the model either: {type(error).__name__}: {error}; "

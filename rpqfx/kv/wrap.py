@@ -150,10 +150,11 @@ _MADE: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}
 
 
 def _class_of(base: type[nn.Module], kind: str) -> type[nn.Module]:
-    if (base, kind) not in _MADE:
-        bases = (*_BASES[kind], *((Attends,) if base is nn.MultiheadAttention else ()), base)
-        _MADE[base, kind] = type(base.__name__, bases, {"_kv_base": base, "_kv_kind": kind})
-    return _MADE[base, kind]
+    if (made := _MADE.get((base, kind))) is not None:
+        return made
+    bases = (*_BASES[kind], *((Attends,) if base is nn.MultiheadAttention else ()), base)
+    made = type(base.__name__, bases, {"_kv_base": base, "_kv_kind": kind})
+    return _MADE.setdefault((base, kind), made)  # of several threads', the first
 
 
 def _new(base: type[nn.Module], kind: str) -> nn.Module:

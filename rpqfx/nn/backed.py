@@ -230,14 +230,13 @@ class _Foreign(Backed):
 
 def _backed_class(base: type[nn.Module], names: tuple[str, ...]) -> type[Backed]:
     """One class for each base and names, so that equal modules are of one class."""
-    if (base, names) in _FOREIGN:
-        return _FOREIGN[base, names]
+    if (made := _FOREIGN.get((base, names))) is not None:
+        return made
     body: dict[str, Any] = {name: held(name, _is_computed_from(base, name)) for name in names}
     body |= {"_rpq_base": base, "_rpq_names": names, "__module__": base.__module__, "__doc__": base.__doc__}
     adapter = next((_ADAPTERS[known] for known in base.__mro__ if known in _ADAPTERS), None)
     bases = (_Foreign, base) if adapter is None else (_Foreign, adapter, base)
-    _FOREIGN[base, names] = type(base.__name__, bases, body)
-    return _FOREIGN[base, names]
+    return _FOREIGN.setdefault((base, names), type(base.__name__, bases, body))  # of several threads', the first
 
 
 def _new(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:

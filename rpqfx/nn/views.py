@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,6 +21,18 @@ LATE = ("unsqueeze", "expand", "unflatten", "movedim", "swapaxes", "swapdims", "
 
 Late = tuple[str, tuple[Any, ...], dict[str, Any]]
 
+_TRACING: ContextVar[bool] = ContextVar("rpqfx.nn.views.tracing", default=False)
+
+
+@contextlib.contextmanager
+def tracing() -> Iterator[None]:
+    """While this thread traces a model symbolically: views are taken of the whole tensor, a node of the graph."""
+    token = _TRACING.set(True)
+    try:
+        yield
+    finally:
+        _TRACING.reset(token)
+
 
 class Views:
     """A codebook-held tensor seen through views.
@@ -29,9 +43,6 @@ class Views:
         order: The axes of the part, in the order they have here.
         views: Further views, as (method, arguments, keywords), of which codebooks know nothing.
     """
-
-    tracing = False
-    """Whether a symbolic trace is going on, in which the whole tensor is a node and all views are taken of it."""
 
     def __init__(
         self,
@@ -44,6 +55,11 @@ class Views:
         self.part = weight.part() if part is None else part
         self.order = tuple(range(len(self.part.layout.shape))) if order is None else order
         self.views = views
+
+    @property
+    def tracing(self) -> bool:
+        """Whether a symbolic trace is going on, in which the whole tensor is a node and all views are taken of it."""
+        return not torch.compiler.is_compiling() and _TRACING.get()  # compilers cannot read a context variable
 
     @property
     def is_matrix(self) -> bool:

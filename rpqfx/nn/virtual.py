@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -27,28 +28,17 @@ from rpqfx.nn.views import LATE, Views
 # NotImplemented where only the plain tensor will do.
 SERVED: dict[Any, Callable[..., Any]] = {}
 
-_initialising = False
+_INITIALISING: ContextVar[bool] = ContextVar("rpqfx.nn.virtual.initialising", default=False)
 
 
 @contextlib.contextmanager
 def initialising() -> Iterator[None]:
-    """For a while, changing a virtual weight in place does nothing: its codebooks have been drawn already."""
-    global _initialising
-    before, _initialising = _initialising, True
+    """For a while, in this thread, changing a virtual weight in place does nothing: its codebooks have been drawn."""
+    token = _INITIALISING.set(True)
     try:
         yield
     finally:
-        _initialising = before
-
-
-@contextlib.contextmanager
-def tracing() -> Iterator[None]:
-    """While a model is traced symbolically: views are taken of the whole tensor, which is a node of the graph."""
-    before, VirtualWeight.tracing = VirtualWeight.tracing, True
-    try:
-        yield
-    finally:
-        VirtualWeight.tracing = before
+        _INITIALISING.reset(token)
 
 
 _OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")
@@ -243,7 +233,7 @@ class VirtualWeight(Views):
 
     def refuse(self, name: str) -> VirtualWeight:
         """Refuses to change in place what is made anew at each read, and would be lost."""
-        if _initialising:
+        if not torch.compiler.is_compiling() and _INITIALISING.get():
             return self
         raise RewriteError(
             f"{name} would change a weight that is held in codebooks and made anew at each read; "

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rpqfx.errors import InputError
 from rpqfx.reroute.chooser import Chooser
 from rpqfx.reroute.masks import pairs, seen_tokens, singles
+from rpqfx.reroute.underway import Underway
 from rpqfx.routing.moving import put, take
 from rpqfx.routing.router import Choice
 
@@ -35,13 +36,7 @@ class AttentionRoute(nn.Module):
     def __init__(self, chooser: Chooser, light: nn.Module | None, name: str) -> None:
         super().__init__()
         self.chooser, self.light, self.name = chooser, light, name
-        self._input: Tensor | None = None
-        self._kept: Tensor | None = None
-        self._choice: Choice | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles take: nothing of a call."""
-        return {**self.__dict__, "_input": None, "_kept": None, "_choice": None}
+        self._call = Underway()
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         """Hook: chooses, and hands on what was chosen.
@@ -51,7 +46,7 @@ class AttentionRoute(nn.Module):
         """
         given = named(module, args, kwargs)
         x = next(iter(given.values()), None)
-        self._input = self._choice = self._kept = None
+        self._call.end()  # of a call that failed
         if not isinstance(x, Tensor) or any(given.get(name) is not None for name in _OTHERS):
             return None  # of other tokens: not routed
         if any(given.get(name) is not None for name in _CACHES):
@@ -61,18 +56,18 @@ class AttentionRoute(nn.Module):
             )
         if x.dim() != 3:
             raise InputError(f"{self.name}: tokens are [B, n, d], got {list(x.shape)}; skip it with a RouteRule")
-        self._kept = self._mask_of(given, x)
-        self._input, self._choice = x, self.chooser(x, self._kept)
-        if self._choice.indices is None:
+        kept = self._mask_of(given, x)
+        choice = self.chooser(x, kept)
+        self._call.begin(x, choice, kept)
+        if choice.indices is None:
             return None
-        chosen = {name: self._chosen(name, value, x, self._choice) for name, value in list(given.items())[1:]}
-        chosen[next(iter(given))] = take(x, self._choice)[:, 0]
+        chosen = {name: self._chosen(name, value, x, choice) for name, value in list(given.items())[1:]}
+        chosen[next(iter(given))] = take(x, choice)[:, 0]
         return tuple(chosen[name] for name in list(given)[: len(args)]), {name: chosen[name] for name in kwargs}
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """Hook: puts results in the places of their tokens, with the light branch."""
-        x, kept, choice = self._input, self._kept, self._choice
-        self._input = self._kept = self._choice = None
+        x, choice, kept = self._call.end()
         if x is None or choice is None:
             return out
         first, *rest = out if isinstance(out, tuple) else (out,)
@@ -126,14 +121,15 @@ class TorchAttentionRoute(AttentionRoute):
         assert isinstance(module, nn.MultiheadAttention)
         given = named(module, args, kwargs)
         query = given["query"]
-        self._input = self._choice = self._kept = None
+        self._call.end()  # of a call that failed
         if query.dim() != 3 or not (query is given["key"] and query is given["value"]):
             return None  # of other tokens: not routed
         x = query if module.batch_first else query.transpose(0, 1)
         padding = given.get("key_padding_mask")
-        self._kept = self.chooser.padding.of(x) if padding is None else _hidden(padding).logical_not()
-        self._input, self._choice = x, self.chooser(x, self._kept)
-        if self._choice.indices is None:
+        kept = self.chooser.padding.of(x) if padding is None else _hidden(padding).logical_not()
+        choice = self.chooser(x, kept)
+        self._call.begin(x, choice, kept)
+        if choice.indices is None:
             return None
         if given.get("need_weights", True):
             raise InputError(
@@ -142,38 +138,38 @@ class TorchAttentionRoute(AttentionRoute):
         mask = given.get("attn_mask")
         if given.get("is_causal") and self.chooser.window is None:
             raise InputError(f"{self.name} is causal, but is routed by later tokens too; route with a window")
-        chosen = take(x, self._choice)[:, 0]
+        chosen = take(x, choice)[:, 0]
         chosen = chosen if module.batch_first else chosen.transpose(0, 1)
-        hidden = None if mask is None else self._pairs(mask, module.num_heads)
+        hidden = None if mask is None else _all_pairs(mask, module.num_heads, choice, x.dtype)
         told = {**given, "query": chosen, "key": chosen, "value": chosen, "attn_mask": hidden, "is_causal": False}
-        told["key_padding_mask"] = self._singles(padding)
+        told["key_padding_mask"] = _all_singles(padding, choice, x)
         return (), told
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """See ``AttentionRoute.after``."""
         assert isinstance(module, nn.MultiheadAttention)
-        if self._input is None or module.batch_first:
+        if self._call.input is None or module.batch_first:
             return super().after(module, args, kwargs, out)
         first, weights = super().after(module, args, kwargs, (out[0].transpose(0, 1), out[1]))
         return first.transpose(0, 1), weights
 
-    def _pairs(self, mask: Tensor, heads: int) -> Tensor:
-        """``[B * h, k, k]``, added to scores."""
-        assert self._choice is not None and self._input is not None
-        if mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=self._input.dtype).masked_fill(mask, float("-inf"))
-        whole = mask if mask.dim() == 2 else mask.unflatten(0, (-1, heads))
-        return pairs(whole, self._choice).expand(-1, heads, -1, -1).flatten(0, 1)
 
-    def _singles(self, padding: Tensor | None) -> Tensor | None:
-        """``[B, k]``, added to scores."""
-        assert self._choice is not None and self._input is not None
-        if padding is None and self._choice.mask is None:
-            return None
-        hidden = torch.zeros(self._choice.scores.shape[::2], device=self._input.device, dtype=self._input.dtype)
-        if padding is not None:
-            hidden = hidden.masked_fill(singles(_hidden(padding), self._choice), float("-inf"))
-        return hidden if self._choice.mask is None else hidden.masked_fill(~self._choice.mask[:, 0], float("-inf"))
+def _all_pairs(mask: Tensor, heads: int, choice: Choice, dtype: torch.dtype) -> Tensor:
+    """``[B * h, k, k]``, added to scores."""
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=dtype).masked_fill(mask, float("-inf"))
+    whole = mask if mask.dim() == 2 else mask.unflatten(0, (-1, heads))
+    return pairs(whole, choice).expand(-1, heads, -1, -1).flatten(0, 1)
+
+
+def _all_singles(padding: Tensor | None, choice: Choice, like: Tensor) -> Tensor | None:
+    """``[B, k]``, added to scores."""
+    if padding is None and choice.mask is None:
+        return None
+    hidden = torch.zeros(choice.scores.shape[::2], device=like.device, dtype=like.dtype)
+    if padding is not None:
+        hidden = hidden.masked_fill(singles(_hidden(padding), choice), float("-inf"))
+    return hidden if choice.mask is None else hidden.masked_fill(~choice.mask[:, 0], float("-inf"))
 
 
 def _hidden(padding: Tensor) -> Tensor:

@@ -10,24 +10,9 @@ import torch
 from einops import repeat
 from torch import Tensor, nn
 
+from rpqfx.reroute.underway import Padding
 from rpqfx.routing.causal import choose_by_the_past
 from rpqfx.routing.router import Choice, Router
-
-
-class Padding:
-    """The mask of the call that is under way: which tokens are padding, as far as the model was told."""
-
-    def __init__(self) -> None:
-        self.mask: Tensor | None = None
-
-    def of(self, x: Tensor) -> Tensor | None:
-        """``[B, n]`` bool, False for padding, if there is a mask that fits tokens ``[B, n, d]``."""
-        mask = self.mask
-        return mask if mask is not None and mask.shape == x.shape[:2] else None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles take: nothing of a call."""
-        return {"mask": None}
 
 
 class Chooser(nn.Module):

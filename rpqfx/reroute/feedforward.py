@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from rpqfx.errors import InputError
 from rpqfx.reroute.chooser import Chooser
+from rpqfx.reroute.underway import Underway
 from rpqfx.routing.moving import put, take
-from rpqfx.routing.router import Choice
 
 
 class FeedForwardRoute(nn.Module):
@@ -32,12 +32,7 @@ class FeedForwardRoute(nn.Module):
         super().__init__()
         self.time_first = time_first
         self.chooser, self.light, self.name = chooser, light, name
-        self._input: Tensor | None = None
-        self._choice: Choice | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles take: nothing of a call."""
-        return {**self.__dict__, "_input": None, "_choice": None}
+        self._call = Underway()
 
     def first(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Hook before the layer that runs first: chooses, and hands on what was chosen.
@@ -47,16 +42,17 @@ class FeedForwardRoute(nn.Module):
         """
         if not args or not isinstance(args[0], Tensor):
             raise InputError(f"{self.name}: its first layer was called without a positional tensor")
-        self._input = args[0]
-        self._choice = self.chooser(self._line(args[0]))
+        self._call.begin(args[0], self.chooser(self._line(args[0])))
         return self.another(module, args)
 
     def another(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Hook before a layer that has the same input: hands on what was chosen for the first."""
-        assert self._choice is not None
-        if self._choice.indices is None:
+        choice = self._call.choice
+        if choice is None:
+            raise InputError(f"{self.name}: its layers ran without its first one; skip it with a RouteRule")
+        if choice.indices is None:
             return None
-        return (take(self._line(args[0]), self._choice)[:, 0], *args[1:])
+        return (take(self._line(args[0]), choice)[:, 0], *args[1:])
 
     def last(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         """Hook behind the last layer: puts its results in the places of their tokens, with the light branch.
@@ -64,8 +60,7 @@ class FeedForwardRoute(nn.Module):
         Raises:
             InputError: If the block's first layer has not run.
         """
-        x, choice = self._input, self._choice
-        self._input = self._choice = None
+        x, choice, _ = self._call.end()
         if x is None or choice is None:
             raise InputError(f"{self.name}: its last layer ran without its first one; skip it with a RouteRule")
         if choice.indices is None:

@@ -13,10 +13,12 @@ from rpqfx.errors import InputError, PolicyError, RewriteError
 from rpqfx.graph.capture import capture
 from rpqfx.graph.copying import copy_model
 from rpqfx.reroute.attention import AttentionRoute, TorchAttentionRoute, named
-from rpqfx.reroute.chooser import Chooser, Padding
+from rpqfx.reroute.chooser import Chooser
+from rpqfx.reroute.drawing import Drawing
 from rpqfx.reroute.feedforward import FeedForwardRoute
 from rpqfx.reroute.find import Block, find_blocks
 from rpqfx.reroute.policy import RoutePolicy
+from rpqfx.reroute.underway import Padding
 from rpqfx.routing.windows import LocalAttention
 
 ROUTE = "routed"  # the attribute under which a block's last layer, or an attention module, holds what routes it
@@ -58,8 +60,7 @@ def route(model: nn.Module, policy: RoutePolicy | None = None, *, inplace: bool 
     small = model if inplace else copy_model(model)
     blocks = _decide(find_blocks(capture(small)), policy)
     padding = Padding()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with Drawing(seed):
         made = [(block, _make(block, number, policy, padding)) for block, number in blocks]
     for block, new in made:
         _install(block, new)

@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -28,6 +29,7 @@ CACHE = "RPQFX_CACHE"  # in the environment: where compiled kernels are kept
 
 _LOG = logging.getLogger("rpqfx")
 _SOURCE = Path(__file__).with_name("kernels.cpp")
+_BUILDING = threading.Lock()
 _CAPABILITIES = {
     "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
     "AVX2": ["-mavx2", "-mfma", "-mf16c"],
@@ -40,7 +42,8 @@ def ready() -> bool:
     try:
         if os.environ.get(SWITCH) == "0":
             raise RPQError(f"{SWITCH}=0 in the environment")
-        library = _compiled()
+        with _BUILDING:  # other threads find it built
+            library = _compiled()
         torch.ops.load_library(library)
         checked = library.with_suffix(".checked")
         if not checked.exists():
