@@ -51,8 +51,8 @@ def rpqify(
 
     Args:
         model: Any module, on any device. Of a wrapped one (``torch.compile``, ``DataParallel``, ``AveragedModel``) the
-            model within is rewritten, by the names that it has there, and wrapped again. On the meta device nothing is allocated;
-            [`materialize`][rpqfx.materialize.materialize] does that later.
+            model within is rewritten, by the names that it has there, and wrapped again. On the meta device
+            nothing is allocated; [`materialize`][rpqfx.materialize.materialize] does that later.
         policy: A [`Policy`][rpqfx.policy.Policy], or a callable from a site to a spec or a skip.
         example_inputs: Positional inputs of one call. With them the rewritten model is run beside the dense one that
             holds the expanded weights, and lazy modules take their shapes.

@@ -94,11 +94,8 @@ class Archive:
         file: Open for reading in binary, and seekable.
 
     Raises:
-        FormatError: If it is no such file, or is truncated, or claims what it does not hold.
+        FormatError: If it is no such file, or is truncated.
     """
-
-    value: Any
-    """What was saved, with a ``Described`` in place of each tensor."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -108,8 +105,16 @@ class Archive:
         order = self._records.get(f"{prefix}byteorder")
         if order is not None and self._bytes(order) != sys.byteorder.encode():
             raise FormatError("it was written on a machine with another order of bytes")
+        self._pickle = self._bytes(self._records[f"{prefix}data.pkl"])
+
+    def value(self) -> Any:
+        """Returns what was saved, with a ``Described`` in place of each tensor.
+
+        Raises:
+            FormatError: If it is something else than tensors, or claims what the file does not hold.
+        """
         try:
-            self.value = _Reader(self._describe).read(self._bytes(self._records[f"{prefix}data.pkl"]))
+            return _Reader(self._describe).read(self._pickle)
         except (ValueError, TypeError, LookupError, OverflowError, AttributeError) as error:
             raise FormatError(f"it does not say what it holds ({type(error).__name__}: {error})") from error
 

@@ -96,7 +96,12 @@ def _open_torch(file: BinaryIO) -> Container:
         archive = Archive(file)
     except FormatError as error:
         raise FormatError(f"is truncated, altered or no rpqfx file: {error}") from error
-    held = archive.value
+    try:
+        held = archive.value()
+    except FormatError as error:
+        raise FormatError(
+            f"is a torch file, but not one that rpqfx.save wrote, or was altered; of no rpqfx file is true that {error}"
+        ) from error
     if not isinstance(held, dict) or FORMAT not in held or "tensors" not in held:
         raise FormatError("is a torch file, but not one that rpqfx.save wrote")
     text, seal, tensors = held[FORMAT], held.get("seal", ""), held["tensors"]
@@ -171,7 +176,7 @@ def _header(file: BinaryIO) -> tuple[dict[str, Any], int]:
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     length = int.from_bytes(file.read(_HEADER), "little")
-    if not _HEADER <= size - length:
+    if length > size - _HEADER:
         raise ValueError(f"its header has {length} bytes, the file {size}")
     table = json.loads(file.read(length), object_pairs_hook=without_doubles)
     if not isinstance(table, dict):

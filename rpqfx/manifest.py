@@ -80,7 +80,9 @@ def describe(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "notes": list(notes),
     }  # fmt: skip
     more = {"kv": describe_kv(model), "routed": _routed(model)}
-    return _compact(tensors, {e["names"][0] for e in entries if "packed" in e or "stored" in e}), manifest | {key: value for key, value in more.items() if value}
+    return _compact(tensors, {e["names"][0] for e in entries if "packed" in e or "stored" in e}), manifest | {
+        key: value for key, value in more.items() if value
+    }
 
 
 def _plain(name: str, tensor: Tensor) -> Tensor:
@@ -195,29 +197,30 @@ def codes_of(manifest: dict[str, Any]) -> dict[str, int]:
     return {f"{name}{SUFFIX}.codes": s["spec"]["entries"] for s in manifest["sites"] for name in s["names"]}
 
 
-def put_back(model: nn.Module, manifest: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def put_back(model: nn.Module, manifest: dict[str, Any], tensors: dict[str, Tensor], path: str) -> None:
     """Puts codebooks into a dense model as a manifest says, and every tensor in its place.
 
     Args:
         model: As it was before it was rewritten; on any device, also meta.
         manifest: What ``describe`` said, checked.
         tensors: Unpacked, under their first names.
+        path: Of the file, for messages.
 
     Raises:
-        FormatError: If the model is not the one that was described. The message goes on from the file's name.
+        FormatError: If the model is not the one that was described.
     """
     known = names_within(model)
     kv = manifest.get("kv", [])
     missing = set(manifest.get("routed", ())) - set(_routed(model))
     if missing:
         raise FormatError(
-            f"holds a routed model ({min(missing)!r}), build() made one that is not: route it there, as in "
+            f"{path} holds a routed model ({min(missing)!r}), build() made one that is not: route it there, as in "
             "build=lambda: rpqfx.route(dense(), policy)"
         )
-    put_back_kv(model, [one for one in kv if not one["outermost"]], known)
-    _install_sites(model, manifest, known)
-    put_back_kv(model, [one for one in kv if one["outermost"]], known)
-    _assign(model, manifest, tensors)
+    put_back_kv(model, [one for one in kv if not one["outermost"]], known, path)
+    _install_sites(model, manifest, known, path)
+    put_back_kv(model, [one for one in kv if one["outermost"]], known, path)
+    _assign(model, manifest, tensors, path)
     for module in model.modules():
         refresh(module)
     adapt_pretrained(model)
@@ -230,20 +233,20 @@ def _record(values: dict[str, Any]) -> SiteRecord:
     return SiteRecord(**{**values, **tuples, "spec": spec})
 
 
-def _install_sites(model: nn.Module, manifest: dict[str, Any], known: Mapping[str, str]) -> None:
+def _install_sites(model: nn.Module, manifest: dict[str, Any], known: Mapping[str, str], path: str) -> None:
     placed = []
     for site in manifest["sites"]:
         spec, layout = CodebookSpec.from_dict(site["spec"]), Layout.from_dict(site["layout"])
         names = []
         for name in site["names"]:
-            path, _, attribute = name.rpartition(".")
+            owner, _, attribute = name.rpartition(".")
             try:
-                names.append(f"{known[path]}.{attribute}".lstrip("."))
+                names.append(f"{known[owner]}.{attribute}".lstrip("."))
                 shape = tuple(parameter_at(model, names[-1]).shape)
             except (KeyError, RPQError) as error:
-                raise FormatError(f"holds {name}, which the model that build() made has not") from error
+                raise FormatError(f"{path} holds {name}, which the model that build() made has not") from error
             if shape != layout.shape:
-                raise FormatError(f"holds {name} of shape {layout.shape}, build() made it {shape}")
+                raise FormatError(f"{path} holds {name} of shape {layout.shape}, build() made it {shape}")
         with torch.device("meta"):
             weight = RPQWeight(spec, layout, std=site["std"])
             for flag in _FLAGS & site.keys():
@@ -252,12 +255,12 @@ def _install_sites(model: nn.Module, manifest: dict[str, Any], known: Mapping[st
     try:
         install_all(model, placed)
     except RPQError as error:
-        raise FormatError(f"does not fit the model that build() made: {error}") from error
+        raise FormatError(f"{path} does not fit the model that build() made: {error}") from error
 
 
-def _assign(model: nn.Module, manifest: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def _assign(model: nn.Module, manifest: dict[str, Any], tensors: dict[str, Tensor], path: str) -> None:
     missing = {name for _, name, _ in _all_tensors(model)}
-    modules = {path: module for path, _, module in modules_within(model)}
+    modules = {name: module for name, _, module in modules_within(model)}
     coders = set(coder_tensors(model))
     for entry in manifest["tensors"]:
         tensor = tensors[entry["names"][0]]
@@ -267,18 +270,20 @@ def _assign(model: nn.Module, manifest: dict[str, Any], tensors: dict[str, Tenso
             owner, _, attribute = name.rpartition(".")
             module = modules.get(owner)
             if module is None or not _has_place(module, entry["kind"], attribute):
-                raise FormatError(f"holds {name}, which the model that build() made has not")
+                raise FormatError(f"{path} holds {name}, which the model that build() made has not")
             group = _group(module, entry["kind"])
             before = group.get(attribute)
             # buffers that are not saved with a state dict may have grown since the model was built, as caches do
             fixed = entry["kind"] == "parameter" or attribute not in module._non_persistent_buffers_set
             fixed = fixed and SUFFIX not in name and entry["kind"] != "attribute" and name not in coders
             if isinstance(before, Tensor) and fixed and before.shape != tensor.shape:
-                raise FormatError(f"holds {name} of shape {tuple(tensor.shape)}, build() made it {tuple(before.shape)}")
+                raise FormatError(
+                    f"{path} holds {name} of shape {tuple(tensor.shape)}, build() made it {tuple(before.shape)}"
+                )
             group[attribute] = tensor
             missing.discard(name)
     if missing:
-        raise FormatError(f"does not hold {min(missing)}, which build() made: it is of another model")
+        raise FormatError(f"build() made {min(missing)}, which {path} does not hold: it is of another model")
 
 
 def _has_place(module: nn.Module, kind: str, attribute: str) -> bool:

@@ -315,9 +315,14 @@ def _check_coder(name: str, coder: dict[str, Any], entries: dict[str, dict[str, 
     shape = () if books is None else tuple(books["shape"])
     if len(shape) != 4 or shape[0] < max(stages) or shape[1:] != (1, coder["entries"], d):
         raise FormatError(f"its manifest has no codebooks of {coder['entries']} entries of {d} for {name}")
-    averages = {"ema_counts": shape[:-1], "ema_sums": shape, "ema_steps": ()}
-    for part, size in averages.items() if coder["decay"] is not None else ():
-        _entry_of(entries, [f"{name}.quantizer.{part}"], size)
+    if coder["decay"] is None:
+        return
+    sums = entries.get(f"{name}.quantizer.ema_sums")
+    size = () if sums is None else tuple(sums["shape"])  # of as many stages as this coder has, at least
+    if size[1:] != shape[1:] or size[0] < max(stages):
+        raise FormatError(f"its manifest has no averages of {shape} for {name}")
+    for part, own in (("ema_counts", size[:-1]), ("ema_steps", ())):
+        _entry_of(entries, [f"{name}.quantizer.{part}"], own)
 
 
 def as_unsavable(error: FormatError) -> RPQError:

@@ -132,10 +132,7 @@ def load(
         raise FormatError(f"build() must return a torch.nn.Module, got {type(model).__name__}")
     if is_rewritten(model):
         raise FormatError("build() must return the dense model, as it was before rpqify; it is already rewritten")
-    try:
-        put_back(model, manifest, tensors)
-    except FormatError as error:
-        raise FormatError(f"{name} {error}") from error
+    put_back(model, manifest, tensors, name)
     return model
 
 
@@ -251,9 +248,7 @@ def _read(held: Container, device: torch.device | str) -> tuple[dict[str, Any], 
         raise FormatError(f"was altered: its manifest is no JSON ({error})") from error
     version = manifest.get("version") if isinstance(manifest, dict) else None
     if type(version) is int and version > FORMAT_VERSION:
-        raise FormatError(
-            f"is of format {version}, newer than this library reads ({FORMAT_VERSION}); update rpqfx"
-        )
+        raise FormatError(f"is of format {version}, newer than this library reads ({FORMAT_VERSION}); update rpqfx")
     try:
         check_manifest(manifest, held.stored)
     except FormatError as error:

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 import rpqfx
 from rpqfx import CodebookSpec, Hold, Policy, Rule
+from rpqfx.container import open_container
 from rpqfx.errors import CodeError, FormatError, RPQError
 from rpqfx.nn import RPQLinear
-from rpqfx.container import open_container
 from rpqfx.serialize import FORMAT_VERSION, _checksum, _seal
 from tests.models import BY_NAME, CASES, GPT, MLP, SMALL, Case, assert_outputs, held_weights
 

@@ -55,7 +55,7 @@ def describe_kv(model: nn.Module) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def put_back_kv(model: nn.Module, described: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> None:
+def put_back_kv(model: nn.Module, described: Sequence[Mapping[str, Any]], names: Mapping[str, str], path: str) -> None:
     """Has attention modules attend to codes, in place. Their coders' tensors are on the meta device.
 
     A module that does so already gets the coders that were described.
@@ -64,6 +64,7 @@ def put_back_kv(model: nn.Module, described: Sequence[Mapping[str, Any]], names:
         model: The model.
         described: What ``describe_kv`` said, checked.
         names: Names as ``get_submodule`` takes them, by the names that were described.
+        path: Of the file, for messages.
 
     Raises:
         FormatError: If the model is not the one that was described.
@@ -81,9 +82,11 @@ def put_back_kv(model: nn.Module, described: Sequence[Mapping[str, Any]], names:
             core.policy = KVPolicy.from_json(one["policy"])
             core.keys, core.values = (_coder(one[side]) for side in _SIDES)
         except KeyError:
-            raise FormatError(f"attention on codes at {name!r}, which the model that build() made has not") from None
+            raise FormatError(
+                f"{path} holds attention on codes at {name!r}, which the model that build() made has not"
+            ) from None
         except RPQError as error:
-            raise FormatError(f"attention on codes at {name!r}, which build() made so that {error}") from error
+            raise FormatError(f"{path} holds attention on codes at {name!r}, where build() made {error}") from error
 
 
 def _is_usual(coder: Any) -> bool:
