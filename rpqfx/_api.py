@@ -26,6 +26,7 @@ from rpqfx.nn.backed import backed_weights
 from rpqfx.policy import Decide, Hold, Policy
 from rpqfx.progress import shown
 from rpqfx.report import attach_records, attached_records, dense_bytes
+from rpqfx.wrapped import refuse_distributed, rewrapped, unwrapped
 
 
 def rpqify(
@@ -50,8 +51,9 @@ def rpqify(
     why.
 
     Args:
-        model: Any module, on any device. On the meta device nothing is allocated;
-            [`materialize`][rpqfx.materialize.materialize] does that later.
+        model: Any module, on any device. Of a wrapped one (``torch.compile``, ``DataParallel``, ``AveragedModel``) the
+            model within is rewritten, by the names that it has there, and wrapped again. On the meta device
+            nothing is allocated; [`materialize`][rpqfx.materialize.materialize] does that later.
         policy: A [`Policy`][rpqfx.policy.Policy], or a callable from a site to a spec or a skip.
         example_inputs: Positional inputs of one call. With them the rewritten model is run beside the dense one that
             holds the expanded weights, and lazy modules take their shapes.
@@ -75,9 +77,10 @@ def rpqify(
 
     Raises:
         InputError: If ``model`` is not a module, or rejects a calibration batch.
-        RewriteError: If the model already holds weights in codebooks, cannot be copied, has been loaded in part (some
-            weights are on the meta device, or offloaded by accelerate), or (with example inputs) does not compute what
-            the dense model with the expanded weights does.
+        RewriteError: If the model already holds weights in codebooks, cannot be copied, is in
+            ``DistributedDataParallel`` or FSDP (rewrite it before), has been loaded in part (some weights are on the
+            meta device, or offloaded by accelerate), or (with example inputs) does not compute what the dense model
+            with the expanded weights does.
         PolicyError: If the policy rewrites nothing, or cannot be followed.
         FormatError: If the checkpoint folder holds another conversion.
         OSError: If the checkpoint folder cannot be written; what was saved before stays.
@@ -85,6 +88,14 @@ def rpqify(
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"rpqify takes a torch.nn.Module, got {type(model).__name__}")
+    refuse_distributed(model, "rpqify")
+    if (inner := unwrapped(model)) is not model:
+        small = rpqify(
+            inner, policy, example_inputs=example_inputs, example_kwargs=example_kwargs, inplace=inplace,
+            as_graph=as_graph, seed=seed, progress=progress, calibration=calibration, refine=refine,
+            checkpoint=checkpoint,
+        )  # fmt: skip
+        return small if as_graph else rewrapped(model, small)
     if is_rewritten(model):
         raise RewriteError(
             "this model already holds weights in codebooks; start from the dense model, with one policy whose rules "

@@ -21,6 +21,7 @@ from rpqfx.tuning.feed import Data, feed
 from rpqfx.tuning.latent import Latent
 from rpqfx.tuning.losses import Distillation
 from rpqfx.tuning.trained import Choose, Good, Rates, Trained, held
+from rpqfx.wrapped import refuse_distributed, unwrapped
 
 Loss = Callable[[Any, Any, Any], Tensor]
 
@@ -105,7 +106,8 @@ def finetune(
 
     Args:
         small: What [`rpqify`][rpqfx.rpqify] returned, in float32; trained in place, in eval mode (no dropout), and
-            left in the mode it is in.
+            left in the mode it is in. Of a wrapped one (``torch.compile``, ``DataParallel``, ``AveragedModel``) the
+            model within is trained, as it is without the wrapper.
         teacher: The dense model. May be left out where ``loss`` needs none.
         data: Batches, each a tensor, a tuple of positional inputs or a mapping of keyword inputs: a sequence, which is
             gone through in a new order each time; another iterable; or a callable that is given 0, 1, 2, ...
@@ -131,6 +133,7 @@ def finetune(
         Losses and counts; print it.
 
     Raises:
+        RewriteError: If the model is in ``DistributedDataParallel`` or FSDP.
         InputError: If nothing is in codebooks, there is no data, neither teacher nor loss is given, or outputs cannot
             be compared.
         TrainingError: If a loss or its gradient is not finite; the model is then as it was at the last that was.
@@ -140,8 +143,8 @@ def finetune(
     for name, count in (("steps", steps), ("recode_every", recode_every), ("accumulate", accumulate)):
         if type(count) is not int or count < 1:
             raise InputError(f"{name} is a whole number from 1, got {count!r}")
-    model = getattr(small, "_orig_mod", small)  # as it was before torch.compile
-    guide = getattr(teacher, "_orig_mod", teacher)
+    refuse_distributed(small, "finetune")
+    model, guide = unwrapped(small), None if teacher is None else unwrapped(teacher)
     compare = loss or Distillation(logits)
     run = _Run(model, guide, feed(data, seed), compare, autocast, accumulate)
     began = time.perf_counter()

@@ -15,6 +15,7 @@ from rpqfx.nn.offloaded import check_not_offloaded, offloaded
 from rpqfx.nn.recurrent import BackedCell
 from rpqfx.nn.virtual import initialising
 from rpqfx.nn.weight import RPQWeight
+from rpqfx.wrapped import refuse_sharded, unwrapped
 
 
 def materialize(
@@ -28,7 +29,7 @@ def materialize(
     somewhere stay as they are. Tied and shared tensors stay tied.
 
     Args:
-        model: A model, wholly or partly on the meta device.
+        model: A model, wholly or partly on the meta device; also a wrapped one (``torch.compile``, ...).
         device: Where the tensors go.
         init: Called with each module that owns a tensor that was on the meta device.
 
@@ -36,12 +37,13 @@ def materialize(
         ``model``.
 
     Raises:
-        RewriteError: If a module can not be initialised in any of these ways, or accelerate has offloaded a tensor,
-            which has values elsewhere; nothing is allocated then.
+        RewriteError: If a module can not be initialised in any of these ways, the model is sharded, or accelerate has
+            offloaded a tensor, which has values elsewhere; nothing is allocated then.
     """
+    refuse_sharded(model, "materialize")
     check_not_offloaded(offloaded(model), "given new values")
     owners = [(name, m) for name, m in model.named_modules() if _owns_meta(m)]
-    general = getattr(model, "_init_weights", None)
+    general = getattr(unwrapped(model), "_init_weights", None)
     if init is None:
         stuck = [name or type(m).__name__ for name, m in owners if not _resets(m) and not general]
         if stuck:

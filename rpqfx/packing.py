@@ -78,12 +78,12 @@ def pack_codes(codes: Tensor, entries: int) -> Tensor:
     if codes.is_floating_point() or codes.is_complex() or codes.dtype is torch.bool:
         raise InputError(f"codes are integers, got {codes.dtype}")
     if width == 8 and codes.dtype is torch.uint8:
-        _check(flat, entries)
+        check_codes(flat, entries)
         return flat
     packed = torch.empty(packed_bytes(flat.numel(), entries), dtype=torch.uint8, device=codes.device)
     for start in range(0, flat.numel(), _BLOCK):
         block = flat[start : start + _BLOCK].to(torch.int64 if codes.element_size() > 2 else torch.int32)
-        _check(block, entries)
+        check_codes(block, entries)
         columns = _columns(block.int(), 8)
         bits = columns.new_zeros(width, columns.shape[1])
         for code, byte, shift in _overlaps(width):
@@ -121,7 +121,7 @@ def unpack_codes(packed: Tensor, entries: int, shape: Sequence[int], dtype: torc
             f"{packed.dtype}"
         )
     if width == 8 and dtype is torch.uint8:
-        _check(packed, entries)
+        check_codes(packed, entries)
         return packed.reshape(tuple(shape))
     codes = torch.empty(count, dtype=dtype, device=packed.device)
     for start in range(0, count, _BLOCK):
@@ -131,7 +131,7 @@ def unpack_codes(packed: Tensor, entries: int, shape: Sequence[int], dtype: torc
         for code, byte, shift in _overlaps(width):
             block[code] |= _shifted(columns[byte], -shift)
         values = (block & (2**width - 1)).T.reshape(-1)[: some.numel()]
-        _check(values, entries)
+        check_codes(values, entries)
         some.copy_(values)
     return codes.reshape(tuple(shape))
 
@@ -201,10 +201,20 @@ def _shifted(x: Tensor, bits: int) -> Tensor:
     return x << bits if bits >= 0 else x >> -bits
 
 
-def _check(codes: Tensor, entries: int) -> None:
+def check_codes(codes: Tensor, entries: int) -> None:
+    """Raises where codes point outside their codebook.
+
+    Args:
+        codes: Integers of any shape.
+        entries: ``K``.
+
+    Raises:
+        CodeError: If a code is out of range.
+    """
     if not codes.numel():
         return
-    low, high = (int(extreme) for extreme in torch.aminmax(codes))
+    known = codes.int() if codes.dtype is torch.uint16 else codes  # which torch has no minimum of
+    low, high = (int(extreme) for extreme in torch.aminmax(known))
     if low < 0 or high >= entries:
         raise CodeError(f"codes of {low} to {high}, but the codebook has {entries} entries (0 to {entries - 1})")
 

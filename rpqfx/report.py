@@ -19,6 +19,7 @@ from rpqfx.nn.weight import RPQWeight
 from rpqfx.ops import Plan
 from rpqfx.render import Table, size, to_html, to_markdown, to_text
 from rpqfx.site import Site
+from rpqfx.wrapped import modules_within, names_within, unwrapped
 
 _ATTRIBUTE = "_rpqfx_records"
 _HEAD = ("site", "kind", "N x D", "M", "d", "K", "before", "after", "note")
@@ -183,7 +184,8 @@ def report(model: nn.Module) -> Report:
     Bytes are counted from the tensors that are in the model now; a tensor with several names counts once.
 
     Args:
-        model: A model that ``rpqify`` returned, or any that has RPQ layers.
+        model: A model that ``rpqify`` returned, or any that has RPQ layers. What stands around it or parts of it
+            (``torch.compile``, ``DataParallel``, ...) is looked through.
 
     Returns:
         The report.
@@ -191,9 +193,10 @@ def report(model: nn.Module) -> Report:
     Raises:
         RPQError: If nothing in the model is held in codebooks.
     """
+    model = unwrapped(model)
     held = {
         f"{path}.{name}".lstrip("."): weight
-        for path, module in model.named_modules(remove_duplicate=False)
+        for path, _, module in modules_within(model)
         for name, weight in backed_weights(module).items()
     }
     if not held:
@@ -230,11 +233,12 @@ def dense_bytes(model: nn.Module) -> int:
 def _found(model: nn.Module, held: dict[str, RPQWeight]) -> Iterator[SiteRecord]:
     """Records of RPQ layers that were built by hand."""
     names: dict[int, list[str]] = {}
+    known = names_within(model)
     for name, weight in held.items():
         names.setdefault(id(weight), []).append(name)
     for all_names in names.values():
         weight = held[all_names[0]]
-        owner = model.get_submodule(all_names[0].rpartition(".")[0])
+        owner = model.get_submodule(known[all_names[0].rpartition(".")[0]])
         shape = weight.layout.shape
         yield SiteRecord(
             name=all_names[0], names=tuple(all_names), kind="layer", module_type=type(owner).__name__, shape=shape,

@@ -2,59 +2,87 @@
 
 A file holds every Parameter and buffer (also the non-persistent ones, and tensors kept in plain attributes, which a
 model built on the meta device would lack), a manifest in JSON, and a checksum over both. Codes take the bits that they
-need, and floats of weights in codebooks two bytes where that loses nothing (``rpqfx.packing``). It is read by
+need, and floats of weights in codebooks two bytes where that loses nothing (``rpqfx.packing``). It can be read by
 ``torch.load(weights_only=True)``, or by safetensors where the name ends so; no code is ever unpickled.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import os
-from collections.abc import Callable
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
 
-from rpqfx.errors import FormatError, RPQError
-from rpqfx.files import draft, take_in
+from rpqfx.container import FORMAT, Container, open_container, without_doubles, writer_for
+from rpqfx.errors import FormatError, InputError, RPQError
+from rpqfx.files import draft, place, take_in
 from rpqfx.graph.match import is_rewritten
-from rpqfx.manifest import describe, put_back, unpacked
+from rpqfx.kv.attention import attentions
+from rpqfx.manifest import codes_of, describe, put_back, unpacked
+from rpqfx.manifest_check import as_unsavable, check_manifest
+from rpqfx.wrapped import unwrapped
 
-FORMAT = "rpqfx"
-FORMAT_VERSION = 3  # 1 knew no tensors of experts and no flags of weights, 2 no packed tensors
-_SAFETENSORS = ".safetensors"
+__all__ = ["FORMAT", "FORMAT_VERSION", "load", "save"]
+
+FORMAT_VERSION = 4  # 1 knew no tensors of experts and no flags of weights, 2 no packed tensors, 3 no attention on codes
+_PLAIN_VERSION = 3  # of files of models that have none: older libraries read them, too
+
+Place = str | bytes | os.PathLike[str] | os.PathLike[bytes] | BinaryIO
 
 
-def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def save(model: nn.Module, path: Place) -> None:
     """Saves a rewritten model.
 
-    The file appears whole or not at all: where writing fails, what was there before is still there.
+    The file appears whole or not at all: where writing fails, or what was written is not what was to be, what was there
+    before is still there. What stands around the model (``torch.compile``, ``DataParallel``,
+    ``DistributedDataParallel``, ``AveragedModel``) is looked through: the model within is saved.
 
     Args:
-        model: A model with RPQ layers, on any device but meta.
-        path: Where to; a name that ends in ``.safetensors`` makes a safetensors file (extra ``safetensors``).
+        model: A model with RPQ layers or attention on codes, on any device but meta.
+        path: Where to; a name that ends in ``.safetensors`` makes a safetensors file (extra ``safetensors``). A
+            symbolic link is followed. Or a file object open for writing in binary, which gets the whole content at
+            once.
 
     Raises:
-        RPQError: If the model holds nothing in codebooks, or has tensors on the meta device.
+        RPQError: If the model holds nothing in codebooks, has tensors on the meta device, or could not be loaded again.
+        RewriteError: If the model is sharded.
         CodeError: If codes point outside their codebook.
-        OSError: If the file cannot be written, as on a full disk.
+        InputError: If the path is none, or a file object not open for writing in binary.
+        OSError: If the file cannot be written, as on a full disk, or the path leads to a folder.
         ImportError: If safetensors is asked for and not installed.
     """
-    if not is_rewritten(model):
+    if not isinstance(model, nn.Module):
+        raise InputError(f"save takes a torch.nn.Module, got {type(model).__name__}")
+    target = _target(path)
+    write = writer_for(_name_of(path))
+    model = unwrapped(model)
+    if not is_rewritten(model) and not attentions(model):
         raise RPQError("nothing in this model is held in codebooks; save a dense model with torch.save(state_dict())")
     tensors, manifest = describe(model)
-    text = json.dumps({"version": FORMAT_VERSION, **manifest, "checksum": _checksum(tensors)})
-    path = Path(path)
-    write = _write_safetensors if path.suffix == _SAFETENSORS else _write_torch
-    with draft(path) as part:
-        write(part, text, tensors)
+    version = FORMAT_VERSION if "kv" in manifest or "routed" in manifest else _PLAIN_VERSION
+    manifest = {"version": version, **manifest, "checksum": _checksum(tensors)}
+    try:
+        check_manifest(manifest, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
+    except FormatError as error:
+        raise as_unsavable(error) from error
+    text = json.dumps(manifest)
+    with _written(target) as part:
+        write(part, text, _seal(text), tensors)
+        _read_back(part, text, tensors)
 
 
 def load(
-    path: str | os.PathLike[str],
+    path: Place,
     build: Callable[[], nn.Module],
     *,
     device: torch.device | str = "cpu",
@@ -63,11 +91,13 @@ def load(
     """Loads a model that [`save`][rpqfx.serialize.save] wrote.
 
     ``build`` makes the dense model; it runs on the meta device, so no dense weight is made. The codebooks are put in
-    place as the manifest says and every tensor is taken from the file.
+    place as the manifest says and every tensor is taken from the file. Attention on codes comes back as well. Where
+    ``build`` returns its model wrapped (compiled, say), that is what is returned.
 
     Args:
-        path: The file.
-        build: Makes the model as it was before ``rpqify``; called once, without arguments.
+        path: The file, or a file object open for reading in binary, which is read from where it stands.
+        build: Makes the model as it was before ``rpqify`` and ``quantize_kv``; called once, without arguments. It calls
+            ``route`` where that was called.
         device: Where the tensors go.
         build_device: Where ``build`` runs; ``"cpu"`` for models that compute with values while they are built.
 
@@ -77,9 +107,18 @@ def load(
     Raises:
         FormatError: If the file is truncated, altered, of a newer format or no rpqfx file, or ``build`` makes a
             model that does not fit it. Nothing half-loaded is left behind.
+        InputError: If the path is none, or a file object not open for reading in binary.
+        RPQError: If there is no such device.
+        OSError: If the file is not there or cannot be read.
         ImportError: If it is a safetensors file and safetensors is not installed.
     """
-    manifest, tensors = _read(Path(path), device)
+    for asked in (device, build_device):
+        _check_device(asked)
+    with _opened(path) as (file, name):
+        try:
+            manifest, tensors = _read(open_container(file, name), device)
+        except FormatError as error:
+            raise FormatError(f"{name} {error}") from error
     with torch.device(build_device):
         try:
             model = build()
@@ -93,33 +132,100 @@ def load(
         raise FormatError(f"build() must return a torch.nn.Module, got {type(model).__name__}")
     if is_rewritten(model):
         raise FormatError("build() must return the dense model, as it was before rpqify; it is already rewritten")
-    put_back(model, manifest, tensors, path)
+    put_back(model, manifest, tensors, name)
     return model
 
 
 # ---------------------------------------------------------------------------------------------------- the file
 
 
-def _write_torch(draft: Path, text: str, tensors: dict[str, Tensor]) -> None:
+def _target(path: Place) -> Path | BinaryIO:
+    """Where a file is to be written, seen to before there is any work."""
+    if isinstance(path, (str, bytes, os.PathLike)):
+        return place(path)
+    if not callable(getattr(path, "write", None)) or isinstance(path, io.TextIOBase):
+        raise InputError(
+            f"save takes a path or a file object open for writing in binary, got {_kind(path)}; open it with 'wb'"
+        )
+    return path
+
+
+def _name_of(path: Place) -> str:
+    if isinstance(path, (str, bytes, os.PathLike)):
+        return os.fsdecode(path)
+    name = getattr(path, "name", None)
+    return name if isinstance(name, str) else f"the {type(path).__name__}"
+
+
+def _kind(path: Any) -> str:
+    return f"a {type(path).__name__} in text mode" if isinstance(path, io.TextIOBase) else type(path).__name__
+
+
+@contextlib.contextmanager
+def _written(target: Path | BinaryIO) -> Iterator[Path]:
+    """A path to write to; what is there comes to the target if nothing raises."""
+    if isinstance(target, Path):
+        with draft(target) as part:
+            yield part
+        return
+    with tempfile.TemporaryDirectory(prefix="rpqfx-") as folder:
+        part = Path(folder) / "content"
+        yield part
+        with open(part, "rb") as whole:
+            shutil.copyfileobj(whole, target)
+
+
+@contextlib.contextmanager
+def _opened(path: Place) -> Iterator[tuple[BinaryIO, str]]:
+    """A file to read, which can be sought in, and its name."""
+    name = _name_of(path)
+    if isinstance(path, (str, bytes, os.PathLike)):
+        if os.path.isdir(path):
+            raise IsADirectoryError(f"{name} is a folder; give the name of the file in it")
+        try:
+            file = open(path, "rb")  # noqa: SIM115 (closed below)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(error.errno, f"{name} does not exist", name) from error
+        with file:
+            yield file, name
+        return
+    if not callable(getattr(path, "read", None)) or isinstance(path, io.TextIOBase):
+        raise InputError(
+            f"load takes a path or a file object open for reading in binary, got {_kind(path)}; open it with 'rb'"
+        )
+    rest = path.read()
+    if not isinstance(rest, bytes):
+        raise InputError(f"load takes a file object open in binary, the {type(path).__name__} gives {_kind(rest)}")
+    yield io.BytesIO(rest), name
+
+
+def _check_device(device: torch.device | str) -> None:
     try:
-        with open(draft, "wb") as file:  # torch does not tell why it cannot write to a file that it opens itself
-            torch.save({FORMAT: text, "seal": _seal(text), "tensors": tensors}, file)
-    except (OSError, RuntimeError) as error:
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError) or cause.filename:
-            raise
-        raise OSError(cause.errno, cause.strerror, str(draft)) from error
+        torch.empty(0, device=device)
+    except Exception as error:  # each kind of device has its own way to say that it is not there
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise RPQError(f"the device {str(device)!r} is not to be had here ({why}); name another") from error
 
 
-def _write_safetensors(draft: Path, text: str, tensors: dict[str, Tensor]) -> None:
-    save_file = _safetensors().save_file
-    from safetensors import SafetensorError
-
-    metadata = {"format": "pt", FORMAT: text, f"{FORMAT}_seal": _seal(text)}
+def _read_back(part: Path, text: str, tensors: dict[str, Tensor]) -> None:
+    """Raises unless a file says what was written to it; holds one tensor of it at a time."""
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, draft, metadata)
-    except SafetensorError as error:
-        raise OSError(f"{draft} cannot be written: {error}") from error
+        with open(part, "rb") as file:
+            held = open_container(file, part.name)
+            digest = hashlib.sha256()
+            for name in sorted(held.stored):
+                take_in(digest, held.read([name])[name], name)
+            wanted = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+            same = held.text == text and held.seal == _seal(text) and dict(held.stored) == wanted
+            if same and digest.hexdigest() == json.loads(text)["checksum"]:
+                return
+            why = "it is not what was to be written"
+    except FormatError as error:
+        why = str(error)
+    raise OSError(
+        f"what was written to {part} does not come back ({why}), so the file is as it was before; the disk may be "
+        "failing, or the model has changed meanwhile"
+    )
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:
@@ -133,56 +239,30 @@ def _seal(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _safetensors() -> Any:
+def _read(held: Container, device: torch.device | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if _seal(held.text) != held.seal:
+        raise FormatError("was altered: its manifest does not match its seal; save the model again")
     try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError("safetensors files need the extra: pip install 'rpqfx[safetensors]'") from error
-    return safetensors.torch
-
-
-def _read(path: Path, device: torch.device | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
-    read = _read_safetensors if path.suffix == _SAFETENSORS else _read_torch
-    text, seal, tensors = read(path)
-    if _seal(text) != seal:
-        raise FormatError(f"{path} was altered: its manifest does not match its seal; save the model again")
-    manifest = json.loads(text)
-    if manifest["version"] > FORMAT_VERSION:
-        raise FormatError(
-            f"{path} is of format {manifest['version']}, newer than this library reads ({FORMAT_VERSION}); update rpqfx"
-        )
-    if (
-        set(tensors) != {entry["names"][0] for entry in manifest["tensors"]}
-        or _checksum(tensors) != manifest["checksum"]
-    ):
-        raise FormatError(f"{path} was altered: its tensors do not match its checksum; save the model again")
+        manifest = json.loads(held.text, object_pairs_hook=without_doubles)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"was altered: its manifest is no JSON ({error})") from error
+    version = manifest.get("version") if isinstance(manifest, dict) else None
+    if type(version) is int and version > FORMAT_VERSION:
+        raise FormatError(f"is of format {version}, newer than this library reads ({FORMAT_VERSION}); update rpqfx")
+    try:
+        check_manifest(manifest, held.stored)
+    except FormatError as error:
+        raise FormatError(f"was altered: {error}") from error
+    tensors = held.read(list(held.stored))
+    if _checksum(tensors) != manifest["checksum"]:
+        raise FormatError("was altered: its tensors do not match its checksum; save the model again")
+    users = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values() if tensor.numel())
+    for entry in manifest["tensors"]:
+        tensor = tensors[entry["names"][0]]
+        if ("packed" in entry or "stored" in entry) and users[tensor.untyped_storage().data_ptr()] > 1:
+            raise FormatError(f"was altered: {entry['names'][0]}, which takes more room unpacked, shares its bytes")
+    codes = codes_of(manifest)
     first = {entry["names"][0]: entry for entry in manifest["tensors"]}
-    return manifest, {name: unpacked(entry, tensors.pop(name), path).to(device) for name, entry in first.items()}
-
-
-def _read_torch(path: Path) -> tuple[str, str, dict[str, Tensor]]:
-    try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever its reader of the day does
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise FormatError(f"{path} is truncated, altered or no rpqfx file: {why}") from error
-    if not isinstance(held, dict) or FORMAT not in held or "tensors" not in held:
-        raise FormatError(f"{path} is a torch file, but not one that rpqfx.save wrote")
-    return held[FORMAT], held.get("seal", ""), held["tensors"]
-
-
-def _read_safetensors(path: Path) -> tuple[str, str, dict[str, Tensor]]:
-    load_file = _safetensors().load_file
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as held:
-            metadata = held.metadata() or {}
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise FormatError(f"{path} is truncated, altered or no safetensors file: {error}") from error
-    if FORMAT not in metadata:
-        raise FormatError(f"{path} is a safetensors file, but not one that rpqfx.save wrote")
-    return metadata[FORMAT], metadata.get(f"{FORMAT}_seal", ""), tensors
+    return manifest, {
+        name: unpacked(entry, tensors.pop(name), codes.get(name)).to(device) for name, entry in first.items()
+    }

@@ -17,6 +17,7 @@ from rpqfx.nn.weight import RPQWeight
 from rpqfx.ops import Plan
 from rpqfx.render import Table, to_text
 from rpqfx.uses import Trial, Use, observe
+from rpqfx.wrapped import refuse_sharded, unwrapped
 
 _HEAD = ("weight", "shape", "rows", "expand ms", "contract ms", "plan")
 _SHOWN = 3
@@ -126,7 +127,8 @@ def tune(
     call it again where they change, or set ``plan`` to ``"auto"`` to be rid of it.
 
     Args:
-        model: A model with codebook-held weights. Compiled parts of it are measured uncompiled.
+        model: A model with codebook-held weights. Compiled parts of it are measured uncompiled, and what stands around
+            it (``DataParallel``, ...) is looked through.
         example_inputs: Positional inputs of one call, or the one tensor that it takes; of the size that is going to be
             used.
         example_kwargs: Keyword inputs of that call.
@@ -139,14 +141,15 @@ def tune(
     Raises:
         InputError: If ``model`` holds nothing in codebooks or is on the meta device, the inputs are no sequence, or
             ``repeats`` is no positive number.
-        RewriteError: If the model cannot be copied.
+        RewriteError: If the model cannot be copied, or is sharded.
     """
     args, kwargs = _arguments(example_inputs, example_kwargs)
     if type(repeats) is not int or repeats < 1:
         raise InputError(f"repeats is a whole number from 1, got {repeats!r}")
     if not isinstance(model, nn.Module):
         raise InputError(f"tune takes a torch.nn.Module, got {type(model).__name__}")
-    written = getattr(model, "_orig_mod", model)  # as it was before torch.compile
+    refuse_sharded(model, "tune")
+    written = unwrapped(model)
     held = _held(written)
     times: dict[_Asked, list[float]] = {}
     with torch.inference_mode(False):  # under which there are no gradients to time

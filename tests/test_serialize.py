@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 import rpqfx
 from rpqfx import CodebookSpec, Hold, Policy, Rule
+from rpqfx.container import open_container
 from rpqfx.errors import CodeError, FormatError, RPQError
 from rpqfx.nn import RPQLinear
-from rpqfx.serialize import FORMAT_VERSION, _checksum, _read_safetensors, _read_torch, _seal
+from rpqfx.serialize import FORMAT_VERSION, _checksum, _seal
 from tests.models import BY_NAME, CASES, GPT, MLP, SMALL, Case, assert_outputs, held_weights
 
 SUFFIXES = [".rpq", ".safetensors"]
@@ -52,7 +53,9 @@ def assert_identical(found: nn.Module, wanted: nn.Module) -> None:
 
 def contents(path: Path) -> tuple[str, str, dict[str, Tensor]]:
     """Manifest, seal and stored tensors of a file."""
-    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    with open(path, "rb") as file:
+        held = open_container(file, path.name)
+        return held.text, held.seal, held.read(list(held.stored))
 
 
 # ------------------------------------------------------------------------------------------------ there and back
@@ -231,7 +234,7 @@ def test_a_torch_file_is_plain_tensors_under_their_names(tmp_path: Path):
     names = {n for n, _ in small.named_parameters()} | {n for n, _ in small.named_buffers()}
     assert set(held["tensors"]) == names and all(type(t) is Tensor for t in held["tensors"].values())
     manifest = json.loads(held["rpqfx"])
-    assert manifest["version"] == FORMAT_VERSION == 3
+    assert manifest["version"] == 3 < FORMAT_VERSION == 4  # there is no attention on codes
     sites = {tuple(site["names"]): site for site in manifest["sites"]}
     assert ("tok.weight", "head.weight") in sites
     spec = CodebookSpec.from_dict(sites["blocks.0.qkv.weight",]["spec"])
@@ -437,7 +440,7 @@ def rewrite_manifest(path: Path, sealed: bool = True, **changes: Any) -> None:
 def test_a_newer_file_is_refused_as_newer(tmp_path: Path):
     rpqfx.save(small_mlp(), tmp_path / "m.rpq")
     rewrite_manifest(tmp_path / "m.rpq", version=FORMAT_VERSION + 1)
-    with pytest.raises(FormatError, match=r"is of format 4, newer than this library reads \(3\); update rpqfx"):
+    with pytest.raises(FormatError, match=r"is of format 5, newer than this library reads \(4\); update rpqfx"):
         rpqfx.load(tmp_path / "m.rpq", forbidden)
 
 

@@ -23,6 +23,7 @@ from rpqfx.decision import Hold, Skip
 from rpqfx.errors import RewriteError
 from rpqfx.graph.capture import evaluating
 from rpqfx.graph.copying import copy_model
+from rpqfx.graph.pretrained import adapt_pretrained
 from rpqfx.graph.rewrite import Progress, parameter_at, put, record
 from rpqfx.graph.settle import groups_of, layout_of, settle
 from rpqfx.graph.snapshot import Snapshot
@@ -124,6 +125,7 @@ class _Conversion:
                     self._fit(name, seen[weight].moments.mean)
             self._fit_in_turn(seen)
             estimate_norms(self._model, self._batches.runs)
+        adapt_pretrained(self._model)  # not before: only now is it known which weights share codebooks
         record(self._model, self._sites, settled, self._errors)
 
     def _stand_ins(self, holds: Mapping[str, Hold]) -> dict[str, StandIn]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -30,6 +31,7 @@ from rpqfx.nn.layer import random_weight
 from rpqfx.nn.weight import ReadAs, RPQWeight
 from rpqfx.report import SiteRecord, attach_records
 from rpqfx.site import Site
+from rpqfx.wrapped import modules_within
 
 Progress = Callable[[int, int, str], None]
 
@@ -76,6 +78,7 @@ def rewrite(
             if progress is not None:
                 progress(len(made), len(held), name)
     put(captured.model, sites, made)
+    adapt_pretrained(captured.model)
     record(captured.model, sites, settled, errors)
     return captured.model
 
@@ -97,7 +100,6 @@ def put(model: nn.Module, sites: Sequence[Site], made: Mapping[str, RPQWeight]) 
         weight.read_as = _reader(model, by_name[name])
         weight.plain_when_compiled = by_name[name].plain_when_compiled
     install_all(model, [(by_name[name].names, weight) for name, weight in made.items()])
-    adapt_pretrained(model)
 
 
 def record(
@@ -115,7 +117,16 @@ def record(
         errors: Relative errors of fits.
     """
     undecided = Skip("no decision")
-    attach_records(model, [SiteRecord.of(s, settled.get(s.name, undecided), errors.get(s.name)) for s in sites])
+    known = {path: name for name, path, _ in modules_within(model)}  # without the names of wrappers
+
+    def plain(name: str) -> str:
+        path, _, attribute = name.rpartition(".")
+        return f"{known[path]}.{attribute}".lstrip(".")
+
+    made = [SiteRecord.of(site, settled.get(site.name, undecided), errors.get(site.name)) for site in sites]
+    attach_records(
+        model, [replace(one, name=plain(one.name), names=tuple(plain(name) for name in one.names)) for one in made]
+    )
 
 
 def install(model: nn.Module, names: Sequence[str], weight: RPQWeight) -> None:

@@ -124,6 +124,15 @@ def wrap(site: AttentionSite, core: KVAttention) -> None:
         module.config = route(module.config)
 
 
+def kind_of(module: nn.Module) -> str | None:
+    """Returns the kind of the attention module that ``wrap`` made of this one; None where it did not.
+
+    Args:
+        module: Any module.
+    """
+    return getattr(type(module), "_kv_kind", None)
+
+
 def unwrap(site: AttentionSite) -> None:
     """Undoes ``wrap``."""
     module = site.module

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import gc
 import pickle
+import re
 import weakref
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,33 @@ def test_codebooks_that_weights_share_go_by_one_name():
         "head.weight": "table.weight",
         r"head\.weight_rpq\.codebooks": r"table\.weight_rpq\.codebooks",
     }
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_codebooks_that_a_conversion_shares_go_by_one_name(tied: bool):
+    """They are shared only when they have been trained, long after the weights are in their places."""
+
+    class Deep(Pretrained):
+        def __init__(self) -> None:
+            super().__init__(tied=tied)
+            self.middle = nn.Linear(16, 40, bias=False)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            hidden = self.table(ids)
+            return self.head(hidden) + self.middle(hidden)
+
+    policy = dataclasses.replace(SMALL, sharing="shape", allow_growth=True)
+    small = rpqfx.rpqify(Deep(), policy, calibration=[torch.arange(40)])
+    assert small.middle.weight_rpq.codebooks is small.table.weight_rpq.codebooks
+    assert small.head.weight_rpq.codebooks is small.table.weight_rpq.codebooks
+    again = small.state_dict()
+    for name in ("head", "middle"):
+        found = [t for t in small._tied_weights_keys if re.match(t, f"{name}.weight_rpq.codebooks")]
+        assert len(found) == 1, small._tied_weights_keys
+    kept = {n for n in again if not any(re.match(pattern, n) for pattern in small._tied_weights_keys)}
+    assert [n for n in kept if n.endswith("codebooks")] == ["table.weight_rpq.codebooks"]
+    small.tie_weights()
+    assert small.middle.weight_rpq.codebooks is small.table.weight_rpq.codebooks
 
 
 @pytest.mark.parametrize("rows", [50, 30])
