@@ -157,8 +157,8 @@ class Archive:
         return records, names[0].removesuffix("data.pkl")
 
     def _range(self, entry: zipfile.ZipInfo) -> _Range:
-        self._file.seek(entry.header_offset)
-        head = self._file.read(_LOCAL.size)
+        self._file.seek(max(0, entry.header_offset))
+        head = self._file.read(_LOCAL.size) if entry.header_offset >= 0 else b""
         if len(head) < _LOCAL.size or not head.startswith(MAGIC):
             raise FormatError(f"its record {entry.filename!r} is not where it says")
         _, name, extra = _LOCAL.unpack(head)

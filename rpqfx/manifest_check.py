@@ -83,16 +83,16 @@ _LAYOUT: dict[str, Check] = {
 _PACKED: dict[str, Check] = {"bits": _whole(1, 16), "entries": _ENTRIES}
 _ENTRY: dict[str, Check] = {
     "names": _NAMES, "kind": _one_of("parameter", "buffer", "attribute"), "shape": _SHAPE, "dtype": _IS_DTYPE,
-    "requires_grad": _is_flag, "?packed": lambda value: not _wrong(value, _PACKED), "?stored": _IS_DTYPE,
+    "requires_grad": _is_flag, "?packed": lambda value: _wrong(value, _PACKED) is None, "?stored": _IS_DTYPE,
 }  # fmt: skip
 _SITE: dict[str, Check] = {
-    "names": _NAMES, "spec": lambda value: not _wrong(value, _SPEC), "layout": lambda value: not _wrong(value, _LAYOUT),
-    "std": _is_number, "?plan": _one_of(*PLANS), "?read_as": _one_of(*get_args(ReadAs)),
-    "?plain_when_compiled": _is_flag, "?shares_codebooks": _is_flag,
+    "names": _NAMES, "spec": lambda value: _wrong(value, _SPEC) is None,
+    "layout": lambda value: _wrong(value, _LAYOUT) is None, "std": _is_number, "?plan": _one_of(*PLANS),
+    "?read_as": _one_of(*get_args(ReadAs)), "?plain_when_compiled": _is_flag, "?shares_codebooks": _is_flag,
 }  # fmt: skip
 _RECORD: dict[str, Check] = {
     "name": _is_name, "names": _NAMES, "kind": _is_text, "module_type": _is_text, "shape": _list_of(_whole(0)),
-    "spec": _or_none(lambda value: not _wrong(value, _SPEC)), "?split": _one_of(None, "row", "column"),
+    "spec": _or_none(lambda value: _wrong(value, _SPEC) is None), "?split": _one_of(None, "row", "column"),
     "?init": _or_none(_is_text), "?reason": _or_none(_is_text), "?error": _or_none(_is_number), "?before": _whole(0),
     "?after": _whole(0), "?shared": _whole(0), "?plan": _one_of(*PLANS), "?code_bits": _whole(0),
     "?codebook_bits": _whole(0), "?scale_bits": _whole(0),
@@ -103,14 +103,15 @@ _CODER: dict[str, Check] = {
     "scaled": _is_flag, "cosine": _is_flag, "beam": _whole(1, 2**16), "decay": _or_none(_is_number), "fine": _whole(0),
 }  # fmt: skip
 _CACHE: dict[str, Check] = {
-    "names": _list_of(_is_path, 1), "kind": _one_of("call", "torch", "transformers"), "outermost": _is_flag, "policy": _is_text,
-    "keys": lambda value: not _wrong(value, _CODER), "values": lambda value: not _wrong(value, _CODER),
+    "names": _list_of(_is_path, 1), "kind": _one_of("call", "torch", "transformers"), "outermost": _is_flag,
+    "policy": _is_text,
+    "keys": lambda value: _wrong(value, _CODER) is None, "values": lambda value: _wrong(value, _CODER) is None,
 }  # fmt: skip
 _WHOLE: dict[str, Check] = {
-    "version": _whole(1, 2**31), "tensors": _list_of(lambda value: not _wrong(value, _ENTRY)),
-    "sites": _list_of(lambda value: not _wrong(value, _SITE)),
-    "records": _list_of(lambda value: not _wrong(value, _RECORD)), "notes": _list_of(_is_text), "checksum": _is_text,
-    "?kv": _list_of(lambda value: not _wrong(value, _CACHE)), "?routed": _list_of(_is_text),
+    "version": _whole(1, 2**31), "tensors": _list_of(lambda value: _wrong(value, _ENTRY) is None),
+    "sites": _list_of(lambda value: _wrong(value, _SITE) is None),
+    "records": _list_of(lambda value: _wrong(value, _RECORD) is None), "notes": _list_of(_is_text),
+    "checksum": _is_text, "?kv": _list_of(lambda value: _wrong(value, _CACHE) is None), "?routed": _list_of(_is_text),
 }  # fmt: skip
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rpqfx.archive import Archive
 from rpqfx.errors import FormatError
-from rpqfx.files import draft, take_in
+from rpqfx.files import ENDING, draft, take_in
 
 _MARK = "conversion.sha256"
 _SUM = "sha256"
@@ -35,28 +36,40 @@ class Checkpoint:
         self._folder.mkdir(parents=True, exist_ok=True)
         mark = self._folder / _MARK
         if mark.exists():
-            if mark.read_text().strip() != fingerprint:
+            if mark.read_bytes().strip() != fingerprint.encode():
                 raise FormatError(
                     f"{self._folder} holds a conversion of another model, policy, seed or calibration; give an empty "
                     "folder, or remove it to start over"
                 )
-        elif any(self._folder.iterdir()):
+        elif any(path.suffix != ENDING for path in self._folder.iterdir()):  # drafts of one that was killed at once
             raise FormatError(f"{self._folder} is not empty and holds no conversion; give an empty folder")
         else:
             self._write(mark, lambda part: part.write_text(fingerprint))
 
-    def load(self, name: str) -> dict[str, Tensor] | None:
-        """Tensors that were saved under a name, or None; a damaged file counts as none."""
-        path = self._path(name)
+    def load(self, name: str, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor] | None:
+        """Tensors that were saved under a name, or None; a damaged file counts as none.
+
+        Args:
+            name: That they were saved under.
+            shapes: Of each tensor that there is to be.
+
+        Raises:
+            OSError: If there is a file that cannot be read.
+        """
         try:
-            held = torch.load(path, map_location="cpu", weights_only=True)
+            with open(self._path(name), "rb") as file:
+                archive = Archive(file)
+                said = archive.value()
+                total = said.pop(_SUM, None) if isinstance(said, dict) else None
+                right = isinstance(total, str) and said.keys() == shapes.keys()
+                if not right or any(getattr(said[n], "shape", None) != tuple(s) for n, s in shapes.items()):
+                    return None
+                held = archive.tensors(said)
         except FileNotFoundError:
             return None
-        except Exception:  # half a file cannot be there, but a disk may have lost some of it, or changed it
+        except FormatError:  # half a file cannot be there, but a disk may have lost some of it, or changed it
             return None
-        if not isinstance(held, dict) or held.pop(_SUM, None) != fingerprint(held, held.values()):
-            return None
-        return held
+        return held if total == fingerprint(held, held.values()) else None
 
     def save(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Keeps tensors; the file appears whole or not at all.

@@ -20,7 +20,7 @@ from rpqfx.convert.refine import Call, Watch, refinable, refine
 from rpqfx.convert.standin import StandIn
 from rpqfx.convert.turns import Turns
 from rpqfx.decision import Hold, Skip
-from rpqfx.errors import RewriteError
+from rpqfx.errors import CodeError, RewriteError
 from rpqfx.graph.capture import evaluating
 from rpqfx.graph.copying import copy_model
 from rpqfx.graph.pretrained import adapt_pretrained
@@ -28,7 +28,9 @@ from rpqfx.graph.rewrite import Progress, parameter_at, put, record
 from rpqfx.graph.settle import groups_of, layout_of, settle
 from rpqfx.graph.snapshot import Snapshot
 from rpqfx.nn.weight import RPQWeight
+from rpqfx.packing import check_codes
 from rpqfx.site import Site
+from rpqfx.spec import CodebookSpec
 
 Decide = Callable[[Mapping[str, float]], Mapping[str, Hold | Skip]]
 
@@ -196,7 +198,8 @@ class _Conversion:
         trained: dict[str, nn.Parameter] = {}
         for group in groups_of(self._holds).values():
             weights = [self._weights[name] for name in group]
-            kept = None if self._store is None else self._store.load(f"codebooks of {group[0]}")
+            shapes = {"codebooks": weights[0].spec.codebooks_shape}
+            kept = None if self._store is None else self._store.load(f"codebooks of {group[0]}", shapes)
             if kept is None:
                 members = [(w.vectors, w.spec, _energy(seen[w].moments.mean)) for w in weights]
                 kept = {"codebooks": train_codebooks(members, seed=self._seed)}
@@ -220,7 +223,8 @@ class _Conversion:
                 self._fit(name, seen[weight].moments.mean)
 
     def _refine(self, name: str, block: nn.Module, calls: list[Call], targets: list[Any], watch: Watch) -> None:
-        kept = None if self._store is None else self._store.load(f"block {name}")
+        shapes = {str(number): tuple(p.shape) for number, p in enumerate(refinable(block))}
+        kept = None if self._store is None else self._store.load(f"block {name}", shapes)
         if kept is None:
             refine(block, calls, targets, self._steps, watch)
             kept = {str(number): p.detach() for number, p in enumerate(refinable(block))}
@@ -234,8 +238,8 @@ class _Conversion:
     def _fit(self, name: str, moment: Tensor | Callable[[], Tensor] | None) -> None:
         weight = self._weights[name]
         assert isinstance(weight, StandIn)
-        kept = None if self._store is None else self._store.load(name)
-        if kept is None:
+        kept = None if self._store is None else self._store.load(name, _shapes(weight.spec))
+        if kept is None or not _in_range(kept["codes"], weight.spec):
             known = moment() if callable(moment) else moment
             full = known if known is not None and known.dim() == 2 else None
             energy = known if full is None else None
@@ -249,6 +253,26 @@ class _Conversion:
         weight.become(self._codebooks[name], codes, {key: factor.to(device) for key, factor in kept.items()})
         if self._progress is not None:
             self._progress(len(self._errors), len(self._weights), name)
+
+
+def _shapes(spec: CodebookSpec) -> dict[str, tuple[int, ...]]:
+    """Of what is kept of a finished weight."""
+    shapes: dict[str, tuple[int, ...]] = {"codes": spec.codes_shape, "error": ()}
+    if spec.scale:
+        shapes["scale"] = (spec.num_vectors,)
+    if spec.dim_scale:
+        shapes["dim_scale"] = (spec.dim_scales,)
+    return shapes
+
+
+def _in_range(codes: Tensor, spec: CodebookSpec) -> bool:
+    if codes.dtype is not spec.code_dtype:
+        return False
+    try:
+        check_codes(codes, spec.entries)
+    except CodeError:
+        return False
+    return True
 
 
 def _energy(mean: Tensor | None) -> Tensor | None:

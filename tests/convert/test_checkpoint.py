@@ -196,9 +196,11 @@ def test_names_of_any_length_and_signs_are_kept(tmp_path: pathlib.Path) -> None:
     names = ["a/b", "..", "é" * 500, "A", "a"]
     for number, name in enumerate(names):
         store.save(name, {"n": torch.tensor(number), "empty": torch.empty(0, 3)})
-    again = Checkpoint(tmp_path / "new" / "folder", "x")
-    assert [int(again.load(name)["n"]) for name in names] == list(range(5))
-    assert again.load("other") is None
+    again, shapes = Checkpoint(tmp_path / "new" / "folder", "x"), {"n": (), "empty": (0, 3)}
+    assert [int(again.load(name, shapes)["n"]) for name in names] == list(range(5))
+    assert again.load("other", shapes) is None
+    for wrong in ({"n": ()}, {"n": (1,), "empty": (0, 3)}, {"n": (), "empty": (0, 3), "more": ()}):
+        assert again.load("a", wrong) is None
 
 
 def test_fingerprints_tell_values_dtypes_shapes_and_order_apart() -> None:

@@ -1,0 +1,62 @@
+"""A file that was changed, in whatever way, is refused or gives the same outputs, and never costs more than it is long.
+
+Mutations of bytes are of any, those of a manifest are under a seal that fits, so that they reach what reads it. Of
+tensors that were changed under a checksum that fits no file can tell: they are another model's, and load as such.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.fuzz_files import SHARES, CheckpointFuzzer, Fuzzer, Largest
+
+
+def outcomes(subject: str, name: str, times: int, folder: Path) -> dict[str, Counter[str]]:
+    """What becomes of mutations, ``times`` a share of them, by kind."""
+    found: dict[str, Counter[str]] = {}
+    fuzzer = CheckpointFuzzer(folder) if subject == "checkpoint" else Fuzzer(name, subject)
+    for kind, share in SHARES[subject, name].items():
+        if isinstance(fuzzer, CheckpointFuzzer):
+            found[kind] = Counter(fuzzer.outcome(seed) for seed in range(times * share))
+        else:
+            found[kind] = Counter(fuzzer.outcome(kind, seed, watch=seed % 10 == 0) for seed in range(times * share))
+    return found
+
+
+def check(subject: str, name: str, times: int, folder: Path) -> None:
+    if name.endswith(".safetensors"):
+        pytest.importorskip("safetensors")
+    for kind, found in outcomes(subject, name, times, folder).items():
+        print(f"{subject}, {name}, {kind}: {dict(found)}")
+        assert set(found) <= {"refused", "identical"} | ({"another"} if kind in ("tensors", "any") else set()), kind
+        assert found["refused"] > 0.25 * found.total(), kind
+
+
+@pytest.mark.parametrize(("subject", "name"), SHARES)
+def test_a_thousand_mutations(subject: str, name: str, tmp_path: Path) -> None:
+    check(subject, name, 1, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("subject", "name"), SHARES)
+def test_a_hundred_thousand_mutations(subject: str, name: str, tmp_path: Path) -> None:
+    check(subject, name, 100, tmp_path)
+
+
+def test_there_are_as_many_as_the_names_say() -> None:
+    assert sum(share for kinds in SHARES.values() for share in kinds.values()) == 1000
+
+
+def test_the_watch_on_memory_can_fail() -> None:
+    largest = Largest()
+    with largest:
+        torch.empty(1000, device="meta")
+        torch.zeros(10)
+    assert largest.nbytes == 40
+    with largest:
+        torch.zeros(10**5).sum()
+    assert largest.nbytes == 4 * 10**5
