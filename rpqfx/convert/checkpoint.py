@@ -1,12 +1,13 @@
-"""Finished weights of a conversion on disk, so that one that was interrupted goes on where it was."""
+"""Finished work on disk, so that what was interrupted goes on where it was."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,42 +15,66 @@ from torch import Tensor
 from rpqfx.errors import FormatError
 from rpqfx.files import draft, take_in
 
-_MARK = "conversion.sha256"
 _SUM = "sha256"
+_DRAFT = re.compile(r"([0-9a-f]{24}\.pt|[a-z-]+\.sha256)\.[0-9a-f]{8}\.part")  # as ``draft`` names them
+
+
+class Work(NamedTuple):
+    """The kind of work that a folder is for.
+
+    Args:
+        name: In words.
+        inputs: All that the result depends on, in words.
+    """
+
+    name: str
+    inputs: str
+
+
+CONVERSION = Work("conversion", "model, policy, seed or calibration")
 
 
 class Checkpoint:
-    """A folder with a file for each finished weight.
+    """A folder with a file for each finished piece of work.
 
     Args:
         folder: Made if it is not there.
         fingerprint: Of all that the result depends on.
+        work: The kind of work.
 
     Raises:
-        FormatError: If the folder holds another conversion.
+        FormatError: If the folder holds other work.
         OSError: If it cannot be written.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], fingerprint: str) -> None:
+    def __init__(self, folder: str | os.PathLike[str], fingerprint: str, work: Work = CONVERSION) -> None:
         self._folder = Path(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
-        mark = self._folder / _MARK
+        for path in self._folder.iterdir():
+            if _DRAFT.fullmatch(path.name):  # left by a process that was killed while it wrote
+                path.unlink(missing_ok=True)
+        mark = self._folder / f"{work.name}.sha256"
         if mark.exists():
             if mark.read_text().strip() != fingerprint:
                 raise FormatError(
-                    f"{self._folder} holds a conversion of another model, policy, seed or calibration; give an empty "
+                    f"{self._folder} holds a {work.name} of another {work.inputs}; give an empty "
                     "folder, or remove it to start over"
                 )
         elif any(self._folder.iterdir()):
-            raise FormatError(f"{self._folder} is not empty and holds no conversion; give an empty folder")
+            raise FormatError(f"{self._folder} is not empty and holds no {work.name}; give an empty folder")
         else:
             self._write(mark, lambda part: part.write_text(fingerprint))
 
-    def load(self, name: str) -> dict[str, Tensor] | None:
-        """Tensors that were saved under a name, or None; a damaged file counts as none."""
+    def load(self, name: str, *, mapped: bool = False) -> dict[str, Tensor] | None:
+        """Returns the tensors that were saved under a name, or None; a damaged file counts as none.
+
+        Args:
+            name: Of the piece of work.
+            mapped: Leave the tensors in the file until they are read, where a second copy in memory would be too much.
+        """
         path = self._path(name)
         try:
-            held = torch.load(path, map_location="cpu", weights_only=True)
+            held = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except FileNotFoundError:
             return None
         except Exception:  # half a file cannot be there, but a disk may have lost some of it, or changed it
@@ -75,12 +100,14 @@ class Checkpoint:
         try:
             with draft(path) as part:
                 write(part)
+                with open(part, "r+b") as file:
+                    os.fsync(file.fileno())  # so that a name never stands for what a power cut has lost
         except (OSError, RuntimeError) as error:
             raise OSError(f"the checkpoint {path} could not be written ({error}); what was saved stays") from error
 
 
 def fingerprint(words: Iterable[str], tensors: Iterable[Tensor]) -> str:
-    """A hash of strings and of tensors' values.
+    """Returns a hash of strings and of tensors' values.
 
     Args:
         words: Settings, in words.
