@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from rpqfx.errors import CaptureError
 from rpqfx.graph.leaves import is_leaf
+from rpqfx.graph.snapshot import Snapshot
 from rpqfx.nn.layer import RPQLayer
 from rpqfx.nn.virtual import VirtualWeight, tracing
 from rpqfx.nn.weight import RPQWeight
@@ -56,6 +57,17 @@ def whole_graph(
     Raises:
         CaptureError: If it cannot be captured whole; names the module and the line.
     """
+    before = Snapshot(model)
+    try:
+        return _whole_graph(model, example_inputs, example_kwargs)
+    except BaseException:
+        before.restore()
+        raise
+
+
+def _whole_graph(
+    model: nn.Module, example_inputs: Sequence[Any] | None, example_kwargs: Mapping[str, Any] | None
+) -> fx.GraphModule:
     tracer = _WholeTracer()
     try:
         with tracing():
