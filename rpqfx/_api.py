@@ -15,12 +15,12 @@ from rpqfx.convert import convert
 from rpqfx.deciding import decide_all
 from rpqfx.decision import Skip
 from rpqfx.errors import InputError, RewriteError
-from rpqfx.graph.capture import capture, evaluating
+from rpqfx.graph.capture import capture, evaluating, take_shapes
 from rpqfx.graph.copying import copy_model
 from rpqfx.graph.loaded import check_loaded
 from rpqfx.graph.match import find_sites, is_rewritten
 from rpqfx.graph.rewrite import Progress, parameter_at, rewrite
-from rpqfx.graph.snapshot import Snapshot
+from rpqfx.graph.snapshot import Snapshot, small_tensors
 from rpqfx.graph.whole import whole_graph
 from rpqfx.nn.backed import backed_weights
 from rpqfx.policy import Decide, Hold, Policy
@@ -72,6 +72,9 @@ def rpqify(
         checkpoint: Folder for finished weights of a conversion (a policy with ``bits_per_weight``, or calibration).
             The same call with the same folder goes on where it was interrupted, to the same result.
 
+    Where this raises anything, an interrupt (Ctrl-C) among it, ``model`` is as it was, also with ``inplace`` (but for
+    shapes that lazy modules have taken), and so are torch's global generators.
+
     Returns:
         The rewritten model, of the same class (a GraphModule with ``as_graph``), in the same mode.
 
@@ -101,6 +104,29 @@ def rpqify(
             "this model already holds weights in codebooks; start from the dense model, with one policy whose rules "
             "say what differs from layer to layer"
         )
+    converts = calibration is not None or (isinstance(policy, Policy) and policy.bits_per_weight is not None)
+    if checkpoint is not None and not converts:
+        raise InputError("a checkpoint is for a conversion; give calibration batches, or a policy with bits_per_weight")
+    if inplace:
+        take_shapes(model, example_inputs, example_kwargs)
+    before = Snapshot(model, values=small_tensors(model) if inplace and converts else ())
+    try:
+        return _rewritten(
+            model, policy, example_inputs, example_kwargs, inplace, as_graph, seed, progress, calibration, refine,
+            checkpoint,
+        )  # fmt: skip
+    except BaseException:
+        before.restore()
+        raise
+
+
+def _rewritten(
+    model: nn.Module, policy: Policy | Decide, example_inputs: Sequence[Any] | None,
+    example_kwargs: Mapping[str, Any] | None, inplace: bool, as_graph: bool, seed: int,
+    progress: Progress | bool | None, calibration: Iterable[Any] | None, refine: int,
+    checkpoint: str | os.PathLike[str] | None,
+) -> nn.Module:  # fmt: skip
+    """See ``rpqify``; where this raises, ``model`` may be anything."""
     runs = example_inputs is not None or example_kwargs is not None
     if runs and not inplace:  # lazy modules take their shapes in place
         model, inplace = copy_model(model), True
@@ -113,12 +139,8 @@ def rpqify(
         replaced = [parameter_at(model, site.name) for site in sites if isinstance(decisions[site.name], Hold)]
         captured = dataclasses.replace(captured, model=copy_model(model, replaced))
     expected = _Expected(captured.model, example_inputs, example_kwargs) if runs else None
-    converts = calibration is not None or (isinstance(policy, Policy) and policy.bits_per_weight is not None)
-    if not converts:
-        if checkpoint is not None:
-            raise InputError(
-                "a checkpoint is for a conversion; give calibration batches, or a policy with bits_per_weight"
-            )
+    weigh = isinstance(policy, Policy) and policy.bits_per_weight is not None
+    if calibration is None and not weigh:
         small = rewrite(captured, decisions, sites, seed=seed, progress=shown(progress, quiet=True))
     else:
 
@@ -127,7 +149,7 @@ def rpqify(
 
         small = convert(
             captured.model, sites, decide, () if calibration is None else calibration,
-            weigh=isinstance(policy, Policy) and policy.bits_per_weight is not None, refine_steps=refine, seed=seed,
+            weigh=weigh, refine_steps=refine, seed=seed,
             progress=shown(progress, quiet=calibration is None), checkpoint=checkpoint,
         )  # fmt: skip
     records, _ = attached_records(small) or ((), ())
@@ -141,20 +163,12 @@ class _Expected:
     """What the dense model that holds the expanded weights returns, to be held against the rewritten one."""
 
     def __init__(self, model: nn.Module, args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None) -> None:
-        self._before = Snapshot(model)
         self._dense = copy_model(model)
         self._args, self._kwargs = tuple(args or ()), dict(kwargs or {})
 
-    def check(self, small: nn.Module) -> None:
-        """Raises RewriteError where the two differ, with the model as it was before."""
-        try:
-            self._compare(small)
-        except Exception:
-            self._before.restore()
-            raise
-
     @torch.no_grad()
-    def _compare(self, small: nn.Module) -> None:
+    def check(self, small: nn.Module) -> None:
+        """Raises RewriteError where the two differ."""
         for path, module in small.named_modules():
             for name, weight in backed_weights(module).items():
                 parameter_at(self._dense, f"{path}.{name}".lstrip(".")).copy_(weight())

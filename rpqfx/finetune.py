@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import math
+import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import nn
 
-from rpqfx.convert.batches import arguments
-from rpqfx.errors import InputError, TrainingError
+from rpqfx.errors import InputError
 from rpqfx.graph.rewrite import Progress
-from rpqfx.tuning.cut import CutWeight
+from rpqfx.graph.snapshot import Ambient
 from rpqfx.tuning.feed import Data, feed
-from rpqfx.tuning.latent import Latent
 from rpqfx.tuning.losses import Distillation
-from rpqfx.tuning.trained import Choose, Good, Rates, Trained, held
+from rpqfx.tuning.resume import Resume, dependencies
+from rpqfx.tuning.run import Loss, Run, Settings
+from rpqfx.tuning.trained import Choose, Rates
 from rpqfx.wrapped import refuse_distributed, unwrapped
 
-Loss = Callable[[Any, Any, Any], Tensor]
-
-_BETAS = (0.9, 0.95)
-_WARM = 0.05
+_EVERY = 50  # steps between two states on disk
 
 
 @dataclass(frozen=True)
@@ -92,6 +86,8 @@ def finetune(
     clip: float = 1.0,
     seed: int = 0,
     progress: Progress | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int | None = None,
 ) -> Finetuned:
     """Trains what a model in codebooks has left to train, so that it comes near to its dense teacher.
 
@@ -128,6 +124,11 @@ def finetune(
         clip: Norm to which a step's gradient is shortened.
         seed: Of the order of batches.
         progress: Called with (done, total, loss in words) after each step.
+        checkpoint: Folder for the state of the training. The same call with the same folder, on the model as it was
+            at first, goes on where it was interrupted, to the same result to the last bit; one that is finished gives
+            its result at once.
+        checkpoint_every: Steps between two states, of which the folder holds the last; 50 if left out. Does not change
+            the result.
 
     Returns:
         Losses and counts; print it.
@@ -137,132 +138,50 @@ def finetune(
         InputError: If nothing is in codebooks, there is no data, neither teacher nor loss is given, or outputs cannot
             be compared.
         TrainingError: If a loss or its gradient is not finite; the model is then as it was at the last that was.
+        FormatError: If the checkpoint folder holds a fine-tuning of another model, teacher, loss, setting or data.
+        OSError: If the checkpoint folder cannot be written; what was saved before stays, and so does the model as the
+            last step left it.
     """
     if teacher is None and loss is None:
         raise InputError("give a teacher, the dense model, or a loss that needs none")
-    for name, count in (("steps", steps), ("recode_every", recode_every), ("accumulate", accumulate)):
+    counts = {"steps": steps, "recode_every": recode_every, "accumulate": accumulate}
+    if checkpoint is None and checkpoint_every is not None:
+        raise InputError("checkpoint_every is for a checkpoint; give checkpoint=, a folder, as well")
+    every = _EVERY if checkpoint_every is None else checkpoint_every
+    for name, count in (*counts.items(), ("checkpoint_every", every)):
         if type(count) is not int or count < 1:
             raise InputError(f"{name} is a whole number from 1, got {count!r}")
     refuse_distributed(small, "finetune")
-    model, guide = unwrapped(small), None if teacher is None else unwrapped(teacher)
-    compare = loss or Distillation(logits)
-    run = _Run(model, guide, feed(data, seed), compare, autocast, accumulate)
-    began = time.perf_counter()
-    with torch.inference_mode(False), torch.enable_grad(), _modes(model, guide, norms):
-        try:
-            run.start(rates or Rates(), train, recode, steps)
-            for step in range(steps):
-                run.step(step, clip, recode_every)
-                if progress is not None:
-                    progress(step + 1, steps, f"loss {run.losses[-1]:.4g}")
-        finally:
-            run.finish()
-    codes = sum(weight.codes.numel() for weight in run.weights)
-    seconds = time.perf_counter() - began
-    return Finetuned(tuple(run.losses), len(run.weights), run.numbers, run.recoded, codes, seconds)
-
-
-class _Run:
-    def __init__(
-        self, model: nn.Module, teacher: nn.Module | None, batches: Iterator[Any], loss: Loss,
-        autocast: torch.dtype | None, accumulate: int,
-    ) -> None:  # fmt: skip
-        self._model, self._teacher, self._batches, self._loss = model, teacher, batches, loss
-        self._autocast, self._accumulate = autocast, accumulate
-        self.weights = held(model)
-        self._kind = self.weights[0].codebooks.device.type
-        self.losses: list[float] = []
-        self.recoded = self._seen = 0
-        self._trained: Trained | None = None
-
-    def start(self, rates: Rates, train: Choose | None, recode: bool, steps: int) -> None:
-        self._trained = Trained(self._model, self.weights, train)
-        self._cut = [CutWeight.of(weight) for weight in self.weights]
-        self._latents = {cut: Latent(cut) for cut in self._cut if recode and Latent.fits(cut)}
-        self._good = Good(self._model, self._trained, self.weights)
-        self.numbers = sum(parameter.numel() for parameter in self._trained.all)
-        groups = self._trained.groups(rates, self._latents.values())
-        self._adam = torch.optim.Adam(groups, betas=_BETAS)
-        warm = max(1, math.ceil(_WARM * steps))
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(
-            self._adam, lambda n: min((n + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * n / steps))
-        )
-
-    def step(self, number: int, clip: float, recode_every: int) -> None:
-        total = 0.0
-        for _ in range(self._accumulate):
-            loss = self._forward() / self._accumulate
-            total += float(loss.detach())
-            if not math.isfinite(total):
-                self._good.restore()
-                raise TrainingError(f"the loss of step {number} is {total}; {_REMEDY}")
-            loss.backward()
-        self._good.keep()
-        for cut in self._cut:
-            cut.collect()
-            if cut in self._latents and cut.vectors.grad is not None:
-                self._latents[cut].push(cut.vectors.grad)
-        self._clip(number, clip)
-        self._adam.step()
-        self._adam.zero_grad()
-        self._schedule.step()
-        if (number + 1) % recode_every == 0:
-            apart: dict[tuple[int, int], Tensor] = {}
-            self.recoded += sum(latent.recode(apart) for latent in self._latents.values())
-        for cut in self._cut:
-            cut.decode()
-        self.losses.append(total)
-
-    def _forward(self) -> Tensor:
-        batch = next(self._batches, None)
-        if batch is None:
-            raise InputError(
-                f"data ended after {self._seen} batches; give a sequence, which is gone through again, or more"
-                if self._seen
-                else "there is no data: it holds no batch"
-            )
-        args, kwargs = arguments(batch, f"batch {self._seen}")
-        self._seen += 1
-        with torch.autocast(self._kind, self._autocast, enabled=self._autocast is not None):
-            wanted = None
-            if self._teacher is not None:
-                with torch.no_grad():
-                    wanted = self._teacher(*args, **kwargs)
-            found = self._model(*args, **kwargs)
-        return self._loss(found, wanted, batch)
-
-    def _clip(self, number: int, clip: float) -> None:
-        tensors = [tensor for group in self._adam.param_groups for tensor in group["params"]]
-        norm = nn.utils.get_total_norm([tensor.grad for tensor in tensors if tensor.grad is not None])
-        if not bool(torch.isfinite(norm)):
-            raise TrainingError(f"the gradient of step {number} is not finite; {_REMEDY}")
-        nn.utils.clip_grads_with_norm_(tensors, clip, norm)
-
-    def finish(self) -> None:
-        for weight in self.weights:
-            if isinstance(weight, CutWeight):
-                weight.uncut()
-        if self._trained is not None:
-            self._trained.restore()
-
-
-_REMEDY = "the model is as it was before that step's update. Try lower rates, or look for bad numbers in the data"
-
-
-@contextmanager
-def _modes(model: nn.Module, teacher: nn.Module | None, norms: str) -> Iterator[None]:
-    """Eval mode, of batch norms as they are asked for, for a while."""
     if norms not in ("keep", "update"):
         raise InputError(f"norms is 'keep' or 'update', got {norms!r}")
-    modules = [*model.modules(), *(teacher.modules() if teacher is not None else ())]
-    before = [(module, module.training) for module in modules]
-    for module in modules:
-        module.training = False
-    for module in model.modules() if norms == "update" else ():
-        if isinstance(module, _BatchNorm):
-            module.training = True
+    batches = feed(data, seed)
+    model, guide = unwrapped(small), None if teacher is None else unwrapped(teacher)
+    settings = Settings(steps, recode, recode_every, rates or Rates(), norms, autocast, accumulate, clip, seed)
+    compare = loss or Distillation(logits)
+    run, store, began = Run(model, guide, compare, settings), None, time.perf_counter()
+    ambient = Ambient(None)
     try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
+        with torch.inference_mode(False), torch.enable_grad():
+            run.start(train)
+            if checkpoint is not None:
+                store = Resume(checkpoint, run, *dependencies(run, model, guide, compare, settings, data), data, seed)
+                batches = store.start()
+                began -= store.seconds
+            while len(run.losses) < steps:
+                run.step(batches)
+                done = len(run.losses)
+                if store is not None and done % every == 0 and done < steps:
+                    store.save(time.perf_counter() - began)
+                if progress is not None:
+                    progress(done, steps, f"loss {run.losses[-1]:.4g}")
+            run.stop()
+            seconds = time.perf_counter() - began
+            if store is not None and not store.finished:
+                store.finish(seconds)
+        codes = sum(weight.codes.numel() for weight in run.weights)
+        numbers = sum(parameter.numel() for parameter in run.trained.all)
+        return Finetuned(tuple(run.losses), len(run.weights), numbers, run.recoded, codes, seconds)
+    except BaseException:
+        run.stop()
+        ambient.restore()
+        raise

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rpqfx.errors import RewriteError
+from rpqfx.graph.snapshot import Snapshot
 from rpqfx.nn.computed import hooked, refresh
 from rpqfx.nn.layer import RPQLayer
 from rpqfx.nn.offloaded import check_not_offloaded, offloaded
@@ -38,11 +39,25 @@ def materialize(
 
     Raises:
         RewriteError: If a module can not be initialised in any of these ways, the model is sharded, or accelerate has
-            offloaded a tensor, which has values elsewhere; nothing is allocated then.
+            offloaded a tensor, which has values elsewhere. Where this or anything else is raised, the model is as it
+            was, on the meta device.
     """
     refuse_sharded(model, "materialize")
     check_not_offloaded(offloaded(model), "given new values")
     owners = [(name, m) for name, m in model.named_modules() if _owns_meta(m)]
+    before = Snapshot(model, values={t: None for _, m in owners for t in _tensors(m) if not t.is_meta})
+    try:
+        _materialize(model, owners, device, init)
+        return model
+    except BaseException:
+        before.restore()
+        raise
+
+
+def _materialize(
+    model: nn.Module, owners: list[tuple[str, nn.Module]], device: torch.device | str,
+    init: Callable[[nn.Module], None] | None,
+) -> None:  # fmt: skip
     general = getattr(unwrapped(model), "_init_weights", None)
     if init is None:
         stuck = [name or type(m).__name__ for name, m in owners if not _resets(m) and not general]
@@ -54,7 +69,8 @@ def materialize(
             )
     made: dict[int, Tensor] = {}
     for _, module in owners:
-        for group in (module._parameters, module._buffers):
+        groups: tuple[Any, ...] = (module._parameters, module._buffers)
+        for group in groups:
             for name, tensor in group.items():
                 if tensor is not None and tensor.is_meta:
                     if id(tensor) not in made:
@@ -68,7 +84,6 @@ def materialize(
             _initialise(module, init, general)
     for _, module in owners:
         refresh(module)
-    return model
 
 
 def _initialise(
@@ -93,8 +108,11 @@ def _resets(module: nn.Module) -> bool:
 
 
 def _owns_meta(module: nn.Module) -> bool:
-    tensors = [*module._parameters.values(), *module._buffers.values()]
-    return any(tensor is not None and tensor.is_meta for tensor in tensors)
+    return any(tensor.is_meta for tensor in _tensors(module))
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
 
 
 def _allocate(tensor: Tensor, device: torch.device | str) -> Tensor:

@@ -26,7 +26,7 @@ from rpqfx.graph.copying import copy_model
 from rpqfx.graph.pretrained import adapt_pretrained
 from rpqfx.graph.rewrite import Progress, parameter_at, put, record
 from rpqfx.graph.settle import groups_of, layout_of, settle
-from rpqfx.graph.snapshot import Snapshot
+from rpqfx.graph.snapshot import Snapshot, small_tensors
 from rpqfx.nn.weight import RPQWeight
 from rpqfx.packing import check_codes
 from rpqfx.site import Site
@@ -73,25 +73,20 @@ def convert(
         ``model``.
 
     Raises:
-        InputError: If the model rejects a batch; it is then as it was.
+        InputError: If the model rejects a batch. Whatever is raised, the model is then as it was.
         RewriteError: If a weight is not finite, or a decision cannot be followed.
         FormatError: If the folder holds another conversion.
         OSError: If the folder cannot be written; what was saved before stays.
     """
-    before = Snapshot(model)
-    small = [p for p in model.parameters() if p.dim() <= 1] + list(model.buffers())
-    values = [(tensor, tensor.detach().clone()) for tensor in small]
+    before = Snapshot(model, values=small_tensors(model))
     try:
         _Conversion(
             model, sites, decide, Batches(model, calibration), weigh, refine_steps, seed, progress, checkpoint
         ).run()  # fmt: skip
+        return model
     except BaseException:
         before.restore()
-        with torch.no_grad():
-            for tensor, value in values:
-                tensor.copy_(value)
         raise
-    return model
 
 
 class _Conversion:

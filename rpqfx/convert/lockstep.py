@@ -105,9 +105,9 @@ class Lockstep(Generic[T]):
         Raises:
             RunError: If a job raised; no other goes on then.
         """
-        for run in self._runs:
-            run.start()
         try:
+            for run in self._runs:
+                run.start()
             for run in self._runs:
                 run.step()
             while waiting := [run for run in self._runs if not run.over]:
@@ -120,13 +120,15 @@ class Lockstep(Generic[T]):
                 for run in at[key]:
                     run.step()
         finally:
-            self._abandon()
+            self.close()
 
-    def _abandon(self) -> None:
+    def close(self) -> None:
+        """Ends all runs, whether they are over or not; may be called again, where it was interrupted itself."""
         for run in self._runs:
             if not run.over:
                 run.abandoned = True
                 run.go.release()
         for run in self._runs:
-            run.join()
+            if run.ident is not None:  # it was started
+                run.join()
             run.waits = None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from rpqfx.convert.fitting import stored
+from rpqfx.graph.snapshot import Flags
 from rpqfx.nn.weight import RPQWeight
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList)
@@ -129,12 +130,12 @@ def refine(
     chosen = refinable(block)
     ours = {id(p) for w in block.modules() if isinstance(w, RPQWeight) for p in w.parameters()}
     held = [p for p in chosen if id(p) in ours]
-    flags = [(p, p.requires_grad) for p in block.parameters()]
+    flags = Flags(block)
     before = [p.detach().clone() for p in chosen]
     thread = threading.get_ident()
     watch.repeated().add(thread)
     try:
-        for p, _ in flags:
+        for p in block.parameters():
             p.requires_grad_(False)
         for p in chosen:
             p.requires_grad_(True)
@@ -163,9 +164,7 @@ def refine(
         return start, end
     finally:
         watch.repeated().discard(thread)
-        for p, flag in flags:
-            p.requires_grad_(flag)
-            p.grad = None
+        flags.restore()
 
 
 def refinable(block: nn.Module) -> list[nn.Parameter]:

@@ -90,6 +90,7 @@ class Turns:
         except RunError as error:
             raise error.__cause__ or error from None
         finally:
+            lockstep.close()
             for watch in watches:
                 watch.close()
 

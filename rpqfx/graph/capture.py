@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_flatten
 from rpqfx.errors import CaptureError
 from rpqfx.graph.copying import copy_model
 from rpqfx.graph.leaves import is_leaf
+from rpqfx.graph.snapshot import Ambient, Flags, Snapshot
 from rpqfx.graph.tracer import ONE_AT_A_TIME, NumbersKept, ThreadTracer, outline
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -108,18 +109,47 @@ def capture(
         CaptureError: If a lazy module has never run and there are no example inputs.
     """
     runs = example_inputs is not None or example_kwargs is not None
+    take_shapes(model, example_inputs, example_kwargs)
+    before = Snapshot(model)
+    try:
+        graphs = {name: _read(module, leaves) for name, module in model.named_modules()}
+        before.restore_model()  # a forward may have set attributes of other modules than its own
+        if runs:
+            graphs = _checked(model, graphs, example_inputs or (), example_kwargs or {})
+        return Captured(model, graphs)
+    except BaseException:
+        before.restore()
+        raise
+
+
+def take_shapes(
+    model: nn.Module, example_inputs: Sequence[Any] | None = None, example_kwargs: Mapping[str, Any] | None = None
+) -> None:
+    """Has lazy modules take their shapes, by a run of the model if there are any.
+
+    Args:
+        model: The model.
+        example_inputs: Positional inputs of one call.
+        example_kwargs: Keyword inputs of that call.
+
+    Raises:
+        CaptureError: If a lazy module has never run and there are no example inputs.
+    """
     lazy = _lazy(model)
-    if lazy and not runs:
+    if not lazy:
+        return
+    if example_inputs is None and example_kwargs is None:
         raise CaptureError(
             f"{lazy} that has never run, so its shapes are unknown; run the model once, or pass example_inputs"
         )
-    if lazy:
+    flags, ambient = Flags(model), Ambient()
+    try:
         with evaluating(model):
             model(*(example_inputs or ()), **(example_kwargs or {}))
-    graphs = {name: _read(module, leaves) for name, module in model.named_modules()}
-    if runs:
-        graphs = _checked(model, graphs, example_inputs or (), example_kwargs or {})
-    return Captured(model, graphs)
+    except BaseException:
+        flags.restore()
+        ambient.restore()
+        raise
 
 
 def _is_star(argument: Any) -> bool:

@@ -24,6 +24,7 @@ from rpqfx.graph.loaded import check_loaded
 from rpqfx.graph.match import find_sites
 from rpqfx.graph.pretrained import adapt_pretrained
 from rpqfx.graph.settle import groups_of, layout_of, settle
+from rpqfx.graph.snapshot import Snapshot
 from rpqfx.nn import RPQLinear, RPQMultiheadAttention
 from rpqfx.nn.backed import back, backed_as, layer_for
 from rpqfx.nn.computed import computed_from
@@ -46,8 +47,8 @@ def rewrite(
 ) -> nn.Module:
     """Carries out decisions on ``captured.model``, in place.
 
-    Everything is checked and every codebook is made before the model is touched: if anything is refused, the model
-    is as it was.
+    Everything is checked and every codebook is made before the model is touched: if anything is refused or raised, the
+    model is as it was.
 
     Args:
         captured: The model that was read.
@@ -64,7 +65,18 @@ def rewrite(
             not been loaded while others have.
         PolicyError: If a spec fits neither side of its site.
     """
-    sites = find_sites(captured) if sites is None else sites
+    before = Snapshot(captured.model)
+    try:
+        return _rewrite(captured, decisions, find_sites(captured) if sites is None else sites, seed, progress)
+    except BaseException:
+        before.restore()
+        raise
+
+
+def _rewrite(
+    captured: Captured, decisions: Mapping[str, CodebookSpec | Hold | Skip], sites: Sequence[Site], seed: int,
+    progress: Progress | None,
+) -> nn.Module:  # fmt: skip
     settled = settle(decisions, sites)
     check_loaded(captured.model, sites, settled)
     by_name = {site.name: site for site in sites}
@@ -136,8 +148,16 @@ def install(model: nn.Module, names: Sequence[str], weight: RPQWeight) -> None:
         model: The model.
         names: Qualified names of the Parameter.
         weight: Its codebooks; the same object everywhere, so that what was tied stays tied.
+
+    Raises:
+        RewriteError: If a module cannot take on its codebooks. Whatever is raised, the model is then as it was.
     """
-    install_all(model, [(names, weight)])
+    before = Snapshot(model)
+    try:
+        install_all(model, [(names, weight)])
+    except BaseException:
+        before.restore()
+        raise
 
 
 def install_all(model: nn.Module, placed: Iterable[tuple[Sequence[str], RPQWeight]]) -> None:

@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from rpqfx.errors import CaptureError
 from rpqfx.graph.leaves import is_leaf
+from rpqfx.graph.snapshot import Snapshot
 from rpqfx.graph.tracer import ONE_AT_A_TIME, ThreadTracer
 from rpqfx.nn.layer import RPQLayer
 from rpqfx.nn.views import tracing
@@ -60,6 +61,17 @@ def whole_graph(
     Raises:
         CaptureError: If it cannot be captured whole; names the module and the line.
     """
+    before = Snapshot(model)
+    try:
+        return _whole_graph(model, example_inputs, example_kwargs)
+    except BaseException:
+        before.restore()
+        raise
+
+
+def _whole_graph(
+    model: nn.Module, example_inputs: Sequence[Any] | None, example_kwargs: Mapping[str, Any] | None
+) -> fx.GraphModule:
     tracer = _WholeTracer()
     try:
         with tracing():

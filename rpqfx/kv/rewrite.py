@@ -16,7 +16,7 @@ from rpqfx.graph.attention import AttentionSite, find_attention
 from rpqfx.graph.capture import capture, evaluating
 from rpqfx.graph.copying import copy_model
 from rpqfx.graph.rewrite import Progress
-from rpqfx.graph.snapshot import Snapshot
+from rpqfx.graph.snapshot import Snapshot, small_tensors
 from rpqfx.kv.attention import KVAttention, attentions
 from rpqfx.kv.calibrate import find_space, fit_coders, share_codebooks
 from rpqfx.kv.headcoder import HeadCoder
@@ -56,6 +56,8 @@ def quantize_kv(
         seed: Of the codebooks, and of the directions in which outputs are changed.
         progress: Called with (done, total, what); True or False for a line on standard error or none.
 
+    Where this raises anything, an interrupt (Ctrl-C) among it, ``model`` is as it was, also with ``inplace``.
+
     Returns:
         The rewritten model.
 
@@ -67,14 +69,14 @@ def quantize_kv(
     if not isinstance(model, nn.Module):
         raise InputError(f"quantize_kv takes a torch.nn.Module, got {type(model).__name__}")
     policy = KVPolicy() if policy is None else policy
-    small = model if inplace else copy_model(model)
-    before = Snapshot(small)
+    before = Snapshot(model, values=small_tensors(model) if inplace else ())
     try:
+        small = model if inplace else copy_model(model)
         _rewrite(small, policy, calibration, fit, seed, shown(progress, quiet=False))
+        return small
     except BaseException:
         before.restore()
         raise
-    return small
 
 
 def commitment(model: nn.Module) -> torch.Tensor:

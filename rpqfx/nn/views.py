@@ -21,17 +21,17 @@ LATE = ("unsqueeze", "expand", "unflatten", "movedim", "swapaxes", "swapdims", "
 
 Late = tuple[str, tuple[Any, ...], dict[str, Any]]
 
-_TRACING: ContextVar[bool] = ContextVar("rpqfx.nn.views.tracing", default=False)
+TRACING: ContextVar[bool] = ContextVar("rpqfx.nn.views.tracing", default=False)
 
 
 @contextlib.contextmanager
 def tracing() -> Iterator[None]:
     """While this thread traces a model symbolically: views are taken of the whole tensor, a node of the graph."""
-    token = _TRACING.set(True)
+    token = TRACING.set(True)
     try:
         yield
     finally:
-        _TRACING.reset(token)
+        TRACING.reset(token)
 
 
 class Views:
@@ -59,7 +59,7 @@ class Views:
     @property
     def tracing(self) -> bool:
         """Whether a symbolic trace is going on, in which the whole tensor is a node and all views are taken of it."""
-        return not torch.compiler.is_compiling() and _TRACING.get()  # compilers cannot read a context variable
+        return not torch.compiler.is_compiling() and TRACING.get()  # compilers cannot read a context variable
 
     @property
     def is_matrix(self) -> bool:

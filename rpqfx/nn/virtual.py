@@ -28,17 +28,17 @@ from rpqfx.nn.views import LATE, Views
 # NotImplemented where only the plain tensor will do.
 SERVED: dict[Any, Callable[..., Any]] = {}
 
-_INITIALISING: ContextVar[bool] = ContextVar("rpqfx.nn.virtual.initialising", default=False)
+INITIALISING: ContextVar[bool] = ContextVar("rpqfx.nn.virtual.initialising", default=False)
 
 
 @contextlib.contextmanager
 def initialising() -> Iterator[None]:
     """For a while, in this thread, changing a virtual weight in place does nothing: its codebooks have been drawn."""
-    token = _INITIALISING.set(True)
+    token = INITIALISING.set(True)
     try:
         yield
     finally:
-        _INITIALISING.reset(token)
+        INITIALISING.reset(token)
 
 
 _OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")
@@ -233,7 +233,7 @@ class VirtualWeight(Views):
 
     def refuse(self, name: str) -> VirtualWeight:
         """Refuses to change in place what is made anew at each read, and would be lost."""
-        if not torch.compiler.is_compiling() and _INITIALISING.get():
+        if not torch.compiler.is_compiling() and INITIALISING.get():
             return self
         raise RewriteError(
             f"{name} would change a weight that is held in codebooks and made anew at each read; "

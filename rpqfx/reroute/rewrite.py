@@ -12,6 +12,7 @@ from rpqfx.byname import check_rules
 from rpqfx.errors import InputError, PolicyError, RewriteError
 from rpqfx.graph.capture import capture
 from rpqfx.graph.copying import copy_model
+from rpqfx.graph.snapshot import Snapshot
 from rpqfx.reroute.attention import AttentionRoute, TorchAttentionRoute, named
 from rpqfx.reroute.chooser import Chooser
 from rpqfx.reroute.drawing import Drawing
@@ -43,6 +44,8 @@ def route(model: nn.Module, policy: RoutePolicy | None = None, *, inplace: bool 
         inplace: Rewrite the model itself.
         seed: Of the new Parameters.
 
+    Where this raises anything, an interrupt (Ctrl-C) among it, ``model`` is as it was, also with ``inplace``.
+
     Returns:
         The rewritten model.
 
@@ -57,7 +60,16 @@ def route(model: nn.Module, policy: RoutePolicy | None = None, *, inplace: bool 
     policy = RoutePolicy() if policy is None else policy
     if routed(model):
         raise RewriteError("this model is routed already; start from the model before route")
-    small = model if inplace else copy_model(model)
+    before = Snapshot(model, also=_configs(model))
+    try:
+        return _route(model if inplace else copy_model(model), policy, seed)
+    except BaseException:
+        before.restore()
+        raise
+
+
+def _route(small: nn.Module, policy: RoutePolicy, seed: int) -> nn.Module:
+    """Routes a model in place; where this raises, it may be anything."""
     blocks = _decide(find_blocks(capture(small)), policy)
     padding = Padding()
     with Drawing(seed):
@@ -195,7 +207,13 @@ class _Forget:
 
 def _without_cache(model: nn.Module) -> None:
     """Has models of transformers make no cache unless they are told to."""
-    for module in model.modules():
-        for config in (getattr(module, "config", None), getattr(module, "generation_config", None)):
-            if config is not None and getattr(config, "use_cache", False):
-                config.use_cache = False
+    for config in _configs(model):
+        if getattr(config, "use_cache", False):
+            config.use_cache = False
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """The configurations of models of transformers, each once."""
+    names = ("config", "generation_config")
+    found = [getattr(module, name, None) for module in model.modules() for name in names]
+    return list({id(config): config for config in found if hasattr(config, "__dict__")}.values())

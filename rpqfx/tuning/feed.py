@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,13 +14,15 @@ from rpqfx.errors import InputError
 Data = Iterable[Any] | Callable[[int], Any]
 
 
-def feed(data: Data, seed: int) -> Iterator[Any]:
+def feed(data: Data, seed: int, start: int = 0) -> Iterator[Any]:
     """Batches without end, or until an iterator is used up.
 
     Args:
         data: A sequence, which is gone through in a new order each time; another iterable, which is gone through in its
             own order each time; an iterator, once; or a callable that is given 0, 1, 2, ...
         seed: Of the order.
+        start: Batches to leave out at the beginning. Of an iterable they are taken and dropped, of the others they
+            are not asked for.
 
     Yields:
         Batches.
@@ -31,30 +34,34 @@ def feed(data: Data, seed: int) -> Iterator[Any]:
         raise InputError(f"data is a sequence of batches, got one {type(data).__name__}; put it in a list")
     if not callable(data) and not isinstance(data, Iterable):
         raise InputError(f"data is a sequence of batches or a callable from a number to one, got {type(data).__name__}")
-    return _feed(data, seed)
-
-
-def _feed(data: Any, seed: int) -> Iterator[Any]:
     if isinstance(data, Sequence):
-        yield from _shuffled(data, seed)
-    elif callable(data) and not isinstance(data, Iterable):
-        number = 0
-        while True:
-            yield data(number)
-            number += 1
-    else:
-        got = True
-        while got:
-            got = False
-            for batch in data:
-                got = True
-                yield batch
-            if iter(data) is data:
-                return
+        return _shuffled(data, seed, start)
+    if is_replayed(data):
+        return itertools.islice(_repeated(data), start, None)
+    numbered: Any = data
+    return map(numbered, itertools.count(start))
 
 
-def _shuffled(data: Sequence[Any], seed: int) -> Iterator[Any]:
+def is_replayed(data: Data) -> bool:
+    """Returns whether data has to be gone through from its beginning to come to a later batch."""
+    return isinstance(data, Iterable) and not isinstance(data, Sequence)
+
+
+def _repeated(data: Any) -> Iterator[Any]:
+    got = True
+    while got:
+        got = False
+        for batch in data:
+            got = True
+            yield batch
+        if iter(data) is data:
+            return
+
+
+def _shuffled(data: Sequence[Any], seed: int, start: int) -> Iterator[Any]:
     generator = torch.Generator().manual_seed(seed)
     while len(data):
-        for number in torch.randperm(len(data), generator=generator).tolist():
+        order = torch.randperm(len(data), generator=generator).tolist()
+        for number in order[start:]:
             yield data[number]
+        start = max(0, start - len(data))

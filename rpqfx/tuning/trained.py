@@ -1,4 +1,4 @@
-"""Which tensors of a model are trained, how fast, and how they are put back."""
+"""The tensors of a model that are trained, how fast, and the last good state of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from rpqfx.errors import InputError
 from rpqfx.nn.offloaded import check_not_offloaded, offloaded
@@ -60,10 +59,10 @@ def held(model: nn.Module) -> list[RPQWeight]:
 
 
 class Trained:
-    """The Parameters that are trained, and what they were before.
+    """The Parameters that are trained.
 
     Args:
-        model: The model; until ``restore`` only what is trained of it asks for gradients.
+        model: The model; only what is trained of it asks for gradients afterwards, and none are there.
         weights: Its codebook-held weights.
         train: Chooses by qualified name; left out, all codebooks and factors, and dense Parameters of one axis.
     """
@@ -71,7 +70,7 @@ class Trained:
     def __init__(self, model: nn.Module, weights: Sequence[RPQWeight], train: Choose | None) -> None:
         codebooks = {id(weight.codebooks) for weight in weights}
         factors = {id(p) for weight in weights for p in (weight.scale, weight.dim_scale) if p is not None}
-        self._before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+        self.names: list[str] = []
         self.codebooks: list[nn.Parameter] = []
         self.scales: list[nn.Parameter] = []
         self.dense: list[nn.Parameter] = []
@@ -82,10 +81,11 @@ class Trained:
                 continue
             kind = self.codebooks if id(parameter) in codebooks else self.scales if inside else self.dense
             kind.append(parameter)
+            self.names.append(name)
         if not self.all:
             raise InputError("train chooses no Parameter; it is given names as model.named_parameters() has them")
         self._half = {id(p) for p in self.all if _is_half(p)}
-        for parameter, _, _ in self._before:
+        for parameter in model.parameters():
             parameter.requires_grad_(False)
             parameter.grad = None
         for parameter in self.all:
@@ -104,45 +104,39 @@ class Trained:
         return groups + [{"params": [latent.values], "lr": rates.codes * _size(latent.values)} for latent in latents]
 
     @torch.no_grad()
-    def restore(self) -> None:
-        """Rounds what was exact in half precision to that again, and gives all flags and gradients back."""
+    def round(self) -> None:
+        """Rounds what was exact in half precision to that again; a second time changes nothing."""
         for parameter in self.all:
             if id(parameter) in self._half:
                 parameter.copy_(parameter.clamp(-_LARGEST, _LARGEST).half())
-        for parameter, trained, grad in self._before:
-            parameter.requires_grad_(trained)
-            parameter.grad = grad
 
 
 class Good:
     """The last state that gave a finite loss.
 
     Args:
-        model: The model.
-        trained: What changes of it.
+        tensors: All that changes of a model, but for codes.
         weights: Whose codes may change.
     """
 
-    def __init__(self, model: nn.Module, trained: Trained, weights: Sequence[RPQWeight]) -> None:
-        norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
-        self._tensors: list[Tensor] = [*trained.all, *(b for norm in norms for b in norm.buffers())]
-        self._kept = [tensor.detach().clone() for tensor in self._tensors]
-        self._weights = weights
-        self._codes = [weight.codes for weight in weights]
+    def __init__(self, tensors: Sequence[Tensor], weights: Sequence[RPQWeight]) -> None:
+        self._tensors, self._weights = tensors, weights
+        self.kept = [tensor.detach().clone() for tensor in tensors]
+        self.codes = [weight.codes for weight in weights]
 
     @torch.no_grad()
     def keep(self) -> None:
         """Keeps the state as it is now."""
-        for kept, tensor in zip(self._kept, self._tensors, strict=True):
+        for kept, tensor in zip(self.kept, self._tensors, strict=True):
             kept.copy_(tensor)
-        self._codes = [weight.codes for weight in self._weights]
+        self.codes = [weight.codes for weight in self._weights]
 
     @torch.no_grad()
     def restore(self) -> None:
         """Makes the model what it was when it was last kept."""
-        for kept, tensor in zip(self._kept, self._tensors, strict=True):
+        for kept, tensor in zip(self.kept, self._tensors, strict=True):
             tensor.copy_(kept)
-        for weight, codes in zip(self._weights, self._codes, strict=True):
+        for weight, codes in zip(self._weights, self.codes, strict=True):
             weight.codes = codes
 
 

@@ -28,8 +28,8 @@ KEPT = {
     # What threads need of each other.
     "graph/tracer.py: ONE_AT_A_TIME": "a lock: torch's tracers keep their state in globals",
     "ops/cpu/build.py: _BUILDING": "a lock: one thread compiles",
-    "nn/views.py: _TRACING": "a context variable, each thread's own",
-    "nn/virtual.py: _INITIALISING": "a context variable, each thread's own",
+    "nn/views.py: TRACING": "a context variable, each thread's own",
+    "nn/virtual.py: INITIALISING": "a context variable, each thread's own",
 }
 
 _MUTABLE = {

@@ -1,0 +1,182 @@
+"""A call that is interrupted at any line of the library leaves the model, and all around it, as they were."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rpqfx
+from rpqfx import KVPolicy, Policy, RoutePolicy
+from tests.helpers import generator
+from tests.interrupts import Interrupt, around, chosen, contents, traced
+
+FEW = 24  # points of each call in a default run
+
+
+class Block(nn.Module):
+    """Attention, and two linear layers, around which there is what conversions have to do with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+        self.calls: list[int] = []
+        self.mask = torch.ones(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        x = x + self.attention(y, y, y, need_weights=False)[0]
+        return x + self.down(torch.relu(self.up(x))) * self.mask
+
+
+class Net(nn.Module):
+    """A table that the head is tied to, a Parameter of its own, and a batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(24, 16)
+        self.scale = nn.Parameter(torch.randn(16, 16))
+        self.blocks = nn.ModuleList([Block()])
+        self.batch_norm = nn.BatchNorm1d(16)
+        self.head = nn.Linear(16, 24, bias=False)
+        self.head.weight = self.table.weight
+        self.register_buffer("places", torch.arange(6))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids) @ self.scale
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.batch_norm(x.transpose(1, 2)).transpose(1, 2))
+
+
+def net(seed: int = 0) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Net()
+    model.blocks[0].train()
+    model.head.eval()
+    model.batch_norm.bias.requires_grad_(False)
+    model.blocks[0].up.bias.grad = torch.ones(32)
+    model.blocks[0].up.register_forward_hook(_hook)
+    return model
+
+
+def _hook(module: nn.Module, args: Any, output: Any) -> None:
+    """Does nothing."""
+
+
+def batches(count: int = 2) -> list[Tensor]:
+    g = generator(0)
+    return [torch.randint(24, (2, 6), generator=g) for _ in range(count)]
+
+
+POLICY = Policy(codebook_dim=4, bits=2, sharing="shape", scale=True, min_size=128)
+
+
+def rewritten(seed: int = 0, **options: Any) -> nn.Module:
+    return rpqfx.rpqify(net(seed), Policy(codebook_dim=4, bits=2, scale=True, min_size=128), **options)
+
+
+def on_meta() -> nn.Module:
+    with torch.device("meta"):
+        model = Net()
+    model.blocks[0].norm.bias = nn.Parameter(torch.zeros(16))
+    return rpqfx.rpqify(model, POLICY, inplace=True)
+
+
+class Call(NamedTuple):
+    """A call that is to change nothing if it is interrupted.
+
+    Args:
+        build: Makes its model.
+        run: Makes the call.
+    """
+
+    build: Callable[[], nn.Module]
+    run: Callable[[nn.Module, pathlib.Path], Any]
+
+
+def _rpqify(build: Callable[[], nn.Module] = net, **options: Any) -> Call:
+    given = {"policy": POLICY, **options}
+    return Call(build, lambda model, folder: rpqfx.rpqify(model, **given))
+
+
+def _checkpointed(model: nn.Module, folder: pathlib.Path) -> Any:
+    return rpqfx.rpqify(model, POLICY, calibration=batches(), checkpoint=folder, inplace=True)
+
+
+def _load(model: nn.Module, folder: pathlib.Path) -> Any:
+    return rpqfx.load(folder.parent / "small.pt", net, build_device="cpu")
+
+
+def _drawn(module: nn.Module) -> None:
+    """Draws what a module holds itself, real tensors too."""
+    with torch.no_grad():
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            tensor.copy_(torch.rand(tensor.shape))
+
+
+KV = KVPolicy(bits=2, window=2, sub_vector=4, entries=4)
+CALLS = {
+    "rpqify": _rpqify(),
+    "in place": _rpqify(inplace=True),
+    "fitted": _rpqify(policy=Policy(codebook_dim=4, bits=2, init="fit", min_size=128), inplace=True),
+    "with examples": _rpqify(example_inputs=batches(1)),
+    "with examples, in place": _rpqify(example_inputs=batches(1), inplace=True),
+    "calibrated": _rpqify(calibration=batches()),
+    "calibrated, in place": _rpqify(calibration=batches(), refine=2, inplace=True),
+    "with a checkpoint": Call(net, _checkpointed),
+    "as a graph": _rpqify(as_graph=True, inplace=True),
+    "quantize_kv": Call(net, lambda model, _: rpqfx.quantize_kv(model, KV, calibration=batches())),
+    "quantize_kv, in place": Call(
+        rewritten, lambda model, _: rpqfx.quantize_kv(model, KV, calibration=batches(), inplace=True)
+    ),
+    "route": Call(net, lambda model, _: rpqfx.route(model, RoutePolicy(0.5))),
+    "route, in place": Call(rewritten, lambda model, _: rpqfx.route(model, RoutePolicy(0.5), inplace=True)),
+    "materialize": Call(on_meta, lambda model, _: rpqfx.materialize(model, init=_drawn)),
+    "load": Call(rewritten, _load),
+}
+
+
+def swept(call: Call, folder: pathlib.Path, number: int | None) -> int:
+    """Interrupts a call at many lines, and fails where anything is not as it was."""
+    torch.manual_seed(0)
+    rpqfx.save(rewritten(), folder / "small.pt")
+    lines = traced(lambda: call.run(call.build(), folder / "first"))
+    points, wrong = chosen(lines, number), []
+    model = None
+    for count, at in enumerate(points):
+        model = call.build() if model is None else model
+        before, outside = contents(model), around()
+        try:
+            traced(lambda at=at, model=model, count=count: call.run(model, folder / f"run {count}"), at)
+        except Interrupt as interrupt:
+            now, after = contents(model), around()
+            if now != before or after != outside:
+                differs = [key for key in after if after[key] != outside[key]] + ["model"] * (now != before)
+                wrong.append((str(interrupt).rpartition("rpqfx/")[2], differs))
+                model = None
+            torch.set_grad_enabled(True)
+        else:
+            model = None  # the same call came to fewer lines, such as those that fill a cache
+    assert not wrong, f"{len(wrong)} of {len(points)} points: {wrong}"
+    return len(points)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_an_interrupt_at_some_lines_undoes_all(name: str, tmp_path: pathlib.Path) -> None:
+    swept(CALLS[name], tmp_path, FEW)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CALLS)
+def test_an_interrupt_at_any_line_undoes_all(
+    name: str, tmp_path: pathlib.Path, record_property: Callable[[str, object], None]
+) -> None:
+    record_property("points", swept(CALLS[name], tmp_path, None))
