@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 import rpqfx
-from rpqfx.nn import virtual
+from rpqfx.nn.views import TRACING
+from rpqfx.nn.virtual import INITIALISING
 
 _LIBRARY = str(pathlib.Path(rpqfx.__file__).parent)
 
@@ -117,7 +118,7 @@ def around() -> dict[str, Any]:
         "modes": torch._C._len_torch_function_stack(),
         "autocast": torch.is_autocast_enabled("cpu"),
         "call": (nn.Module.__call__, nn.Module.__getattr__),
-        "initialising": virtual._initialising,
-        "tracing": virtual.VirtualWeight.tracing,
+        "initialising": INITIALISING.get(),
+        "tracing": TRACING.get(),
         "threads": sorted(t.name for t in threading.enumerate() if t.name.startswith("rpqfx")),
     }
