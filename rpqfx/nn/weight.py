@@ -188,7 +188,7 @@ class RPQWeight(Loaded):
 
     def part(self) -> Part:
         """The whole tensor as a [`Part`][rpqfx.nn.part.Part], of which parts may be taken."""
-        return Part(self.tensors, self.layout, self.spec.grad_factor, self._plan)
+        return Part(self.tensors, self.layout, self.spec.grad_factor, self._plan, owner=self)
 
     def forward(self, ids: Tensor | None = None) -> Tensor:
         """The tensor, or rows of it.
