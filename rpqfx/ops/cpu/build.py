@@ -128,8 +128,12 @@ def _compile(command: list[str], library: Path) -> Path:
 def _run(command: list[str]) -> None:
     try:
         result = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=LONGEST)
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except OSError as error:
         raise RPQError(f"no C++ compiler could be run ({error}); set CXX to one, or install g++") from None
+    except subprocess.TimeoutExpired:
+        raise RPQError(
+            f"{command[0]} was stopped after {LONGEST:.0f} s; {COMMAND} beforehand, while nothing else runs, may do"
+        ) from None
     if result.returncode:
         lines = [line for line in result.stderr.splitlines() if "error" in line] or result.stderr.splitlines()
         raise RPQError(f"{command[0]} failed: {' | '.join(lines[:3])}")

@@ -107,6 +107,12 @@ def test_nothing_is_said_where_kernels_are_turned_off(
     assert capfd.readouterr() == ("", "") and not folder.exists()
 
 
+def test_a_compiler_that_takes_too_long_is_named_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "LONGEST", 0.2)
+    with pytest.raises(RPQError, match="sleep was stopped after 0 s"):
+        build._run(["sleep", "30"])
+
+
 @needs_kernels
 def test_the_command_says_where_the_kernels_are() -> None:
     run = [sys.executable, "-m", build.COMMAND.split()[-1]]
