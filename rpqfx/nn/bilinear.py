@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from rpqfx.errors import InputError
 from rpqfx.nn.backed import held, register_layer
 from rpqfx.nn.layer import RPQLayer, Split, apply_linear
 from rpqfx.nn.layout import Layout
+from rpqfx.ops.autocast import autocast_dtype
 
 
 class RPQBilinear(RPQLayer, nn.Bilinear):
@@ -45,7 +45,7 @@ class RPQBilinear(RPQLayer, nn.Bilinear):
         """
         if input1.shape[-1] != self.in1_features:
             raise InputError(f"expected {self.in1_features} features in input1, got shape {tuple(input1.shape)}")
-        if input1.dtype != input2.dtype and not torch.is_autocast_enabled(input1.device.type):
+        if input1.dtype != input2.dtype and autocast_dtype(input1.device) is None:
             raise InputError(f"the inputs are {input1.dtype} and {input2.dtype}; convert one with .to(dtype)")
         part = apply_linear(self, "weight", input2, None).unflatten(-1, (self.out_features, self.in1_features))
         y = (part * input1[..., None, :]).sum(-1)

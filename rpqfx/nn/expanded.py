@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rpqfx.nn.remade import Remade, not_kept
-from rpqfx.nn.virtual import CHANGES, CHANGING_OPERATORS, SERVED, VirtualWeight, changes
+from rpqfx.nn.virtual import CHANGES, CHANGING_OPERATORS, SERVED, VirtualWeight, changes, check_values
 from rpqfx.nn.weight import RPQWeight
 
 _SETTERS = {Tensor.data.__set__: "data", Tensor.requires_grad.__set__: "requires_grad"}  # type: ignore[attr-defined]
@@ -81,6 +81,7 @@ class ExpandedWeight(_Read):  # type: ignore[metaclass]
                 return result
         if func in _TRANSPOSES and _is_one(first) and first.dim() == 2:
             return _turned(first, func, args, kwargs)
+        check_values([_virtual_of(value) for value in (*args, *kwargs.values())])
         made: list[Remade] = []
         with torch._C.DisableTorchFunctionSubclass():
             plain = [_plain(arg, made) for arg in args]

@@ -8,11 +8,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from rpqfx import ops
 from rpqfx.errors import InputError, SpecError
 from rpqfx.nn.layout import Layout
+from rpqfx.nn.placement import check_placed
 
 Note = Callable[[Any, Tensor, tuple[Any, ...], tuple[Any, ...]], None]
 
@@ -29,6 +31,7 @@ class Part:
         plan: Which way products run.
         path: How the part was taken from the whole: names and arguments of the methods here.
         note: Called with the name, the input, the arguments and the path of each product, where somebody listens.
+        owner: The module that holds the whole, which errors name.
     """
 
     lasting = True
@@ -42,6 +45,7 @@ class Part:
         plan: ops.Plan = "auto",
         path: tuple[tuple[Any, ...], ...] = (),
         note: Note | None = None,
+        owner: nn.Module | None = None,
     ) -> None:
         self.tensors = tensors
         self.layout = layout
@@ -49,6 +53,7 @@ class Part:
         self.plan = plan
         self.path = path
         self.note = note
+        self.owner = owner
 
     # ------------------------------------------------------------------------------------------- parts
 
@@ -123,12 +128,13 @@ class Part:
         return [self._part(one, layout, ("narrow", 0, e, 1), ("drop", 0)) for e, one in enumerate(each)]
 
     def _part(self, tensors: ops.Tensors, layout: Layout, *steps: tuple[Any, ...]) -> Part:
-        return Part(tensors, layout, self.grad_factor, self.plan, (*self.path, *steps), self.note)
+        return Part(tensors, layout, self.grad_factor, self.plan, (*self.path, *steps), self.note, self.owner)
 
     # ----------------------------------------------------------------------------------------- products
 
     def dense(self) -> Tensor:
         """The tensor."""
+        check_placed(self.tensors, None, self.owner)
         vectors = ops.expand(self.tensors, self.grad_factor)
         return self.layout.to_tensor(self._zero(vectors, 0))
 
@@ -136,8 +142,9 @@ class Part:
         """Rows of the matrix ``[rows, cols]`` (see ``RPQWeight.lookup``)."""
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise InputError(f"rows are looked up by integers, got {ids.dtype}")
-        if self.layout.transposed:
-            return self.dense().reshape(self.layout.rows, self.layout.cols)[ids.long()]
+        check_placed(self.tensors, ids, self.owner)
+        if self.layout.transposed:  # by torch's lookup, which takes no ids below zero
+            return F.embedding(ids.long(), self.dense().reshape(self.layout.rows, self.layout.cols))
         sparse = sparse and not torch.compiler.is_compiling()  # compilers cannot trace how such a gradient is made
         rows = ops.lookup(ids.long(), self.tensors, self.grad_factor, sparse)
         if self.layout.zero_vector is None:
@@ -148,6 +155,7 @@ class Part:
         """``x @ matrix.T + bias`` (see ``RPQWeight.linear``)."""
         if self.note is not None:
             self.note("linear", x, (), self.path)
+        check_placed(self.tensors, x, self.owner, bias)
         if self.layout.transposed:
             y = ops.linear_t(self._zero(x, -1), self.tensors, self.grad_factor, self.plan)
             return y if bias is None else y + bias.to(y.dtype)
@@ -160,6 +168,7 @@ class Part:
         """``y @ matrix`` (see ``RPQWeight.linear_t``)."""
         if self.note is not None:
             self.note("linear_t", y, (), self.path)
+        check_placed(self.tensors, y, self.owner)
         if self.layout.transposed:
             return self._zero(ops.linear(y, self.tensors, None, self.grad_factor, self.plan), -1)
         return ops.linear_t(self._zero(y, -1), self.tensors, self.grad_factor, self.plan)
@@ -168,6 +177,7 @@ class Part:
         """A convolution (see ``RPQWeight.conv``)."""
         if self.note is not None:
             self.note("conv", x, geometry, self.path)
+        check_placed(self.tensors, x, self.owner, bias)
         layout = self.layout
         if layout.transposed or layout.lead != 1 or layout.experts:
             raise SpecError("a convolution's vectors are its filters (rows of its weight)")

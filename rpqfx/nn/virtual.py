@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from rpqfx.errors import RewriteError
 from rpqfx.nn.changes import multiply, resize_rows
 from rpqfx.nn.part import Part
+from rpqfx.nn.placement import refuse_meta
 from rpqfx.nn.remade import Remade, not_kept
 from rpqfx.nn.views import LATE, Views
 
@@ -89,6 +90,7 @@ class VirtualWeight(Views):
             result = serve(*args, **kwargs)
             if result is not NotImplemented:
                 return result
+        check_values([*args, *kwargs.values()])
         made: list[Remade] = []
         plain = [as_dense(arg, made) for arg in args]
         named = {key: as_dense(value, made) for key, value in kwargs.items()}
@@ -244,6 +246,7 @@ class VirtualWeight(Views):
 def _operator(function: Callable[..., Any], swapped: bool = False) -> Callable[..., Any]:
     def apply(self: VirtualWeight, *args: Any) -> Any:
         made: list[Remade] = []
+        check_values([self, *args])
         values = (as_dense(self, made), *[as_dense(arg, made) for arg in args])
         with not_kept(made):
             return function(*reversed(values)) if swapped else function(*values)
@@ -263,6 +266,15 @@ for _name in ("add", "sub", "mul", "truediv", "pow"):
 for _name in ("floordiv", "mod", "neg", "pos", "abs", "lt", "le", "gt", "ge", "eq", "ne"):
     setattr(VirtualWeight, f"__{_name}__", _operator(getattr(operator, _name)))
 VirtualWeight.__hash__ = object.__hash__  # type: ignore[method-assign]
+
+
+def check_values(values: Sequence[Any]) -> None:
+    """Raises InputError where a virtual weight on the meta device is about to meet tensors that are not there."""
+    for value in values:
+        if isinstance(value, (list, tuple)) and any([isinstance(item, VirtualWeight) for item in value]):
+            check_values([*value, *[other for other in values if other is not value]])
+        elif isinstance(value, VirtualWeight) and value.device.type == "meta":
+            refuse_meta(value.held, value.part.tensors, values)
 
 
 def as_dense(value: Any, made: list[Remade]) -> Any:

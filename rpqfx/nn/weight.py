@@ -195,7 +195,7 @@ class RPQWeight(Loaded):
         return self._whole()
 
     def _whole(self) -> Part:
-        return Part(self.tensors, self.layout, self.spec.grad_factor, self._plan)
+        return Part(self.tensors, self.layout, self.spec.grad_factor, self._plan, owner=self)
 
     @property
     def _hooked(self) -> bool:

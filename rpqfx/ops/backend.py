@@ -11,6 +11,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from rpqfx.errors import InputError
 from rpqfx.ops import cuda, reference
 from rpqfx.ops.cpu import build, kernels
 
@@ -52,14 +53,44 @@ class Backend(Protocol):
         """The adjoint of ``gather_sum``."""
 
 
-def choose(x: Tensor, codes: Tensor) -> Backend:
-    """The fastest backend for a tensor that is computed with, and for codes.
+def choose(x: Tensor, codes: Tensor, *others: Tensor | None) -> Backend:
+    """Returns the fastest backend for a tensor that is computed with, and for codes.
 
     Whatever is not a plain tensor with numbers in it (a fake or a traced one, say) gets torch's own operators.
+
+    Args:
+        x: What is computed with.
+        codes: ``[R, M, N]``.
+        *others: What the backend will be given besides.
+
+    Raises:
+        InputError: If they are not on one device, unless ``x`` is on the meta device and stands for a shape. The
+            compiled kernels look for themselves.
     """
     plain = type(x) in (Tensor, nn.Parameter) and type(codes) is Tensor and not torch.compiler.is_compiling()
-    if plain and x.device.type == "cpu" and kernels.take(x.dtype, codes.dtype) and build.ready():
+    if plain and x.is_cpu and kernels.take(x.dtype, codes.dtype) and build.ready():
         return cast(Backend, kernels)
+    if plain and not x.is_meta:
+        check_devices(x, codes, *others)
     if plain and x.is_cuda and cuda.usable(x):
         return cast(Backend, cuda)
     return cast(Backend, reference)
+
+
+def check_devices(x: Tensor, *others: Tensor | None) -> None:
+    """Raises where a kernel would read memory of another device, or torch compute with what has no values.
+
+    Args:
+        x: What is computed with.
+        *others: What it meets.
+
+    Raises:
+        InputError: If they are not on one device.
+    """
+    found = [tensor.device for tensor in others if tensor is not None]
+    if any(device != x.device for device in found):
+        places = ", ".join(dict.fromkeys(map(str, (x.device, *found))))
+        raise InputError(
+            f"codebooks, codes and what meets them are on several devices: {places}; move them to one with "
+            ".to(device), or give what is on meta its values (rpqfx.materialize)"
+        )

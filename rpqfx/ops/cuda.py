@@ -169,8 +169,11 @@ def residual_search(points: Tensor, books: Tensor, cosine: bool = False) -> tupl
         InputError: If a shape or a dtype does not fit.
     """
     _check_dtype("points", points)
-    if books.dtype != points.dtype:
-        raise InputError(f"points are {points.dtype} and the codebooks are {books.dtype}; convert one of them")
+    if books.dtype != points.dtype or books.device != points.device:
+        raise InputError(
+            f"points are {points.dtype} on {points.device} and the codebooks are {books.dtype} on {books.device}; "
+            "convert one of them"
+        )
     if points.dim() != 2 or books.dim() != 3 or points.shape[1] != books.shape[2] or not books.shape[1]:
         raise InputError(f"points {tuple(points.shape)} do not go with codebooks {tuple(books.shape)}")
     if not 1 <= points.shape[1] <= MOST_SEARCHED:

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rpqfx.ops.autocast import autocast_dtype
 from rpqfx.ops.forms import Form
 from rpqfx.ops.mapped import Mapped, differentiated, like_codebooks, no_view
 
 
 def _as_given(x: Tensor) -> AbstractContextManager[Any]:
     """Where autocast must not choose dtypes: forms have chosen."""
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    return nullcontext() if autocast_dtype(x.device) is None else torch.autocast(x.device.type, enabled=False)
 
 
 def product(

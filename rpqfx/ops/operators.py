@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rpqfx import steps
-from rpqfx.ops.backend import choose
+from rpqfx.ops.backend import check_devices, choose
+from rpqfx.ops.filters import filters_grad
 
 # Holds what rpqfx.ops.rules adds to the operators.
 LIBRARY = torch.library.Library("rpqfx", "FRAGMENT")
@@ -35,7 +36,13 @@ def _operator(
     of this library.
     """
     operator = torch.library.custom_op(f"rpqfx::{name}", in_graphs or run, mutates_args=(), schema=schema)
-    operator.register_fake(fake)
+
+    def checked(*args: Any) -> Any:
+        # Torch runs the fake as soon as anything is on the meta device, and its result would be memory without values.
+        check_devices(*[arg for arg in args if isinstance(arg, Tensor)])
+        return fake(*args)
+
+    operator.register_fake(checked)
 
     def call(*args: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():  # and not in torch.export, whose tracing runs the code itself
@@ -50,7 +57,7 @@ def _operator(
 
 def _run_contract(x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None, bias: Tensor | None) -> Tensor:
     bias = None if bias is None else bias.to(x.dtype)
-    return choose(x, codes).contract(x, codebooks.to(x.dtype), codes, signs, bias)
+    return choose(x, codes, codebooks, signs, bias).contract(x, codebooks.to(x.dtype), codes, signs, bias)
 
 
 def _fake_contract(x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -58,7 +65,7 @@ def _fake_contract(x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | 
 
 
 def _run_contract_t(y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
-    return choose(y, codes).contract_t(y, codebooks.to(y.dtype), codes, signs=signs)
+    return choose(y, codes, codebooks, signs).contract_t(y, codebooks.to(y.dtype), codes, signs=signs)
 
 
 def _fake_contract_t(y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
@@ -66,7 +73,7 @@ def _fake_contract_t(y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor 
 
 
 def _run_accumulate(x: Tensor, y: Tensor, codes: Tensor, signs: Tensor | None, books: int, entries: int) -> Tensor:
-    return choose(x, codes).accumulate(x, y, codes, books, entries, signs)
+    return choose(x, codes, y, signs).accumulate(x, y, codes, books, entries, signs)
 
 
 def _fake_accumulate(x: Tensor, y: Tensor, codes: Tensor, signs: Tensor | None, books: int, entries: int) -> Tensor:
@@ -77,7 +84,7 @@ def _fake_accumulate(x: Tensor, y: Tensor, codes: Tensor, signs: Tensor | None, 
 def _run_contract_grads(
     x: Tensor, y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    return choose(x, codes).contract_grads(x, y, codebooks.to(x.dtype), codes, signs)
+    return choose(x, codes, y, codebooks, signs).contract_grads(x, y, codebooks.to(x.dtype), codes, signs)
 
 
 def _fake_contract_grads(
@@ -90,7 +97,7 @@ def _fake_contract_grads(
 
 
 def _expanded(like: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
-    return choose(like, codes).expand(codebooks.to(like.dtype), codes, None, signs)
+    return choose(like, codes, codebooks, signs).expand(codebooks.to(like.dtype), codes, None, signs)
 
 
 def _run_matmul(x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -103,7 +110,7 @@ def _run_matmul_t(y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | N
 
 def _run_matmul_book(x: Tensor, y: Tensor, codes: Tensor, signs: Tensor | None, books: int, entries: int) -> Tensor:
     weight = y.reshape(-1, y.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
-    return choose(x, codes).collect(weight, codes, books, entries, signs)
+    return choose(x, codes, y, signs).collect(weight, codes, books, entries, signs)
 
 
 def _run_conv(
@@ -146,11 +153,8 @@ def _run_conv_book(
     padding: Sequence[int], dilation: Sequence[int], transposed: bool, output_padding: Sequence[int], groups: int,
     books: int, entries: int,
 ) -> Tensor:  # fmt: skip
-    weight = x.new_empty(()).expand(tuple(weight_shape))
-    _, grad, _ = torch.ops.aten.convolution_backward(
-        y, x, weight, None, stride, padding, dilation, transposed, output_padding, groups, (False, True, False)
-    )
-    return choose(x, codes).collect(grad.reshape(weight_shape[0], -1), codes, books, entries, signs)
+    grad = filters_grad(y, x, weight_shape, stride, padding, dilation, transposed, output_padding, groups)
+    return choose(x, codes, y, signs).collect(grad.reshape(weight_shape[0], -1), codes, books, entries, signs)
 
 
 def _fake_conv_book(
@@ -168,7 +172,7 @@ def _fake_conv_book(
 def _run_expand(
     codebooks: Tensor, codes: Tensor, scale: Tensor | None, signs: Tensor | None, dims: Tensor | None = None
 ) -> Tensor:
-    rows = choose(codebooks, codes).expand(codebooks, codes, scale, signs)
+    rows = choose(codebooks, codes, scale, signs, dims).expand(codebooks, codes, scale, signs)
     return rows if dims is None else rows.mul_(dims)
 
 
@@ -182,7 +186,7 @@ def _run_lookup(
     ids: Tensor, codebooks: Tensor, codes: Tensor, scale: Tensor | None, signs: Tensor | None,
     dims: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    rows = choose(codebooks, codes).lookup(ids, codebooks, codes, scale, signs)
+    rows = choose(codebooks, codes, ids, scale, signs, dims).lookup(ids, codebooks, codes, scale, signs)
     return rows if dims is None else rows.mul_(dims)
 
 
@@ -194,7 +198,7 @@ def _fake_lookup(
 
 
 def _run_collect(grad: Tensor, codes: Tensor, signs: Tensor | None, books: int, entries: int) -> Tensor:
-    return choose(grad, codes).collect(grad, codes, books, entries, signs)
+    return choose(grad, codes, signs).collect(grad, codes, books, entries, signs)
 
 
 def _fake_collect(grad: Tensor, codes: Tensor, signs: Tensor | None, books: int, entries: int) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rpqfx import codebook
 from rpqfx.errors import InputError, SpecError
+from rpqfx.ops.autocast import autocast_dtype
 from rpqfx.ops.conv_contract import ConvContract
 from rpqfx.ops.conv_forms import Conv
 from rpqfx.ops.forms import Contract, Form, Matmul
@@ -226,9 +227,8 @@ def _prepare(x: Tensor, weight: Tensors, width: int, axis: int = -1) -> tuple[Te
         raise InputError(f"codebooks hold real numbers, got {x.dtype} input; pass its real and imaginary parts apart")
     if not x.is_floating_point():
         raise InputError(f"expected floating-point input, got {x.dtype}; ids are for lookup")
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and torch.float64 not in (x.dtype, books.dtype):
-        dtype = torch.get_autocast_dtype(kind)
+    dtype = autocast_dtype(x.device)
+    if dtype is not None and torch.float64 not in (x.dtype, books.dtype):
         return x.to(dtype), None if scale is None else scale.to(dtype), None if dims is None else dims.to(dtype)
     if x.dtype != books.dtype:
         raise InputError(f"the input is {x.dtype} and the codebooks are {books.dtype}; convert one with .to(dtype)")

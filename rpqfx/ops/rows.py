@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rpqfx import codebook
+from rpqfx import codebook, steps
 from rpqfx.ops import operators
 from rpqfx.ops.mapped import Mapped, differentiated, like_codebooks, no_view
 
@@ -98,7 +98,10 @@ class Lookup(_Rows):
         some = codebook.select_vectors(ids.reshape(-1), codes, scale, signs)
         rows = grad.reshape(-1, grad.shape[-1])
         grad_books, grad_some, grad_dims = Lookup._grads(ctx, 1, rows, codebooks, *some, dims)
-        grad_scale = None if grad_some is None else torch.zeros_like(scale).index_add(0, ids.reshape(-1), grad_some)
+        grad_scale = None
+        if grad_some is not None:  # a row may be named many times
+            total = torch.zeros_like(scale, dtype=steps.sum_dtype(scale.dtype))
+            grad_scale = total.index_add(0, ids.reshape(-1), grad_some.to(total.dtype)).to(scale.dtype)
         return None, grad_books, None, grad_scale, None, grad_dims, None
 
     @staticmethod

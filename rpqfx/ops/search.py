@@ -14,15 +14,18 @@ from rpqfx.ops.cpu import build, kernels
 
 # Distances that are alive at a time: few enough to stay in cache.
 _BLOCK_ELEMENTS = 2**20
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+# An odd number without a pattern: 2**64 divided by the golden ratio, as an int64 (Knuth, "Sorting and Searching", 6.4).
+_MIX = 0x9E3779B97F4A7C15 - 2**64
 
 
 @torch.no_grad()
 def nearest(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest centre of each point, the first of them where several are as near.
+    """The nearest centre of each point, of centres that are equal the first.
 
-    Which is nearest is found by ``|c|^2 - 2 x.c`` relative to the centres' mean, so centres whose distances differ
-    by less than rounding may take each other's place; the distance itself is that of the centre found. A point with
-    NaN gets some code in range.
+    Which is nearest is found by ``|c|^2 - 2 x.c`` relative to the centres' mean, so centres that differ, and whose
+    distances differ by less than rounding, may take each other's place; the distance itself is that of the centre
+    found. A point that is not finite gets some code in range, and so does every point where a centre is not finite.
 
     Args:
         points: ``[N, d]``, floating.
@@ -33,9 +36,9 @@ def nearest(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
     """
     if _compiled(points, centres):
         return kernels.nearest(points, centres)
-    codes, distances = [], []
+    codes, distances, first = [], [], firsts(centres)
     for block in points.split(max(1, _BLOCK_ELEMENTS // len(centres))):
-        code = _scores(block, centres).argmin(1)
+        code = first[_scores(block, centres).argmin(1)]
         codes.append(code)
         distances.append((block - centres[code]).square().sum(1))
     return torch.cat(codes), torch.cat(distances)
@@ -46,7 +49,8 @@ def beam_search(points: Tensor, books: Tensor, beam: int) -> tuple[Tensor, Tenso
     """Codes whose entries add up to nearly the points (Babenko and Lempitsky, "Additive Quantization", 2014).
 
     Stage after stage, the ``beam`` best sums so far are tried with every entry of the stage. A beam of 1 is greedy.
-    A wider one is nearly always nearer, but no bound says so for each point.
+    A wider one is nearly always nearer, but no bound says so for each point. Of entries that are equal the first is
+    taken, and what is not finite gets some codes in range.
 
     Args:
         points: ``[N, d]``, floating.
@@ -122,7 +126,7 @@ def _greedy(points: Tensor, books: Tensor, cosine: bool) -> tuple[Tensor, Tensor
     codes, distances = [], None
     for book in books:
         if cosine:
-            code = nearest(F.normalize(points, dim=1), F.normalize(book, dim=1))[0]
+            code = firsts(book)[nearest(F.normalize(points, dim=1), F.normalize(book, dim=1))[0]]
         else:
             code, distances = nearest(points, book)
         points = points - book[code]
@@ -143,6 +147,28 @@ def _compiled(points: Tensor, centres: Tensor) -> bool:
     return plain and on_cpu and not torch.compiler.is_compiling() and build.ready()
 
 
+def firsts(centres: Tensor) -> Tensor:
+    """Returns the first centre that equals each centre, as an index.
+
+    A matrix product may round one column as it does no other, so equal centres need not have equal scores. Which are
+    equal is found by sorting a hash of their bits, in integers, which no order of additions changes.
+
+    Args:
+        centres: ``[K, d]``, floating. One with NaN equals none.
+
+    Returns:
+        ``[K]`` int64.
+    """
+    own = torch.arange(len(centres), device=centres.device)
+    bits = (centres + 0.0).contiguous().view(_INTEGERS[centres.element_size()]).long()  # of both zeros as of one
+    mixed = (bits ^ (bits >> 29)) * _MIX
+    places = (2 * torch.arange(centres.shape[1], device=centres.device) + 1) * _MIX
+    hashes, order = ((mixed ^ (mixed >> 32)) * places).sum(1).sort(stable=True)
+    begins = F.pad(hashes[1:] != hashes[:-1], (1, 0), value=True)
+    found = torch.empty_like(own).scatter_(0, order, order[torch.where(begins, own, 0).cummax(0).values])
+    return torch.where((centres == centres[found]).all(1), found, own)
+
+
 def _scores(points: Tensor, centres: Tensor) -> Tensor:
     """Squared distances ``[N, K]``, less each point's own part."""
     shift = centres.mean(0)  # distances far from the origin would cancel
@@ -159,7 +185,7 @@ def _beam(points: Tensor, books: Tensor, beam: int) -> tuple[Tensor, Tensor]:
         scores = _scores(rests.reshape(-1, d), book).view(*own.shape, entries) + own[..., None]
         kept = min(beam if stage + 1 < stages else 1, own.shape[1] * entries)
         best = scores.flatten(1).topk(kept, largest=False).indices
-        parent, code = (best // entries)[..., None], best % entries
+        parent, code = (best // entries)[..., None], firsts(book)[best % entries]
         rests = rests.gather(1, parent.expand(-1, -1, d)) - book[code]
         codes = torch.cat([codes.gather(1, parent.expand(-1, -1, stage)), code[..., None]], -1)
     return codes[:, 0], rests[:, 0].square().sum(-1)

@@ -4,6 +4,8 @@ Axes as in ``rpqfx.codebook``; ``p = r * M + m`` is a use of a codebook (uses: `
 Tensors are contiguous, terms are summed in float32, and every element of a result is written by one program in one
 order: no atomics, so the same call gives the same bits. Codes are read as the integers that they are stored as.
 Sub-vectors' length ``d`` is a constant of a kernel: the compiler then reads and writes whole short sub-vectors.
+A code that points outside its codebook stands for NaN: to look for one beforehand would make the CPU wait for the GPU,
+and to follow it would read some other memory.
 
 Triton is imported here and in ``rpqfx.ops.triton_search``, nowhere else; ``rpqfx.ops.cuda`` launches these kernels and
 imports this file when it first does. With the environment variable ``TRITON_INTERPRET=1`` (from before triton is first
@@ -77,8 +79,10 @@ def gather_sum(
         p = (first + tl.arange(0, BLOCK_P)).to(tl.int64)[:, None]
         mask = (p < uses) & (n < num_vectors)[None, :]
         code = tl.load(codes + p * num_vectors + n[None, :], mask=mask, other=0).to(tl.int32)
-        at = (p * entries + code)[:, :, None] * rows + b[None, None, :]
+        known = (code >= 0) & (code < entries)
+        at = (p * entries + tl.where(known, code, 0))[:, :, None] * rows + b[None, None, :]
         terms = tl.load(dots + at, mask=mask[:, :, None] & (b < rows)[None, None, :], other=0.0)
+        terms = tl.where(known[:, :, None], terms, float("nan"))
         if signs is not None:
             terms *= sign_of(signs, p, n[None, :], num_vectors, mask)[:, :, None]
         total += tl.sum(terms, 0)
@@ -105,8 +109,10 @@ def expand(
         p = (r * sub_vectors + m).to(tl.int64)[None, :]
         code = tl.load(codes + p * num_vectors + n[:, None], mask=mask, other=0).to(tl.int32)
         book = (r * books + m // (sub_vectors // books)).to(tl.int64)[None, :]
-        at = (book * entries + code)[:, :, None] * d + j[None, None, :]
+        known = (code >= 0) & (code < entries)
+        at = (book * entries + tl.where(known, code, 0))[:, :, None] * d + j[None, None, :]
         terms = tl.load(codebooks + at, mask=inside, other=0.0).to(tl.float32)
+        terms = tl.where(known[:, :, None], terms, float("nan"))
         if signs is not None:
             terms *= sign_of(signs, p, n[:, None], num_vectors, mask)[:, :, None]
         total += terms

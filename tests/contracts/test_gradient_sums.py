@@ -15,8 +15,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rpqfx.nn import RPQConv2d, RPQConvTranspose2d, RPQEmbedding, RPQLinear
-from rpqfx.ops import products
+from rpqfx.nn import (
+    RPQConv1d,
+    RPQConv2d,
+    RPQConv3d,
+    RPQConvTranspose1d,
+    RPQConvTranspose2d,
+    RPQConvTranspose3d,
+    RPQEmbedding,
+    RPQLinear,
+)
+from rpqfx.ops import filters, products
 from tests.helpers import generator, randn
 
 UNIT = 2**-8  # half the distance from 1 to the next bfloat16
@@ -44,6 +53,25 @@ CASES = {
     "embedding": Case(lambda **kw: RPQEmbedding(256, 16, **_options(8), **kw), (4,), ids=256),
     "conv": Case(lambda **kw: RPQConv2d(4, 64, 3, padding=1, **_options(9), **kw), (4, 4, 4)),
     "conv transposed": Case(lambda **kw: RPQConvTranspose2d(64, 4, 3, padding=1, **_options(9), **kw), (64, 4, 4)),
+}  # fmt: skip
+
+
+# By torch's own loops where oneDNN does not serve them, which depends on the CPU.
+CONVOLUTIONS = {
+    "1d": (lambda **kw: RPQConv1d(4, 64, 3, padding=1, **_options(12), **kw), (4, 8)),
+    "3d": (lambda **kw: RPQConv3d(4, 64, 2, **_options(8), **kw), (4, 3, 3, 3)),
+    "groups": (lambda **kw: RPQConv2d(8, 64, 3, padding=1, groups=4, **_options(9), **kw), (8, 4, 4)),
+    "depthwise": (lambda **kw: RPQConv2d(64, 64, 3, padding=1, groups=64, **_options(9), **kw), (64, 4, 4)),
+    "dilation": (lambda **kw: RPQConv2d(4, 64, 3, padding=2, dilation=2, stride=2, **_options(9), **kw), (4, 8, 8)),
+    "transposed 1d": (lambda **kw: RPQConvTranspose1d(64, 4, 3, padding=1, **_options(12), **kw), (64, 8)),
+    "transposed 3d": (lambda **kw: RPQConvTranspose3d(64, 4, 2, **_options(8), **kw), (64, 2, 2, 2)),
+    "transposed, groups": (
+        lambda **kw: RPQConvTranspose2d(64, 8, 3, padding=1, groups=4, **_options(9), **kw), (64, 4, 4)
+    ),
+    "transposed, output padding": (
+        lambda **kw: RPQConvTranspose2d(64, 4, 3, 2, 1, output_padding=1, dilation=2, **_options(9), **kw),
+        (64, 4, 4),
+    ),
 }  # fmt: skip
 
 
@@ -105,6 +133,43 @@ def test_gradients_of_codebooks_are_float32_sums_under_autocast(
     error = _error(grad, exact)
     assert error < (1e-5 if table or case.ids else UNIT)
     assert _bfloat16_error(name) > 20 * error
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("table", [True, False], ids=["contract", "expand"])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_filters_of_every_convolution_have_float32_sums(
+    name: str, table: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where torch rounds each filter's gradient at all, it does so once."""
+    _choose(table, monkeypatch)
+    torch.manual_seed(0)
+    make, shape = CONVOLUTIONS[name]
+    layer = make()
+    x, y = _inputs(Case(make, shape), layer, torch.float32)
+    with torch.autocast("cpu", dtype=dtype):
+        out = layer(x)
+    out.backward(y.to(out.dtype))
+    assert out.dtype == dtype
+    assert _error(layer.weight_rpq.codebooks.grad, _exact(layer, x, y)) < torch.finfo(dtype).eps / 2
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_a_batch_in_blocks_has_the_same_sums(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A float32 copy is made of some samples at a time."""
+    _choose(False, monkeypatch)
+    monkeypatch.setattr(filters, "SUM_WIDE", frozenset())
+    make, shape = CONVOLUTIONS[name]
+    layer = make(dtype=torch.bfloat16)
+    x, y = (tensor[:20] for tensor in _inputs(Case(make, shape), layer, torch.bfloat16))
+    grads = []
+    for size in (filters.COPY_ELEMENTS, 7 * (x[0].numel() + y[0].numel()), 1):
+        monkeypatch.setattr(filters, "COPY_ELEMENTS", size)
+        layer.zero_grad()
+        layer(x).backward(y)
+        grads.append(layer.weight_rpq.codebooks.grad)
+    for grad in grads[1:]:
+        torch.testing.assert_close(grad, grads[0], rtol=2**-7, atol=0)
 
 
 @functools.cache

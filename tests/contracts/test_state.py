@@ -22,12 +22,14 @@ KEPT = {
     "kv/wrap.py: _MADE": "the same of attention on codes",
     "graph/code.py: _KNOWN": "what the code of a class says, gone with the class",
     "ops/cpu/build.py: ready": "whether the kernels are built",
+    "ops/cpu/build.py: reason": "why they are not",
     "ops/cuda.py: _installed": "whether Triton is there",
     "ops/cuda.py: _right": "whether a device's kernels are right",
     "ops/cuda.py: _capability": "of a device",
     # What threads need of each other.
     "graph/tracer.py: ONE_AT_A_TIME": "a lock: torch's tracers keep their state in globals",
-    "ops/cpu/build.py: _BUILDING": "a lock: one thread compiles",
+    "ops/cpu/build.py: _first_use": "a lock: one thread compiles",
+    "ops/cpu/build.py: global _first_use": "a child that was forked meanwhile gets a lock of its own",
     "nn/views.py: TRACING": "a context variable, each thread's own",
     "nn/virtual.py: INITIALISING": "a context variable, each thread's own",
 }

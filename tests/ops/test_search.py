@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rpqfx.ops import search
 from rpqfx.ops.cpu import build, kernels
-from rpqfx.ops.search import beam_search, cosine_search, nearest, residual_search
+from rpqfx.ops.search import beam_search, cosine_search, firsts, nearest, residual_search
 from tests.helpers import randn, seeds
 
 dtypes = st.sampled_from([torch.float32, torch.float64])
@@ -50,6 +50,49 @@ def test_the_first_of_equal_centres_is_taken(entries: int, d: int, seed: int, dt
     centres = randn(seed, entries, d, dtype=dtype).round()
     first = [min(j for j in range(entries) if torch.equal(centres[j], centres[k])) for k in range(entries)]
     assert nearest(centres, centres)[0].tolist() == first
+    assert firsts(centres).tolist() == first
+
+
+@given(
+    st.integers(1, 90), st.sampled_from([1, 2, 3, 8, 17, 40, 130]), seeds,
+    st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+    st.sampled_from([("nearest", 1), ("beam", 1), ("beam", 2), ("beam", 5), ("cosine", 1)]),
+)  # fmt: skip
+def test_every_search_takes_the_first_of_equal_entries(
+    entries: int, d: int, seed: int, dtype: torch.dtype, way: tuple[str, int]
+) -> None:
+    """Entries with all their bits in use, each there several times, wherever a register or a block ends."""
+    kind, beam = way
+    g = torch.Generator().manual_seed(seed)
+    books = randn(seed, 2, max(1, entries // 3), d, dtype=dtype) * 1.7 + 0.3
+    books = books[:, torch.randint(books.shape[1], (entries,), generator=g)]
+    points = randn(seed + 1, 30, d, dtype=dtype)
+    if kind == "nearest":
+        codes = nearest(points, books[0])[0][:, None]
+    else:
+        codes = residual_search(points, books, beam=beam, cosine=kind == "cosine")[0]
+    for code, book in zip(codes.t(), books, strict=False):
+        assert all(int(k) == min((book == book[k]).all(1).nonzero()[:, 0].tolist()) for k in code)
+
+
+def test_both_zeros_are_one_number_and_nan_equals_nothing() -> None:
+    centres = torch.tensor([[0.0, 1], [-0.0, 1], [math.nan, 1], [math.nan, 1], [math.inf, 0], [math.inf, -0.0]])
+    assert firsts(centres).tolist() == [0, 0, 2, 3, 4, 4]
+    assert firsts(torch.zeros(3, 0)).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["points", "books"])
+def test_searches_of_what_is_not_finite_give_codes_in_range(where: str, bad: float, dtype: torch.dtype) -> None:
+    points, books = randn(0, 30, 3, dtype=dtype), randn(1, 2, 9, 3, dtype=dtype)
+    (points if where == "points" else books[1])[4, 1] = bad
+    for way in ({}, {"beam": 3}, {"cosine": True}):
+        codes, _ = residual_search(points, books, **way)
+        assert codes.min() >= 0 and codes.max() < 9
+        if where == "points":
+            rest = [n for n in range(30) if n != 4]
+            assert torch.equal(codes[rest], residual_search(points[rest], books, **way)[0])
 
 
 @given(seeds, dtypes, st.sampled_from([1e3, 1e6]))

@@ -149,6 +149,21 @@ def test_the_last_of_65536_entries() -> None:
     assert bins.ends[0, [0, 1, 32_767, 32_768, 65_534, 65_535]].tolist() == [1, 1, 2, 3, 3, 4]
 
 
+@pytest.mark.parametrize("wrong", [4, 255])
+def test_a_code_outside_its_codebook_is_nan_and_reads_nothing_else(wrong: int) -> None:
+    """Also where it would be an entry of the next codebook; what has other codes is as before."""
+    spec = CodebookSpec(9, 6, 2, entries=4, stages=2, signs=True)
+    codebooks, codes, _, signs = tensors(spec, 0, torch.float32, torch.uint8)
+    x, damaged = randn(1, 3, 6, dtype=torch.float32).to(DEVICE), codes.clone()
+    damaged[0, 1, 5] = wrong
+    whole, found = cuda.expand(codebooks, codes, None, signs), cuda.expand(codebooks, damaged, None, signs)
+    assert found[5, 2:4].isnan().all() and int(found.isnan().sum()) == 2
+    assert torch.equal(found.nan_to_num(7), torch.where(found.isnan(), 7, whole))
+    whole, found = cuda.contract(x, codebooks, codes, signs), cuda.contract(x, codebooks, damaged, signs)
+    assert found[:, 5].isnan().all() and int(found.isnan().sum()) == 3
+    assert torch.equal(found.nan_to_num(7), torch.where(found.isnan(), 7, whole))
+
+
 def test_strided_inputs_and_an_empty_batch() -> None:
     """Inputs need not be contiguous, and no rows are fine."""
     spec = CodebookSpec(9, 6, 2, entries=4, stages=2, signs=True)

@@ -12,10 +12,15 @@ namespace rpqfx {
 
 constexpr int64_t BLOCKS = 4;  // of centres whose lowest scores are compared with the worst of the beam at once
 
-// A partial sum that a stage may keep.
+// A partial sum that a stage may keep; of sums with the same score, the one of the first parent and the first code.
 struct Step {
   float score;
   int32_t parent, code;
+
+  bool operator<(const Step& other) const {
+    if (score != other.score) return score < other.score;
+    return parent != other.parent ? parent < other.parent : code < other.code;
+  }
 };
 
 // The best steps so far, in no order.
@@ -29,7 +34,7 @@ struct Beam {
     steps[count < most ? count++ : worst] = step;
     if (count < most) return;
     worst = 0;
-    for (int64_t i = 1; i < most; ++i) worst = steps[i].score > steps[worst].score ? i : worst;
+    for (int64_t i = 1; i < most; ++i) worst = steps[worst] < steps[i] ? i : worst;
   }
 };
 
@@ -101,8 +106,7 @@ void beam_of(const float* point, const std::vector<Centres>& stages, int64_t mos
     }
     if (beam.count == 0) beam.add({0, 0, 0});  // nothing compares with NaN, and codes are in range all the same
     // The best goes first, as it lowers the limit of the next stage at once.
-    std::sort(beam.steps.begin(), beam.steps.begin() + beam.count,
-              [](const Step& a, const Step& b) { return a.score < b.score; });
+    std::sort(beam.steps.begin(), beam.steps.begin() + beam.count);
     parents = beam.count;
     for (int64_t j = 0; j < parents; ++j) {
       const Step& step = beam.steps[j];
@@ -121,6 +125,8 @@ void beam_of(const float* point, const std::vector<Centres>& stages, int64_t mos
 
 // Codes [N, R] of points [N, d] whose sums of entries of books [R, K, d] come near them, and the squared distances [N].
 inline std::tuple<Tensor, Tensor> beam_search(const Tensor& given, const Tensor& books, int64_t most) {
+  check_place("points", given);
+  check_place("codebooks", books);
   const bool fit = given.dim() == 2 && books.dim() == 3 && given.size(1) == books.size(2) && books.size(0) > 0 &&
                    books.size(1) > 0 && books.size(1) < std::numeric_limits<int32_t>::max() - LANES && most > 0;
   TORCH_CHECK_VALUE(fit, "points ", given.sizes(), " do not go with codebooks ", books.sizes(), " and a beam of ", most);
@@ -128,6 +134,9 @@ inline std::tuple<Tensor, Tensor> beam_search(const Tensor& given, const Tensor&
                    "points and codebooks are float32, got ", given.scalar_type(), " and ", books.scalar_type());
   const Tensor points = given.contiguous();
   const int64_t count = points.size(0), d = points.size(1), stages = books.size(0);
+  int64_t sums = 1;  // that there can be before the last stage: a wider beam holds no more
+  for (int64_t r = 1; r < stages && sums < most; ++r) sums *= books.size(1);
+  most = std::min(most, sums);
   std::vector<Centres> centres;
   for (const Tensor& book : books.unbind(0)) centres.emplace_back(book);
   Tensor codes = at::empty({count, stages}, points.options().dtype(at::kLong));

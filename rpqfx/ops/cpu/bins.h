@@ -62,8 +62,10 @@ void fill_bins(const T* y, int64_t samples, int64_t line, int64_t length, const 
 
 // y [B, N, L] summed into bins by codes: [B, R, M, K, L], float32.
 inline Tensor bin_sum(const Tensor& y, const Tensor& codes, const Maybe& signs, int64_t entries) {
-  TORCH_CHECK_VALUE(y.dim() == 3 && y.is_contiguous() && y.size(1) == codes.size(2), "y ", y.sizes(),
-                    " does not go with codes ", codes.sizes());
+  check_codes(codes, signs);
+  check_place("y", y);
+  TORCH_CHECK_VALUE(entries > 0 && y.dim() == 3 && y.is_contiguous() && y.size(1) == codes.size(2), "y ", y.sizes(),
+                    " does not go with codes ", codes.sizes(), " and ", entries, " entries");
   const int64_t samples = y.size(0), length = y.size(2), uses = codes.size(0) * codes.size(1);
   Tensor bins = at::empty({samples, codes.size(0), codes.size(1), entries, length}, y.options().dtype(at::kFloat));
   by_float(y, [&](auto scalar) {

@@ -80,15 +80,32 @@ void check_range(const Code* codes, int64_t count, int64_t entries) {
                     entries, " entries");
 }
 
+// Kernels read memory: a tensor of another device, or one without memory, is refused before anything is read.
+inline void check_place(const char* name, const Tensor& x) {
+  TORCH_CHECK_TYPE(x.device().is_cpu() && x.layout() == at::kStrided, name, " is a tensor of layout ", x.layout(), " on ",
+                   x.device(), "; the kernels read plain tensors on the CPU");
+}
+inline void check_place(const char* name, const Maybe& x) {
+  if (x) check_place(name, *x);
+}
+
+// Codes [R, M, N], of no vectors maybe, and their signs.
+inline void check_codes(const Tensor& codes, const Maybe& signs) {
+  check_place("codes", codes);
+  TORCH_CHECK_VALUE(codes.dim() == 3 && codes.size(0) > 0 && codes.size(1) > 0, "codes are [R, M, N], got ", codes.sizes());
+  check_place("signs", signs);
+  TORCH_CHECK_VALUE(!signs || (signs->scalar_type() == at::kByte && signs->dim() == 3 && signs->size(0) == codes.size(0) &&
+                               signs->size(1) == codes.size(1) && signs->size(2) == (codes.size(2) + 7) / 8),
+                    "signs do not go with codes ", codes.sizes());
+}
+
 // Runs with the codes [R, M, N] as what they are stored as.
 template <typename Run>
 void by_code(const Tensor& given, const Maybe& given_signs, int64_t entries, const Run& run) {
-  TORCH_CHECK_VALUE(given.dim() == 3, "codes are [R, M, N], got ", given.sizes());
+  check_codes(given, given_signs);
   const Tensor codes = given.contiguous();
   const Maybe signs = given_signs ? Maybe(given_signs->contiguous()) : std::nullopt;
   const int64_t uses = codes.size(0) * codes.size(1), vectors = codes.size(2), bytes = (vectors + 7) / 8;
-  TORCH_CHECK_VALUE(!signs || (signs->scalar_type() == at::kByte && signs->numel() == uses * bytes),
-                    "signs do not go with codes ", codes.sizes());
   const uint8_t* bits = signs ? signs->const_data_ptr<uint8_t>() : nullptr;
   const auto as = [&](auto code) {
     using Code = decltype(code);
@@ -105,9 +122,12 @@ void by_code(const Tensor& given, const Maybe& given_signs, int64_t entries, con
   }
 }
 
-inline void check_books(const Tensor& codebooks, const Tensor& codes) {
-  const bool fit = codebooks.dim() == 4 && codes.dim() == 3 && codebooks.size(0) == codes.size(0) &&
-                   codebooks.size(1) > 0 && codes.size(1) % codebooks.size(1) == 0;
+// Codebooks [R, G, K, d], none of whose sizes is zero, with codes that fit them.
+inline void check_books(const Tensor& codebooks, const Tensor& codes, const Maybe& signs) {
+  check_place("codebooks", codebooks);
+  check_codes(codes, signs);
+  const bool fit = codebooks.dim() == 4 && codebooks.numel() > 0 && codebooks.size(0) == codes.size(0) &&
+                   codes.size(1) % codebooks.size(1) == 0;
   TORCH_CHECK_VALUE(fit, "codebooks ", codebooks.sizes(), " do not go with codes ", codes.sizes());
 }
 
@@ -124,6 +144,7 @@ inline std::vector<Tensor> each_book(const Tensor& codebooks, int64_t sub_vector
 
 inline void check_vector(const char* name, const Maybe& x, const Tensor& like, int64_t length) {
   if (!x) return;
+  check_place(name, x);
   const bool fit = x->dim() == 1 && x->size(0) == length && x->scalar_type() == like.scalar_type();
   TORCH_CHECK_VALUE(fit, name, " is ", x->sizes(), " of ", x->scalar_type(), ", expected ", length, " of ",
                     like.scalar_type());

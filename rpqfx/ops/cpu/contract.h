@@ -154,7 +154,8 @@ void contract_few(const Tensor& x, const Tensor& codebooks, const Codes<Code>& c
 inline Tensor contract(const Tensor& input, const Tensor& entries, const Tensor& codes, const Maybe& signs,
                        const Maybe& given_bias) {
   TORCH_CHECK(!input._fw_grad(0).defined(), "forward-mode differentiation does not reach compiled kernels");
-  check_books(entries, codes);
+  check_books(entries, codes, signs);
+  check_place("x", input);
   TORCH_CHECK_VALUE(input.dim() > 0 && input.size(-1) == codes.size(1) * entries.size(3) &&
                         input.scalar_type() == entries.scalar_type(),
                     "x ", input.sizes(), " does not go with codebooks ", entries.sizes(), " and codes ", codes.sizes());

@@ -79,7 +79,8 @@ void contract_t_few(const Tensor& y, const Tensor& codebooks, const Codes<Code>&
 // y [..., N] @ W: [..., D].
 inline Tensor contract_t(const Tensor& input, const Tensor& entries, const Tensor& codes, const Maybe& signs) {
   TORCH_CHECK(!input._fw_grad(0).defined(), "forward-mode differentiation does not reach compiled kernels");
-  check_books(entries, codes);
+  check_books(entries, codes, signs);
+  check_place("y", input);
   TORCH_CHECK_VALUE(input.dim() > 0 && input.size(-1) == codes.size(2) && input.scalar_type() == entries.scalar_type(),
                     "y ", input.sizes(), " does not go with codebooks ", entries.sizes(), " and codes ", codes.sizes());
   const Tensor y = input.reshape({-1, input.size(-1)}).contiguous(), codebooks = entries.contiguous();

@@ -54,6 +54,8 @@ void gather(const Table<T>& table, const Codes<Code>& codes, int64_t n, int64_t 
 
 // table [B, R, M, K, L] summed by codes: [B, N, L].
 inline Tensor gather_sum(const Tensor& table, const Tensor& codes, const Maybe& signs) {
+  check_codes(codes, signs);
+  check_place("the table", table);
   TORCH_CHECK_VALUE(table.dim() == 5 && table.is_contiguous() && table.size(1) == codes.size(0) &&
                         table.size(2) == codes.size(1),
                     "a table ", table.sizes(), " does not go with codes ", codes.sizes());

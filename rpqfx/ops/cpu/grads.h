@@ -33,16 +33,21 @@ inline void add_books(const Tensor& bins, const Tensor& x, Tensor& total) {
 // [R, G, K, d] in float32 where there is x [B, D]. What is not asked for is empty.
 inline std::tuple<Tensor, Tensor> grads(const Maybe& x, const Tensor& y, const Maybe& codebooks, const Tensor& codes,
                                         const Maybe& signs, int64_t books, int64_t entries, int64_t d) {
-  const int64_t rows = y.size(0), stages = codes.size(0), sub_vectors = codes.size(1), width = sub_vectors * d;
-  TORCH_CHECK_VALUE(books > 0 && sub_vectors % books == 0, books, " codebooks do not go with codes ", codes.sizes());
-  TORCH_CHECK_VALUE(!x || (x->dim() == 2 && x->is_contiguous() && x->size(0) == rows && x->size(1) == width),
-                    "x does not go with y ", y.sizes(), " and codes ", codes.sizes());
+  check_codes(codes, signs);
+  check_place("x", x);
+  check_place("y", y);
+  const int64_t stages = codes.size(0), sub_vectors = codes.size(1), width = sub_vectors * d;
   TORCH_CHECK_VALUE(y.dim() == 2 && y.is_contiguous() && y.size(1) == codes.size(2), "y ", y.sizes(),
                     " does not go with codes ", codes.sizes());
+  const int64_t rows = y.size(0);
+  TORCH_CHECK_VALUE(books > 0 && entries > 0 && d > 0 && sub_vectors % books == 0, books, " codebooks of ", entries,
+                    " entries of ", d, " elements do not go with codes ", codes.sizes());
+  TORCH_CHECK_VALUE(!x || (x->dim() == 2 && x->is_contiguous() && x->size(0) == rows && x->size(1) == width),
+                    "x does not go with y ", y.sizes(), " and codes ", codes.sizes());
   std::vector<Tensor> each;
   if (codebooks) {
-    check_books(*codebooks, codes);
-    TORCH_CHECK_VALUE(codebooks->size(2) == entries && codebooks->size(3) == d, "codebooks are ", codebooks->sizes());
+    check_books(*codebooks, codes, signs);
+    TORCH_CHECK_VALUE(codebooks->size(1) == books && codebooks->size(2) == entries && codebooks->size(3) == d, "codebooks are ", codebooks->sizes());
     each = each_book(codebooks->to(at::kFloat), sub_vectors);
   }
   Tensor grad_x = at::empty({codebooks ? rows : 0, width}, y.options());

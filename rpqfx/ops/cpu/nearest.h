@@ -1,4 +1,7 @@
 // The nearest of some centres for each point: the least |c|^2 - 2 x.c, without a matrix of points by centres.
+//
+// A centre's score is made by the same instructions in every lane and block, so that equal centres have equal scores,
+// and of equal scores the first is taken.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -42,15 +45,17 @@ struct Centres {
         origin(mean.const_data_ptr<float>()) {
     kept = at::zeros({blocks * (d + 1) * LANES}, entries.options());
     lines = kept.data_ptr<float>();
-    for (int64_t k = 0; k < blocks * LANES; ++k) {
-      float* norm = lines + k / LANES * (d + 1) * LANES + k % LANES;
-      if (k >= count) *norm = std::numeric_limits<float>::infinity();
-      for (int64_t i = 0; i < d && k < count; ++i) {
-        const float x = given[k * d + i] - origin[i];
-        norm[(i + 1) * LANES] = x;
-        *norm += x * x;
-      }
+    for (int64_t k = 0; k < count; ++k)
+      for (int64_t i = 0; i < d; ++i)
+        lines[(k / LANES * (d + 1) + i + 1) * LANES + k % LANES] = given[k * d + i] - origin[i];
+    for (int64_t b = 0; b < blocks; ++b) {  // all lanes by the same instructions: equal centres have equal norms
+      float* line = lines + b * (d + 1) * LANES;
+      Floats norms{};
+      for (int64_t i = 1; i <= d; ++i) norms += load_as<Floats>(line + i * LANES) * load_as<Floats>(line + i * LANES);
+      __builtin_memcpy(line, &norms, sizeof(norms));
     }
+    for (int64_t k = count; k < blocks * LANES; ++k)
+      lines[k / LANES * (d + 1) * LANES + k % LANES] = std::numeric_limits<float>::infinity();
   }
 };
 
@@ -143,6 +148,8 @@ void by_length(int64_t d, const Run& run) {
 
 // Codes [N] of the nearest centres [K, d] of points [N, d], and the squared distances [N].
 inline std::tuple<Tensor, Tensor> nearest(const Tensor& given, const Tensor& given_centres) {
+  check_place("points", given);
+  check_place("centres", given_centres);
   const bool fit = given.dim() == 2 && given_centres.dim() == 2 && given.size(1) == given_centres.size(1) &&
                    given_centres.size(0) > 0 && given_centres.size(0) < std::numeric_limits<int32_t>::max() - LANES;
   TORCH_CHECK_VALUE(fit, "points ", given.sizes(), " do not go with centres ", given_centres.sizes());

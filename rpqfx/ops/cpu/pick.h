@@ -31,9 +31,13 @@ void pick_lines(const float* table, int64_t slot, const Code* codes, int64_t str
 
 // table[s, k, :] = books[which[s], k] . parts[s, :, :] for all slots, the rows beside each other.
 inline Tensor slot_tables(const Tensor& given_parts, const Tensor& given_books, c10::IntArrayRef which) {
+  check_place("queries", given_parts);
+  check_place("codebooks", given_books);
+  TORCH_CHECK_VALUE(given_parts.dim() == 4 && given_books.dim() == 3, "queries ", given_parts.sizes(),
+                    " do not go with codebooks ", given_books.sizes());
   const Tensor parts = given_parts.contiguous(), books = given_books.contiguous();
   const int64_t batch = parts.size(0), slots = parts.size(1), rows = parts.size(2), d = books.size(2);
-  TORCH_CHECK_VALUE(parts.dim() == 4 && books.dim() == 3 && parts.size(3) == d && int64_t(which.size()) == slots &&
+  TORCH_CHECK_VALUE(parts.size(3) == d && int64_t(which.size()) == slots &&
                         parts.scalar_type() == at::kFloat && books.scalar_type() == at::kFloat,
                     "queries ", parts.sizes(), " do not go with codebooks ", books.sizes());
   for (const int64_t book : which) TORCH_CHECK_INDEX(book >= 0 && book < books.size(0), "codebook ", book);
@@ -41,7 +45,7 @@ inline Tensor slot_tables(const Tensor& given_parts, const Tensor& given_books, 
   Tensor table = at::empty({batch, slots, entries, row_width(rows)}, parts.options());
   by_rows(rows, [&](auto lanes) {
     constexpr int W = decltype(lanes)::value;
-    at::parallel_for(0, batch * slots, std::max<int64_t>(1, SMALL / (entries * d)), [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, batch * slots, std::max<int64_t>(1, SMALL / (entries * d + 1)), [&](int64_t begin, int64_t end) {
       std::vector<float> turned(d * W, 0.0f);
       for (int64_t line = begin; line < end; ++line) {
         const float* part = parts.const_data_ptr<float>() + line * rows * d;
@@ -62,9 +66,13 @@ inline Tensor slot_tables(const Tensor& given_parts, const Tensor& given_books, 
 
 // sums[s, row, :] = sum over k of bins[s, k, row] * books[which[s], k, :] for all slots: the adjoint of slot_tables.
 inline Tensor slot_sums(const Tensor& given_bins, int64_t rows, const Tensor& given_books, c10::IntArrayRef which) {
+  check_place("bins", given_bins);
+  check_place("codebooks", given_books);
+  TORCH_CHECK_VALUE(given_bins.dim() == 4 && given_books.dim() == 3, "bins ", given_bins.sizes(),
+                    " do not go with codebooks ", given_books.sizes());
   const Tensor bins = given_bins.contiguous(), books = given_books.contiguous();
   const int64_t batch = bins.size(0), slots = bins.size(1), entries = bins.size(2), d = books.size(2);
-  TORCH_CHECK_VALUE(bins.dim() == 4 && books.dim() == 3 && books.size(1) == entries && int64_t(which.size()) == slots &&
+  TORCH_CHECK_VALUE(books.size(1) == entries && int64_t(which.size()) == slots &&
                         bins.size(3) == row_width(rows) && bins.scalar_type() == at::kFloat &&
                         books.scalar_type() == at::kFloat,
                     "bins ", bins.sizes(), " do not go with codebooks ", books.sizes());
@@ -72,7 +80,7 @@ inline Tensor slot_sums(const Tensor& given_bins, int64_t rows, const Tensor& gi
   Tensor sums = at::empty({batch, slots, rows, d}, bins.options());
   by_rows(rows, [&](auto lanes) {
     constexpr int W = decltype(lanes)::value;
-    at::parallel_for(0, batch * slots, std::max<int64_t>(1, SMALL / (entries * d)), [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, batch * slots, std::max<int64_t>(1, SMALL / (entries * d + 1)), [&](int64_t begin, int64_t end) {
       std::vector<float> turned(d * W);
       for (int64_t line = begin; line < end; ++line) {
         const float* bin = bins.const_data_ptr<float>() + line * entries * W;
@@ -108,6 +116,10 @@ void pick_block(const float* table, int64_t slot, const Code* codes, int64_t str
 // table [B, S, K, W]: scale * sums over a head's slots + shift [B, H, rows], as y [B, H, rows, T].
 inline void pick_sum(const Tensor& table, const Tensor& codes, int64_t width, const Maybe& scale, const Maybe& shift,
                      c10::IntArrayRef heads, Tensor& y) {
+  Packed::checked(codes);
+  check_place("scores", y);
+  check_place("the table", table);
+  check_place("the shift", shift);
   TORCH_CHECK_VALUE(y.dim() == 4 && y.scalar_type() == at::kFloat && y.size(0) == codes.size(0) &&
                         y.size(1) + 1 == int64_t(heads.size()) && (y.size(3) < 2 || y.stride(3) == 1),
                     "scores ", y.sizes(), " do not go with codes ", codes.sizes());
@@ -169,6 +181,8 @@ void turn_masses(const float* p, int64_t stride, int64_t rows, const c10::Half* 
 // p [B, H, rows, T] times scale, summed into bins by the codes of each head's slots: [B, S, K, W].
 inline Tensor bin_masses(const Tensor& p, const Tensor& codes, int64_t width, const Maybe& scale, c10::IntArrayRef heads,
                   int64_t entries) {
+  Packed::checked(codes);
+  check_place("masses", p);
   const int64_t batch = codes.size(0), slots = codes.size(1), count = int64_t(heads.size()) - 1;
   check_heads(heads, slots);
   TORCH_CHECK_VALUE(p.dim() == 4 && p.size(0) == batch && p.size(1) == count && p.scalar_type() == at::kFloat &&
@@ -178,7 +192,7 @@ inline Tensor bin_masses(const Tensor& p, const Tensor& codes, int64_t width, co
   const Packed packed(codes, width, entries, tokens);
   const Scales scales(scale, batch, count, tokens);
   std::vector<int64_t> head_of(slots);
-  for (int64_t h = 0; h < count; ++h) std::fill(&head_of[0] + heads[h], &head_of[0] + heads[h + 1], h);
+  for (int64_t h = 0; h < count; ++h) std::fill(head_of.data() + heads[h], head_of.data() + heads[h + 1], h);
   const int64_t lines = batch * slots, most = (tokens + BIN_PART - 1) / BIN_PART;
   const int64_t parts = std::clamp<int64_t>(lines ? (wanted + lines - 1) / lines : 1, 1, std::max<int64_t>(1, most));
   const int64_t share = ((tokens + parts - 1) / parts + BIN_TOKENS - 1) / BIN_TOKENS * BIN_TOKENS;

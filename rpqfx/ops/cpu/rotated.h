@@ -183,11 +183,21 @@ inline Tensor rotated_scores(const Tensor& q, const Tensor& books, c10::IntArray
                              c10::IntArrayRef heads, const Tensor& codes, int64_t width, int64_t tokens,
                              const Maybe& scale, const Maybe& basis, const Maybe& mean, const Tensor& cos,
                              const Tensor& sin) {
+  Packed::checked(codes);
+  check_place("queries", q);
+  check_place("codebooks", books);
+  check_place("the basis", basis);
+  check_place("the mean", mean);
+  check_place("cos", cos);
+  check_place("sin", sin);
+  TORCH_CHECK_VALUE(q.dim() == 4 && books.dim() == 3 && books.size(2) > 0 && cos.dim() == 3 && (!basis || basis->dim() == 3),
+                    "queries ", q.sizes(), ", codebooks ", books.sizes(), ", cos ", cos.sizes(),
+                    " and the basis do not go together");
   const int64_t batch = codes.size(0), slots = codes.size(1), count = int64_t(heads.size()) - 1;
   const int64_t rows = q.size(2), dim = q.size(3), lanes = row_width(rows), wide = (dim + 15) / 16 * 16;
   check_heads(heads, slots);
   const auto is_float = [](const Tensor& x) { return x.scalar_type() == at::kFloat; };
-  TORCH_CHECK_VALUE(q.dim() == 4 && books.dim() == 3 && q.size(0) == batch && q.size(1) == count && is_float(q) &&
+  TORCH_CHECK_VALUE(q.size(0) == batch && q.size(1) == count && is_float(q) &&
                         is_float(books) && int64_t(which.size()) == slots && int64_t(groups.size()) == slots,
                     "queries ", q.sizes(), " and codebooks ", books.sizes(), " do not go with codes ", codes.sizes());
   const int64_t length = basis ? basis->size(1) : dim, d = books.size(2), half = cos.size(2);
@@ -197,7 +207,7 @@ inline Tensor rotated_scores(const Tensor& q, const Tensor& books, c10::IntArray
   TORCH_CHECK_VALUE(length % d == 0 && (!basis || (is_float(*basis) && basis->sizes() == c10::IntArrayRef({count, length, dim}))) &&
                         (!mean || (is_float(*mean) && mean->sizes() == c10::IntArrayRef({count, dim}))),
                     "basis or mean do not go with ", count, " heads of ", dim);
-  TORCH_CHECK_VALUE(cos.dim() == 3 && cos.sizes() == sin.sizes() && (cos.size(0) == 1 || cos.size(0) == batch) &&
+  TORCH_CHECK_VALUE(cos.sizes() == sin.sizes() && (cos.size(0) == 1 || cos.size(0) == batch) &&
                         cos.size(1) == tokens && 2 * half <= dim && cos.scalar_type() == sin.scalar_type() &&
                         cos.stride(2) == 1 && cos.stride(1) == half && sin.strides() == cos.strides(),
                     "cos ", cos.sizes(), " and sin ", sin.sizes(), " do not go with ", tokens, " tokens");

@@ -47,9 +47,10 @@ void expand_rows(const Tensor& codebooks, const Codes<Code>& codes, const T* sca
 // W[ids] [..., D], or all of W [N, D].
 inline Tensor expand(const Tensor& entries, const Tensor& codes, const Maybe& given_scale, const Maybe& signs,
                      const Maybe& which) {
-  check_books(entries, codes);
+  check_books(entries, codes, signs);
   check_vector("scale", given_scale, entries, codes.size(2));
   const Maybe scale = given_scale ? Maybe(given_scale->contiguous()) : std::nullopt;
+  check_place("ids", which);
   TORCH_CHECK_TYPE(!which || which->scalar_type() == at::kLong, "ids are int64");
   const Tensor codebooks = entries.contiguous();
   const Maybe picked = which ? Maybe(which->contiguous()) : std::nullopt;
@@ -75,10 +76,12 @@ inline Tensor expand(const Tensor& entries, const Tensor& codes, const Maybe& gi
 // The adjoint of expand: grad [N, D] summed into the entries that it used, [R, G, K, d] float32.
 inline Tensor collect(const Tensor& grad, const Tensor& codes, const Maybe& signs, int64_t books,
                int64_t entries) {
-  TORCH_CHECK_VALUE(grad.dim() == 2 && grad.is_contiguous() && grad.size(0) == codes.size(2) &&
+  check_codes(codes, signs);
+  check_place("the gradient", grad);
+  TORCH_CHECK_VALUE(entries > 0 && grad.dim() == 2 && grad.is_contiguous() && grad.size(0) == codes.size(2) &&
                         grad.size(1) % codes.size(1) == 0 && books > 0 && codes.size(1) % books == 0,
                     "a gradient ", grad.sizes(), " does not go with codes ", codes.sizes(), " and ", books,
-                    " codebooks");
+                    " codebooks of ", entries, " entries");
   const int64_t stages = codes.size(0), sub_vectors = codes.size(1), d = grad.size(1) / sub_vectors;
   const int64_t share = sub_vectors / books, parts = stages * books < 8 ? std::min<int64_t>(share, 8) : 1;
   const int64_t size = entries * d;

@@ -45,12 +45,20 @@ struct Packed {
   int64_t width, entries, tokens;
 
   Packed(const Tensor& codes, int64_t width, int64_t entries, int64_t tokens)
-      : data(codes.const_data_ptr<uint8_t>()), sample(codes.stride(0)), slot(codes.stride(1)), bytes(codes.size(2)),
-        width(width), entries(entries), tokens(tokens) {
-    TORCH_CHECK_VALUE(codes.dim() == 3 && codes.stride(2) == 1, "codes are [B, S, bytes], got ", codes.sizes());
-    TORCH_CHECK_VALUE(width >= 1 && width <= 16 && entries <= int64_t(1) << width && tokens >= 0 &&
+      : data(checked(codes).const_data_ptr<uint8_t>()), sample(codes.stride(0)), slot(codes.stride(1)),
+        bytes(codes.size(2)), width(width), entries(entries), tokens(tokens) {
+    TORCH_CHECK_VALUE(width >= 1 && width <= 16 && entries >= 1 && entries <= int64_t(1) << width && tokens >= 0 &&
                           (tokens * width + 7) / 8 <= bytes,
                       tokens, " codes of ", width, " bits do not go with ", codes.sizes());
+  }
+
+  // Codes whose memory can be read as it lies.
+  static const Tensor& checked(const Tensor& codes) {
+    check_place("codes", codes);
+    TORCH_CHECK_VALUE(codes.dim() == 3 && codes.scalar_type() == at::kByte && (codes.size(2) < 2 || codes.stride(2) == 1),
+                      "codes are bytes [B, S, bytes] that lie beside each other, got ", codes.sizes(), " of ",
+                      codes.scalar_type());
+    return codes;
   }
 
   // Codes of `count` slots, of up to TOKENS tokens from `from` on; bytes as they lie, others unpacked into `room`.
@@ -126,6 +134,7 @@ struct Scales {
 
   Scales(const Maybe& scale, int64_t batch, int64_t heads, int64_t tokens) {
     if (!scale) return;
+    check_place("the scale", scale);
     TORCH_CHECK_VALUE(scale->dim() == 3 && scale->size(0) == batch && scale->size(1) == heads &&
                           scale->size(2) == tokens && scale->scalar_type() == at::kHalf &&
                           (tokens < 2 || scale->stride(2) == 1),

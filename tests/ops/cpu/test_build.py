@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +21,7 @@ import torch
 from rpqfx import nn
 from rpqfx.errors import RPQError
 from rpqfx.ops import check
-from rpqfx.ops.cpu import build, kernels
+from rpqfx.ops.cpu import build, cache, kernels
 
 needs_kernels = pytest.mark.skipif(not build.ready(), reason="no compiled kernels on this machine")
 TRY = (
@@ -38,28 +44,262 @@ def attempt(**environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of its own; what is not compiled yet is compiled at once, into a few bytes."""
+    monkeypatch.delenv(build.SWITCH, raising=False)
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(build, "_command", lambda: ["compiler", "-x"])
+    monkeypatch.setattr(build, "_run", lambda command: Path(command[-1]).write_bytes(b"a library"))
+    return tmp_path / "cache"
+
+
 @pytest.mark.parametrize(
-    ("environment", "reason"),
+    ("environment", "reason", "warned"),
     [
-        ({"RPQFX_KERNELS": "0"}, "RPQFX_KERNELS=0"),
-        ({"CXX": "no-such-compiler"}, "no C++ compiler could be run"),
-        ({"CXX": "false"}, "false failed"),
+        ({"RPQFX_KERNELS": "0"}, "RPQFX_KERNELS=0", 0),
+        ({"CXX": "no-such-compiler"}, "no C++ compiler could be run", 1),
+        ({"CXX": "false"}, "false failed", 1),
     ],
 )
-def test_without_kernels_plain_operators_run_and_the_log_says_why_once(
-    environment: dict[str, str], reason: str, tmp_path: Path
+def test_without_kernels_plain_operators_run_and_a_warning_says_why_once(
+    environment: dict[str, str], reason: str, warned: int, tmp_path: Path
 ) -> None:
+    """None where they were turned off; the log has the reason in every case."""
     done = attempt(RPQFX_CACHE=str(tmp_path), **environment)
     assert done.stdout.split() == ["ready", "False"]
-    lines = [line for line in done.stderr.splitlines() if "not used" in line]
-    assert len(lines) == 1 and reason in lines[0] and lines[0].startswith("INFO:rpqfx")
+    logged = [line for line in done.stderr.splitlines() if line.startswith("INFO:rpqfx") and "not used" in line]
+    assert len(logged) == 1 and reason in logged[0]
+    lines = [line for line in done.stderr.splitlines() if "RuntimeWarning" in line]
+    assert len(lines) == warned and all(reason in line and build.COMMAND in line for line in lines)
 
 
-def test_a_cache_that_cannot_be_written_is_a_reason(tmp_path: Path) -> None:
-    blocked = tmp_path / "file"
-    blocked.write_text("")
-    done = attempt(RPQFX_CACHE=str(blocked))
-    assert done.stdout.split() == ["ready", "False"] and "not used" in done.stderr
+def test_a_cache_that_cannot_be_written_is_a_reason(folder: Path) -> None:
+    folder.write_text("")
+    with pytest.raises(RPQError, match=f"cannot be kept in .*cache.*set {cache.VARIABLE}"):
+        build.compiled()
+
+
+# ------------------------------------------------------------------------------------------------- what is said
+
+
+def test_compiling_is_announced_once_before_it_begins(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    said: list[str] = []
+    run = build._run
+    monkeypatch.setattr(build, "_run", lambda command: said.append(capfd.readouterr().err) or run(command))
+    library = build.compiled()
+    assert len(said) == 1 and said[0].count("\n") == 1
+    for part in ("compiling", "a minute", "once", str(folder), build.COMMAND):
+        assert part in said[0]
+    assert build.compiled() == library and library.read_bytes() == b"a library"
+    assert capfd.readouterr() == ("", "") and len(said) == 1
+
+
+def test_nothing_is_said_where_kernels_are_turned_off(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(build.SWITCH, "0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "RPQFX_KERNELS=0" in str(build.reason.__wrapped__())
+    assert capfd.readouterr() == ("", "") and not folder.exists()
+
+
+def test_a_compiler_that_takes_too_long_is_named_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "LONGEST", 0.2)
+    with pytest.raises(RPQError, match="sleep was stopped after 0 s"):
+        build._run(["sleep", "30"])
+
+
+@needs_kernels
+def test_the_command_says_where_the_kernels_are() -> None:
+    run = [sys.executable, "-m", build.COMMAND.split()[-1]]
+    done = subprocess.run(run, capture_output=True, text=True)
+    assert done.returncode == 0 and "ready" in done.stdout and str(build.compiled()) in done.stdout
+    done = subprocess.run(run, capture_output=True, text=True, env={**os.environ, build.SWITCH: "0"})
+    assert done.returncode == 1 and "RPQFX_KERNELS=0" in done.stderr and "Warning" not in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------- the cache
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "no sum", "empty"])
+def test_a_damaged_library_is_made_anew(damage: str, folder: Path) -> None:
+    library = build.compiled()
+    library.with_suffix(".checked").touch()
+    whole = library.read_bytes()
+    if damage == "no sum":
+        library.with_suffix(".sha256").unlink()
+    else:
+        library.write_bytes({"cut": whole[:4], "changed": whole[:-1] + b"Y", "empty": b""}[damage])
+    assert not cache.intact(library)
+    assert build.compiled() == library and library.read_bytes() == whole and cache.intact(library)
+    assert not library.with_suffix(".checked").exists()
+
+
+@needs_kernels
+def test_half_a_library_does_not_end_the_process(tmp_path: Path) -> None:
+    """Loading it would; here it cannot be made anew either, and plain operators run."""
+    library = build.compiled()
+    for path in (library, library.with_suffix(".sha256"), library.with_suffix(".checked")):
+        shutil.copy(path, tmp_path)
+    (tmp_path / library.name).write_bytes(library.read_bytes()[: library.stat().st_size // 2])
+    done = attempt(RPQFX_CACHE=str(tmp_path), PATH="/nowhere")
+    assert done.stdout.split() == ["ready", "False"] and "no C++ compiler" in done.stderr
+
+
+@pytest.fixture
+def home(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache is that of a user, whose home is here."""
+    for name in (cache.VARIABLE, "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(cache.tempfile, "gettempdir", lambda: str(tmp_path))
+    return tmp_path / "home"
+
+
+def test_the_cache_is_in_the_home_of_the_user(home: Path) -> None:
+    assert build.compiled().parent == home / ".cache" / "rpqfx"
+
+
+@pytest.mark.parametrize("trouble", ["no home", "not writable", "another user's", "open to all"])
+def test_another_folder_serves_where_the_home_does_not(
+    trouble: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = home / ".cache" / "rpqfx"
+    if trouble == "no home":
+        monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    elif trouble == "not writable":
+        home.write_text("")
+    else:
+        build.compiled()  # a library is there, which nobody should load
+        own.chmod(0o777)
+        if trouble == "another user's":
+            own.chmod(0o755)
+            monkeypatch.setattr(cache, "trusted", lambda path: own not in (path, path.parent))
+    library = build.compiled()
+    assert library.parent == tmp_path / f"rpqfx-{os.geteuid()}"
+    assert library.parent.stat().st_mode & 0o77 == 0
+    assert build.compiled() == library
+
+
+def test_who_owns_a_file_and_who_may_write_to_it(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = build.compiled()
+    assert cache.trusted(library)
+    link = library.with_name("link")
+    link.symlink_to(library)
+    assert cache.trusted(link)
+    me = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: me + 1)
+    assert cache.trusted(library) == (me == 0)  # root's is everybody's
+    monkeypatch.setattr(os, "geteuid", lambda: me)
+    library.chmod(0o777)
+    assert not cache.trusted(library)
+    monkeypatch.setenv(cache.VARIABLE, str(library.parent))
+    assert cache.trusted(library)
+
+
+def test_a_cache_that_is_complete_need_not_be_writable(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the image of a container: nothing is made there, no lock and no folder."""
+    library = build.compiled()
+    before = sorted(folder.iterdir())
+    monkeypatch.setattr(cache, "made", lambda folder: pytest.fail("it was written to"))
+    assert build.compiled() == library and sorted(folder.iterdir()) == before
+    monkeypatch.setattr(check, "against_reference", lambda *args: None)
+    monkeypatch.setattr(Path, "touch", lambda self: (_ for _ in ()).throw(PermissionError("read-only")))
+    build._check(library)
+
+
+# ------------------------------------------------------------------------- several processes, several threads
+
+HOLD = (
+    "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, 2); print('held', flush=True); time.sleep(60)"
+)
+
+
+def test_processes_take_turns_and_a_dead_one_holds_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = build.compiled()
+    lock = library.with_suffix(".lock")
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(lock)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(RPQError, match="another process"), cache.turn(lock, 0.2):
+            pass
+        assert build.compiled() == library  # what is there needs no turn
+        library.unlink()
+        found: list[Path] = []
+        waiting = threading.Thread(target=lambda: found.append(build.compiled()))
+        waiting.start()
+        time.sleep(0.3)
+        assert not found and not library.exists()
+        other.send_signal(signal.SIGKILL)
+        waiting.join(30)
+    assert found == [library] and library.exists()
+    with open(lock) as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # and it has been given back
+
+
+def test_who_waited_finds_what_the_other_made(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[str] = []
+    run = build._run
+    monkeypatch.setattr(build, "_run", lambda command: (runs.append(""), time.sleep(0.3), run(command)))
+    made: list[Path] = []
+    threads = [threading.Thread(target=lambda: made.append(build.compiled())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(made) == 4 and len(runs) == 1
+
+
+EIGHT = """
+import threading, torch
+from rpqfx.nn import RPQLinear
+from rpqfx.ops.cpu import build
+calls, load = [], torch.ops.load_library
+torch.ops.load_library = lambda path: calls.append(path) or load(path)
+torch.set_num_threads(1)
+layer, x = RPQLinear(64, 256, codebook_dim=16, bits=4), torch.randn(8, 3, 64)
+start, found = threading.Barrier(8), [None] * 8
+def run(i):
+    start.wait()
+    found[i] = [layer(x[i]).detach() for _ in range(20)]
+threads = [threading.Thread(target=run, args=(i,)) for i in range(8)]
+[thread.start() for thread in threads]; [thread.join() for thread in threads]
+assert all(torch.equal(y, layer(x[i]).detach()) for i in range(8) for y in found[i])
+print(len(calls), build.ready())
+"""
+
+
+@needs_kernels
+def test_eight_threads_whose_first_use_is_the_same_moment_load_once() -> None:
+    done = subprocess.run([sys.executable, "-c", EIGHT], capture_output=True, text=True)
+    assert done.stdout.split() == ["1", "True"], done.stderr
+
+
+# ------------------------------------------------------------------------------------------------- the machine
+
+
+@pytest.mark.parametrize(
+    ("capability", "flags"),
+    [
+        ("DEFAULT", []),
+        ("AVX2", ["-mavx2", "-mfma", "-mf16c"]),
+        ("AVX512", ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"]),
+    ],
+)
+def test_the_compiler_is_told_the_instructions_that_torch_uses(
+    capability: str, flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each set of them is kept under another name; torch obeys ATEN_CPU_CAPABILITY, and so do the kernels."""
+    here = build._key(build._command())
+    own = torch.backends.cpu.get_cpu_capability()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    command = build._command()
+    assert [part for part in command if part.startswith("-m")] == flags
+    assert f"-DCPU_CAPABILITY={capability}" in command and f"-DCPU_CAPABILITY_{capability}" in command
+    assert (build._key(command) == here) == (capability == own)
 
 
 @needs_kernels
@@ -77,7 +317,8 @@ def test_fewer_vector_instructions_will_do(capability: str, tmp_path: Path) -> N
     """What torch takes for older machines (it obeys this variable) compiles, and passes the same check."""
     done = attempt(RPQFX_CACHE=str(tmp_path), ATEN_CPU_CAPABILITY=capability)
     assert done.stdout.split() == ["ready", "True"]
-    assert len(list(tmp_path.glob("*.checked"))) == 1
+    assert len(list(tmp_path.glob("*.checked"))) == len(list(tmp_path.glob("*.so"))) == 1
+    assert done.stderr.count("rpqfx: compiling") == 1
 
 
 @needs_kernels
@@ -85,17 +326,17 @@ def test_kernels_that_are_wrong_are_not_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     """A result that is off by a little more than rounding fails the check, which is made before the first use."""
-    library = tmp_path / build._compiled().name
-    monkeypatch.setattr(build, "_compiled", lambda: library)
+    library = tmp_path / build.compiled().name
+    monkeypatch.setattr(build, "compiled", lambda: library)
     monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
     right = kernels.contract_grads
     monkeypatch.setattr(kernels, "contract_grads", lambda *args: (right(*args)[0], right(*args)[1] * 1.001))
-    with caplog.at_level(logging.INFO, "rpqfx"):
-        assert not build.ready.__wrapped__()
+    with caplog.at_level(logging.INFO, "rpqfx"), pytest.warns(RuntimeWarning, match="accumulate is wrong"):
+        assert build.reason.__wrapped__() is not None
     assert "accumulate is wrong" in caplog.text
     assert not list(tmp_path.iterdir())  # and it is checked again next time
     monkeypatch.setattr(kernels, "contract_grads", right)
-    assert build.ready.__wrapped__()
+    assert build.reason.__wrapped__() is None
     assert [path.suffix for path in tmp_path.iterdir()] == [".checked"]
 
 
