@@ -123,7 +123,7 @@ def test_merging_is_refused_with_what_to_do_or_done(name: str):
         with pytest.raises(type(error)):
             model.merge_and_unload()
         return
-    with pytest.raises(RPQError, match="merge it|keep the change apart"):
+    with pytest.raises(RPQError, match=r"merge it|keep the change apart"):
         model.merge_and_unload()
     torch.testing.assert_close(logits(model), before)
 
