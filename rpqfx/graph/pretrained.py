@@ -16,12 +16,15 @@ from typing import Any
 from torch import nn
 
 from rpqfx.errors import RewriteError
+from rpqfx.graph.wordtable import GetSubmodule
 from rpqfx.nn.backed import SUFFIX, weight_of
 from rpqfx.nn.changes import resize_rows, row_obstacle
 from rpqfx.nn.weight import RPQWeight
 
 # What is set on a model's instances, and so to be taken back with a rewrite that is.
-ATTRIBUTES = ("_tied_weights_keys", "all_tied_weights_keys", "_weight_conversions", "_resize_token_embeddings")
+ATTRIBUTES = (
+    "_tied_weights_keys", "all_tied_weights_keys", "_weight_conversions", "get_submodule", "_resize_token_embeddings"
+)  # fmt: skip
 
 
 def adapt_pretrained(model: nn.Module) -> None:
@@ -40,6 +43,7 @@ def adapt_pretrained(model: nn.Module) -> None:
             module.__dict__["all_tied_weights_keys"] = _names(module, known)
         # "As on the hub" are names and shapes of dense tensors: codebooks are saved under the names they have.
         module.__dict__["_weight_conversions"] = []
+        module.__dict__["get_submodule"] = GetSubmodule(module)
         module.__dict__["_resize_token_embeddings"] = ResizeTokenEmbeddings(module)
 
 

@@ -31,6 +31,10 @@ class Loaded(nn.Module):
         """
         return from_bytes(self._buffers["codes"], self.spec.code_dtype)  # type: ignore[arg-type]
 
+    @codes.setter
+    def codes(self, codes: Tensor) -> None:
+        self._buffers["codes"] = to_bytes(checked(codes, self.spec.entries, self.spec.code_dtype, "codes"))
+
     @property
     def stored_codes(self) -> Tensor:
         """The buffer that holds the codes (see ``rpqfx.nn.codebytes``)."""
@@ -40,10 +44,9 @@ class Loaded(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "codes" and isinstance(value, Tensor):
-            value = to_bytes(checked(value, self.spec.entries, self.spec.code_dtype, "codes"))
-            self._buffers[name] = value
-            return
-        super().__setattr__(name, value)
+            object.__setattr__(self, name, value)  # the property, which torch would pass by for a buffer of that name
+        else:
+            super().__setattr__(name, value)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

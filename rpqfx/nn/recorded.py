@@ -41,18 +41,24 @@ class Recorded(Part):
         return part
 
     def narrow(self, axis: int, start: int, length: int) -> Part | None:
+        """As ``Part.narrow``."""
         return self._next(super().narrow(axis, start, length), lambda part: part.narrow(axis, start, length))
 
     def seen_as(self, layout: Layout) -> Part:
+        """As ``Part.seen_as``."""
         return self._next(super().seen_as(layout), lambda part: part.seen_as(layout))
 
     def drop(self, axis: int) -> Part | None:
+        """As ``Part.drop``."""
         return self._next(super().drop(axis), lambda part: part.drop(axis))
 
     def take(self, experts: Tensor) -> Part:
+        """As ``Part.take``."""
         return self._next(super().take(experts), lambda part: part.take(experts))
 
     def experts(self) -> list[Part]:
+        """As ``Part.experts``."""
+
         def step(number: int) -> Step:
             return lambda part: part.experts()[number]
 
@@ -81,22 +87,27 @@ class CalledPart(Recorded):
         return CalledPart(self._weight, tensors, layout, self.grad_factor, self.plan, path, self.note)
 
     def dense(self) -> Tensor:
+        """As ``Part.dense``, within a call of the weight."""
         return self._weight(use=lambda part: self._same(part).dense())
 
     def lookup(self, ids: Tensor, sparse: bool = False) -> Tensor:
+        """As ``Part.lookup``, within a call of the weight."""
         return self._weight(ids, use=lambda part, ids: self._same(part).lookup(ids, sparse))
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """As ``Part.linear``, within a call of the weight."""
         if self.note is not None:
             self.note("linear", x, (), self.path)
         return self._weight(x, bias, use=lambda part, x, bias: self._same(part).linear(x, bias))
 
     def linear_t(self, y: Tensor) -> Tensor:
+        """As ``Part.linear_t``, within a call of the weight."""
         if self.note is not None:
             self.note("linear_t", y, (), self.path)
         return self._weight(y, use=lambda part, y: self._same(part).linear_t(y))
 
     def conv(self, x: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+        """As ``Part.conv``, within a call of the weight."""
         if self.note is not None:
             self.note("conv", x, geometry, self.path)
         return self._weight(x, bias, use=lambda part, x, bias: self._same(part).conv(x, bias, *geometry))

@@ -239,7 +239,8 @@ class VirtualWeight(Views):
             return self
         raise RewriteError(
             f"{name} would change a weight that is held in codebooks and made anew at each read; "
-            "change its codebooks, or leave this layer dense with a Rule"
+            "change its codebooks, keep the change apart (an adapter: do not merge it), "
+            "or leave this layer dense with a Rule"
         )
 
 

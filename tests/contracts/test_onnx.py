@@ -78,3 +78,19 @@ def test_the_table_is_made_of_a_few_plain_operators(split: str, tmp_path: Path, 
         x = torch.randn(batch, 64)
         with torch.no_grad():
             assert_close(run(ready, x), [layer(x)])
+
+
+@pytest.mark.parametrize("plan", ["contract", "expand"])
+def test_codes_of_two_bytes_are_put_together_by_plain_operators(
+    plan: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run_as(plan, monkeypatch)
+    layer = RPQLinear(8, 1024, codebooks=2, bits=9).eval()
+    program = exported(layer, (torch.randn(3, 8),), ({0: Dim("batch", min=1)},), optimize=False)
+    held = {key: value.const_value.nbytes for key, value in program.model.graph.initializers.items()}
+    assert held["weight_rpq.codes"] == 2 * 2 * 1024
+    ready = session(program, tmp_path / "layer.onnx")
+    for batch in (1, 3, 70):
+        x = torch.randn(batch, 8)
+        with torch.no_grad():
+            assert_close(run(ready, (x,)), [layer(x)])

@@ -107,6 +107,19 @@ def test_a_model_within_a_model_is_told_as_well():
     assert not set(ATTRIBUTES) & set(small.__dict__) and not is_pretrained(small)
 
 
+def test_the_table_of_tokens_answers_to_the_name_by_which_peft_asks_for_it():
+    small = rewritten()
+    assert small.get_submodule("embeddings.word_embeddings") is small.table is small.get_submodule("table")
+    with pytest.raises(AttributeError, match="no attribute `embeddings`"):
+        small.get_submodule("embeddings.others")
+    copied = copy.deepcopy(small)
+    assert copied.get_submodule("embeddings.word_embeddings") is copied.table
+    rules = (rpqfx.Rule("table.weight", skip="dense"),)
+    dense = rpqfx.rpqify(Pretrained(tied=False), rpqfx.Policy(codebook_dim=4, bits=2, min_size=64, rules=rules))
+    with pytest.raises(AttributeError):  # peft then finds the dense Parameter, as it does without this library
+        dense.get_submodule("embeddings.word_embeddings")
+
+
 def test_ties_of_what_stays_dense_or_apart_are_left():
     only_head = rpqfx.Policy(codebook_dim=4, bits=2, min_size=64, rules=(rpqfx.Rule("table.weight", skip="dense"),))
     small = rpqfx.rpqify(Pretrained(tied=False), only_head)

@@ -57,7 +57,9 @@ def test_reading_undoes_storing_without_a_copy(dtype: torch.dtype, seed: int, tu
 @pytest.mark.parametrize("entries", ALL)
 def test_codes_are_read_in_the_narrowest_integer_and_lie_in_a_buffer_of_bytes(entries: int):
     weight = weight_of(entries)
-    assert weight.codes.dtype == ALL[entries] == weight.spec.code_dtype and weight.codes.shape == weight.spec.codes_shape
+    assert (
+        weight.codes.dtype == ALL[entries] == weight.spec.code_dtype and weight.codes.shape == weight.spec.codes_shape
+    )
     [(name, buffer)] = weight.named_buffers()
     assert name == "codes" and buffer.dtype == torch.uint8 and buffer is weight.stored_codes
     assert buffer.nbytes == weight.codes.nbytes and buffer.data_ptr() == weight.codes.data_ptr()
