@@ -176,6 +176,7 @@ def _install_sites(model: nn.Module, manifest: dict[str, Any], path: Any) -> Non
             weight = RPQWeight(spec, layout, std=site["std"])
             for flag in _FLAGS & site.keys():
                 setattr(weight, flag, site[flag])
+            weight.take_notes(parameter_at(model, site["names"][0]))
         placed.append((site["names"], weight))
     install_all(model, placed)
 
@@ -203,6 +204,8 @@ def _assign(model: nn.Module, manifest: dict[str, Any], tensors: dict[str, Tenso
                 raise FormatError(
                     f"{path} holds {name} of shape {tuple(tensor.shape)}, build() made it {tuple(before.shape)}"
                 )
+            if isinstance(tensor, nn.Parameter) and before is not None:
+                tensor.__dict__.update(before.__dict__)
             group[attribute] = tensor
             missing.discard(name)
     if missing:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal
+from types import MappingProxyType
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +59,9 @@ class RPQWeight(Loaded):
     plain_when_compiled: bool = False
     """Whether compiled code reads a plain tensor instead of a ``VirtualWeight``: torch.compile exchanges the operands
     of ``w @ x`` where ``w`` is no tensor, without a word."""
+
+    noted: Mapping[str, Any] = MappingProxyType({})
+    """Attributes that somebody gave the Parameter that this stands for; what reads it finds them there."""
 
     shares_codebooks: bool = False
     """Whether its codebooks are those of other weights, too."""
@@ -134,6 +139,15 @@ class RPQWeight(Loaded):
             weight.dim_scale = nn.Parameter(fit.codebooks.new_ones(spec.dim_scales), tensor.requires_grad)
         return weight
 
+    def take_notes(self, tensor: Tensor) -> None:
+        """Keeps the attributes that somebody gave a Parameter, for those who read it and those who find the codebooks.
+
+        Args:
+            tensor: The Parameter that this stands for.
+        """
+        self.noted = dict(tensor.__dict__)
+        self.codebooks.__dict__.update(tensor.__dict__)
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws codebooks whose tensor has standard deviation ``std``, and balanced codes.
@@ -184,7 +198,9 @@ class RPQWeight(Loaded):
             return ops.Tensors(
                 held["codebooks"], buffers["codes"], held["scale"], buffers["signs"], held["dim_scale"]  # type: ignore[arg-type]
             )  # fmt: skip
-        return ops.Tensors(self.codebooks, self.codes, self.scale, self.signs, self.dim_scale)  # one is parametrised
+        for hook in self._forward_pre_hooks.values():  # of torch's pruning, which computes one; there is no call
+            hook(self, ())
+        return ops.Tensors(self.codebooks, self.codes, self.scale, self.signs, self.dim_scale)  # or one is parametrised
 
     def part(self) -> Part:
         """The whole tensor as a [`Part`][rpqfx.nn.part.Part], of which parts may be taken."""
