@@ -254,6 +254,7 @@ def _install_sites(model: nn.Module, manifest: dict[str, Any], known: Mapping[st
             weight = RPQWeight(spec, layout, std=site["std"])
             for flag in _FLAGS & site.keys():
                 setattr(weight, flag, site[flag])
+            weight.take_notes(parameter_at(model, names[0]))
         placed.append((names, weight))
     try:
         install_all(model, placed)
@@ -283,6 +284,8 @@ def _assign(model: nn.Module, manifest: dict[str, Any], tensors: dict[str, Tenso
                 raise FormatError(
                     f"{path} holds {name} of shape {tuple(tensor.shape)}, build() made it {tuple(before.shape)}"
                 )
+            if isinstance(tensor, nn.Parameter) and before is not None:
+                tensor.__dict__.update(before.__dict__)
             if isinstance(module, RPQWeight) and attribute == "codes":
                 module.codes = tensor
             else:

@@ -136,7 +136,7 @@ class _Conversion:
                 raise RewriteError(f"{name} has infinite or NaN elements; mend it, or skip it with a Rule")
             self._parameters[name] = parameter
             made[name] = StandIn(hold.spec, layout_of(self._by_name[name], hold), parameter, Observer(()))
-            made[name].plan = hold.plan
+            made[name].plan, made[name].noted = hold.plan, dict(parameter.__dict__)
         return made
 
     def _observe(self, weights: Iterable[StandIn]) -> dict[RPQWeight, Seen]:

@@ -33,7 +33,7 @@ def needs_tensors(kind: type[nn.Module]) -> bool:
 
 
 def _needs_tensors(kind: type[nn.Module]) -> bool:
-    methods = [value for base in kind.__mro__ if not _is_torchs(base.__module__) for value in vars(base).values()]
+    methods = [value for base in kind.__mro__ if not is_torchs(base.__module__) for value in vars(base).values()]
     queue = [function for method in methods if (function := _function(method)) is not None]
     if any(_CHECKS & set(code.co_names) for function in queue for code in _codes(function.__code__)):
         return True
@@ -43,20 +43,35 @@ def _needs_tensors(kind: type[nn.Module]) -> bool:
             if _is_custom(value):
                 return True
             function = _function(value)
-            if function is not None and id(function) not in seen and not _is_torchs(function.__module__):
+            if function is not None and id(function) not in seen and not is_torchs(function.__module__):
                 seen.add(id(function))
                 queue.append(function)
     return False
 
 
-def _is_torchs(module: str | None) -> bool:
+def names_of(function: Any) -> set[str]:
+    """Names of attributes and globals in the code of a function or method, functions within it included.
+
+    Args:
+        function: Anything; what has no Python code has none.
+    """
+    plain = _function(function)
+    return set() if plain is None else {name for code in _codes(plain.__code__) for name in code.co_names}
+
+
+def is_torchs(module: str | None) -> bool:
+    """Whether a module of this name belongs to torch or to Python itself.
+
+    Args:
+        module: As in ``__module__``.
+    """
     return module is None or module == "builtins" or module.split(".")[0] == "torch"
 
 
 def _is_custom(value: Any) -> bool:
     """Whether it is an autograd Function, or the ``apply`` of one."""
     kind = getattr(value, "__self__", value)
-    return isinstance(kind, type) and issubclass(kind, Function) and not _is_torchs(kind.__module__)
+    return isinstance(kind, type) and issubclass(kind, Function) and not is_torchs(kind.__module__)
 
 
 def _function(value: Any) -> types.FunctionType | None:

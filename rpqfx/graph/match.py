@@ -79,7 +79,7 @@ def find_sites(captured: Captured) -> list[Site]:
                 read_outside=any(use.outside for use in found),
                 plain_when_compiled=any(use.left for use in found) or _unknown(module, found, role.kind, graph),
                 uses=tuple(dict.fromkeys(use.words for use in found)),
-                blocked=obstacles.to(parameter, module) or unused,
+                blocked=obstacles.to(parameter, [(m, a) for _, m, a, _ in places]) or unused,
             )
         )
     return sites + list(quantised_sites(model))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
+from rpqfx.graph.code import is_torchs, names_of
 from rpqfx.graph.functions import functions_of, referred
+from rpqfx.nn.backed import obstacle_to
 from rpqfx.site import Site
 
 
@@ -25,16 +27,20 @@ class Obstacles:
     def __init__(self, model: nn.Module) -> None:
         self._aliases = _storage_aliases(model)
         self._kept = _kept_elsewhere(model)
+        self._asked = _asked_whether_leaves(model)
 
-    def to(self, parameter: nn.Parameter, module: nn.Module) -> str | None:
+    def to(self, parameter: nn.Parameter, owners: Sequence[tuple[nn.Module, str]]) -> str | None:
         """Why a Parameter cannot be held in codebooks, or None.
 
         Args:
             parameter: The Parameter.
-            module: Its owner.
+            owners: Each module that has it, with its name there.
         """
-        found = _own_obstacle(parameter, module)
-        return found or self._aliases.get(id(parameter)) or self._kept.get(id(parameter))
+        found = _own_obstacle(parameter, owners[0][0])
+        found = (
+            found or self._aliases.get(id(parameter)) or self._kept.get(id(parameter)) or self._asked.get(id(parameter))
+        )
+        return found or next((why for owner in owners if (why := obstacle_to(*owner)) is not None), None)
 
 
 def _own_obstacle(parameter: nn.Parameter, module: nn.Module) -> str | None:
@@ -98,6 +104,20 @@ def _kept_elsewhere(model: nn.Module) -> dict[int, str]:
             for kept in referred(function):
                 if isinstance(kept, nn.Parameter):
                     found[id(kept)] = f"is also kept by a function in the attribute {key!r} of {path or 'the model'}"
+    return found
+
+
+def _asked_whether_leaves(model: nn.Module) -> dict[int, str]:
+    """Parameters that a forward above them may ask whether they are leaves of autograd, as only Parameters are."""
+    found: dict[int, str] = {}
+    for path, module in model.named_modules():
+        kind = type(module)
+        if is_torchs(kind.__module__) or "is_leaf" not in names_of(kind.forward):
+            continue
+        for parameter in module.parameters():
+            found[id(parameter)] = (
+                f"the forward of {path or 'the model'} asks for is_leaf, which codebooks cannot grant"
+            )
     return found
 
 

@@ -240,7 +240,7 @@ def _make(model: nn.Module, members: list[tuple[Site, Hold]], seed: int) -> list
             weight = RPQWeight.from_dense(parameter, hold.spec, layout, seed=seed, plan=hold.plan)
         else:
             weight = random_weight(owner, attribute, hold.spec, layout, site.std, hold.plan)
-        weight.codebooks.__dict__.update(parameter.__dict__)
+        weight.take_notes(parameter)
         weights.append(weight)
     if len(members) > 1:
         _share(model, members, weights, seed)

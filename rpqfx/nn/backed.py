@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 from rpqfx.errors import RewriteError
 from rpqfx.nn import served as _served  # noqa: F401 (fills the table of calls that virtual weights serve)
 from rpqfx.nn.computed import refresh
-from rpqfx.nn.expanded import ExpandedWeight, FixedWeight
+from rpqfx.nn.expanded import ExpandedWeight, FixedWeight, with_notes
 from rpqfx.nn.virtual import VirtualWeight
 from rpqfx.nn.weight import RPQWeight
 
@@ -31,7 +31,13 @@ class Backed(nn.Module):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Refuses to lay a dense Parameter over one that is held in codebooks; one that is read so is tied."""
-        if isinstance(param, (ExpandedWeight, FixedWeight)) and weight_of(self, name) is not None:
+        if type(param) in (ExpandedWeight, FixedWeight, VirtualWeight):  # Parameters are instances of these, too
+            if weight_of(self, name) is None:
+                raise RewriteError(
+                    f"{type(self).__name__} cannot register {name!r}: it was read from a weight that is held in "
+                    "codebooks and made anew at each read. Prune, normalise or parametrise a weight before the model "
+                    "is rewritten"
+                )
             _tie(name)(self, param)
             return
         if name + SUFFIX in self.__dict__.get("_modules", {}):
@@ -44,8 +50,8 @@ class Backed(nn.Module):
 
 def _fixed(module: nn.Module, name: str) -> RewriteError:
     return RewriteError(
-        f"{type(module).__name__}.{name} is held in codebooks and cannot be assigned; "
-        f"train or load {name}{SUFFIX}, or build the layer anew with from_dense"
+        f"{type(module).__name__}.{name} is held in codebooks and cannot be assigned or deleted; "
+        f"train or load {name}{SUFFIX}, change it before rewriting, or build the layer anew with from_dense"
     )
 
 
@@ -89,9 +95,12 @@ def held(name: str, plain_when_compiled: bool = False) -> property:
         if weight.read_as == "tensor":
             return FixedWeight.of(weight)
         plain = plain_when_compiled or weight.plain_when_compiled
-        return weight() if plain and torch.compiler.is_compiling() else VirtualWeight(weight)
+        return with_notes(weight(), weight) if plain and torch.compiler.is_compiling() else VirtualWeight(weight)
 
-    return property(read, _tie(name), doc=f"``{name}``, held in codebooks and made anew at each read.")
+    def delete(self: nn.Module) -> None:
+        raise _fixed(self, name)
+
+    return property(read, _tie(name), delete, doc=f"``{name}``, held in codebooks and made anew at each read.")
 
 
 def _tie(name: str) -> Callable[[nn.Module, Any], None]:
@@ -135,10 +144,10 @@ def back(module: nn.Module, weights: Mapping[str, RPQWeight]) -> None:
     Raises:
         RewriteError: If the module has no such Parameter, or its class cannot be extended.
     """
-    module.__class__ = backed_as(module, weights)
+    _become(module, backed_as(module, weights))
     for name, weight in weights.items():
         del module._parameters[name]
-        module._modules[name + SUFFIX] = weight
+        module._modules[name + SUFFIX] = weight.train(module.training)
         if not isinstance(module, tuple(_LAYERS.values())):
             weight.__dict__.setdefault("read_as", "virtual")
     assert isinstance(module, Backed)
@@ -158,18 +167,49 @@ def backed_as(module: nn.Module, names: Iterable[str]) -> type[nn.Module]:
     for name in names:
         if module._parameters.get(name) is None:
             raise RewriteError(f"{type(module).__name__} has no Parameter {name!r} of its own to hold in codebooks")
-        if name + SUFFIX in module.__dict__ or hasattr(type(module), name + SUFFIX):
+        if _has(module, name + SUFFIX):
             raise RewriteError(f"{type(module).__name__} already has an attribute {name + SUFFIX!r}")
     before = type(module)
     if isinstance(module, tuple(_LAYERS.values())):
         return before
     try:
         target = _extended(before, {*backed_weights(module), *names}, parametrize.is_parametrized(module))
-        module.__class__ = target  # some classes only refuse when it comes to it
-        module.__class__ = before
+        _become(module, target)  # some classes only refuse when it comes to it
+        _become(module, before)
     except Exception as error:  # extending a foreign class runs its own code
         raise RewriteError(f"{before.__name__} cannot take on codebook-held Parameters: {error}") from error
     return target
+
+
+def obstacle_to(module: nn.Module, name: str) -> str | None:
+    """Why a module cannot hold a Parameter of its own in codebooks, or None; the module stays as it is.
+
+    Args:
+        module: Any module.
+        name: Of the Parameter.
+    """
+    if _has(module, name + SUFFIX):
+        return f"its module has an attribute {name + SUFFIX!r} of its own, where the codebooks would be"
+    kind = type(module)
+    plain = "__init_subclass__" not in {key for base in kind.__mro__[:-1] for key in vars(base)}
+    if type(kind) is type and plain:
+        return None
+    try:
+        backed_as(module, [name])
+    except RewriteError as error:
+        return str(error)
+    return None
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    """Whether a module or its class has an attribute, without asking a ``__getattr__`` that may answer for others."""
+    held = (module.__dict__, module._parameters, module._buffers, module._modules)
+    return any(name in group for group in held) or hasattr(type(module), name)
+
+
+def _become(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Sets a module's class, whatever its own ``__setattr__`` does."""
+    object.__setattr__(module, "__class__", kind)
 
 
 def _extended(before: type[nn.Module], held: set[str], parametrised: bool) -> type[nn.Module]:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rpqfx.nn.remade import Remade, not_kept
+from rpqfx.nn.readonly import call, check_for_good
+from rpqfx.nn.remade import not_kept
 from rpqfx.nn.virtual import CHANGES, CHANGING_OPERATORS, SERVED, VirtualWeight, changes, check_values
 from rpqfx.nn.weight import RPQWeight
 
@@ -17,6 +18,18 @@ _SETTERS = {Tensor.data.__set__: "data", Tensor.requires_grad.__set__: "requires
 
 _TRANSPOSES = {Tensor.t: "t", torch.t: "t", Tensor.transpose: "transpose", torch.transpose: "transpose"}
 _TRANSPOSES |= {Tensor.T.__get__: "T", Tensor.mT.__get__: "mT"}  # type: ignore[attr-defined]
+
+
+def with_notes(dense: Tensor, weight: RPQWeight) -> Tensor:
+    """A plain tensor with the attributes that somebody gave the Parameter it stands for.
+
+    Args:
+        dense: The tensor.
+        weight: The codebooks that it was made of.
+    """
+    for name, value in weight.noted.items():
+        setattr(dense, name, value)
+    return dense
 
 
 class _Related(type(Tensor)):  # type: ignore[misc]
@@ -43,10 +56,22 @@ class _Read(Tensor, metaclass=_Related):
         virtual = VirtualWeight(weight)
         dense = virtual.expand_dense()
         if torch.compiler.is_compiling() or type(dense) is not Tensor:
-            return dense
+            return with_notes(dense, weight)
         made = dense.as_subclass(cls)
-        made._virtual = virtual
+        made.__dict__["_virtual"] = virtual
         return made
+
+    def __getattr__(self, name: str) -> Any:
+        """What was noted on the Parameter that this stands for."""
+        if "_virtual" in self.__dict__:
+            return self._virtual.noted(name)
+        raise AttributeError(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if hasattr(type(self), name) or "_virtual" not in self.__dict__:
+            super().__setattr__(name, value)
+        else:
+            self._virtual.note(name, value)
 
 
 class ExpandedWeight(_Read):  # type: ignore[metaclass]
@@ -54,7 +79,8 @@ class ExpandedWeight(_Read):  # type: ignore[metaclass]
 
     A tensor like any other, but that products with it run on the codebooks, that autograd does not keep it for
     backward, and that changing it in place is refused, since the change would be lost (but for multiplying it by a
-    number, and for more or fewer rows through ``data``). What is computed of it, views included, is a plain tensor.
+    number, and for more or fewer rows through ``data``). What is computed of it is a plain tensor; views of it cannot
+    be changed in place either.
     """
 
     @classmethod
@@ -74,6 +100,7 @@ class ExpandedWeight(_Read):  # type: ignore[metaclass]
             if func in CHANGES:
                 first._virtual.change(CHANGES[func], *args[1:])
                 return first
+            check_for_good(func, args)
         serve = SERVED.get(func)
         if serve is not None:
             result = serve(*[_virtual_of(arg) for arg in args], **{key: _virtual_of(x) for key, x in kwargs.items()})
@@ -82,12 +109,14 @@ class ExpandedWeight(_Read):  # type: ignore[metaclass]
         if func in _TRANSPOSES and _is_one(first) and first.dim() == 2:
             return _turned(first, func, args, kwargs)
         check_values([_virtual_of(value) for value in (*args, *kwargs.values())])
-        made: list[Remade] = []
+        made: list[tuple[Tensor, VirtualWeight]] = []
         with torch._C.DisableTorchFunctionSubclass():
             plain = [_plain(arg, made) for arg in args]
             named = {key: _plain(value, made) for key, value in kwargs.items()}
-        with not_kept(made):
-            return func(*plain, **named)
+        lasting = [(tensor, virtual) for tensor, virtual in made if virtual.part.lasting]
+        again = [virtual.remade(tensor) for tensor, virtual in lasting] if torch.is_grad_enabled() else []
+        with not_kept(again):
+            return call(func, plain, named, [tensor for tensor, _ in made])
 
 
 def _turned(weight: ExpandedWeight, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -95,7 +124,7 @@ def _turned(weight: ExpandedWeight, func: Callable[..., Any], args: tuple[Any, .
     with torch._C.DisableTorchFunctionSubclass():
         turned = func(*args, **kwargs).as_subclass(ExpandedWeight)
     virtual = getattr(weight._virtual, _TRANSPOSES[func])
-    turned._virtual = virtual(*args[1:], **kwargs) if callable(virtual) else virtual
+    turned.__dict__["_virtual"] = virtual(*args[1:], **kwargs) if callable(virtual) else virtual
     return turned
 
 
@@ -125,21 +154,38 @@ def _passed_on(name: str, read: Callable[[FixedWeight], Any]) -> property:
     return property(read, lambda self, value: setattr(self._virtual, name, value))
 
 
+_VIEWS = (
+    "__getitem__", "chunk", "contiguous", "detach", "flatten", "narrow", "permute", "reshape", "select", "split",
+    "squeeze", "t", "transpose", "unbind", "unsqueeze", "view", "view_as",
+)  # fmt: skip
+
+
+def _viewed(name: str) -> Callable[..., Any]:
+    return lambda self, *args, **kwargs: call(getattr(Tensor, name), (self, *args), kwargs, (self,))
+
+
+def _viewed_as(name: str) -> property:
+    return property(lambda self: call(getattr(Tensor, name).__get__, (self,), {}, (self,)))
+
+
 for _name in dir(Tensor):
     if changes(_name) and _name[:1].isalpha() and _name != "requires_grad_":
         setattr(FixedWeight, _name, _change(_name))
 for _name in CHANGING_OPERATORS:
     setattr(FixedWeight, _name, _change(_name))
+for _name in _VIEWS:
+    setattr(FixedWeight, _name, _viewed(_name))
+FixedWeight.T = _viewed_as("T")  # type: ignore[assignment]
+FixedWeight.mT = _viewed_as("mT")  # type: ignore[assignment]
 FixedWeight.data = _passed_on("data", lambda self: self)  # type: ignore[assignment]
 FixedWeight.requires_grad = _passed_on("requires_grad", Tensor.requires_grad.__get__)  # type: ignore
 
 
-def _plain(value: Any, made: list[Remade]) -> Any:
-    """A value with plain tensors for expanded weights; ``made`` takes how they are made again."""
+def _plain(value: Any, made: list[tuple[Tensor, VirtualWeight]]) -> Any:
+    """A value with plain tensors for expanded weights; ``made`` takes these and what they were made of."""
     if _is_one(value):
         tensor = value.as_subclass(Tensor)
-        if torch.is_grad_enabled() and value._virtual.part.lasting:
-            made.append(value._virtual.remade(tensor))
+        made.append((tensor, value._virtual))
         return tensor
     if isinstance(value, (list, tuple)) and any(_is_one(item) for item in value):
         return type(value)([_plain(item, made) for item in value])

@@ -22,6 +22,7 @@ from rpqfx.errors import RewriteError
 from rpqfx.nn.changes import multiply, resize_rows
 from rpqfx.nn.part import Part
 from rpqfx.nn.placement import refuse_meta
+from rpqfx.nn.readonly import call, check_for_good, refused
 from rpqfx.nn.remade import Remade, not_kept
 from rpqfx.nn.views import LATE, Views
 
@@ -90,12 +91,16 @@ class VirtualWeight(Views):
             result = serve(*args, **kwargs)
             if result is not NotImplemented:
                 return result
+        check_for_good(func, args)
         check_values([*args, *kwargs.values()])
         made: list[Remade] = []
-        plain = [as_dense(arg, made) for arg in args]
-        named = {key: as_dense(value, made) for key, value in kwargs.items()}
-        with not_kept(made):
+        dense: list[Tensor] = []
+        plain = [as_dense(arg, made, dense) for arg in args]
+        named = {key: as_dense(value, made, dense) for key, value in kwargs.items()}
+        if torch.compiler.is_compiling():
             return func(*plain, **named)
+        with not_kept(made):
+            return call(func, plain, named, dense)
 
     def expand_dense(self) -> Tensor:
         """The plain tensor."""
@@ -148,6 +153,33 @@ class VirtualWeight(Views):
     def grad(self) -> None:
         """None: gradients are those of the codebooks."""
         return None
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        """None; anything else is refused."""
+        check_for_good(Tensor.grad.__set__, (self, value))  # type: ignore[attr-defined]
+
+    def noted(self, name: str) -> Any:
+        """An attribute that somebody gave the Parameter that this stands for.
+
+        Args:
+            name: Of the attribute.
+
+        Raises:
+            AttributeError: If there is none.
+        """
+        if name not in self.held.noted or not self.is_whole:
+            raise AttributeError(f"a weight that is held in codebooks has no attribute {name!r}")
+        return self.held.noted[name]
+
+    def note(self, name: str, value: Any) -> None:
+        """Gives the Parameter that this stands for an attribute; it is kept with the codebooks.
+
+        Args:
+            name: Of the attribute.
+            value: Its value.
+        """
+        self.held.noted = {**self.held.noted, name: value}
 
     is_leaf = False
     grad_fn = None
@@ -212,6 +244,8 @@ class VirtualWeight(Views):
         return VirtualWeight.__torch_function__(torch.matmul, (), (other, self))
 
     def __getattr__(self, name: str) -> Any:
+        if "held" in self.__dict__ and name in self.held.noted:
+            return self.noted(name)
         if name.startswith("_"):  # asked for by copying, pickling and compilers, before there is anything to expand
             raise AttributeError(name)
         if changes(name):
@@ -221,6 +255,12 @@ class VirtualWeight(Views):
         if callable(getattr(Tensor, name, None)):
             return lambda *args, **kwargs: self._call(name, *args, **kwargs)
         return getattr(self.expand_dense(), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("held", "part", "order", "views") or hasattr(type(self), name):
+            super().__setattr__(name, value)
+        else:
+            self.note(name, value)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.refuse("__setitem__")
@@ -237,18 +277,14 @@ class VirtualWeight(Views):
         """Refuses to change in place what is made anew at each read, and would be lost."""
         if not torch.compiler.is_compiling() and INITIALISING.get():
             return self
-        raise RewriteError(
-            f"{name} would change a weight that is held in codebooks and made anew at each read; "
-            "change its codebooks, keep the change apart (an adapter: do not merge it), "
-            "or leave this layer dense with a Rule"
-        )
+        raise refused(name)
 
 
 def _operator(function: Callable[..., Any], swapped: bool = False) -> Callable[..., Any]:
     def apply(self: VirtualWeight, *args: Any) -> Any:
         made: list[Remade] = []
         check_values([self, *args])
-        values = (as_dense(self, made), *[as_dense(arg, made) for arg in args])
+        values = (as_dense(self, made, []), *[as_dense(arg, made, []) for arg in args])
         with not_kept(made):
             return function(*reversed(values)) if swapped else function(*values)
 
@@ -278,14 +314,21 @@ def check_values(values: Sequence[Any]) -> None:
             refuse_meta(value.held, value.part.tensors, values)
 
 
-def as_dense(value: Any, made: list[Remade]) -> Any:
-    """A value with the plain tensor in place of a virtual weight; ``made`` takes how it is made again."""
+def as_dense(value: Any, made: list[Remade], plain: list[Tensor]) -> Any:
+    """A value with the plain tensor in place of a virtual weight.
+
+    Args:
+        value: Any argument of a function; of lists, items are looked at.
+        made: Takes how the tensor is made again.
+        plain: Takes the tensor.
+    """
     if isinstance(value, VirtualWeight):
         dense = value.expand_dense()
+        plain.append(dense)
         graph = value.tracing or torch.compiler.is_compiling()
         if torch.is_grad_enabled() and value.part.lasting and not graph and not dense.is_inference():
             made.append(value.remade(dense))
         return dense
     if isinstance(value, (list, tuple)) and any([isinstance(item, VirtualWeight) for item in value]):
-        return type(value)([as_dense(item, made) for item in value])
+        return type(value)([as_dense(item, made, plain) for item in value])
     return value

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -58,6 +59,9 @@ class RPQWeight(Loaded):
     plain_when_compiled: bool = False
     """Whether compiled code reads a plain tensor instead of a ``VirtualWeight``: torch.compile exchanges the operands
     of ``w @ x`` where ``w`` is no tensor, without a word."""
+
+    noted: Mapping[str, Any] = MappingProxyType({})
+    """Attributes that somebody gave the Parameter that this stands for; what reads it finds them there."""
 
     shares_codebooks: bool = False
     """Whether its codebooks are those of other weights, too."""
@@ -135,6 +139,15 @@ class RPQWeight(Loaded):
             weight.dim_scale = nn.Parameter(fit.codebooks.new_ones(spec.dim_scales), tensor.requires_grad)
         return weight
 
+    def take_notes(self, tensor: Tensor) -> None:
+        """Keeps the attributes that somebody gave a Parameter, for those who read it and those who find the codebooks.
+
+        Args:
+            tensor: The Parameter that this stands for.
+        """
+        self.noted = dict(tensor.__dict__)
+        self.codebooks.__dict__.update(tensor.__dict__)
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws codebooks whose tensor has standard deviation ``std``, and balanced codes.
@@ -186,7 +199,7 @@ class RPQWeight(Loaded):
             return ops.Tensors(
                 held["codebooks"], codes, held["scale"], buffers["signs"], held["dim_scale"]  # type: ignore[arg-type]
             )  # fmt: skip
-        return ops.Tensors(self.codebooks, self.codes, self.scale, self.signs, self.dim_scale)  # one is parametrised
+        return ops.Tensors(self.codebooks, self.codes, self.scale, self.signs, self.dim_scale)  # one is computed
 
     def part(self) -> Part:
         """The whole tensor as a [`Part`][rpqfx.nn.part.Part], of which parts may be taken."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations
 
 import rpqfx
-from rpqfx.errors import SpecError
+from rpqfx.errors import PolicyError, SpecError
 from rpqfx.graph import Site, capture, find_sites, is_rewritten, leaf
 from tests.models import (
     BY_NAME,
@@ -527,3 +528,118 @@ def test_is_rewritten_looks_into_the_depth():
     model = nn.Sequential(nn.Sequential(nn.Linear(16, 16)))
     assert not is_rewritten(model)
     assert is_rewritten(rpqfx.rpqify(model, SMALL))
+
+
+class OwnAttribute(nn.Module):
+    """Has a child where the codebooks of its Parameter would be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(96, 64) / 8)
+        self.weight_rpq = nn.Linear(96, 64)
+
+    def forward(self, x):
+        return self.weight_rpq(nn.functional.linear(x, self.weight))
+
+
+class Final(nn.Module):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        raise TypeError("no subclasses of Final")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.fc = nn.Parameter(torch.randn(64, 96) / 8), nn.Linear(96, 64)
+
+    def forward(self, x):
+        return self.fc(x @ self.w)
+
+
+class OnceOnly(type):
+    def __call__(cls, *args: Any) -> Any:
+        return super().__call__(*args)
+
+    def __new__(mcls, name: str, bases: tuple[type, ...], body: dict[str, Any]) -> Any:
+        if any(isinstance(base, OnceOnly) for base in bases):
+            raise ValueError(f"{bases[0].__name__} has no heirs")
+        return super().__new__(mcls, name, bases, body)
+
+
+class Heirless(nn.Module, metaclass=OnceOnly):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.fc = nn.Parameter(torch.randn(64, 96) / 8), nn.Linear(96, 64)
+
+    def forward(self, x):
+        return self.fc(x @ self.w)
+
+
+class AsksForLeaf(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.other = nn.Linear(64, 64), nn.Linear(64, 96)
+
+    def forward(self, x):
+        assert self.fc.weight.is_leaf and isinstance(self.fc.weight, nn.Parameter)
+        return self.fc(x)
+
+
+class Locked(nn.Module):
+    """Lets nobody set an attribute once it is built."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.fc = nn.Parameter(torch.randn(64, 96) / 8), nn.Linear(96, 64)
+        self.locked = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "locked" in self.__dict__:
+            raise AttributeError("locked")
+        super().__setattr__(name, value)
+
+    def forward(self, x):
+        return self.fc(x @ self.w)
+
+
+class Slotted(nn.Module):
+    __slots__ = ("factor",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.fc = nn.Parameter(torch.randn(64, 96) / 8), nn.Linear(96, 64)
+
+    def forward(self, x):
+        return self.fc(x @ self.w)
+
+
+@pytest.mark.parametrize(
+    ("kind", "held", "reason"),
+    [
+        (OwnAttribute, {"weight_rpq.weight"}, "its module has an attribute 'weight_rpq' of its own"),
+        (Final, {"fc.weight"}, "no subclasses of Final"),
+        (Heirless, {"fc.weight"}, "has no heirs"),
+        (AsksForLeaf, set(), "asks for is_leaf"),
+        (Locked, {"w", "fc.weight"}, None),
+        (Slotted, {"w", "fc.weight"}, None),
+    ],
+)
+def test_odd_classes_are_held_or_left_with_a_reason(kind: type[nn.Module], held: set[str], reason: str | None) -> None:
+    policy, x = rpqfx.Policy.from_scratch(codebook_dim=8, bits=4), torch.randn(3, 64)
+    model = nn.Sequential(kind(), nn.Linear(64, 96)) if held else nn.Sequential(kind())
+    dense = copy.deepcopy(model)
+    if not held:
+        with pytest.raises(PolicyError, match=reason):
+            rpqfx.rpqify(model, policy)
+        return
+    small = rpqfx.rpqify(model, policy)
+    report = rpqfx.report(small)
+    assert {record.name for record in report.rewritten} == {*(f"0.{name}" for name in held), "1.weight"}
+    assert [record.reason for record in report.sites if record.reason] == [] or reason is not None
+    assert all(reason in record.reason for record in report.sites if record.reason and reason)
+    with torch.no_grad():
+        for record in report.rewritten:
+            path, _, name = record.name.rpartition(".")
+            expanded = getattr(small.get_submodule(path), f"{name}_rpq")()
+            dense.get_parameter(record.name).copy_(expanded)
+    torch.testing.assert_close(small(x), dense(x))
+    torch.testing.assert_close(copy.deepcopy(small)(x), dense(x))
+    small(x).sum().backward()
