@@ -75,6 +75,15 @@ def modules_within(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
             yield own[path], path, module
 
 
+def wrappers(model: nn.Module) -> Iterator[nn.Module]:
+    """Yields the wrappers around a model and around parts of it.
+
+    Args:
+        model: Any module.
+    """
+    return (module for module in model.modules() if _child(module) is not None)
+
+
 def names_within(model: nn.Module) -> dict[str, str]:
     """Names of modules as ``get_submodule`` takes them, by the names that they have without wrappers.
 
