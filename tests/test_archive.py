@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import pickle
 import struct
@@ -90,7 +91,7 @@ def test_parts_of_a_storage_share_it() -> None:
     whole = torch.arange(6.0)
     archive = opened(written({"a": whole[:2], "b": whole[2:]}))
     found = archive.tensors(archive.value())
-    found["a"].untyped_storage()[8:12] = torch.tensor([9.0]).untyped_storage()
+    found["a"].as_strided((6,), (1,))[2] = 9
     assert found["b"].tolist() == [9.0, 3.0, 4.0, 5.0] and found["a"].tolist() == [0.0, 1.0]
 
 
@@ -159,10 +160,8 @@ def deep() -> bytes:
      b"\x80\x02s.", b"\x80\x02Q.", b"\x80\x02K\x01Q.", b"\x80\x02R.", b"\xff", b"\x80\x02}r\xff\xff\xff\xff\x85."],
 )  # fmt: skip
 def test_pickles_that_make_no_sense_are_refused_or_harmless(pickled: bytes) -> None:
-    try:
+    with contextlib.suppress(FormatError):
         opened(zipped(pickled)).value()
-    except FormatError:
-        pass
 
 
 def doubled(content: bytes) -> bytes:
