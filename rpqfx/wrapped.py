@@ -26,6 +26,7 @@ _DISTRIBUTED = "torch.nn.parallel.distributed.DistributedDataParallel"
 _SHARDED = {
     "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel",
     "torch.distributed.fsdp.FSDPModule",
+    "torch.distributed.fsdp._fully_shard._fully_shard.FSDPModule",
 }
 
 
