@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rpqfx.archive import DTYPES, is_dense
+from rpqfx.archive import is_dense
 from rpqfx.codebook import CodebookSpec
 from rpqfx.errors import CodeError, FormatError, RPQError
 from rpqfx.graph.pretrained import adapt_pretrained
@@ -26,6 +26,7 @@ from rpqfx.nn.weight import RPQWeight
 from rpqfx.packing import check_codes, code_bits, pack_codes, pack_floats, unpack_codes
 from rpqfx.report import SiteRecord, attach_records, attached_records
 from rpqfx.reroute.rewrite import routed
+from rpqfx.unpickled import DTYPES
 from rpqfx.wrapped import modules_within, names_within, refuse_sharded, unwrapped, wrappers
 
 _FLAGS = {"plan", "read_as", "plain_when_compiled", "shares_codebooks"}  # of a weight; older files lack some

@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rpqfx.archive import DTYPES, Archive, is_dense
+from rpqfx.archive import Archive, is_dense
 from rpqfx.errors import FormatError
+from rpqfx.unpickled import DTYPES
 
 
 def written(value: Any) -> bytes:
