@@ -13,8 +13,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from rpqfx.archive import DTYPES, MAGIC, Archive, Described, read_bytes
+from rpqfx.archive import MAGIC, Archive, Described, read_bytes
 from rpqfx.errors import FormatError, RPQError
+from rpqfx.unpickled import DTYPES
 
 FORMAT = "rpqfx"
 _SEAL = f"{FORMAT}_seal"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rpqfx.archive import DTYPES, is_dense
+from rpqfx.archive import is_dense
 from rpqfx.codebook import CodebookSpec
 from rpqfx.errors import CodeError, FormatError, RPQError
 from rpqfx.graph.pretrained import adapt_pretrained
@@ -27,7 +27,8 @@ from rpqfx.nn.weight import RPQWeight
 from rpqfx.packing import check_codes, code_bits, pack_codes, pack_floats, unpack_codes
 from rpqfx.report import SiteRecord, attach_records, attached_records
 from rpqfx.reroute.rewrite import routed
-from rpqfx.wrapped import modules_within, names_within, refuse_sharded, unwrapped
+from rpqfx.unpickled import DTYPES
+from rpqfx.wrapped import modules_within, names_within, refuse_sharded, unwrapped, wrappers
 
 _FLAGS = {"plan", "read_as", "plain_when_compiled", "shares_codebooks"}  # of a weight; older files lack some
 _RESERVED = frozenset(dir(nn.Module()))  # names that mean something to every module, so no tensor has them
@@ -212,6 +213,13 @@ def put_back(model: nn.Module, manifest: dict[str, Any], tensors: dict[str, Tens
     Raises:
         FormatError: If the model is not the one that was described.
     """
+    for wrapper in wrappers(model):
+        for name, tensor in (*wrapper.named_parameters(recurse=False), *wrapper.named_buffers(recurse=False)):
+            if tensor.is_meta:
+                raise FormatError(
+                    f"{path} holds no {name} of the {type(wrapper).__name__} that build() made, which has no value on "
+                    "the meta device: have build() return the model alone, and wrap what is loaded"
+                )
     known = names_within(model)
     kv = manifest.get("kv", [])
     missing = set(manifest.get("routed", ())) - set(_routed(model))

@@ -26,6 +26,7 @@ _DISTRIBUTED = "torch.nn.parallel.distributed.DistributedDataParallel"
 _SHARDED = {
     "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel",
     "torch.distributed.fsdp.FSDPModule",
+    "torch.distributed.fsdp._fully_shard._fully_shard.FSDPModule",
 }
 
 
@@ -73,6 +74,15 @@ def modules_within(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
             own[path] = parent if hidden else f"{parent}.{name}".lstrip(".")
         if _child(module) is None:
             yield own[path], path, module
+
+
+def wrappers(model: nn.Module) -> Iterator[nn.Module]:
+    """Yields the wrappers around a model and around parts of it.
+
+    Args:
+        model: Any module.
+    """
+    return (module for module in model.modules() if _child(module) is not None)
 
 
 def names_within(model: nn.Module) -> dict[str, str]:

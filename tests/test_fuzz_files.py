@@ -1,7 +1,8 @@
 """A file that was changed, in whatever way, is refused or gives the same outputs, and never costs more than it is long.
 
 Mutations of bytes are of any, those of a manifest are under a seal that fits, so that they reach what reads it. Of
-tensors that were changed under a checksum that fits no file can tell: they are another model's, and load as such.
+tensors that were changed under a checksum that fits no file can tell: they load as the other model that they are. So do
+the few manifests that are right by all that the file has, as where a square weight's vectors are its columns.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ def check(subject: str, name: str, times: int, folder: Path) -> None:
         pytest.importorskip("safetensors")
     for kind, found in outcomes(subject, name, times, folder).items():
         print(f"{subject}, {name}, {kind}: {dict(found)}")
-        assert set(found) <= {"refused", "identical"} | ({"another"} if kind in ("tensors", "any") else set()), kind
+        assert set(found) <= {"refused", "identical", "another"}, kind
+        most = {"tensors": 0.5, "any": 0.5, "manifest": 0.01}.get(kind, 0.0)
+        assert found["another"] <= most * found.total(), kind
         assert found["refused"] > 0.25 * found.total(), kind
 
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 import rpqfx
-from rpqfx import CodebookSpec, Hold, Policy, Rule
+from rpqfx import CodebookSpec, Hold, Policy, Rule, serialize
 from rpqfx.container import open_container
-from rpqfx.errors import CodeError, FormatError, RPQError
+from rpqfx.errors import CodeError, FormatError, InputError, RPQError
 from rpqfx.nn import RPQLinear
 from rpqfx.serialize import FORMAT_VERSION, _checksum, _seal
 from tests.models import BY_NAME, CASES, GPT, MLP, SMALL, Case, assert_outputs, held_weights
@@ -788,3 +788,169 @@ def test_a_file_may_be_read_from_any_place(tmp_path: Path):
     rpqfx.save(small_mlp(), tmp_path / "m.rpq")
     data = io.BytesIO((tmp_path / "m.rpq").read_bytes())
     assert set(torch.load(data, weights_only=True)) == {"rpqfx", "seal", "tensors"}
+
+
+# ------------------------------------------------------------------------------------------- where files come and go
+
+
+@both_formats
+def test_file_objects_are_written_and_read(suffix: str, tmp_path: Path):
+    small = small_mlp()
+    with open(tmp_path / f"m{suffix}", "wb") as file:
+        rpqfx.save(small, file)
+    assert contents(tmp_path / f"m{suffix}")[0]
+    with open(tmp_path / f"m{suffix}", "rb") as file:
+        assert_identical(rpqfx.load(file, MLP), small)
+    memory = io.BytesIO(b"before")
+    memory.seek(6)
+    rpqfx.save(small, memory)
+    memory.seek(6)
+    assert_identical(rpqfx.load(memory, MLP), small)
+    rpqfx.save(small, os.fsencode(tmp_path / f"bytes{suffix}"))
+    assert_identical(rpqfx.load(os.fsencode(tmp_path / f"bytes{suffix}"), MLP), small)
+
+
+def test_a_file_object_gets_all_or_nothing(monkeypatch: pytest.MonkeyPatch):
+    memory = io.BytesIO()
+
+    def fails(value: Any, file: Any) -> None:
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    monkeypatch.setattr(torch, "save", fails)
+    with pytest.raises(OSError, match="no space left"):
+        rpqfx.save(small_mlp(), memory)
+    assert not memory.getvalue()
+
+
+def test_what_no_model_can_be_written_to_or_read_from_says_so(tmp_path: Path):
+    with pytest.raises(InputError, match=r"path or a file object open for writing in binary, got a StringIO in text"):
+        rpqfx.save(small_mlp(), io.StringIO())
+    with pytest.raises(InputError, match="open for writing in binary, got int"):
+        rpqfx.save(small_mlp(), 3)
+    with pytest.raises(InputError, match=r"open for reading in binary, got a StringIO in text mode; open it with 'rb'"):
+        rpqfx.load(io.StringIO(), forbidden)
+    with pytest.raises(InputError, match="open for reading in binary, got NoneType"):
+        rpqfx.load(None, forbidden)
+    with pytest.raises(InputError, match=r"save takes a torch\.nn\.Module, got dict"):
+        rpqfx.save({}, tmp_path / "m.rpq")
+    for ask in (lambda: rpqfx.save(small_mlp(), tmp_path), lambda: rpqfx.load(tmp_path, forbidden)):
+        with pytest.raises(IsADirectoryError, match="is a folder; give the name of"):
+            ask()
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        rpqfx.save(small_mlp(), tmp_path / "none" / "m.rpq")
+
+
+def test_a_link_stays_a_link(tmp_path: Path):
+    (tmp_path / "real.rpq").write_bytes(b"old")
+    (tmp_path / "link.rpq").symlink_to("real.rpq")
+    small = small_mlp()
+    rpqfx.save(small, tmp_path / "link.rpq")
+    assert (tmp_path / "link.rpq").is_symlink() and not (tmp_path / "real.rpq").is_symlink()
+    assert_identical(rpqfx.load(tmp_path / "real.rpq", MLP), small)
+
+
+@pytest.mark.parametrize("name", ["a b.rpq", "é日本", ".rpq", "UP.SAFETENSORS", "a.b.safetensors", "$HOME'\"\n.rpq"])
+def test_files_may_be_called_anything(name: str, tmp_path: Path):
+    pytest.importorskip("safetensors")
+    small = small_mlp()
+    rpqfx.save(small, tmp_path / name)
+    assert ((tmp_path / name).read_bytes()[:2] == b"PK") != name.lower().endswith(".safetensors")
+    assert_identical(rpqfx.load(tmp_path / name, MLP), small)
+    (tmp_path / name).rename(tmp_path / "renamed.rpq")
+    assert_identical(rpqfx.load(tmp_path / "renamed.rpq", MLP), small)
+
+
+@pytest.mark.parametrize("option", ["device", "build_device"])
+def test_a_device_that_is_not_there_is_refused_before_any_work(option: str, tmp_path: Path):
+    rpqfx.save(small_mlp(), tmp_path / "m.rpq")
+    for device in ("cuda:99", "nonsense"):
+        with pytest.raises(RPQError, match=f"the device '{device}' is not to be had here"):
+            rpqfx.load(tmp_path / "m.rpq", forbidden, **{option: device})
+
+
+def test_loading_has_its_own_device(tmp_path: Path):
+    small = small_mlp()
+    rpqfx.save(small, tmp_path / "m.rpq")
+    with torch.device("meta"):
+        again = rpqfx.load(tmp_path / "m.rpq", MLP)
+    assert_identical(again, small)
+    assert {p.device.type for p in rpqfx.load(tmp_path / "m.rpq", MLP, device="meta").parameters()} == {"meta"}
+
+
+# ------------------------------------------------------------------------------------------------ what comes back
+
+
+@both_formats
+@pytest.mark.parametrize("damage", ["a flipped bit", "cut", "another model"])
+def test_what_does_not_come_back_as_it_was_written_replaces_nothing(
+    damage: str, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    small, other, path = small_mlp(), rpqfx.rpqify(MLP(), SMALL), tmp_path / f"m{suffix}"
+    rpqfx.save(other, tmp_path / f"other{suffix}")
+    path.write_bytes(b"old")
+    write = serialize.writer_for(path.name)
+
+    def failing(part: Path, text: str, seal: str, tensors: dict[str, Tensor]) -> None:
+        write(part, text, seal, tensors)
+        content = bytearray(part.read_bytes())
+        if damage == "a flipped bit":
+            content[bytes(content).index(bytes(tensors["fc1.bias"].view(torch.uint8).tolist()))] ^= 1
+        elif damage == "cut":
+            del content[len(content) // 2 :]
+        else:
+            content = bytearray((tmp_path / f"other{suffix}").read_bytes())
+        part.write_bytes(content)
+
+    monkeypatch.setattr(serialize, "writer_for", lambda name: failing)
+    with pytest.raises(OSError, match=r"what was written to .* does not come back \(.*\), so the file is as it was"):
+        rpqfx.save(small, path)
+    assert path.read_bytes() == b"old" and not list(tmp_path.glob("*.part"))
+
+
+def test_what_could_not_be_loaded_again_is_not_saved(tmp_path: Path):
+    small, path = small_mlp(), tmp_path / "m.rpq"
+    path.write_bytes(b"old")
+    nn.utils.parametrize.register_parametrization(small.fc1.weight_rpq, "codebooks", nn.Identity())
+    with pytest.raises(RPQError, match=r"could not be loaded again, so it is not saved: lacks fc1\.weight_rpq\.code"):
+        rpqfx.save(small, path)
+    small = rpqfx.rpqify(changed(MLP(), table=nn.Buffer(torch.eye(3).to_sparse())), SMALL)
+    with pytest.raises(RPQError, match=r"table is a torch\.sparse_coo, and files hold plain dense tensors"):
+        rpqfx.save(small, path)
+    assert path.read_bytes() == b"old"
+
+
+@both_formats
+def test_parts_of_larger_memory_are_stored_as_parts(suffix: str, tmp_path: Path):
+    small = rpqfx.rpqify(MLP(), SMALL)
+    small.register_buffer("part", torch.arange(10.0**5)[5:9])
+    small.register_buffer("apart", torch.arange(12.0)[::3])
+    rpqfx.save(small, tmp_path / f"m{suffix}")
+    assert (tmp_path / f"m{suffix}").stat().st_size < 10**5
+    build = lambda: changed(MLP(), part=nn.Buffer(torch.zeros(4)), apart=nn.Buffer(torch.zeros(4)))  # noqa: E731
+    assert_identical(rpqfx.load(tmp_path / f"m{suffix}", build), small)
+
+
+def test_tensors_that_share_memory_still_do(tmp_path: Path):
+    def build() -> nn.Module:
+        model = changed(MLP(), both=nn.Buffer(torch.arange(6.0)))
+        return changed(model, first=nn.Buffer(model.both[:2]))
+
+    small = rpqfx.rpqify(build(), SMALL)
+    rpqfx.save(small, tmp_path / "m.rpq")
+    again = rpqfx.load(tmp_path / "m.rpq", build)
+    again.both[0] = 7
+    assert again.first[0] == 7
+    pytest.importorskip("safetensors")
+    with pytest.raises(RPQError, match=r"share memory without being one tensor.*save under another name"):
+        rpqfx.save(small, tmp_path / "m.safetensors")
+
+
+def test_codes_out_of_range_do_not_come_out_of_an_unpacked_file(tmp_path: Path):
+    save_unpacked(small_mlp(), tmp_path / "m.rpq", 2)
+    held = torch.load(tmp_path / "m.rpq", weights_only=True)
+    held["tensors"]["fc1.weight_rpq.codes"][0, 0, 0] = 200
+    text = json.dumps({**json.loads(held["rpqfx"]), "checksum": _checksum(held["tensors"])})
+    torch.save({**held, "rpqfx": text, "seal": _seal(text)}, tmp_path / "m.rpq")
+    with pytest.raises(FormatError, match=r"fc1\.weight_rpq\.codes, which cannot be unpacked: codes of 0 to 200"):
+        rpqfx.load(tmp_path / "m.rpq", forbidden)

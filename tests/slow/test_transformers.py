@@ -359,6 +359,78 @@ def test_codebooks_that_layers_share_are_written_once(name: str, sharing: str, t
         assert torch.equal(logits(small, name)[..., :300], before)
 
 
+def converted(name: str) -> Any:
+    """A model whose codebooks, which layers share, were trained on what calibration showed."""
+    policy = Policy(codebook_dim=8, bits=4, min_size=1024, sharing="shape")
+    return rpqfx.rpqify(build(name), policy, calibration=[inputs(name)], progress=False)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama tied", "gpt2", "t5", "bert", "vit"])
+def test_converted_models_are_saved_by_every_standard_call(name: str, tmp_path: Path):
+    """Their codebooks are shared only when they have been trained."""
+    from safetensors.torch import load_file, load_model, save_model
+
+    small = converted(name)
+    shared = [weight.codebooks for weight in held_weights(small).values()]
+    assert len({id(books) for books in shared}) < len(shared)
+    wanted = logits(small, name)
+    rpqfx.save(small, tmp_path / "m.rpq")
+    loaded = rpqfx.load(tmp_path / "m.rpq", lambda: build(name)).eval()
+    for number, model in enumerate((small, copy.deepcopy(small), pickle.loads(pickle.dumps(small)), loaded)):
+        model.tie_weights()
+        model.save_pretrained(tmp_path / str(number), max_shard_size="50kB" if number == 1 else "5GB")
+        written: dict[str, Tensor] = {}
+        for part in (tmp_path / str(number)).glob("*.safetensors"):
+            written |= load_file(part)
+        again = converted(name)
+        with torch.no_grad():
+            for parameter in again.parameters():
+                parameter.add_(1)
+        assert not again.load_state_dict(written, strict=False).unexpected_keys
+        assert torch.equal(logits(again.eval(), name), wanted)
+    torch.save(small, tmp_path / "whole.pt")
+    assert torch.equal(logits(torch.load(tmp_path / "whole.pt", weights_only=False), name), wanted)
+    save_model(small, str(tmp_path / "model.safetensors"))
+    again = converted(name)
+    with torch.no_grad():
+        for parameter in again.parameters():
+            parameter.add_(1)
+    load_model(again, str(tmp_path / "model.safetensors"))
+    assert torch.equal(logits(again.eval(), name), wanted)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama tied", "bert"])
+def test_trainer_resumes_a_converted_model_from_its_checkpoint(name: str, tmp_path: Path):
+    pytest.importorskip("accelerate")
+    small, losses = converted(name), []
+    for model, resume in ((small, None), (converted(name), str(tmp_path / "checkpoint-2"))):
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path), per_device_train_batch_size=8, learning_rate=1e-2, max_steps=4, logging_steps=1,
+            save_steps=2, report_to=[], use_cpu=True, disable_tqdm=True, seed=0,
+        )  # fmt: skip
+        trainer = transformers.Trainer(model=model, args=arguments, train_dataset=Rows(name))
+        trainer.train(resume_from_checkpoint=resume)
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        last = model
+    assert len(losses[0]) == 4 and losses[1] == losses[0]
+    for key, tensor in small.state_dict().items():
+        torch.testing.assert_close(last.state_dict()[key], tensor)
+
+
+def test_distributed_checkpoints_hold_what_a_converted_model_has(tmp_path: Path):
+    from torch.distributed import checkpoint
+
+    small, again = converted("llama tied"), converted("llama tied")
+    checkpoint.save(small.state_dict(), checkpoint_id=tmp_path / "dcp", no_dist=True)
+    with torch.no_grad():
+        for parameter in again.parameters():
+            parameter.add_(1)
+    state = again.state_dict()
+    checkpoint.load(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    again.load_state_dict(state)
+    assert torch.equal(logits(again.eval(), "llama tied"), logits(small, "llama tied"))
+
+
 def test_every_option_of_a_spec_is_written_tied_and_resized(tmp_path: Path):
     policy = Policy.from_scratch(codebook_dim=8, bits=4, min_size=1024, scale=True, signs=True, stages=2)
     small = rpqfx.rpqify(build("gpt2").bfloat16(), policy)
