@@ -54,6 +54,11 @@ POLICIES = {
     "budget": Policy.budget(ratio=0.3, init="random"),
 }
 
+CASES = [
+    *(pytest.param(name, RANDOM, id=name) for name in MODELS),
+    *(pytest.param("blocks", policy, id=f"blocks, {name}") for name, policy in POLICIES.items()),
+]
+
 
 def calls(model: nn.Module, policy: Policy) -> int:
     """Calls of functions during a rewrite, which no other process has a say in."""
@@ -105,8 +110,8 @@ def test_on_the_meta_device_a_layer_takes_few_calls_and_computes_nothing() -> No
     """Nothing is drawn or fitted there, so that calls of functions are all that a rewrite costs."""
     policy = Policy(bits=4, codebook_dim=16)
     calls(on_meta(20), policy)  # what is done once is done
-    small, large = (calls(on_meta(n), policy) for n in (40, 80))
-    assert (large - small) / 40 < 5_000  # some 2,600 of them
+    small, large = (calls(on_meta(n), policy) for n in (20, 40))
+    assert (large - small) / 20 < 5_000  # some 2,600 of them
     assert elements(on_meta(40), policy) == 0
 
 
@@ -119,15 +124,13 @@ def test_codebooks_are_drawn_from_what_is_there_in_a_few_passes(name: str) -> No
     assert counts[2] - counts[1] == 2 * (counts[1] - counts[0])
 
 
-@pytest.mark.parametrize(
-    ("name", "policy"), [*((n, "own") for n in MODELS), *(("blocks", p) for p in POLICIES if p != "own")]
-)
-def test_calls_are_linear_in_the_number_of_modules(name: str, policy: str) -> None:
+@pytest.mark.parametrize(("name", "policy"), CASES)
+def test_calls_are_linear_in_the_number_of_modules(name: str, policy: Policy) -> None:
     """Twice the modules more take twice the calls more, and none takes many: some 8,000, traced with its block."""
-    calls(MODELS[name](20), POLICIES[policy])  # what is done once is done
-    counts = [calls(MODELS[name](n), POLICIES[policy]) for n in (24, 48, 96)]
+    calls(MODELS[name](20), policy)  # what is done once is done
+    counts = [calls(MODELS[name](n), policy) for n in (16, 32, 64)]
     assert 1.8 < (counts[2] - counts[1]) / (counts[1] - counts[0]) < 2.2
-    assert (counts[2] - counts[1]) / 48 < 15_000
+    assert (counts[2] - counts[1]) / 32 < 15_000
 
 
 def test_a_module_of_many_parameters_takes_on_one_class() -> None:
