@@ -58,7 +58,11 @@ def test_compiled_with_all_options_equals_eager(name: str, plan: Plan) -> None:
 
 @pytest.mark.parametrize("name", CHANNELS)
 @pytest.mark.parametrize(
-    "options", [{}, {"signs": True, "scale": True, "stages": 2, "sharing": "layer"}], ids=["", "all"]
+    "options",
+    [
+        pytest.param({}, id="none", marks=pytest.mark.slow),  # the next test compiles these as well
+        pytest.param({"signs": True, "scale": True, "stages": 2, "sharing": "layer"}, id="all"),
+    ],
 )
 def test_compiled_convolutions_that_contract_equal_eager(
     name: str, options: dict, monkeypatch: pytest.MonkeyPatch
