@@ -97,3 +97,25 @@ def test_the_check_notices(tmp_path: Path, body: str, message: str) -> None:
     (tmp_path / "costly_module.py").write_text(body + "\n")
     with pytest.raises(AssertionError, match=message):
         assert_light("costly_module", tmp_path)
+
+
+def test_importing_reads_no_environment_variable() -> None:
+    """What torch reads for itself is read before."""
+    script = """
+import os, sys, torch, einops
+
+class Noted(dict):
+    def __getitem__(self, name):
+        read.append(name)
+        return super().__getitem__(name)
+
+read = []
+os.environ._data = Noted(os.environ._data)
+import rpqfx, rpqfx.nn, rpqfx.routing
+print(read)
+os.environ.get("HOME")
+print(len(read))
+"""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, check=True)
+    assert done.stdout.split() == ["[]", "1"], done.stdout
