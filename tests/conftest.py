@@ -22,6 +22,8 @@ torch.set_num_threads(1)
 _common = {"deadline": None, "max_examples": 100, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("default", **_common)
 settings.register_profile("ci", derandomize=True, print_blob=True, **_common)
+settings.register_profile("thorough", **{**_common, "max_examples": 500})
+# pytest --hypothesis-profile has the last word.
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 HERE = Path(__file__).parent

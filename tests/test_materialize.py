@@ -148,6 +148,7 @@ def test_codebooks_follow_a_configurations_scale_and_no_rule_in_code(name: str):
     plain = rpqfx.materialize(on_meta(Model, policy))
     assert float(plain.table.weight_rpq().detach().std()) == pytest.approx(1.0, rel=0.05)
     assert float(plain.fc.weight_rpq().detach().std()) == pytest.approx((3 * 64) ** -0.5, rel=0.05)
+    assert float(plain.fc.bias.detach().std()) == pytest.approx((3 * 64) ** -0.5, rel=0.05)
 
     def configured() -> nn.Module:
         model = Model()

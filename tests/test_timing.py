@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -46,9 +47,10 @@ def test_short_calls_are_repeated_within_a_sample(monkeypatch: pytest.MonkeyPatc
     assert clock.order == ["a", "b", "c"] * 2 + one * 2
 
 
-def test_a_slower_call_takes_longer_on_a_real_clock() -> None:
-    fast, slow = timing.in_turns([lambda: None, lambda: time.sleep(3e-3)], CPU, 3)
-    assert fast < 1 < 3 <= slow < 300
+def test_a_real_clock_gives_at_least_what_a_call_sleeps() -> None:
+    """In milliseconds. What more there is depends on what else the machine does."""
+    nothing, short, longer = timing.in_turns([lambda: None, *(partial(time.sleep, s) for s in (3e-3, 6e-3))], CPU, 3)
+    assert nothing > 0 and short >= 3 and longer >= 6
 
 
 def test_other_devices_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

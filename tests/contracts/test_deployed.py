@@ -90,7 +90,7 @@ def test_one_graph_forward_and_one_backward_train_every_batch(name: str, plan: s
     assert counts == {"forward": 1, "backward": 1}
 
 
-@pytest.mark.parametrize("name", ["vit", "resnet20"])
+@pytest.mark.parametrize("name", ["vit", pytest.param("resnet20", marks=pytest.mark.slow)])
 def test_one_graph_infers_every_batch(name: str):
     counts: Counter[str] = Counter()
     model = DEPLOYED[name].model()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -88,6 +89,14 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], list[Tensor]], 
 every_model = pytest.mark.parametrize("name", MODELS)
 
 
+@functools.cache
+def converted(name: str) -> tuple[nn.Module, nn.Module]:
+    """A model and what calibration makes of it, for tests that change neither."""
+    build, draw, policy = MODELS[name]
+    model = build()
+    return model, rpqfx.rpqify(model, policy, calibration=draw(0))
+
+
 def error(model: nn.Module, small: nn.Module, batches: list[Tensor]) -> float:
     with torch.no_grad():
         pairs = [(model(x), small(x)) for x in batches]
@@ -104,19 +113,16 @@ def equal(one: nn.Module, other: nn.Module) -> bool:
 
 @every_model
 def test_calibration_brings_outputs_nearer(name: str) -> None:
-    build, draw, policy = MODELS[name]
-    model = build()
+    _, draw, policy = MODELS[name]
+    model, small = converted(name)
     without = error(model, rpqfx.rpqify(model, policy), draw(0))
-    assert error(model, rpqfx.rpqify(model, policy, calibration=draw(0)), draw(0)) < 0.8 * without
+    assert error(model, small, draw(0)) < 0.8 * without
 
 
 @every_model
 def test_the_dense_model_stays_bit_for_bit_and_shares_nothing_with_the_result(name: str) -> None:
-    build, draw, policy = MODELS[name]
-    model = build()
-    before = copy.deepcopy(model)
-    small = rpqfx.rpqify(model, policy, calibration=draw(0))
-    assert equal(model, before) and not is_rewritten(model)
+    model, small = converted(name)
+    assert equal(model, MODELS[name][0]()) and not is_rewritten(model)
     mine = {t.data_ptr() for t in (*model.parameters(), *model.buffers())}
     assert not mine & {t.data_ptr() for t in (*small.parameters(), *small.buffers()) if t.numel()}
     assert all(type(weight) is RPQWeight for weight in held_weights(small).values())
@@ -127,15 +133,14 @@ def test_the_dense_model_stays_bit_for_bit_and_shares_nothing_with_the_result(na
 @every_model
 def test_the_same_call_gives_the_same_model_and_another_seed_another(name: str) -> None:
     build, draw, policy = MODELS[name]
-    made = [rpqfx.rpqify(build(), policy, calibration=draw(0), seed=seed) for seed in (0, 0, 1)]
-    assert equal(made[0], made[1]) and not equal(made[0], made[2])
+    same, another = (rpqfx.rpqify(build(), policy, calibration=draw(0), seed=seed) for seed in (0, 1))
+    assert equal(converted(name)[1], same) and not equal(same, another)
 
 
 @every_model
 def test_the_result_is_saved_loaded_and_trained(name: str, tmp_path: Any) -> None:
-    build, draw, policy = MODELS[name]
-    model = build()
-    small = rpqfx.rpqify(model, policy, calibration=draw(0))
+    draw = MODELS[name][1]
+    model, small = copy.deepcopy(converted(name))
     rpqfx.save(small, tmp_path / "small.rpq")
     again = rpqfx.load(tmp_path / "small.rpq", lambda: copy.deepcopy(model).to("meta")).train(model.training)
     assert torch.equal(again(draw(0)[0]), small(draw(0)[0]))

@@ -40,7 +40,7 @@ def naive(points: Tensor, books: Tensor, cosine: bool) -> tuple[Tensor, Tensor, 
     return torch.stack(codes, 1), rest.square().sum(1), torch.stack(gaps, 1).min(1).values
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(
     st.sampled_from([0, 1, 5, 33]), st.integers(1, 3), st.integers(2, 40), st.sampled_from([1, 3, 8, 20]), seeds,
     dtypes, st.booleans(), blocks,

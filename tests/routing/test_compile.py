@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -43,11 +44,12 @@ def test_compiled_routers_equal_eager(name: str) -> None:
     torch.testing.assert_close(*grads)
 
 
-# The others are made of the same parts.
-FEW = ("feed forward", "cross", "autoregressive", "block")
+def kinds(*names: str) -> list[Any]:
+    """All kinds, of which all but these are slow: by default each is compiled or exported, or made of what is."""
+    return [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in KINDS]
 
 
-@pytest.mark.parametrize("name", [n if n in FEW else pytest.param(n, marks=pytest.mark.slow) for n in KINDS])
+@pytest.mark.parametrize("name", kinds("cross", "block"))
 def test_compiled_blocks_equal_eager(name: str) -> None:
     """Forward and backward, with a mask."""
     (x, mask), layer = x_and_mask(), made(name, 6, router={"eps": 1.0})
@@ -69,7 +71,7 @@ def test_one_graph_serves_every_length(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(compiled(x), layer(x))
 
 
-@pytest.mark.parametrize("name", [n if n in FEW else pytest.param(n, marks=pytest.mark.slow) for n in KINDS])
+@pytest.mark.parametrize("name", kinds("feed forward", "autoregressive"))
 def test_exported_blocks_take_any_batch(name: str) -> None:
     (x, mask), layer = x_and_mask(), made(name, 6).eval()
     batch = Dim("batch", min=2, max=64)
