@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from rpqfx.convert.batches import arguments
 from rpqfx.errors import InputError, TrainingError
 from rpqfx.graph.rewrite import Progress
+from rpqfx.tuning.checks import check_options
 from rpqfx.tuning.cut import CutWeight
 from rpqfx.tuning.feed import Data, feed
 from rpqfx.tuning.latent import Latent
@@ -82,14 +83,14 @@ def finetune(
     loss: Loss | None = None,
     logits: bool | None = None,
     recode: bool = True,
-    recode_every: int = 1,
+    recode_every: int | None = None,
     rates: Rates | None = None,
     train: Choose | None = None,
     norms: Literal["keep", "update"] = "keep",
     autocast: torch.dtype | None = None,
     accumulate: int = 1,
     clip: float = 1.0,
-    seed: int = 0,
+    seed: int | None = None,
     progress: Progress | None = None,
 ) -> Finetuned:
     """Trains what a model in codebooks has left to train, so that it comes near to its dense teacher.
@@ -115,7 +116,7 @@ def finetune(
             ([`Distillation`][rpqfx.tuning.losses.Distillation]).
         logits: Whether outputs are logits; left out, those that have ``logits`` are.
         recode: Whether codes change. Those of weights with several stages and signs do not.
-        recode_every: Steps between two looks for nearer entries.
+        recode_every: Steps between two looks for nearer entries; 1 if left out.
         rates: Learning rates.
         train: Chooses Parameters by their qualified names; left out, codebooks, scales and dense Parameters of one
             axis.
@@ -124,32 +125,32 @@ def finetune(
         autocast: Products in this dtype, of student and teacher.
         accumulate: Batches a step.
         clip: Norm to which a step's gradient is shortened.
-        seed: Of the order of batches.
+        seed: Of the order of batches, where ``data`` is a sequence; 0 if left out.
         progress: Called with (done, total, loss in words) after each step.
 
     Returns:
         Losses and counts; print it.
 
     Raises:
-        InputError: If nothing is in codebooks, there is no data, neither teacher nor loss is given, or outputs cannot
-            be compared.
+        InputError: If nothing is in codebooks, there is no data, neither teacher nor loss is given, outputs cannot be
+            compared, or an argument is out of range or would do nothing beside the others.
         TrainingError: If a loss or its gradient is not finite; the model is then as it was at the last that was.
     """
-    if teacher is None and loss is None:
-        raise InputError("give a teacher, the dense model, or a loss that needs none")
-    for name, count in (("steps", steps), ("recode_every", recode_every), ("accumulate", accumulate)):
-        if type(count) is not int or count < 1:
-            raise InputError(f"{name} is a whole number from 1, got {count!r}")
+    check_options(
+        small, teacher, data, steps=steps, loss=loss, logits=logits, recode=recode, recode_every=recode_every,
+        rates=rates, train=train, norms=norms, autocast=autocast, accumulate=accumulate, clip=clip, seed=seed,
+        progress=progress,
+    )  # fmt: skip
     model = getattr(small, "_orig_mod", small)  # as it was before torch.compile
     guide = getattr(teacher, "_orig_mod", teacher)
     compare = loss or Distillation(logits)
-    run = _Run(model, guide, feed(data, seed), compare, autocast, accumulate)
+    run = _Run(model, guide, feed(data, seed or 0), compare, autocast, accumulate)
     began = time.perf_counter()
     with torch.inference_mode(False), torch.enable_grad(), _modes(model, guide, norms):
         try:
             run.start(rates or Rates(), train, recode, steps)
             for step in range(steps):
-                run.step(step, clip, recode_every)
+                run.step(step, clip, recode_every or 1)
                 if progress is not None:
                     progress(step + 1, steps, f"loss {run.losses[-1]:.4g}")
         finally:
@@ -249,8 +250,6 @@ _REMEDY = "the model is as it was before that step's update. Try lower rates, or
 @contextmanager
 def _modes(model: nn.Module, teacher: nn.Module | None, norms: str) -> Iterator[None]:
     """Eval mode, of batch norms as they are asked for, for a while."""
-    if norms not in ("keep", "update"):
-        raise InputError(f"norms is 'keep' or 'update', got {norms!r}")
     modules = [*model.modules(), *(teacher.modules() if teacher is not None else ())]
     before = [(module, module.training) for module in modules]
     for module in modules:

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rpqfx.errors import RewriteError
+from rpqfx.arguments import check_model
+from rpqfx.checks import shown
+from rpqfx.errors import InputError, RewriteError
 from rpqfx.nn.computed import hooked, refresh
 from rpqfx.nn.layer import RPQLayer
 from rpqfx.nn.recurrent import BackedCell
@@ -35,9 +37,16 @@ def materialize(
         ``model``.
 
     Raises:
+        InputError: If ``model`` is no module, the device none that holds values, or there is nothing for ``init``.
         RewriteError: If a module can not be initialised in any of these ways; nothing is allocated then.
     """
+    check_model(model, "materialize")
+    where = _device(device)
+    if init is not None and (not callable(init) or isinstance(init, nn.Module)):
+        raise InputError(f"init is a function of a module, got {shown(init)}")
     owners = [(name, m) for name, m in model.named_modules() if _owns_meta(m)]
+    if init is not None and not owners:
+        raise InputError("init would do nothing: no tensor of the model is on the meta device; leave it out")
     general = getattr(model, "_init_weights", None)
     if init is None:
         stuck = [name or type(m).__name__ for name, m in owners if not _resets(m) and not general]
@@ -53,7 +62,7 @@ def materialize(
             for name, tensor in group.items():
                 if tensor is not None and tensor.is_meta:
                     if id(tensor) not in made:
-                        made[id(tensor)] = _allocate(tensor, device)
+                        made[id(tensor)] = _allocate(tensor, where)
                     group[name] = made[id(tensor)]
     for _, module in owners:  # codebooks first: what reads them then finds valid codes
         if isinstance(module, RPQWeight):
@@ -92,6 +101,18 @@ def _owns_meta(module: nn.Module) -> bool:
     return any(tensor is not None and tensor.is_meta for tensor in tensors)
 
 
-def _allocate(tensor: Tensor, device: torch.device | str) -> Tensor:
+def _device(device: Any) -> torch.device:
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(
+            f"device is where tensors go, such as 'cpu' or 'cuda', got {shown(device)}: {error}"
+        ) from error
+    if found.type == "meta":
+        raise InputError("device='meta' holds no values; give 'cpu', 'cuda' or another device that does")
+    return found
+
+
+def _allocate(tensor: Tensor, device: torch.device) -> Tensor:
     empty = torch.empty_like(tensor, device=device)
     return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty

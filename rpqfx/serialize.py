@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rpqfx.errors import FormatError, RPQError
+from rpqfx.arguments import check_model, check_path
+from rpqfx.checks import shown
+from rpqfx.errors import FormatError, InputError, RPQError
 from rpqfx.files import draft, take_in
 from rpqfx.graph.match import is_rewritten
 from rpqfx.manifest import describe, put_back, unpacked
@@ -38,11 +40,14 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         path: Where to; a name that ends in ``.safetensors`` makes a safetensors file (extra ``safetensors``).
 
     Raises:
+        InputError: If ``model`` is no module, or the path no path.
         RPQError: If the model holds nothing in codebooks, or has tensors on the meta device.
         CodeError: If codes point outside their codebook.
         OSError: If the file cannot be written, as on a full disk.
         ImportError: If safetensors is asked for and not installed.
     """
+    check_model(model, "save")
+    check_path(path, "path")
     if not is_rewritten(model):
         raise RPQError("nothing in this model is held in codebooks; save a dense model with torch.save(state_dict())")
     tensors, manifest = describe(model)
@@ -55,7 +60,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 def load(
     path: str | os.PathLike[str],
-    build: Callable[[], nn.Module],
+    build: Callable[[], nn.Module] | None = None,
     *,
     device: torch.device | str = "cpu",
     build_device: torch.device | str = "meta",
@@ -67,7 +72,7 @@ def load(
 
     Args:
         path: The file.
-        build: Makes the model as it was before ``rpqify``; called once, without arguments.
+        build: Makes the model as it was before ``rpqify``; called once, without arguments. It has to be given.
         device: Where the tensors go.
         build_device: Where ``build`` runs; ``"cpu"`` for models that compute with values while they are built.
 
@@ -75,10 +80,14 @@ def load(
         The model, with outputs identical to the saved one's to the last bit. It is in the mode ``build`` gives it.
 
     Raises:
+        InputError: If ``build`` is no function, or the path no path.
         FormatError: If the file is truncated, altered, of a newer format or no rpqfx file, or ``build`` makes a
             model that does not fit it. Nothing half-loaded is left behind.
         ImportError: If it is a safetensors file and safetensors is not installed.
     """
+    check_path(path, "path")
+    _check_build(build)
+    assert build is not None
     manifest, tensors = _read(Path(path), device)
     with torch.device(build_device):
         try:
@@ -95,6 +104,23 @@ def load(
         raise FormatError("build() must return the dense model, as it was before rpqify; it is already rewritten")
     put_back(model, manifest, tensors, path)
     return model
+
+
+def _check_build(build: Any) -> None:
+    """Sees that there is a function that builds the dense model."""
+    example = "rpqfx.load(path, lambda: Model(config))"
+    if build is None:
+        raise InputError(
+            f"load needs a function that builds the dense model, without arguments: {example}; the file holds its "
+            "tensors, not its code"
+        )
+    if isinstance(build, nn.Module):
+        raise InputError(
+            f"build is a function that builds the dense model, got a model ({type(build).__name__}); give one that "
+            f"makes it anew: {example}"
+        )
+    if not callable(build):
+        raise InputError(f"build is a function that builds the dense model, got {shown(build)}; give {example}")
 
 
 # ---------------------------------------------------------------------------------------------------- the file

@@ -8,14 +8,15 @@ flags, attributes and methods, so nothing that refers to it has to be found and 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 
-from rpqfx.codebook import CodebookSpec
+from rpqfx.codebook import CodebookSpec, pack_signs, unpack_signs
 from rpqfx.decision import Hold, Skip
-from rpqfx.errors import RewriteError
+from rpqfx.draws import drawn_from
+from rpqfx.errors import InputError, RewriteError
 from rpqfx.fit import fit_codebooks
 from rpqfx.graph.capture import Captured
 from rpqfx.graph.code import needs_tensors
@@ -38,7 +39,7 @@ def rewrite(
     decisions: Mapping[str, CodebookSpec | Hold | Skip],
     sites: Sequence[Site] | None = None,
     *,
-    seed: int = 0,
+    seed: int | None = None,
     progress: Progress | None = None,
 ) -> nn.Module:
     """Carries out decisions on ``captured.model``, in place.
@@ -50,7 +51,7 @@ def rewrite(
         captured: The model that was read.
         decisions: By site name; sites without one are left alone.
         sites: What ``find_sites(captured)`` returned, where that is at hand.
-        seed: Of fits.
+        seed: Of fits (0 if left out) and of random codebooks (from torch's global generator if left out).
         progress: Called with (done, total, site name) after each site.
 
     Returns:
@@ -59,6 +60,7 @@ def rewrite(
     Raises:
         RewriteError: If a decision names no site, or one that cannot be rewritten, or does not fit it.
         PolicyError: If a spec fits neither side of its site.
+        InputError: If there is a seed, but all is on the meta device, where nothing is drawn.
     """
     sites = find_sites(captured) if sites is None else sites
     settled = settle(decisions, sites)
@@ -66,8 +68,14 @@ def rewrite(
     held = {name: decision for name, decision in settled.items() if isinstance(decision, Hold)}
     made: dict[str, RPQWeight] = {}
     errors: dict[str, float | None] = {}
+    if seed is not None and held and all(parameter_at(captured.model, name).is_meta for name in held):
+        raise InputError(
+            f"seed={seed} would do nothing: the model is on the meta device, where nothing is drawn; call "
+            "torch.manual_seed before rpqfx.materialize"
+        )
     for group in groups_of(held).values():
-        weights = _make(captured.model, [(by_name[name], held[name]) for name in group], seed)
+        with drawn_from(seed, group[0], [parameter_at(captured.model, name).device for name in group]):
+            weights = _make(captured.model, [(by_name[name], held[name]) for name in group], seed or 0)
         for name, weight in zip(group, weights, strict=True):
             made[name], errors[name] = weight, _error(captured.model, by_name[name], held[name], weight)
             if progress is not None:
@@ -102,6 +110,9 @@ def record(
     sites: Sequence[Site],
     settled: Mapping[str, Hold | Skip],
     errors: Mapping[str, float | None],
+    *,
+    calibrated: Collection[str] = (),
+    notes: Sequence[str] = (),
 ) -> None:
     """Keeps what was done with a model for its report.
 
@@ -109,10 +120,15 @@ def record(
         model: The model.
         sites: All its sites.
         settled: What was decided.
-        errors: Relative errors of fits.
+        errors: Relative errors of fits; None where nothing was fitted.
+        calibrated: Names of what was fitted to what its inputs showed.
+        notes: Remarks.
     """
     undecided = Skip("no decision")
-    attach_records(model, [SiteRecord.of(s, settled.get(s.name, undecided), errors.get(s.name)) for s in sites])
+    records = [
+        SiteRecord.of(s, settled.get(s.name, undecided), errors.get(s.name), s.name in calibrated) for s in sites
+    ]
+    attach_records(model, records, notes)
 
 
 def install(model: nn.Module, names: Sequence[str], weight: RPQWeight) -> None:
@@ -228,7 +244,7 @@ def _share(model: nn.Module, members: list[tuple[Site, Hold]], weights: list[RPQ
         return
     whole = CodebookSpec(
         sum(spec.num_vectors for spec in specs), specs[0].dim, specs[0].codebook_dim, specs[0].entries,
-        specs[0].stages, specs[0].books, specs[0].scale, False,
+        specs[0].stages, specs[0].books, specs[0].scale, specs[0].signs,
     )  # fmt: skip
     rows = [w.layout.to_vectors(p.detach()) for w, p in zip(weights, parameters, strict=True)]
     fit = fit_codebooks(torch.cat(rows), whole, seed=seed)
@@ -237,8 +253,11 @@ def _share(model: nn.Module, members: list[tuple[Site, Hold]], weights: list[RPQ
         sizes = [spec.num_vectors for spec in specs]
         for weight, codes in zip(weights, fit.codes.split(sizes, -1), strict=True):
             weight.codes.copy_(codes)
-            if weight.signs is not None:
-                weight.signs.zero_()
+        if fit.signs is not None:
+            each = unpack_signs(fit.signs, sum(sizes)).split(sizes, -1)
+            for weight, minus in zip(weights, each, strict=True):
+                assert weight.signs is not None
+                weight.signs.copy_(pack_signs(minus))
         if fit.scale is not None:
             for weight, scale in zip(weights, fit.scale.split(sizes), strict=True):
                 assert weight.scale is not None
