@@ -53,7 +53,7 @@ POLICIES: dict[str, tuple[Any, str]] = {
     "KV rule": (KVRule("fc1", bits=2), "got a KVRule; it goes into a KVPolicy"),
     "route rule": (RouteRule("fc1", tokens=2), "got a RouteRule; it goes into a RoutePolicy"),
     "dict": ({"bits": 4}, r"got a dict; make a policy of it: Policy\(\*\*options\)"),
-    "JSON": (SMALL.to_json(), r"read it with Policy\.from_json\(text\)"),
+    "JSON": (SMALL.to_json(), r"got the text .*; if it is JSON, read it with Policy\.from_json\(text\)"),
     "spec": (CodebookSpec(32, 12, 4, 4), "got a CodebookSpec, which fits one shape; pass a function"),
     "number": (4, "got 4"),
     "module": (MLP(), "got MLP"),
@@ -175,9 +175,12 @@ def test_numbers_of_calls_are_refused_by_name(wrong: Any, tmp_path: Path) -> Non
     for name, call in calls.items():
         with pytest.raises(InputError, match=f"^{name} is a whole number"):
             call()
-    if wrong not in (1.0, 2**70):
-        with pytest.raises(InputError, match="clip is a norm above 0, got"):
-            rpqfx.finetune(small, teacher=MLP(), data=batches, clip=wrong)
+
+
+@pytest.mark.parametrize("wrong", ["x", -1, 0, True, torch.tensor(3.0), float("nan")])
+def test_a_norm_to_clip_to_is_a_number(wrong: Any) -> None:
+    with pytest.raises(InputError, match="clip is a norm above 0, got"):
+        rpqfx.finetune(rpqfx.rpqify(MLP(), SMALL), teacher=MLP(), data=[x12()], clip=wrong)
 
 
 def test_a_file_is_loaded_with_a_function_that_builds_the_model(tmp_path: Path) -> None:
