@@ -218,3 +218,14 @@ def test_bits_that_cannot_be_had_say_which_can_and_what_to_change() -> None:
     assert rpqfx.report(small).bits_per_weight <= least
     with pytest.raises(PolicyError, match=r"nor any other number up to 16: .* use Policy\(bits="):
         rpqfx.rpqify(nn.Sequential(nn.Linear(2, 3)), Policy.pretrained(1, min_size=0))
+
+
+def test_data_may_come_from_inference_mode() -> None:
+    torch.manual_seed(0)
+    teacher = MLP(dropout=0.0)
+    small, twin = (rpqfx.rpqify(teacher, SMALL) for _ in range(2))
+    x = torch.randn(8, 12)
+    with torch.inference_mode():
+        rpqfx.finetune(small, teacher=teacher, data=[x.clone()], steps=2)
+    rpqfx.finetune(twin, teacher=teacher, data=[x], steps=2)
+    assert all(torch.equal(a, b) for a, b in zip(small.parameters(), twin.parameters(), strict=True))

@@ -102,6 +102,8 @@ def arguments(batch: Any, name: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if tensors and not any(tensor.numel() for tensor in tensors):
         shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors[:3])
         raise InputError(f"{name} is empty: its tensors have the shapes {shapes}; leave it out")
+    if any(tensor.is_inference() for tensor in tensors):
+        args, kwargs = tree_map(_recordable, (args, kwargs))
     return args, kwargs
 
 
@@ -114,7 +116,7 @@ def _check_container(batches: Any) -> None:
 
 
 def _call(batch: Any, name: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """As ``arguments``, of a calibration batch: without NaN, and without tensors that autograd cannot record."""
+    """As ``arguments``, of a calibration batch, which holds no NaN."""
     args, kwargs = arguments(batch, name)
     for leaf in tree_leaves((args, kwargs)):
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and not leaf.is_meta and bool(leaf.isnan().any()):
@@ -123,7 +125,7 @@ def _call(batch: Any, name: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
                 f"{name} holds NaN ({bad:,} of {leaf.numel():,} numbers of a tensor {list(leaf.shape)}); look at where "
                 "it comes from, or leave it out"
             )
-    return tree_map(_recordable, (args, kwargs))
+    return args, kwargs
 
 
 def _recordable(leaf: Any) -> Any:

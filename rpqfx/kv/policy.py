@@ -6,7 +6,7 @@ import dataclasses
 import fnmatch
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from rpqfx import byname
 from rpqfx.checks import flag, number, one_of, shown, whole
@@ -14,7 +14,7 @@ from rpqfx.errors import PolicyError
 from rpqfx.spelled import spelled
 
 _MOST_BITS = 8.0
-_STAGES = 6
+_STAGES, _BEAM = 6, 8
 _UNIT = 8  # tokens whose codes fill whole bytes, whatever their bits
 
 
@@ -126,7 +126,7 @@ class KVPolicy:
             )
         object.__setattr__(self, "rules", byname.rules_of(self.rules, KVRule))
         self._check_idle()
-        defaults = {"joint": self.transform and not self.scaled, "beam": 1 if self.cosine else 8}
+        defaults = {"joint": self.transform and not self.scaled, "beam": 1 if self.cosine else _BEAM}
         if self.transform:
             defaults["stages"] = _STAGES
         for name, value in defaults.items():
@@ -183,7 +183,19 @@ class KVPolicy:
         Raises:
             PolicyError: If the text says something else.
         """
-        return byname.from_json(cls, KVRule, text, cls.__name__)
+        return byname.from_json(lambda **values: cls(**_without_idle(values)), KVRule, text, cls.__name__)
+
+
+def _without_idle(values: dict[str, Any]) -> dict[str, Any]:
+    """Leaves out what 0.1 wrote of options at their defaults that did nothing beside the others."""
+    idle: dict[str, Any] = {}
+    if values.get("transform") is False:
+        idle["stages"] = _STAGES
+    if values.get("transform") is False or values.get("scaled") is True:
+        idle["joint"] = True
+    if values.get("cosine") is True:
+        idle["beam"] = _BEAM
+    return {name: value for name, value in values.items() if name not in idle or value != idle[name]}
 
 
 _RANGES = {

@@ -54,7 +54,7 @@ VALUES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "codebook_dim": (4, 8, {}),
     "codebooks": (4, 8, {}),
     "bits": (3, 5, {}),
-    "min_bits": (7, 2, {"min_size": 0, "codebook_dim": 4}),
+    "min_bits": (7, 2, {"min_size": 0, "codebook_dim": 4, "sharing": "own"}),
     "stages": (1, 2, {}),
     "sharing": ("own", "layer", {}),
     "experts": ("shared", "own", {}),
@@ -115,7 +115,7 @@ def test_an_option_of_a_policy_changes_decisions_or_is_refused(name: str, mode: 
     first, second, extra = VALUES[name]
     extra = {key: value for key, value in extra.items() if key not in IDLE[mode]}
     if mode == "budget":  # under split what is left dense takes its share; few bits are taken where there are few
-        extra["ratio"] = {"split": 0.6, "min_bits": 0.1}.get(name, 0.22)
+        extra["ratio"] = {"split": 0.6, "min_bits": 0.15}.get(name, 0.22)
 
     def make(value: Any) -> Policy:
         return MODES[mode](**{**extra, name: value})
