@@ -314,6 +314,27 @@ def test_rules_that_match_nothing_become_notes():
         assert all(note in shown for note in notes)
 
 
+def test_what_of_a_policy_comes_to_nothing_is_noted():
+    rules = (Rule("*", bits=3), Rule("fc", bits=2))
+    assert decide_all(Policy(rules=rules), [site()])[1] == [
+        "rule 'fc' is never followed: rules before it match every site that it does"
+    ]
+    assert decide_all(Policy(rules=rules[::-1]), [site(), site("x.weight")])[1] == []
+    tables = Policy.pretrained(4, embedding_bits=3)
+    assert decide_all(tables, [site()])[1] == ["embedding_bits: the model has no embedding"]
+    embedding = site("e.weight", (1000, 64), kind="embedding", splits=False, module_type=nn.Embedding)
+    assert decide_all(tables, [site(), embedding])[1] == []
+
+
+def test_fewer_bits_are_tried_before_a_layer_may_grow():
+    small = site(shape=(200, 64))
+    answer = Policy(bits=8, min_bits=4, allow_growth=True)(small)
+    assert answer == Policy(bits=8, min_bits=4)(small) and answer.spec.bits < 8
+    tiny = site(shape=(8, 8))
+    assert Policy(bits=8, min_bits=4, min_size=0, allow_growth=True)(tiny).spec.bits == 8
+    assert isinstance(Policy(bits=8, min_bits=4, min_size=0)(tiny), Skip)
+
+
 # --------------------------------------------------------------------------------------------------------- a value
 
 
