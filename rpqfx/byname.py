@@ -1,4 +1,4 @@
-"""What policies share whose rules go by the names of modules: JSON both ways, and a check that rules match."""
+"""What policies share whose rules go by the names of modules: JSON both ways, and checks of rules."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, TypeVar
 
+from rpqfx.checks import closest, shown
 from rpqfx.errors import PolicyError
+from rpqfx.strict_json import read_object
 
 P = TypeVar("P")
 
@@ -40,18 +42,79 @@ def from_json(kind: Callable[..., P], rule: Callable[..., Any], text: str, name:
     Raises:
         PolicyError: If the text says something else.
     """
+    held = read_object(text, name)
     try:
-        held: dict[str, Any] = json.loads(text)
-        rules = tuple(rule(**each) for each in held.pop("rules", ()))
+        rules = rules_from(held.pop("rules", []), rule)
         return kind(**held, rules=rules)
-    except (TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, PolicyError):
-            raise
-        raise PolicyError(f"not a {name} in JSON: {error}") from error
+    except PolicyError as error:
+        raise PolicyError(f"this JSON is not a {name}: {error}") from error
+
+
+def rules_from(values: Any, rule: Callable[..., Any]) -> tuple[Any, ...]:
+    """Rules as JSON has them.
+
+    Args:
+        values: A list of objects.
+        rule: Makes one of an object's fields.
+
+    Raises:
+        PolicyError: If it is something else, or a rule is refused.
+    """
+    if not isinstance(values, list) or not all(isinstance(each, dict) for each in values):
+        raise PolicyError(f"rules are a list of objects, got {shown(values)}")
+    return tuple(rule(**each) for each in values)
+
+
+def rules_of(rules: Any, kind: type) -> tuple[Any, ...]:
+    """The rules of a policy as a tuple.
+
+    Args:
+        rules: What was given.
+        kind: Class of a rule.
+
+    Raises:
+        PolicyError: If it is no sequence of rules.
+    """
+    name = kind.__name__
+    if isinstance(rules, kind):
+        raise PolicyError(f"rules is a sequence of {name}s, got one {name}; put it in a tuple: rules=({name}(...),)")
+    if not isinstance(rules, Sequence) or isinstance(rules, str):
+        raise PolicyError(f"rules is a sequence of {name}s, got {shown(rules)}")
+    for rule in rules:
+        if not isinstance(rule, kind):
+            raise PolicyError(f"rules are {name} values, got {shown(rule)}; write {name}('a glob', ...)")
+    return tuple(rules)
+
+
+def check_match(match: Any, kind: str) -> None:
+    """Sees that what a rule matches by is a pattern.
+
+    Args:
+        match: What was given.
+        kind: Class of the rule, for the message.
+
+    Raises:
+        PolicyError: If it is none.
+    """
+    if not isinstance(match, str):
+        raise PolicyError(f"a {kind} matches modules by a glob on their names, such as '*.attn', got {shown(match)}")
+
+
+def check_skip(skip: Any) -> None:
+    """Sees that the reason to skip is words or None.
+
+    Args:
+        skip: What was given.
+
+    Raises:
+        PolicyError: If it is something else.
+    """
+    if skip is not None and not isinstance(skip, str):
+        raise PolicyError(f"skip is the reason why modules are left alone, in words, or None, got {shown(skip)}")
 
 
 def check_rules(rules: Iterable[NamedRule], names: Sequence[str], what: str) -> None:
-    """Sees that every rule matches something.
+    """Sees that every rule is followed somewhere.
 
     Args:
         rules: The rules.
@@ -59,9 +122,20 @@ def check_rules(rules: Iterable[NamedRule], names: Sequence[str], what: str) -> 
         what: One of them, in words.
 
     Raises:
-        PolicyError: If a rule matches none.
+        PolicyError: If a rule matches none, or others before it match all that it does.
     """
+    taken: dict[str, str] = {}
     for rule in rules:
-        if not any(rule.matches(name) for name in names):
-            shown = ", ".join(name or "(the model)" for name in names[:4])
-            raise PolicyError(f"the rule for {rule.match!r} matches no {what}; there are {shown}, ...")
+        matched = [name for name in names if rule.matches(name)]
+        if not matched:
+            near = ", ".join(name or "(the model)" for name in names[:4])
+            raise PolicyError(
+                f"the rule for {shown(rule.match)} matches no {what}; there are {near}, ...{closest(rule.match, names)}"
+            )
+        if all(name in taken for name in matched):
+            raise PolicyError(
+                f"the rule for {shown(rule.match)} is never followed: that for {shown(taken[matched[0]])} before "
+                f"it matches {matched[0]}, and the first that matches holds; put the narrower rule first"
+            )
+        for name in matched:
+            taken.setdefault(name, rule.match)

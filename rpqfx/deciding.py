@@ -32,13 +32,28 @@ def decide_all(
     """
     if isinstance(policy, Policy):
         decisions = policy.decide(sites, other_bytes, importance)
-        notes = [f"rule {rule.match!r} matches no site" for rule in policy.unmatched_rules(sites)]
+        notes = _remarks(policy, sites)
     else:
         decisions = {s.name: Skip(s.blocked) if s.blocked else as_decision(s, policy(s)) for s in sites}
         notes = []
     if not any(isinstance(decision, Hold) for decision in decisions.values()):
         raise PolicyError(_nothing(decisions, notes))
     return decisions, notes
+
+
+def _remarks(policy: Policy, sites: Sequence[Site]) -> list[str]:
+    """What of a policy came to nothing with these sites."""
+    unmatched = policy.unmatched_rules(sites)
+    followed = [policy.rule_for(site) for site in sites]
+    found = []
+    for rule in policy.rules:
+        if any(rule is other for other in unmatched):
+            found.append(f"rule {rule.match!r} matches no site")
+        elif not any(rule is other for other in followed):
+            found.append(f"rule {rule.match!r} is never followed: rules before it match every site that it does")
+    if policy.embedding_bits is not None and not any(site.kind in ("embedding", "embedding_bag") for site in sites):
+        found.append("embedding_bits: the model has no embedding")
+    return found
 
 
 def _nothing(decisions: Mapping[str, Hold | Skip], notes: Iterable[str]) -> str:

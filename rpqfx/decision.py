@@ -13,7 +13,7 @@ from rpqfx.errors import PolicyError, SpecError
 from rpqfx.nn.layer import Split
 from rpqfx.nn.layout import Experts
 from rpqfx.ops import Plan
-from rpqfx.options import Init, Options
+from rpqfx.options import Init, Options, Sharing
 from rpqfx.site import Site
 
 
@@ -36,7 +36,7 @@ class Hold:
         spec: Shape of the codebooks.
         split: Vectors along outputs (``"row"``) or inputs (``"column"``).
         init: Codebooks fitted to the weight, or drawn anew with its standard deviation.
-        group: Sites of one group and one shape of codebooks share them.
+        group: Sites of one group share codebooks where these have one shape and are fitted alike (``shared``).
         plan: Which way its products run.
         experts: Whether experts share codebooks, where it is a tensor of experts.
     """
@@ -47,6 +47,11 @@ class Hold:
     group: str | None = None
     plan: Plan = "auto"
     experts: Experts = "shared"
+
+    @property
+    def shared(self) -> tuple[object, ...]:
+        """What sites of one group must agree in to share codebooks: their shape, and how they are fitted."""
+        return (self.spec.codebooks_shape, self.spec.scale, self.spec.signs, self.init)
 
 
 def as_decision(site: Site, answer: CodebookSpec | Hold | Skip) -> Hold | Skip:
@@ -102,7 +107,8 @@ def together(members: Sequence[tuple[Site, Options]]) -> dict[str, Hold | Skip]:
     """Decides sites that share one set of codebooks, or a single site, so that all of them together shrink.
 
     A site takes part where its codes are smaller than its dense tensor; the codebooks are taken on where they are
-    smaller than what those sites gain. Otherwise fewer bits are tried, down to ``min_bits``, and then all are left.
+    smaller than what those sites gain. Otherwise fewer bits are tried, down to ``min_bits``, and then all are left, or
+    with ``allow_growth`` all are held with as many bits as were asked for.
 
     Args:
         members: Sites whose codebooks have one shape, with their options; none empty.
@@ -114,17 +120,19 @@ def together(members: Sequence[tuple[Site, Options]]) -> dict[str, Hold | Skip]:
         PolicyError: If the options ask for what a site cannot give.
     """
     options = members[0][1]
-    most = options.bits or 8
-    for bits in range(most, min(options.min_bits or most, most) - 1, -1):
+    most, growing = options.bits or 8, bool(options.allow_growth)
+    tries = [(bits, False) for bits in range(most, min(options.min_bits or most, most) - 1, -1)]
+    for bits, grown in [*tries, (most, True)] if growing else tries:
         if len(members) == 1:
             holds = {site.name: smallest(site, own, bits) for site, own in members}
         else:  # one shape for all: the split stays the one that made them a group
             holds = {site.name: _with_bits(smallest(site, own, most), bits) for site, own in members}
         gains = {s.name: s.dense_bytes - holds[s.name].spec.stored_bytes(s.dtype, codebooks=False) for s, _ in members}
-        taking = {name for name, gain in gains.items() if gain > 0 or options.allow_growth}
+        taking = {name for name, gain in gains.items() if gain > 0 or grown}
         first = members[0][0]
         codebooks = stored_bytes(first, holds[first.name]) - (first.dense_bytes - gains[first.name])
-        if options.allow_growth or sum(gains[name] for name in taking) > codebooks:
+        shrinks = sum(gains[name] for name in taking) > codebooks and (not growing or len(taking) == len(members))
+        if grown or shrinks:
             return {s.name: holds[s.name] if s.name in taking else _no_gain(s, own) for s, own in members}
     return {site.name: _no_gain(site, own, len(members)) for site, own in members}
 
@@ -144,20 +152,28 @@ def _no_gain(site: Site, options: Options, sharers: int = 1) -> Skip:
 
 
 def candidates(site: Site, options: Options) -> list[Candidate[Hold | Skip]]:
-    """Every spec a budget may choose for a site, and leaving it dense."""
+    """Every spec a budget may choose for a site, as its options leave that open, and leaving it dense."""
     found = [Candidate[Hold | Skip](Skip("the budget affords it dense"), site.dense_bytes, 0.0)]
     unit = site.layout("row", options.experts or "shared").unit
-    dims = sorted({nearest_divisor(unit, d) for d in (2, 4, 8, 16, 32, 64, 128)})
+    lengths = _LENGTHS if options.codebook_dim is None else (options.codebook_dim,)
+    dims = sorted({nearest_divisor(unit, d) for d in lengths})
+    fewest = options.min_bits or options.bits or _FEWEST_BITS
+    most = options.bits or max(_MOST_BITS, fewest)
+    sharings: tuple[Sharing, ...] = ("own", "layer") if options.sharing is None else (options.sharing,)
     for d in dims if options.codebooks is None else (None,):
-        for bits in range(2, 13):
-            for sharing in ("own", "layer"):
-                own = dataclasses.replace(options, sharing=sharing)
+        for bits in range(fewest, most + 1):
+            for sharing in sharings:
+                own = dataclasses.replace(options, sharing=sharing, bits=bits, min_bits=None)
                 own = own if d is None else dataclasses.replace(own, codebook_dim=d)
                 hold = smallest(site, own, bits)
                 size = stored_bytes(site, hold)
                 if size < site.dense_bytes and hold.spec.users_per_entry > 1:
                     found.append(Candidate(hold, size, _distortion(hold.spec)))
     return found
+
+
+_LENGTHS = (2, 4, 8, 16, 32, 64, 128)
+_FEWEST_BITS, _MOST_BITS = 2, 12
 
 
 def _hold(site: Site, options: Options, split: Split, bits: int) -> Hold:

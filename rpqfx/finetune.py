@@ -10,9 +10,9 @@ from typing import Literal
 import torch
 from torch import nn
 
-from rpqfx.errors import InputError
 from rpqfx.graph.rewrite import Progress
 from rpqfx.graph.snapshot import Ambient
+from rpqfx.tuning.checks import check_options
 from rpqfx.tuning.feed import Data, feed
 from rpqfx.tuning.losses import Distillation
 from rpqfx.tuning.resume import Resume, dependencies
@@ -77,14 +77,14 @@ def finetune(
     loss: Loss | None = None,
     logits: bool | None = None,
     recode: bool = True,
-    recode_every: int = 1,
+    recode_every: int | None = None,
     rates: Rates | None = None,
     train: Choose | None = None,
     norms: Literal["keep", "update"] = "keep",
     autocast: torch.dtype | None = None,
     accumulate: int = 1,
     clip: float = 1.0,
-    seed: int = 0,
+    seed: int | None = None,
     progress: Progress | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int | None = None,
@@ -113,7 +113,7 @@ def finetune(
             ([`Distillation`][rpqfx.tuning.losses.Distillation]).
         logits: Whether outputs are logits; left out, those that have ``logits`` are.
         recode: Whether codes change. Those of weights with several stages and signs do not.
-        recode_every: Steps between two looks for nearer entries.
+        recode_every: Steps between two looks for nearer entries; 1 if left out.
         rates: Learning rates.
         train: Chooses Parameters by their qualified names; left out, codebooks, scales and dense Parameters of one
             axis.
@@ -122,7 +122,7 @@ def finetune(
         autocast: Products in this dtype, of student and teacher.
         accumulate: Batches a step.
         clip: Norm to which a step's gradient is shortened.
-        seed: Of the order of batches.
+        seed: Of the order of batches, where ``data`` is a sequence; 0 if left out.
         progress: Called with (done, total, loss in words) after each step.
         checkpoint: Folder for the state of the training. The same call with the same folder, on the model as it was
             at first, goes on where it was interrupted, to the same result to the last bit; one that is finished gives
@@ -135,28 +135,23 @@ def finetune(
 
     Raises:
         RewriteError: If the model is in ``DistributedDataParallel`` or FSDP.
-        InputError: If nothing is in codebooks, there is no data, neither teacher nor loss is given, or outputs cannot
-            be compared.
+        InputError: If nothing is in codebooks, there is no data, neither teacher nor loss is given, outputs cannot be
+            compared, or an argument is out of range or would do nothing beside the others.
         TrainingError: If a loss or its gradient is not finite; the model is then as it was at the last that was.
         FormatError: If the checkpoint folder holds a fine-tuning of another model, teacher, loss, setting or data.
         OSError: If the checkpoint folder cannot be written; what was saved before stays, and so does the model as the
             last step left it.
     """
-    if teacher is None and loss is None:
-        raise InputError("give a teacher, the dense model, or a loss that needs none")
-    counts = {"steps": steps, "recode_every": recode_every, "accumulate": accumulate}
-    if checkpoint is None and checkpoint_every is not None:
-        raise InputError("checkpoint_every is for a checkpoint; give checkpoint=, a folder, as well")
-    every = _EVERY if checkpoint_every is None else checkpoint_every
-    for name, count in (*counts.items(), ("checkpoint_every", every)):
-        if type(count) is not int or count < 1:
-            raise InputError(f"{name} is a whole number from 1, got {count!r}")
+    check_options(
+        small, teacher, data, steps=steps, loss=loss, logits=logits, recode=recode, recode_every=recode_every,
+        rates=rates, train=train, norms=norms, autocast=autocast, accumulate=accumulate, clip=clip, seed=seed,
+        progress=progress, checkpoint=checkpoint, checkpoint_every=checkpoint_every,
+    )  # fmt: skip
     refuse_distributed(small, "finetune")
-    if norms not in ("keep", "update"):
-        raise InputError(f"norms is 'keep' or 'update', got {norms!r}")
-    batches = feed(data, seed)
+    order, every = seed or 0, checkpoint_every or _EVERY
+    batches = feed(data, order) if checkpoint is None else iter(())
     model, guide = unwrapped(small), None if teacher is None else unwrapped(teacher)
-    settings = Settings(steps, recode, recode_every, rates or Rates(), norms, autocast, accumulate, clip, seed)
+    settings = Settings(steps, recode, recode_every or 1, rates or Rates(), norms, autocast, accumulate, clip, order)
     compare = loss or Distillation(logits)
     run, store, began = Run(model, guide, compare, settings), None, time.perf_counter()
     ambient = Ambient(None)
@@ -164,7 +159,7 @@ def finetune(
         with torch.inference_mode(False), torch.enable_grad():
             run.start(train)
             if checkpoint is not None:
-                store = Resume(checkpoint, run, *dependencies(run, model, guide, compare, settings, data), data, seed)
+                store = Resume(checkpoint, run, *dependencies(run, model, guide, compare, settings, data), data, order)
                 batches = store.start()
                 began -= store.seconds
             while len(run.losses) < steps:

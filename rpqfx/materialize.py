@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rpqfx.errors import RewriteError
+from rpqfx.arguments import check_model
+from rpqfx.checks import shown
+from rpqfx.errors import InputError, RewriteError
 from rpqfx.graph.snapshot import Snapshot
 from rpqfx.nn.computed import hooked, refresh
 from rpqfx.nn.layer import RPQLayer
@@ -38,16 +40,23 @@ def materialize(
         ``model``.
 
     Raises:
+        InputError: If ``model`` is no module, the device none that holds values, or there is nothing for ``init``.
         RewriteError: If a module can not be initialised in any of these ways, the model is sharded, or accelerate has
             offloaded a tensor, which has values elsewhere. Where this or anything else is raised, the model is as it
             was, on the meta device.
     """
+    check_model(model, "materialize")
+    where = _device(device)
+    if init is not None and (not callable(init) or isinstance(init, nn.Module)):
+        raise InputError(f"init is a function of a module, got {shown(init)}")
     refuse_sharded(model, "materialize")
     check_not_offloaded(offloaded(model), "given new values")
     owners = [(name, m) for name, m in model.named_modules() if _owns_meta(m)]
+    if init is not None and not owners:
+        raise InputError("init would do nothing: no tensor of the model is on the meta device; leave it out")
     before = Snapshot(model, values={t: None for _, m in owners for t in _tensors(m) if not t.is_meta})
     try:
-        _materialize(model, owners, device, init)
+        _materialize(model, owners, where, init)
         return model
     except BaseException:
         before.restore()
@@ -55,7 +64,7 @@ def materialize(
 
 
 def _materialize(
-    model: nn.Module, owners: list[tuple[str, nn.Module]], device: torch.device | str,
+    model: nn.Module, owners: list[tuple[str, nn.Module]], where: torch.device,
     init: Callable[[nn.Module], None] | None,
 ) -> None:  # fmt: skip
     general = getattr(unwrapped(model), "_init_weights", None)
@@ -74,7 +83,7 @@ def _materialize(
             for name, tensor in group.items():
                 if tensor is not None and tensor.is_meta:
                     if id(tensor) not in made:
-                        made[id(tensor)] = _allocate(tensor, device)
+                        made[id(tensor)] = _allocate(tensor, where)
                     group[name] = made[id(tensor)]
     for _, module in owners:  # codebooks first: what reads them then finds valid codes
         if isinstance(module, RPQWeight):
@@ -115,6 +124,18 @@ def _tensors(module: nn.Module) -> list[Tensor]:
     return [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
 
 
-def _allocate(tensor: Tensor, device: torch.device | str) -> Tensor:
+def _device(device: Any) -> torch.device:
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(
+            f"device is where tensors go, such as 'cpu' or 'cuda', got {shown(device)}: {error}"
+        ) from error
+    if found.type == "meta":
+        raise InputError("device='meta' holds no values; give 'cpu', 'cuda' or another device that does")
+    return found
+
+
+def _allocate(tensor: Tensor, device: torch.device) -> Tensor:
     empty = torch.empty_like(tensor, device=device)
     return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 from torch import nn
 
+from rpqfx.byname import check_skip
+from rpqfx.checks import flag, one_of, shown, whole
 from rpqfx.codebook import GradScale
 from rpqfx.errors import PolicyError
 from rpqfx.nn.layer import Split
 from rpqfx.nn.layout import Experts
 from rpqfx.ops import PLANS, Plan
 from rpqfx.site import Site
+from rpqfx.spelled import spelled
 
 Sharing = Literal["own", "layer", "shape", "role"]
 Init = Literal["fit", "random"]
@@ -73,32 +76,48 @@ class Options:
     allow_growth: bool | None = None
 
     def __post_init__(self) -> None:
+        for name, (low, high) in _RANGES.items():
+            if getattr(self, name) is not None:
+                whole(name, getattr(self, name), low, high)
+        for name, values in _WORDS.items():
+            if getattr(self, name) is not None:
+                one_of(name, getattr(self, name), values)
+        for name in ("scale", "dim_scale", "signs", "allow_growth"):
+            if getattr(self, name) is not None:
+                flag(name, getattr(self, name))
+        count = self.codebooks
+        counts = type(count) is int and 1 <= count <= _LONGEST
+        if count is not None and not counts and not (isinstance(count, str) and count == "heads"):
+            raise PolicyError(f"codebooks is a number from 1 or 'heads', got {shown(count)}")
         if self.codebook_dim is not None and self.codebooks is not None:
             raise PolicyError(f"give codebook_dim ({self.codebook_dim}) or codebooks ({self.codebooks}), not both")
-        for name, low, high in (("bits", 1, 16), ("min_bits", 1, 16), ("stages", 1, 64), ("codebook_dim", 1, None)):
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < low or (high and value > high)):
-                raise PolicyError(f"{name} is a whole number from {low}{f' to {high}' if high else ''}, got {value!r}")
-        allowed = {
-            "sharing": ("own", "layer", "shape", "role"),
-            "experts": ("shared", "own"),
-            "split": ("row", "column", "auto"),
-            "grad_scale": ("sum", "sqrt", "mean"),
-            "init": ("fit", "random"),
-            "plan": PLANS,
-        }
-        for name, values in allowed.items():
-            if getattr(self, name) not in (None, *values):
-                raise PolicyError(f"{name} is one of {', '.join(values)}, got {getattr(self, name)!r}")
-        if self.codebooks not in (None, "heads") and (type(self.codebooks) is not int or self.codebooks < 1):
-            raise PolicyError(f"codebooks is a number from 1 or 'heads', got {self.codebooks!r}")
-        if self.min_size is not None and (type(self.min_size) is not int or self.min_size < 0):
-            raise PolicyError(f"min_size is a number of elements, got {self.min_size!r}")
-        for name in ("scale", "dim_scale", "signs", "allow_growth"):
-            if getattr(self, name) not in (None, True, False):
-                raise PolicyError(f"{name} is True or False, got {getattr(self, name)!r}")
+        if self.bits is not None and self.min_bits is not None and self.min_bits > self.bits:
+            raise PolicyError(
+                f"min_bits is how far bits may be lowered, at most bits ({self.bits}), got {self.min_bits}; "
+                "raise bits, or leave min_bits out"
+            )
+
+    @property
+    def sets_shape(self) -> bool:
+        """Whether it says how long sub-vectors are, or how many entries there are for them."""
+        return any(value is not None for value in (self.codebook_dim, self.codebooks, self.bits))
 
 
+_LONGEST = 2**31 - 1
+_RANGES = {
+    "bits": (1, 16), "min_bits": (1, 16), "stages": (1, 64), "codebook_dim": (1, _LONGEST), "min_size": (0, 2**63 - 1),
+}  # fmt: skip
+_WORDS = {
+    "sharing": ("own", "layer", "shape", "role"),
+    "experts": ("shared", "own"),
+    "split": ("row", "column", "auto"),
+    "grad_scale": ("sum", "sqrt", "mean"),
+    "init": ("fit", "random"),
+    "plan": PLANS,
+}
+
+
+@spelled
 @dataclass(frozen=True, kw_only=True)
 class Rule(Options):
     """Other options, or a skip, for the sites that match.
@@ -106,26 +125,37 @@ class Rule(Options):
     Args:
         match: A glob on the qualified name of the Parameter or of its module (``"*.attn.*"``, ``"head"``); a module
             class, which its subclasses match too; or a predicate on the [`Site`][rpqfx.graph.Site].
+        skip: Leave matching sites alone, for this reason. A rule that skips says nothing else.
 
-    Keyword Args:
-        skip (str | None): Leave matching sites alone, for this reason.
+    Raises:
+        PolicyError: If an option does not exist or is out of range, or ``match`` is none of these.
     """
 
-    match: str | type[nn.Module] | Callable[[Site], bool] = "*"
+    goes_with: ClassVar[str] = "Policy"
+
+    match: str | type[nn.Module] | Callable[[Site], bool] = field(kw_only=False)
     skip: str | None = None
 
-    def __init__(self, match: str | type[nn.Module] | Callable[[Site], bool], **options: Any) -> None:
-        if isinstance(match, type):  # by name, so that a rule read from JSON equals the one that was written
-            match = f"{_TYPE}{match.__module__}.{match.__qualname__}"
-        if not isinstance(match, str) and not callable(match):
-            raise PolicyError(f"a Rule matches by a glob, a module class or a predicate, got {match!r}")
-        known = {field.name: field.default for field in dataclasses.fields(self)}
-        wrong = sorted(set(options) - set(known))
-        if wrong:
-            raise PolicyError(f"a Rule has no option {wrong[0]!r}; it has {', '.join(sorted(known))}")
-        for name, value in {**known, **options, "match": match}.items():
-            object.__setattr__(self, name, value)
-        self.__post_init__()
+    def __post_init__(self) -> None:
+        if isinstance(self.match, type):  # by name, so that a rule read from JSON equals the one that was written
+            if not issubclass(self.match, nn.Module):
+                raise PolicyError(
+                    f"a Rule matches by a glob, a module class or a predicate, got the class {self.match.__name__}, "
+                    "which is no torch.nn.Module"
+                )
+            object.__setattr__(self, "match", f"{_TYPE}{self.match.__module__}.{self.match.__qualname__}")
+        if not isinstance(self.match, str) and (not callable(self.match) or isinstance(self.match, nn.Module)):
+            raise PolicyError(f"a Rule matches by a glob, a module class or a predicate, got {shown(self.match)}")
+        check_skip(self.skip)
+        super().__post_init__()
+        if self.skip is not None and (names := self.given()):
+            raise PolicyError(
+                f"the rule for {shown(self.match)} skips, so its {names[0]} does nothing; leave out one of the two"
+            )
+
+    def given(self) -> list[str]:
+        """Names of the options that this rule sets, the skip apart."""
+        return [f.name for f in dataclasses.fields(Options) if getattr(self, f.name) is not None]
 
     def matches(self, site: Site) -> bool:
         """Whether this rule is about a site."""

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, get_args
 
 from rpqfx.budget import Candidate, choose
-from rpqfx.codebook import CodebookSpec, GradScale
+from rpqfx.byname import rules_of
+from rpqfx.checks import number, one_of, shown, whole
+from rpqfx.codebook import CodebookSpec
 from rpqfx.decision import Hold, Skip, candidates, smallest, stored_bytes, together
 from rpqfx.errors import PolicyError
-from rpqfx.nn.layer import Split
-from rpqfx.nn.layout import Experts
-from rpqfx.ops import Plan
-from rpqfx.options import Init, Options, Rule, Sharing
+from rpqfx.modes import DEFAULTS, FREE_OF_RATE, check_mode, mode_of
+from rpqfx.options import Options, Rule
+from rpqfx.policy_json import read, to_json
 from rpqfx.rates import spread
 from rpqfx.site import Kind, Site
+from rpqfx.spelled import shows, spelled
 
 __all__ = ["Decide", "Hold", "Options", "Policy", "Rule", "Skip"]
-
-_JSON_VERSION = 1
 
 Decide = Callable[[Site], CodebookSpec | Hold | Skip]
 
 
+@spelled
 @dataclass(frozen=True, kw_only=True)
 class Policy(Options):
     """Decides how each weight of a model is held.
@@ -36,6 +36,13 @@ class Policy(Options):
 
     A policy returns a spec that divides, or a [`Skip`][rpqfx.policy.Skip] with the reason. It makes no layer larger
     unless ``allow_growth`` says so. It is a value: printable, comparable, and JSON both ways (predicates apart).
+
+    Options that are left out have the values ``bits=8``, ``stages=1``, ``sharing="own"``, ``experts="shared"``,
+    ``split="auto"``, ``scale=False``, ``dim_scale=False``, ``signs=False``, ``grad_scale="sum"``, ``init="fit"``,
+    ``plan="auto"``, ``min_size=4096`` and ``allow_growth=False``. Under a budget (``ratio``, ``total_bytes``) ``bits``,
+    ``sharing`` and ``codebook_dim`` are chosen for each layer where they are left out, and kept where they are given.
+    Under ``bits_per_weight`` all that shapes codebooks is chosen. What is chosen reads None here, and an option that
+    would do nothing under a budget is refused.
 
     Args:
         rules: Tried in order; the first that matches wins.
@@ -48,23 +55,11 @@ class Policy(Options):
             dense.
 
     Raises:
-        PolicyError: If an option is not one of those above.
+        PolicyError: If an option does not exist, is out of range, or would do nothing beside the others.
     """
 
-    codebook_dim: int | None = None
-    bits: int | None = 8
-    stages: int | None = 1
-    sharing: Sharing | None = "own"
-    experts: Experts | None = "shared"
-    split: Split | Literal["auto"] | None = "auto"
-    scale: bool | None = False
-    dim_scale: bool | None = False
-    signs: bool | None = False
-    grad_scale: GradScale | None = "sum"
-    init: Init | None = "fit"
-    plan: Plan | None = "auto"
-    min_size: int | None = 4096
-    allow_growth: bool | None = False
+    goes_with: ClassVar[str] = "rpqify"
+
     rules: tuple[Rule, ...] = ()
     kinds: tuple[Kind, ...] = (
         "linear", "embedding", "embedding_bag", "conv", "conv_transpose", "bilinear", "attention", "recurrent",
@@ -76,45 +71,59 @@ class Policy(Options):
     embedding_bits: float | None = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "rules", tuple(self.rules))
-        object.__setattr__(self, "kinds", tuple(self.kinds))
-        for rule in self.rules:
-            if not isinstance(rule, Rule):
-                raise PolicyError(f"rules are Rule values, got {rule!r}")
-        for kind in self.kinds:
-            if kind not in get_args(Kind):
-                raise PolicyError(f"kinds are among {', '.join(get_args(Kind))}, got {kind!r}")
+        object.__setattr__(self, "rules", rules_of(self.rules, Rule))
+        object.__setattr__(self, "kinds", _kinds(self.kinds))
+        if self.ratio is not None:
+            meaning = "the size after over the size before, within 0 to 1"
+            number("ratio", self.ratio, meaning, lambda value: 0 < value <= 1)
+        if self.total_bytes is not None:
+            whole("total_bytes", self.total_bytes, 1, what="of bytes")
+        for name in ("bits_per_weight", "embedding_bits"):
+            if getattr(self, name) is not None:
+                meaning = "a number of bits, above 0 and at most 16"
+                number(name, getattr(self, name), meaning, lambda value: 0 < value <= 16)
         if self.ratio is not None and self.total_bytes is not None:
             raise PolicyError("give ratio or total_bytes, not both")
-        if self.ratio is not None and not 0 < self.ratio <= 1:
-            raise PolicyError(f"ratio is the size after over the size before, within 0 to 1, got {self.ratio}")
-        if self.total_bytes is not None and self.total_bytes < 1:
-            raise PolicyError(f"total_bytes must be positive, got {self.total_bytes}")
-        for name in ("bits_per_weight", "embedding_bits"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 16:
-                raise PolicyError(f"{name} is a number of bits, above 0 and at most 16, got {value!r}")
         if self.bits_per_weight is not None and (self.ratio is not None or self.total_bytes is not None):
             raise PolicyError("give bits_per_weight, ratio or total_bytes, not two of them")
         if self.embedding_bits is not None and self.bits_per_weight is None:
-            raise PolicyError("embedding_bits goes with bits_per_weight")
+            raise PolicyError("embedding_bits goes with bits_per_weight; give both, or neither")
+        for name, value in DEFAULTS[mode_of(self)].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        super().__post_init__()
+        for rule in self.rules:
+            if rule.bits is None and (rule.min_bits or 0) > (self.bits or 16):
+                raise PolicyError(
+                    f"min_bits={rule.min_bits} of the rule for {shown(rule.match)} is more than the policy's bits "
+                    f"({self.bits}); set bits in the rule as well"
+                )
+        check_mode(self, self.rules)
 
     @classmethod
     def from_scratch(cls, **options: Any) -> Policy:
-        """For training from scratch: codebooks drawn anew, small layers with fewer entries rather than left dense.
+        """Makes a policy for training from scratch: codebooks are drawn anew, with fewer entries in small layers.
 
         Args:
-            **options: Those of the class, over these: ``init="random"``, ``min_bits=4``.
+            **options: Those of the class, over these: ``init="random"``, and ``min_bits=4`` (or ``bits``, if fewer) so
+                that small layers get fewer entries rather than stay dense.
+
+        Raises:
+            PolicyError: As the class.
         """
-        return cls(**{"init": "random", "min_bits": 4, **options})
+        bits = options.get("bits")
+        fewest = min(4, bits) if type(bits) is int else 4
+        return cls(**{"init": "random", "min_bits": fewest, **options})
 
     @classmethod
     def budget(cls, *, ratio: float | None = None, bytes: int | None = None, **options: Any) -> Policy:
-        """Chooses entries, sub-vector length and sharing per layer to meet a total, everything in it counted.
+        """Makes a policy that meets a total, everything in it counted.
 
-        Layers are traded off by the rate-distortion rule of thumb for vector quantisation (see ``rpqfx.budget``).
-        A layer that matches a rule with a shape of its own (``codebook_dim``, ``codebooks`` or ``bits``) keeps it.
+        It chooses entries, sub-vector length and sharing for each layer, and which layers stay dense; of these, what
+        is given (``bits``, ``codebook_dim`` or ``codebooks``, ``sharing``) holds for every layer, and ``min_bits``
+        without ``bits`` is the fewest. Layers are traded off by the rate-distortion rule of thumb for vector
+        quantisation (see ``rpqfx.budget``). A layer that matches a rule with a shape of its own (``codebook_dim``,
+        ``codebooks`` or ``bits``) keeps it.
 
         Args:
             ratio: Bytes of the whole model after, over before.
@@ -122,16 +131,16 @@ class Policy(Options):
             **options: Those of the class.
 
         Raises:
-            PolicyError: Unless exactly one of the two is given; and, once the model is known, where the total
-                cannot be reached, with the closest that can.
+            PolicyError: Unless exactly one of the two is given; as the class; and, once the model is known, where the
+                total cannot be reached, with the closest that can.
         """
         if (ratio is None) == (bytes is None):
-            raise PolicyError("a budget needs either ratio or bytes")
+            raise PolicyError("a budget needs either ratio or bytes, as in Policy.budget(ratio=0.25)")
         return cls(**{"ratio": ratio, "total_bytes": bytes, **options})
 
     @classmethod
-    def pretrained(cls, *, bits_per_weight: float, embedding_bits: float | None = None, **options: Any) -> Policy:
-        """For converting a trained model: so many bits a weight, all that is stored counted.
+    def pretrained(cls, bits_per_weight: float, *, embedding_bits: float | None = None, **options: Any) -> Policy:
+        """Makes a policy for converting a trained model: so many bits a weight, all that is stored counted.
 
         Codes, codebooks and factors together take at most that much, over the weights that are rewritten. The whole
         model shares a few large codebooks, and factors of columns make its weights look alike (``rpqfx.rates``). A
@@ -140,8 +149,14 @@ class Policy(Options):
         Args:
             bits_per_weight: Of Linear, convolutional and other weights.
             embedding_bits: Of embeddings and an output head of as many rows; left out, they stay dense.
-            **options: Those of the class, over this: ``min_size=1024``.
+            **options: ``min_size`` (1024 if left out), ``kinds``, ``rules``, ``plan`` and ``grad_scale`` of the class.
+                What shapes codebooks is chosen, and refused here; rules may set it.
+
+        Raises:
+            PolicyError: As the class; and, once the model is known, if so few bits cannot be had.
         """
+        if bits_per_weight is None:
+            raise PolicyError("bits_per_weight is a number of bits, as in Policy.pretrained(3), got None")
         own = {"bits_per_weight": bits_per_weight, "embedding_bits": embedding_bits}
         return cls(**{**own, "min_size": 1024, **options})
 
@@ -203,8 +218,12 @@ class Policy(Options):
                 decisions[site.name] = self(site)
             else:
                 (tables if table else weights).append(site)
-        decisions |= spread(weights, self.bits_per_weight or 0.0, importance)
-        decisions |= spread(tables, self.embedding_bits or 0.0, None, "embeddings")
+        held = spread(weights, self.bits_per_weight or 0.0, importance)
+        held |= spread(tables, self.embedding_bits or 0.0, None, "embeddings", "embedding_bits")
+        for site in (*weights, *tables):
+            options, hold = self.options_for(site), held[site.name]
+            spec = dataclasses.replace(hold.spec, grad_scale=options.grad_scale or "sum")
+            decisions[site.name] = dataclasses.replace(hold, spec=spec, plan=options.plan or "auto")
         return decisions
 
     def __call__(self, site: Site) -> Hold | Skip:
@@ -215,23 +234,28 @@ class Policy(Options):
 
     def options_for(self, site: Site) -> Options:
         """The options that hold for a site, the matching rule's laid over the policy's."""
-        rule = self._rule_for(site)
+        rule = self.rule_for(site)
         merged = {f.name: getattr(self, f.name) for f in dataclasses.fields(Options)}
         own = {name: value for name in merged if (value := getattr(rule, name, None)) is not None}
         if "codebook_dim" in own or "codebooks" in own:
             merged["codebook_dim"] = merged["codebooks"] = None
+        if "bits" in own and "min_bits" not in own and (merged["min_bits"] or 0) > own["bits"]:
+            merged["min_bits"] = None  # the rule asks for fewer than the policy would go down to
+        if self._rule_sets_shape(site) or mode_of(self) == "rate":  # nothing of it is chosen
+            merged = {name: DEFAULTS["plain"].get(name) if value is None else value for name, value in merged.items()}
         return Options(**{**merged, **own})
 
     def unmatched_rules(self, sites: Sequence[Site]) -> list[Rule]:
         """Rules that match no site: most often a name that was mistyped."""
         return [rule for rule in self.rules if not any(rule.matches(site) for site in sites)]
 
-    def _rule_for(self, site: Site) -> Rule | None:
+    def rule_for(self, site: Site) -> Rule | None:
+        """The rule that a site follows, if one matches."""
         return next((rule for rule in self.rules if rule.matches(site)), None)
 
     def _rule_sets_shape(self, site: Site) -> bool:
-        rule = self._rule_for(site)
-        return rule is not None and any(getattr(rule, n) is not None for n in ("codebook_dim", "codebooks", "bits"))
+        rule = self.rule_for(site)
+        return rule is not None and rule.sets_shape
 
     def _shared(self, sites: Sequence[Site]) -> dict[str, Hold | Skip]:
         """Decisions for the sites whose codebooks other layers share: each group is decided as one."""
@@ -240,12 +264,12 @@ class Policy(Options):
             options = self.options_for(site)
             if options.sharing in ("shape", "role") and self._refused(site, options) is None:
                 hold = smallest(site, options, options.bits or 8)
-                key = (hold.group, hold.spec.codebooks_shape, options.min_bits, options.allow_growth)
+                key = (hold.group, *hold.shared, options.min_bits, options.allow_growth)
                 groups[key].append((site, options))
         return {name: decision for group in groups.values() for name, decision in together(group).items()}
 
     def _refused(self, site: Site, options: Options) -> str | None:
-        rule = self._rule_for(site)
+        rule = self.rule_for(site)
         if site.blocked is not None:
             return site.blocked
         if rule is not None and rule.skip is not None:
@@ -264,9 +288,7 @@ class Policy(Options):
         Raises:
             PolicyError: If a rule matches by a predicate, which is code.
         """
-        if any(callable(rule.match) for rule in self.rules):
-            raise PolicyError("a rule with a predicate is code and has no JSON; match by name or by type instead")
-        return json.dumps({"rpqfx_policy": _JSON_VERSION, **_differences(self, Policy())}, indent=2)
+        return to_json(self)
 
     @classmethod
     def from_json(cls, text: str) -> Policy:
@@ -275,32 +297,19 @@ class Policy(Options):
         Raises:
             PolicyError: If the text is no policy, or of a newer version.
         """
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise PolicyError(f"this is not JSON: {error}") from error
-        if not isinstance(values, dict) or "rpqfx_policy" not in values:
-            raise PolicyError("this JSON is not a policy: it has no field 'rpqfx_policy'")
-        version = values.pop("rpqfx_policy")
-        if version != _JSON_VERSION:
-            raise PolicyError(f"the policy is of version {version}, this library reads {_JSON_VERSION}")
-        known = {field.name for field in dataclasses.fields(cls)}
-        if wrong := sorted(set(values) - known):
-            raise PolicyError(f"a policy has no option {wrong[0]!r}")
-        try:
-            values["rules"] = tuple(Rule(**rule) for rule in values.get("rules", ()))
-            return cls(**values)
-        except TypeError as error:
-            raise PolicyError(f"this JSON is not a policy: {error}") from error
+        return read(cls, text)
 
 
-def _differences(value: Options, default: Options) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for field in dataclasses.fields(value):
-        item = getattr(value, field.name)
-        if field.name == "rules":
-            if item:
-                found["rules"] = [{"match": rule.match, **_differences(rule, Rule(""))} for rule in item]
-        elif item != getattr(default, field.name):
-            found[field.name] = list(item) if isinstance(item, tuple) else item
-    return found
+_COMMON = (*(field.name for field in dataclasses.fields(Options)), "rules", "kinds")
+shows(Policy.from_scratch, Policy, (*_COMMON, "ratio", "total_bytes"))
+shows(Policy.budget, Policy, _COMMON)
+shows(Policy.pretrained, Policy, (*FREE_OF_RATE, "rules", "kinds"))
+
+
+def _kinds(kinds: Any) -> tuple[Kind, ...]:
+    known = get_args(Kind)
+    if isinstance(kinds, str) or not isinstance(kinds, (Sequence, set, frozenset)):
+        raise PolicyError(f"kinds is a sequence of some of {', '.join(known)}, got {shown(kinds)}; put it in a tuple")
+    for kind in kinds:
+        one_of("each of kinds", kind, known)
+    return tuple(sorted(kinds)) if isinstance(kinds, (set, frozenset)) else tuple(kinds)

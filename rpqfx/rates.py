@@ -30,10 +30,15 @@ _FLOAT_BITS = 16  # codebooks and factors are rounded to half precision
 _FACTORS_SHARE = 0.05  # of the budget, what factors of columns may take
 _OWN_BELOW = 32_768  # weights this small may have a codebook of their own
 _FEWEST_USERS = 4  # sub-vectors an entry
+_NEXT = 1.25  # from one number of bits that is tried to the next, where those that were asked for cannot be had
 
 
 def spread(
-    sites: Sequence[Site], bits: float, importance: Mapping[str, float] | None = None, group: str = "model"
+    sites: Sequence[Site],
+    bits: float,
+    importance: Mapping[str, float] | None = None,
+    group: str = "model",
+    option: str = "bits_per_weight",
 ) -> dict[str, Hold]:
     """Decides weights that share a budget.
 
@@ -43,6 +48,7 @@ def spread(
         importance: What an error as large as the weight itself would cost, by name; left out, as much as it has
             elements.
         group: Name of their codebooks.
+        option: What the budget is called where it is given, for the message.
 
     Returns:
         Decisions by name.
@@ -52,8 +58,18 @@ def spread(
     """
     if not sites:
         return {}
-    total = sum(site.numel for site in sites)
     cost = {site.name: float(site.numel) if importance is None else importance[site.name] ** _TRUST for site in sites}
+    best = _best(sites, bits, cost, group)
+    if isinstance(best, float):
+        raise PolicyError(_too_few(sites, bits, best, cost, group, option))
+    return best[1]
+
+
+def _best(
+    sites: Sequence[Site], bits: float, cost: Mapping[str, float], group: str
+) -> tuple[float, dict[str, Hold]] | float:
+    """Expected cost and decisions, or about how many bits a weight it would take at least."""
+    total = sum(site.numel for site in sites)
     best: tuple[float, dict[str, Hold]] | None = None
     least = math.inf
     for d in _ZADOR:
@@ -63,9 +79,30 @@ def spread(
                 least = min(least, found / total)
             elif best is None or found[0] < best[0]:
                 best = found
-    if best is None:
-        raise PolicyError(f"{bits} bits a weight cannot be had for these {total:,} weights; at least {least:.2f} can")
-    return best[1]
+    return least if best is None else best
+
+
+def _too_few(
+    sites: Sequence[Site], bits: float, least: float, cost: Mapping[str, float], group: str, option: str
+) -> str:
+    """Says that so few bits cannot be had, how many can, and what makes fewer possible."""
+    total = sum(site.numel for site in sites)
+    said = f"{bits} bits a weight cannot be had for these {total:,} weights"
+    asked = max(bits, min(least, _MOST_BITS))
+    while asked < _MOST_BITS:
+        asked = math.ceil(asked * 100 + 1) / 100
+        if not isinstance(_best(sites, asked, cost, group), float):
+            smallest = min(sites, key=lambda site: site.numel)
+            return (
+                f"{said}; at least {asked:.2f} can: give {option}={asked:.2f} or more. Codebooks and factors weigh "
+                f"most with small weights (the smallest here is {smallest.name}, {smallest.numel:,} elements), which a "
+                "larger min_size or a Rule with a skip leaves dense"
+            )
+        asked *= _NEXT
+    return (
+        f"{said}, nor any other number up to {_MOST_BITS}: there are too few of them to share codebooks; use "
+        "Policy(bits=..., codebook_dim=...), or rewrite more weights (min_size, kinds, rules)"
+    )
 
 
 def _ladders(d: int, bits: float, total: int) -> list[range]:

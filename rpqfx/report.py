@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import nn
 
+from rpqfx.checks import shown
 from rpqfx.codebook import CodebookSpec
 from rpqfx.counting import counted, unseen_bytes
 from rpqfx.decision import Hold, Skip
-from rpqfx.errors import RPQError
+from rpqfx.errors import InputError, RPQError
 from rpqfx.nn.backed import backed_weights
 from rpqfx.nn.weight import RPQWeight
 from rpqfx.ops import Plan
@@ -37,9 +38,10 @@ class SiteRecord:
         shape: Of the dense tensor.
         spec: How it is held, or None where it was left alone.
         split: ``"row"`` or ``"column"``.
-        init: ``"fit"`` or ``"random"``.
+        init: ``"fit"`` (codebooks fitted to the weight), ``"calibrated"`` (to what the model does with it, as
+            calibration showed) or ``"random"`` (drawn anew); None for layers that were built by hand.
         reason: Why it was left alone, or None.
-        error: Relative error of a fit, ``|W - W'| / |W|``.
+        error: Relative error of the fit, ``|W - W'| / |W|``, when it was made; None where nothing was fitted.
         before: Bytes of the dense tensor.
         after: Bytes of the tensors that are there now.
         shared: Bytes of codebooks that are counted with an earlier site.
@@ -78,15 +80,23 @@ class SiteRecord:
         return _ratio(self.stored_bits, math.prod(self.shape))
 
     @classmethod
-    def of(cls, site: Site, decision: Hold | Skip, error: float | None = None) -> SiteRecord:
-        """The record of a decision."""
+    def of(cls, site: Site, decision: Hold | Skip, error: float | None = None, calibrated: bool = False) -> SiteRecord:
+        """Makes the record of a decision.
+
+        Args:
+            site: The site.
+            decision: What was decided.
+            error: Of the fit; None where nothing was fitted, as on the meta device.
+            calibrated: Whether it was fitted to what its inputs showed.
+        """
         base = cls(
             name=site.name, names=site.names, kind=site.kind, module_type=site.module_type.__name__, shape=site.shape,
             before=site.dense_bytes, after=site.dense_bytes,
         )  # fmt: skip
         if isinstance(decision, Skip):
             return dataclasses.replace(base, reason=decision.reason)
-        return dataclasses.replace(base, spec=decision.spec, split=decision.split, init=decision.init, error=error)
+        init = "random" if error is None else "calibrated" if calibrated else "fit"
+        return dataclasses.replace(base, spec=decision.spec, split=decision.split, init=init, error=error)
 
 
 @dataclass(frozen=True)
@@ -192,7 +202,10 @@ def report(model: nn.Module) -> Report:
 
     Raises:
         RPQError: If nothing in the model is held in codebooks.
+        InputError: If it is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"report takes a torch.nn.Module, got {shown(model)}; pass the model that rpqify returned")
     model = unwrapped(model)
     held = {
         f"{path}.{name}".lstrip("."): weight
@@ -259,6 +272,7 @@ def _row(site: SiteRecord) -> tuple[str, ...]:
         f"{spec.books} shared codebook{'s' if spec.books != 1 else ''}" if spec.books != spec.sub_vectors else "",
         f"{size(site.shared)} shared with earlier sites" if site.shared else "",
         f"plan {site.plan}" if site.plan != "auto" else "",
+        "calibrated" if site.init == "calibrated" else "",
         f"fit error {site.error:.3f}" if site.error is not None else "",
     ]
     shape = f"{spec.num_vectors} x {spec.dim}"

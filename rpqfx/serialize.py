@@ -23,6 +23,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
+from rpqfx.arguments import check_model
+from rpqfx.checks import shown
 from rpqfx.container import FORMAT, Container, open_container, without_doubles, writer_for
 from rpqfx.errors import FormatError, InputError, RPQError
 from rpqfx.files import draft, place, take_in
@@ -54,15 +56,14 @@ def save(model: nn.Module, path: Place) -> None:
             once.
 
     Raises:
+        InputError: If ``model`` is no module, the path no path, or a file object not open for writing in binary.
         RPQError: If the model holds nothing in codebooks, has tensors on the meta device, or could not be loaded again.
         RewriteError: If the model is sharded.
         CodeError: If codes point outside their codebook.
-        InputError: If the path is none, or a file object not open for writing in binary.
         OSError: If the file cannot be written, as on a full disk, or the path leads to a folder.
         ImportError: If safetensors is asked for and not installed.
     """
-    if not isinstance(model, nn.Module):
-        raise InputError(f"save takes a torch.nn.Module, got {type(model).__name__}")
+    check_model(model, "save")
     target = _target(path)
     write = writer_for(_name_of(path))
     model = unwrapped(model)
@@ -83,7 +84,7 @@ def save(model: nn.Module, path: Place) -> None:
 
 def load(
     path: Place,
-    build: Callable[[], nn.Module],
+    build: Callable[[], nn.Module] | None = None,
     *,
     device: torch.device | str = "cpu",
     build_device: torch.device | str = "meta",
@@ -97,7 +98,7 @@ def load(
     Args:
         path: The file, or a file object open for reading in binary, which is read from where it stands.
         build: Makes the model as it was before ``rpqify`` and ``quantize_kv``; called once, without arguments. It calls
-            ``route`` where that was called.
+            ``route`` where that was called. It has to be given.
         device: Where the tensors go.
         build_device: Where ``build`` runs; ``"cpu"`` for models that compute with values while they are built.
 
@@ -107,11 +108,13 @@ def load(
     Raises:
         FormatError: If the file is truncated, altered, of a newer format or no rpqfx file, or ``build`` makes a
             model that does not fit it. Nothing half-loaded is left behind.
-        InputError: If the path is none, or a file object not open for reading in binary.
+        InputError: If ``build`` is no function, the path no path, or a file object not open for reading in binary.
         RPQError: If there is no such device.
         OSError: If the file is not there or cannot be read.
         ImportError: If it is a safetensors file and safetensors is not installed.
     """
+    _check_build(build)
+    assert build is not None
     for asked in (device, build_device):
         _check_device(asked)
     with _opened(path) as (file, name):
@@ -134,6 +137,23 @@ def load(
         raise FormatError("build() must return the dense model, as it was before rpqify; it is already rewritten")
     put_back(model, manifest, tensors, name)
     return model
+
+
+def _check_build(build: Any) -> None:
+    """Sees that there is a function that builds the dense model."""
+    example = "rpqfx.load(path, lambda: Model(config))"
+    if build is None:
+        raise InputError(
+            f"load needs a function that builds the dense model, without arguments: {example}; the file holds its "
+            "tensors, not its code"
+        )
+    if isinstance(build, nn.Module):
+        raise InputError(
+            f"build is a function that builds the dense model, got a model ({type(build).__name__}); give one that "
+            f"makes it anew: {example}"
+        )
+    if not callable(build):
+        raise InputError(f"build is a function that builds the dense model, got {shown(build)}; give {example}")
 
 
 # ---------------------------------------------------------------------------------------------------- the file

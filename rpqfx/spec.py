@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from rpqfx.checks import shown
 from rpqfx.errors import SpecError
 
 MAX_ENTRIES = 65_536
@@ -49,6 +50,10 @@ class CodebookSpec:
     dim_scale: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("num_vectors", "dim", "codebook_dim", "entries", "stages", "books", "dim_scale"):
+            value = getattr(self, name)
+            if not isinstance(value, int) and (value is not None or name != "books"):
+                raise SpecError(f"{name} is a whole number, got {shown(value)}")
         for name in ("num_vectors", "dim", "codebook_dim", "stages"):
             if getattr(self, name) < 1:
                 raise SpecError(f"{name} must be at least 1, got {getattr(self, name)}")

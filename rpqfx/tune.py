@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from rpqfx import timing
+from rpqfx.arguments import check_call, check_model, keyword, positional
+from rpqfx.checks import flag, whole
 from rpqfx.errors import InputError
 from rpqfx.nn.backed import SUFFIX
 from rpqfx.nn.weight import RPQWeight
@@ -139,18 +141,18 @@ def tune(
         Times and plans, weight by weight; print it for a table.
 
     Raises:
-        InputError: If ``model`` holds nothing in codebooks or is on the meta device, the inputs are no sequence, or
-            ``repeats`` is no positive number.
+        InputError: If ``model`` holds nothing in codebooks or is on the meta device, the inputs are no sequence or are
+            rejected by it, or ``repeats`` is no positive number.
         RewriteError: If the model cannot be copied, or is sharded.
     """
-    args, kwargs = _arguments(example_inputs, example_kwargs)
-    if type(repeats) is not int or repeats < 1:
-        raise InputError(f"repeats is a whole number from 1, got {repeats!r}")
-    if not isinstance(model, nn.Module):
-        raise InputError(f"tune takes a torch.nn.Module, got {type(model).__name__}")
+    check_model(model, "tune")
+    args, kwargs = positional(example_inputs, "example_inputs"), keyword(example_kwargs, "example_kwargs")
+    flag("backward", backward, error=InputError)
+    whole("repeats", repeats, 1, error=InputError)
     refuse_sharded(model, "tune")
     written = unwrapped(model)
     held = _held(written)
+    check_call(written, args, kwargs)
     times: dict[_Asked, list[float]] = {}
     with torch.inference_mode(False):  # under which there are no gradients to time
         seen = observe(written, args, kwargs, backward)
@@ -207,14 +209,6 @@ def _held(model: nn.Module) -> list[tuple[RPQWeight, list[str]]]:
 def _name(weight: RPQWeight, path: str) -> str:
     """Of the Parameter that a weight stands for; of one that is the model itself, its class."""
     return path.removesuffix(SUFFIX) or type(weight).__name__
-
-
-def _arguments(inputs: Any, named: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, Mapping):
-        raise InputError("example_inputs are positional, got a mapping; pass it as example_kwargs")
-    if not isinstance(inputs, (Tensor, Sequence)):
-        raise InputError(f"example_inputs is a sequence of inputs or one tensor, got {type(inputs).__name__}")
-    return (inputs,) if isinstance(inputs, Tensor) else tuple(inputs), dict(named or {})
 
 
 def _row(weight: TunedWeight) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, reject
 from hypothesis import strategies as st
 from torch import nn
 
@@ -70,6 +70,8 @@ def options(draw: st.DrawFn) -> dict[str, Any]:
     chosen = draw(st.fixed_dictionaries({}, optional=OPTIONS))
     if "codebook_dim" in chosen:
         chosen.pop("codebooks", None)
+    if "min_bits" in chosen:  # at most bits, or it is refused
+        chosen["min_bits"] = min(chosen["min_bits"], chosen.get("bits", 8))
     return chosen
 
 
@@ -312,6 +314,27 @@ def test_rules_that_match_nothing_become_notes():
         assert all(note in shown for note in notes)
 
 
+def test_what_of_a_policy_comes_to_nothing_is_noted():
+    rules = (Rule("*", bits=3), Rule("fc", bits=2))
+    assert decide_all(Policy(rules=rules), [site()])[1] == [
+        "rule 'fc' is never followed: rules before it match every site that it does"
+    ]
+    assert decide_all(Policy(rules=rules[::-1]), [site(), site("x.weight")])[1] == []
+    tables = Policy.pretrained(4, embedding_bits=3)
+    assert decide_all(tables, [site()])[1] == ["embedding_bits: the model has no embedding"]
+    embedding = site("e.weight", (1000, 64), kind="embedding", splits=False, module_type=nn.Embedding)
+    assert decide_all(tables, [site(), embedding])[1] == []
+
+
+def test_fewer_bits_are_tried_before_a_layer_may_grow():
+    small = site(shape=(200, 64))
+    answer = Policy(bits=8, min_bits=4, allow_growth=True)(small)
+    assert answer == Policy(bits=8, min_bits=4)(small) and answer.spec.bits < 8
+    tiny = site(shape=(8, 8))
+    assert Policy(bits=8, min_bits=4, min_size=0, allow_growth=True)(tiny).spec.bits == 8
+    assert isinstance(Policy(bits=8, min_bits=4, min_size=0)(tiny), Skip)
+
+
 # --------------------------------------------------------------------------------------------------------- a value
 
 
@@ -326,10 +349,9 @@ def test_policies_are_printed_compared_hashed_and_pickled():
 
 
 rules = st.builds(
-    lambda match, chosen, skip: Rule(match, **chosen, skip=skip),
+    lambda match, said: Rule(match, **said),
     st.one_of(st.text(max_size=8), st.sampled_from([nn.Linear, nn.Conv2d, GPT])),
-    options(),
-    st.none() | st.text(max_size=8),
+    options() | st.builds(lambda reason: {"skip": reason}, st.text(max_size=8)),
 )
 kinds = st.lists(st.sampled_from(["linear", "conv", "embedding", "parameter"]), unique=True)
 budgets = st.sampled_from([{}, {"ratio": 0.25}, {"total_bytes": 12345}])
@@ -337,7 +359,11 @@ budgets = st.sampled_from([{}, {"ratio": 0.25}, {"total_bytes": 12345}])
 
 @given(options(), st.lists(rules, max_size=3), kinds, budgets)
 def test_json_round_trip(chosen: dict[str, Any], some: list[Rule], which: list[str], budget: dict[str, Any]):
-    policy = Policy(**chosen, rules=tuple(some), kinds=tuple(which), **budget)
+    try:
+        policy = Policy(**chosen, rules=tuple(some), kinds=tuple(which), **budget)
+    except PolicyError as error:  # rules and options that a budget, or each other, leave nothing to do
+        assert "would do nothing" in str(error) or "more than the policy's bits" in str(error)
+        reject()
     text = policy.to_json()
     assert Policy.from_json(text) == policy
     assert json.loads(text)["rpqfx_policy"] == 1

@@ -39,7 +39,7 @@ OURS = {
     "1": KVPolicy(bits=1, window=128),
 }
 VQLLM = KVPolicy(
-    bits=2.75, window=0, sinks=0, chunk=8, keys="before", sub_vector=32, entries=2048, stages=8, transform=False,
+    bits=2.75, window=0, sinks=0, chunk=8, keys="before", sub_vector=32, entries=2048, transform=False,
     strided=True, scaled=True, beam=1,
 )  # fmt: skip
 

@@ -20,7 +20,7 @@ from rpqfx.convert.refine import Call, Watch, refinable, refine
 from rpqfx.convert.standin import StandIn
 from rpqfx.convert.turns import Turns
 from rpqfx.decision import Hold, Skip
-from rpqfx.errors import CodeError, RewriteError
+from rpqfx.errors import CodeError, InputError, RewriteError
 from rpqfx.graph.capture import evaluating
 from rpqfx.graph.copying import copy_model
 from rpqfx.graph.pretrained import adapt_pretrained
@@ -35,6 +35,7 @@ from rpqfx.spec import CodebookSpec
 Decide = Callable[[Mapping[str, float]], Mapping[str, Hold | Skip]]
 
 _GRADIENT_BATCHES = 8
+_NAMED = 4
 
 
 def convert(
@@ -98,6 +99,7 @@ class _Conversion:
         self._weigh, self._steps, self._seed, self._progress, self._folder = weigh, steps, seed, progress, folder
         self._dense: nn.Module | None = None
         self._errors: dict[str, float | None] = {}
+        self._calibrated: set[str] = set()
         self._by_name = {site.name: site for site in sites}
 
     def run(self) -> None:
@@ -109,6 +111,7 @@ class _Conversion:
         put(self._model, self._sites, self._weights)
         with evaluating(self._model):
             seen = self._observe(self._weights.values())
+            notes = self._check_seen(seen)
             if self._batches.runs and self._weigh:
                 costs = importance(
                     self._model, list(self._weights.values()), seen, self._batches.runs[:_GRADIENT_BATCHES]
@@ -123,7 +126,7 @@ class _Conversion:
             self._fit_in_turn(seen)
             estimate_norms(self._model, self._batches.runs)
         adapt_pretrained(self._model)  # not before: only now is it known which weights share codebooks
-        record(self._model, self._sites, settled, self._errors)
+        record(self._model, self._sites, settled, self._errors, calibrated=self._calibrated, notes=notes)
 
     def _stand_ins(self, holds: Mapping[str, Hold]) -> dict[str, StandIn]:
         made: dict[str, StandIn] = {}
@@ -151,6 +154,30 @@ class _Conversion:
             for weight in often:
                 observer.seen[weight].moments = closer.seen[weight].moments
         return observer.seen
+
+    def _check_seen(self, seen: Mapping[RPQWeight, Seen]) -> list[str]:
+        """Remarks for the report on what calibration did not show.
+
+        Raises:
+            InputError: If inputs of a weight are not finite, or no batch reaches any.
+        """
+        if not self._batches.runs:
+            return []
+        for name, weight in self._weights.items():
+            mean = seen[weight].moments.mean
+            if mean is not None and not bool(torch.isfinite(mean).all()):
+                raise InputError(
+                    f"{name}: its inputs' second moment has infinite or NaN elements; look at the calibration batches, "
+                    "or skip the weight with a Rule"
+                )
+        missed = [name for name, weight in self._weights.items() if not seen[weight].reached]
+        if len(missed) == len(self._weights):
+            raise InputError(
+                "no calibration batch reaches any weight that is to be in codebooks, so nothing can be seen of their "
+                f"inputs ({', '.join(missed[:3])}); give batches as the model is called with in use"
+            )
+        shown = ", ".join(missed[:_NAMED]) + (f" and {len(missed) - _NAMED} more" if len(missed) > _NAMED else "")
+        return [f"calibration did not reach {shown}: fitted to the weights alone"] if missed else []
 
     def _watch(self, observer: Observer, what: str) -> None:
         runs = self._batches.runs
@@ -240,12 +267,17 @@ class _Conversion:
             energy = known if full is None else None
             fit = fit_weight(weight.vectors, weight.spec, self._codebooks[name].detach(), full, energy)
             kept = {"codes": fit.codes.to(weight.spec.code_dtype), **fit.factors, "error": torch.tensor(fit.error)}
+            if fit.signs is not None:
+                kept["signs"] = fit.signs
             if self._store is not None:
                 self._store.save(name, kept)
         self._errors[name] = float(kept.pop("error"))
+        if moment is not None:
+            self._calibrated.add(name)
         device = weight.vectors.device
-        codes = kept.pop("codes").to(device)
-        weight.become(self._codebooks[name], codes, {key: factor.to(device) for key, factor in kept.items()})
+        held = {key: tensor.to(device) for key, tensor in kept.items()}
+        codes, signs = held.pop("codes"), held.pop("signs", None)
+        weight.become(self._codebooks[name], codes, held, signs)
         if self._progress is not None:
             self._progress(len(self._errors), len(self._weights), name)
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rpqfx.codebook import CodebookSpec
+from rpqfx.codebook import CodebookSpec, pack_signs
 from rpqfx.fit.feedback import encode
 from rpqfx.fit.kmeans import kmeans
 from rpqfx.fit.residual import train
@@ -27,11 +27,13 @@ class Fitted(NamedTuple):
     Args:
         codes: ``[R, M, N]``.
         factors: ``scale [N]`` and ``dim_scale [D / share]``, where the spec has them.
+        signs: Packed, ``[R, M, ceil(N/8)]``, where the spec has them.
         error: Relative error of the weight, ``|W - W'| / |W|``.
     """
 
     codes: Tensor
     factors: dict[str, Tensor]
+    signs: Tensor | None
     error: float
 
 
@@ -96,7 +98,8 @@ def train_codebooks(members: Sequence[tuple[Tensor, CodebookSpec, Tensor | None]
         for part, points in zip(parts, groups, strict=True):
             drawn = torch.randperm(len(points), generator=generator, device=points.device)[:count]
             part.append(points[drawn])
-    trained = [_train(torch.cat(part), stages, entries, seed + number) for number, part in enumerate(parts)]
+    train_one = _train_signed if spec.signs else _train
+    trained = [train_one(torch.cat(part), stages, entries, seed + number) for number, part in enumerate(parts)]
     return stored(torch.stack(trained, 1), dtype).to(dtype)
 
 
@@ -104,6 +107,17 @@ def _train(points: Tensor, stages: int, entries: int, seed: int) -> Tensor:
     if stages > 1:
         return train(points, stages, entries, seed=seed)[0]
     return kmeans(points, entries, steps=_STEPS, seed=seed)[0][None]
+
+
+def _train_signed(points: Tensor, stages: int, entries: int, seed: int) -> Tensor:
+    """Codebooks of points whose every use of an entry may be turned: stage after stage, of one half of space."""
+    books = []
+    for stage in range(stages):
+        points = torch.where(points.sum(1, keepdim=True) < 0, -points, points)
+        book, codes = kmeans(points, entries, steps=_STEPS, seed=seed + stage)
+        books.append(book)
+        points = points - book[codes]
+    return torch.stack(books)
 
 
 @torch.no_grad()
@@ -131,7 +145,13 @@ def fit_weight(
     if moment is not None and columns is not None:
         wide = columns.repeat_interleave(spec.dim_scale).to(moment.dtype)
         moment = moment * wide * wide[:, None]
-    coded = encode(view.matrix, codebooks, moment)
+    minus = None
+    if spec.signs:  # an entry or its negative, whichever is nearer: a codebook of both
+        both = encode(view.matrix, torch.cat([codebooks, -codebooks], 2), moment)
+        minus = both.codes >= spec.entries
+        coded = both._replace(codes=both.codes % spec.entries)
+    else:
+        coded = encode(view.matrix, codebooks, moment)
     rows, decoded = view.rows, coded.decoded
     if moment is not None:
         seen = moment.to(decoded.dtype)
@@ -148,7 +168,7 @@ def fit_weight(
     error = float((vectors.float() - made).norm() / norm) if norm > 0 else 0.0
     factors = {"scale": rows, "dim_scale": columns}
     kept = {name: factor.to(vectors.dtype) for name, factor in factors.items() if factor is not None}
-    return Fitted(coded.codes, kept, error)
+    return Fitted(coded.codes, kept, None if minus is None else pack_signs(minus), error)
 
 
 def stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -32,6 +32,11 @@ class Seen:
     now: int = field(default=0, repr=False)
 
     @property
+    def reached(self) -> bool:
+        """Whether a batch used it at all."""
+        return self.rank >= 0
+
+    @property
     def once(self) -> bool:
         """Whether each batch uses it once, with inputs along its vectors, so that runs can stop for it."""
         return self.uses == 1 and not self.looked_up and self.moments.rows > 0

@@ -59,20 +59,24 @@ class StandIn(RPQWeight):
         """The whole tensor."""
         return _StandInPart(self)
 
-    def become(self, codebooks: torch.nn.Parameter, codes: Tensor, factors: dict[str, Tensor]) -> None:
+    def become(
+        self, codebooks: torch.nn.Parameter, codes: Tensor, factors: dict[str, Tensor], signs: Tensor | None = None
+    ) -> None:
         """Makes it a plain ``RPQWeight``, whose dense tensor is forgotten.
 
         Args:
             codebooks: ``[R, G, K, d]``.
             codes: ``[R, M, N]``.
             factors: ``scale`` and ``dim_scale``, where the spec has them.
+            signs: ``[R, M, ceil(N/8)]``, where the spec has them; left out, no use is turned.
         """
         trained = codebooks.requires_grad
         self.codebooks, self.codes = codebooks, codes.to(self.spec.code_dtype)
         for name, factor in factors.items():
             setattr(self, name, torch.nn.Parameter(factor, trained))
-        if self.signs is not None:  # none is turned: codebooks were trained without
-            self.signs = torch.zeros(self.spec.signs_shape, dtype=torch.uint8, device=codes.device)
+        if self.signs is not None:  # where there are none, nothing is turned
+            none = torch.zeros(self.spec.signs_shape, dtype=torch.uint8, device=codes.device)
+            self.signs = none if signs is None else signs
         self.__class__ = RPQWeight  # type: ignore[assignment]
         for name in ("vectors", "listener", "trained", "_ids"):
             del self.__dict__[name]

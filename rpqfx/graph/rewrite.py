@@ -8,15 +8,16 @@ flags, attributes and methods, so nothing that refers to it has to be found and 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import nn
 
-from rpqfx.codebook import CodebookSpec
+from rpqfx.codebook import CodebookSpec, pack_signs, unpack_signs
 from rpqfx.decision import Hold, Skip
-from rpqfx.errors import RewriteError
+from rpqfx.draws import drawn_from
+from rpqfx.errors import InputError, RewriteError
 from rpqfx.fit import fit_codebooks
 from rpqfx.graph.capture import Captured
 from rpqfx.graph.code import needs_tensors
@@ -42,7 +43,7 @@ def rewrite(
     decisions: Mapping[str, CodebookSpec | Hold | Skip],
     sites: Sequence[Site] | None = None,
     *,
-    seed: int = 0,
+    seed: int | None = None,
     progress: Progress | None = None,
 ) -> nn.Module:
     """Carries out decisions on ``captured.model``, in place.
@@ -54,7 +55,7 @@ def rewrite(
         captured: The model that was read.
         decisions: By site name; sites without one are left alone.
         sites: What ``find_sites(captured)`` returned, where that is at hand.
-        seed: Of fits.
+        seed: Of fits (0 if left out) and of random codebooks (from torch's global generator if left out).
         progress: Called with (done, total, site name) after each site.
 
     Returns:
@@ -64,6 +65,7 @@ def rewrite(
         RewriteError: If a decision names no site, or one that cannot be rewritten, or does not fit it, or a weight has
             not been loaded while others have.
         PolicyError: If a spec fits neither side of its site.
+        InputError: If there is a seed, but all is on the meta device, where nothing is drawn.
     """
     before = Snapshot(captured.model)
     try:
@@ -74,7 +76,7 @@ def rewrite(
 
 
 def _rewrite(
-    captured: Captured, decisions: Mapping[str, CodebookSpec | Hold | Skip], sites: Sequence[Site], seed: int,
+    captured: Captured, decisions: Mapping[str, CodebookSpec | Hold | Skip], sites: Sequence[Site], seed: int | None,
     progress: Progress | None,
 ) -> nn.Module:  # fmt: skip
     settled = settle(decisions, sites)
@@ -83,8 +85,14 @@ def _rewrite(
     held = {name: decision for name, decision in settled.items() if isinstance(decision, Hold)}
     made: dict[str, RPQWeight] = {}
     errors: dict[str, float | None] = {}
+    if seed is not None and held and all(parameter_at(captured.model, name).is_meta for name in held):
+        raise InputError(
+            f"seed={seed} would do nothing: the model is on the meta device, where nothing is drawn; call "
+            "torch.manual_seed before rpqfx.materialize"
+        )
     for group in groups_of(held).values():
-        weights = _make(captured.model, [(by_name[name], held[name]) for name in group], seed)
+        with drawn_from(seed, group[0], [parameter_at(captured.model, name).device for name in group]):
+            weights = _make(captured.model, [(by_name[name], held[name]) for name in group], seed or 0)
         for name, weight in zip(group, weights, strict=True):
             made[name], errors[name] = weight, _error(captured.model, by_name[name], held[name], weight)
             if progress is not None:
@@ -119,6 +127,9 @@ def record(
     sites: Sequence[Site],
     settled: Mapping[str, Hold | Skip],
     errors: Mapping[str, float | None],
+    *,
+    calibrated: Collection[str] = (),
+    notes: Sequence[str] = (),
 ) -> None:
     """Keeps what was done with a model for its report.
 
@@ -126,7 +137,9 @@ def record(
         model: The model.
         sites: All its sites.
         settled: What was decided.
-        errors: Relative errors of fits.
+        errors: Relative errors of fits; None where nothing was fitted.
+        calibrated: Names of what was fitted to what its inputs showed.
+        notes: Remarks.
     """
     undecided = Skip("no decision")
     known = {path: name for name, path, _ in modules_within(model)}  # without the names of wrappers
@@ -135,9 +148,11 @@ def record(
         path, _, attribute = name.rpartition(".")
         return f"{known[path]}.{attribute}".lstrip(".")
 
-    made = [SiteRecord.of(site, settled.get(site.name, undecided), errors.get(site.name)) for site in sites]
+    made = [SiteRecord.of(s, settled.get(s.name, undecided), errors.get(s.name), s.name in calibrated) for s in sites]
     attach_records(
-        model, [replace(one, name=plain(one.name), names=tuple(plain(name) for name in one.names)) for one in made]
+        model,
+        [replace(one, name=plain(one.name), names=tuple(plain(name) for name in one.names)) for one in made],
+        notes,
     )
 
 
@@ -262,7 +277,7 @@ def _share(model: nn.Module, members: list[tuple[Site, Hold]], weights: list[RPQ
         return
     whole = CodebookSpec(
         sum(spec.num_vectors for spec in specs), specs[0].dim, specs[0].codebook_dim, specs[0].entries,
-        specs[0].stages, specs[0].books, specs[0].scale, False,
+        specs[0].stages, specs[0].books, specs[0].scale, specs[0].signs,
     )  # fmt: skip
     rows = [w.layout.to_vectors(p.detach()) for w, p in zip(weights, parameters, strict=True)]
     fit = fit_codebooks(torch.cat(rows), whole, seed=seed)
@@ -271,8 +286,11 @@ def _share(model: nn.Module, members: list[tuple[Site, Hold]], weights: list[RPQ
         sizes = [spec.num_vectors for spec in specs]
         for weight, codes in zip(weights, fit.codes.split(sizes, -1), strict=True):
             weight.codes.copy_(codes)
-            if weight.signs is not None:
-                weight.signs.zero_()
+        if fit.signs is not None:
+            each = unpack_signs(fit.signs, sum(sizes)).split(sizes, -1)
+            for weight, minus in zip(weights, each, strict=True):
+                assert weight.signs is not None
+                weight.signs.copy_(pack_signs(minus))
         if fit.scale is not None:
             for weight, scale in zip(weights, fit.scale.split(sizes), strict=True):
                 assert weight.scale is not None

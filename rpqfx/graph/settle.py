@@ -45,7 +45,7 @@ def groups_of(held: Mapping[str, Hold]) -> dict[object, list[str]]:
     """
     groups: dict[object, list[str]] = defaultdict(list)
     for name, hold in held.items():
-        key = name if hold.group is None else (hold.group, hold.spec.codebooks_shape)
+        key = name if hold.group is None else (hold.group, *hold.shared)
         groups[key].append(name)
     return groups
 

@@ -6,14 +6,19 @@ import dataclasses
 import fnmatch
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from rpqfx import byname
+from rpqfx.checks import flag, number, one_of, shown, whole
 from rpqfx.errors import PolicyError
+from rpqfx.spelled import spelled
 
 _MOST_BITS = 8.0
+_STAGES, _BEAM = 6, 8
+_UNIT = 8  # tokens whose codes fill whole bytes, whatever their bits
 
 
+@spelled
 @dataclass(frozen=True)
 class KVRule:
     """What differs for some attention layers.
@@ -24,13 +29,19 @@ class KVRule:
         bits: For these, in place of the policy's, and a budget of their own.
     """
 
+    goes_with: ClassVar[str] = "KVPolicy"
+
     match: str
     skip: str | None = None
     bits: float | None = None
 
     def __post_init__(self) -> None:
+        byname.check_match(self.match, "KVRule")
+        byname.check_skip(self.skip)
         if (self.skip is None) == (self.bits is None):
-            raise PolicyError(f"a KVRule either skips layers or sets bits for them; {self.match!r} has both or neither")
+            raise PolicyError(
+                f"a KVRule either skips layers or sets bits for them; {shown(self.match)} has both or neither"
+            )
         if self.bits is not None:
             _check_bits(self.bits)
 
@@ -39,6 +50,7 @@ class KVRule:
         return fnmatch.fnmatchcase(name, self.match)
 
 
+@spelled
 @dataclass(frozen=True)
 class KVPolicy:
     """How keys and values are held.
@@ -59,20 +71,24 @@ class KVPolicy:
             after it elsewhere. Before it keys are easier to code; after it they are faster to use.
         sub_vector: ``d``, channels that share an entry.
         entries: ``K`` of each codebook.
-        stages: Residual stages at most.
+        stages: Residual stages of a sub-vector at most, 6 if left out. Without transform their number follows from
+            ``bits``, and is not given.
         transform: Whether there is the linear map, and a number of stages for each sub-vector.
-        joint: Whether a layer's heads share codes, which saves about half a bit; each has its own otherwise.
+        joint: Whether a layer's heads share codes, which saves about half a bit; each has its own otherwise. Left out,
+            they do where there is a transform and no scale, and only there they can.
         strided: Without transform: sub-vectors of channels that are far apart, for keys.
         scaled: A scale for each token and head; heads are apart then.
         cosine: Whether entries are chosen by angle.
-        beam: Sums that go on from stage to stage while encoding; 1 is greedy.
+        beam: Sums that go on from stage to stage while encoding, 8 if left out; 1 is greedy, as by angle always.
         decay: Of moving averages that codebooks follow in training; None: they are trained by gradient.
-        chunk: Tokens that leave the window at a time.
+        chunk: Tokens that leave the window at a time, a multiple of 8.
         rules: What differs for some layers.
 
     Raises:
-        PolicyError: If a value is out of range.
+        PolicyError: If an option does not exist, is out of range, or would do nothing beside the others.
     """
+
+    goes_with: ClassVar[str] = "quantize_kv"
 
     bits: float = 2.0
     window: int = 128
@@ -80,30 +96,60 @@ class KVPolicy:
     keys: Literal["auto", "before", "after"] = "auto"
     sub_vector: int = 8
     entries: int = 256
-    stages: int = 6
+    stages: int | None = None
     transform: bool = True
-    joint: bool = True
+    joint: bool | None = None
     strided: bool = False
     scaled: bool = False
     cosine: bool = False
-    beam: int = 8
+    beam: int | None = None
     decay: float | None = None
     chunk: int = 16
     rules: tuple[KVRule, ...] = ()
 
     def __post_init__(self) -> None:
         _check_bits(self.bits)
-        for name, least in (("window", 0), ("sinks", 0), ("sub_vector", 1), ("stages", 1), ("beam", 1), ("chunk", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise PolicyError(f"{name} is a whole number of at least {least}, got {value!r}")
-        if not isinstance(self.entries, int) or not 2 <= self.entries <= 65_536:
-            raise PolicyError(f"entries are 2 to 65,536, got {self.entries!r}")
-        if self.keys not in ("auto", "before", "after"):
-            raise PolicyError(f'keys are held "before" or "after" the rotary embedding, or "auto", got {self.keys!r}')
-        if self.decay is not None and not 0 < self.decay < 1:
-            raise PolicyError(f"decay is between 0 and 1, got {self.decay!r}")
-        object.__setattr__(self, "rules", tuple(self.rules))
+        for name, (least, most) in _RANGES.items():
+            if getattr(self, name) is not None or name not in ("stages", "beam"):
+                whole(name, getattr(self, name), least, most)
+        for name in ("transform", "strided", "scaled", "cosine"):
+            flag(name, getattr(self, name))
+        if self.joint is not None:
+            flag("joint", self.joint)
+        one_of("keys", self.keys, ("auto", "before", "after"))
+        if self.decay is not None:
+            number("decay", self.decay, "between 0 and 1, or None", lambda value: 0 < value < 1)
+        if self.chunk % _UNIT:
+            near = max(_UNIT, round(self.chunk / _UNIT) * _UNIT)
+            raise PolicyError(
+                f"chunk is a multiple of {_UNIT}, so that codes fill whole bytes, got {self.chunk}; give {near}"
+            )
+        object.__setattr__(self, "rules", byname.rules_of(self.rules, KVRule))
+        self._check_idle()
+        defaults = {"joint": self.transform and not self.scaled, "beam": 1 if self.cosine else _BEAM}
+        if self.transform:
+            defaults["stages"] = _STAGES
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+
+    def _check_idle(self) -> None:
+        """Sees that no option is given that would do nothing."""
+        if self.strided and self.transform:
+            raise PolicyError(
+                "strided=True would do nothing with the linear map, which mixes channels anyway; leave it out, or give "
+                "transform=False"
+            )
+        if self.joint and not (self.transform and not self.scaled):
+            cause = "scaled=True" if self.transform else "transform=False"
+            raise PolicyError(f"joint=True cannot be had with {cause}, where heads are apart; leave joint out")
+        if self.stages is not None and not self.transform:
+            raise PolicyError(
+                f"stages={self.stages} would do nothing with transform=False, where bits says how many stages there "
+                "are (bits * sub_vector / log2(entries)); leave it out"
+            )
+        if self.cosine and self.beam not in (None, 1):
+            raise PolicyError(f"beam={self.beam} would do nothing with cosine=True, which is greedy; leave it out")
 
     @property
     def code_bits(self) -> int:
@@ -121,7 +167,9 @@ class KVPolicy:
         """
         for rule in self.rules:
             if rule.matches(name):
-                return rule.skip or dataclasses.replace(self, bits=rule.bits or self.bits, rules=())
+                if rule.skip is not None:
+                    return rule.skip
+                return dataclasses.replace(self, bits=rule.bits or self.bits, rules=())
         return dataclasses.replace(self, rules=())
 
     def to_json(self) -> str:
@@ -135,9 +183,27 @@ class KVPolicy:
         Raises:
             PolicyError: If the text says something else.
         """
-        return byname.from_json(cls, KVRule, text, cls.__name__)
+        return byname.from_json(lambda **values: cls(**_without_idle(values)), KVRule, text, cls.__name__)
+
+
+def _without_idle(values: dict[str, Any]) -> dict[str, Any]:
+    """Leaves out what 0.1 wrote of options at their defaults that did nothing beside the others."""
+    idle: dict[str, Any] = {}
+    if values.get("transform") is False:
+        idle["stages"] = _STAGES
+    if values.get("transform") is False or values.get("scaled") is True:
+        idle["joint"] = True
+    if values.get("cosine") is True:
+        idle["beam"] = _BEAM
+    return {name: value for name, value in values.items() if name not in idle or value != idle[name]}
+
+
+_RANGES = {
+    "window": (0, 2**31 - 1), "sinks": (0, 2**31 - 1), "sub_vector": (1, 2**31 - 1), "entries": (2, 65_536),
+    "stages": (1, 64), "beam": (1, 65_536), "chunk": (1, 2**31 - 1),
+}  # fmt: skip
 
 
 def _check_bits(bits: float) -> None:
-    if not (isinstance(bits, (int, float)) and 0 < bits <= _MOST_BITS):
-        raise PolicyError(f"bits are more than 0 and at most {_MOST_BITS:g} for each number, got {bits!r}")
+    meaning = f"more than 0 and at most {_MOST_BITS:g} for each number"
+    number("bits", bits, meaning, lambda value: 0 < value <= _MOST_BITS)

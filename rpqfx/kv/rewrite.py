@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from rpqfx.arguments import check_model, check_policy, check_progress
 from rpqfx.byname import check_rules
-from rpqfx.convert.batches import Batches
+from rpqfx.checks import check_seed, flag
+from rpqfx.convert.batches import Batches, calibration_of
 from rpqfx.convert.probe import probe
+from rpqfx.draws import drawn_from
 from rpqfx.errors import InputError, PolicyError, RewriteError
 from rpqfx.graph.attention import AttentionSite, find_attention
 from rpqfx.graph.capture import capture, evaluating
@@ -33,10 +36,10 @@ def quantize_kv(
     model: nn.Module,
     policy: KVPolicy | None = None,
     *,
-    calibration: Iterable[Any],
+    calibration: Iterable[Any] | None = None,
     fit: bool = True,
     inplace: bool = False,
-    seed: int = 0,
+    seed: int | None = None,
     progress: Progress | bool | None = None,
 ) -> nn.Module:
     """Holds a model's older keys and values as codes.
@@ -49,11 +52,13 @@ def quantize_kv(
     Args:
         model: Any model; left alone. The result has copies of its Parameters and buffers and shares none.
         policy: How keys and values are held; ``KVPolicy()`` if left out.
-        calibration: Batches: each a tensor, a tuple of positional or a mapping of keyword inputs. 16 sequences do.
+        calibration: Batches: each a tensor, a tuple of positional or a mapping of keyword inputs. 16 sequences do. It
+            has to be given.
         fit: Whether coders are fitted; if not, batches only show the shapes (one is enough), codebooks are random, and
             are trained or loaded by ``load_state_dict`` afterwards.
         inplace: Rewrite the model itself.
-        seed: Of the codebooks, and of the directions in which outputs are changed.
+        seed: Of the codebooks, and of the directions in which outputs are changed; left out, 0, and random codebooks
+            are drawn from torch's global generator.
         progress: Called with (done, total, what); True or False for a line on standard error or none.
 
     Where this raises anything, an interrupt (Ctrl-C) among it, ``model`` is as it was, also with ``inplace``.
@@ -62,17 +67,28 @@ def quantize_kv(
         The rewritten model.
 
     Raises:
-        InputError: If the model rejects a batch, or there is none.
+        InputError: If the model rejects a batch, there is none, or one is empty or not finite.
         RewriteError: If there is no attention, or none ran.
         PolicyError: If a rule matches no layer, or a layer cannot follow its policy.
     """
-    if not isinstance(model, nn.Module):
-        raise InputError(f"quantize_kv takes a torch.nn.Module, got {type(model).__name__}")
+    check_model(model, "quantize_kv")
     policy = KVPolicy() if policy is None else policy
+    check_policy(policy, KVPolicy)
+    flag("fit", fit, error=InputError)
+    if seed is not None:
+        check_seed(seed)
+    check_progress(progress)
+    if calibration is None:
+        raise InputError(
+            "quantize_kv needs calibration, batches of the model's inputs (16 sequences do), to see which keys and "
+            "values there are: quantize_kv(model, policy, calibration=batches)"
+        )
     before = Snapshot(model, values=small_tensors(model) if inplace else ())
     try:
-        small = model if inplace else copy_model(model)
-        _rewrite(small, policy, calibration, fit, seed, shown(progress, quiet=False))
+        batches = calibration_of(calibration)
+        with torch.inference_mode(False):  # what is made in it could not be trained
+            small = model if inplace else copy_model(model)
+            _rewrite(small, policy, batches, fit, seed, shown(progress, quiet=False))
         return small
     except BaseException:
         before.restore()
@@ -95,24 +111,26 @@ def commitment(model: nn.Module) -> torch.Tensor:
 
 
 def _rewrite(
-    model: nn.Module, policy: KVPolicy, calibration: Iterable[Any], fit: bool, seed: int, progress: Progress | None
+    model: nn.Module,
+    policy: KVPolicy,
+    calibration: Iterable[Any],
+    fit: bool,
+    seed: int | None,
+    progress: Progress | None,
 ) -> None:
     if attentions(model):
         raise RewriteError("this model already attends to codes; start from the model before quantize_kv")
     batches = Batches(model, calibration)
-    if not batches.runs:
-        raise InputError("there are no calibration batches; give some, 16 sequences do")
     sites = find_attention(capture(model))
     policies = _decide(sites, policy)
     cores = {site: KVAttention(own, site.name) for site, own in policies.items()}
     for site, core in cores.items():
         policy = core.policy
-        joint = policy.transform and policy.joint and not policy.scaled
-        core.watch = Watch(joint, _STEP if policy.transform else _STEP_OWN)
+        core.watch = Watch(bool(policy.joint), _STEP if policy.transform else _STEP_OWN)
         wrap(site, core)
     try:
         with evaluating(model):
-            _look(model, batches, fit, seed, progress)
+            _look(model, batches, fit, seed or 0, progress)
     finally:
         watched = {core: core.watch for core in cores.values()}
         for core in watched:
@@ -122,14 +140,16 @@ def _rewrite(
         watch = watched[core]
         assert watch is not None
         if watch.keys.count:
-            core.keys, core.values = _coder(core, watch.keys, keys=True), _coder(core, watch.values, keys=False)
+            with drawn_from(None if fit else seed, core.name, [watch.keys.device or torch.device("cpu")]):
+                core.keys, core.values = _coder(core, watch.keys, keys=True), _coder(core, watch.values, keys=False)
             seen[core] = watch
         else:
             unwrap(site)
     if not seen:
         raise RewriteError("no attention module ran on the calibration batches; skip none, or calibrate with others")
     for bits in dict.fromkeys(core.policy.bits for core in seen):
-        _fit({core: watch for core, watch in seen.items() if core.policy.bits == bits}, fit, seed)
+        with drawn_from(None if fit else seed, f"{bits} bits", {t.device for t in model.parameters()}):
+            _fit({core: watch for core, watch in seen.items() if core.policy.bits == bits}, fit, seed or 0)
 
 
 def _decide(sites: Sequence[AttentionSite], policy: KVPolicy) -> dict[AttentionSite, KVPolicy]:
@@ -151,6 +171,8 @@ def _look(model: nn.Module, batches: Batches, fit: bool, seed: int, progress: Pr
     if not fit:
         with torch.no_grad():
             batches.runs[0]()
+        if progress is not None:
+            progress(1, 1, "reading shapes")
         return
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
@@ -178,7 +200,7 @@ def _coder(core: KVAttention, moments: Moments, *, keys: bool) -> HeadCoder:
     stages = max(1, round(policy.bits * policy.sub_vector / policy.code_bits))
     return HeadCoder(
         moments.heads, moments.dim, sub_vector=policy.sub_vector, entries=policy.entries, stages=stages,
-        transform=policy.transform, joint=policy.joint, strided=policy.strided and keys, scaled=policy.scaled,
+        transform=policy.transform, joint=bool(policy.joint), strided=policy.strided and keys, scaled=policy.scaled,
         cosine=policy.cosine, beam=policy.beam, decay=policy.decay, device=moments.device,
     )  # fmt: skip
 
@@ -196,6 +218,7 @@ def _fit(seen: dict[KVAttention, Watch], fit: bool, seed: int) -> None:
         for coder, own in zip(coders, moments, strict=True) if fit else ():
             coder.fit(own.all_samples(), seed=seed)
         return
+    assert policy.stages is not None  # with a transform they are limited
     share_codebooks(coders, policy.stages)
     if fit:
         spaces = [find_space(coder, own) for coder, own in zip(coders, moments, strict=True)]

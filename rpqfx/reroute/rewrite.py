@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rpqfx.arguments import check_model, check_policy
 from rpqfx.byname import check_rules
-from rpqfx.errors import InputError, PolicyError, RewriteError
+from rpqfx.checks import check_seed
+from rpqfx.errors import PolicyError, RewriteError
 from rpqfx.graph.capture import capture
 from rpqfx.graph.copying import copy_model
 from rpqfx.graph.snapshot import Snapshot
@@ -18,7 +20,7 @@ from rpqfx.reroute.chooser import Chooser
 from rpqfx.reroute.drawing import Drawing
 from rpqfx.reroute.feedforward import FeedForwardRoute
 from rpqfx.reroute.find import Block, find_blocks
-from rpqfx.reroute.policy import RoutePolicy
+from rpqfx.reroute.policy import LIGHT_WINDOW, RoutePolicy
 from rpqfx.reroute.underway import Padding
 from rpqfx.routing.windows import LocalAttention
 
@@ -55,9 +57,10 @@ def route(model: nn.Module, policy: RoutePolicy | None = None, *, inplace: bool 
         PolicyError: If a rule matches no block, or the model is causal and the policy has neither ``window`` nor
             ``look_ahead``.
     """
-    if not isinstance(model, nn.Module):
-        raise InputError(f"route takes a torch.nn.Module, got {type(model).__name__}")
+    check_model(model, "route")
     policy = RoutePolicy() if policy is None else policy
+    check_policy(policy, RoutePolicy)
+    check_seed(seed)
     if routed(model):
         raise RewriteError("this model is routed already; start from the model before route")
     before = Snapshot(model, also=_configs(model))
@@ -133,7 +136,7 @@ def _make(
         heads = max(1, round(width_in * policy.light / head))
         causal = policy.window is not None
         light = LocalAttention(
-            width_in, dim_head=head, heads=heads, window_size=policy.light_window, causal=causal, **made
+            width_in, dim_head=head, heads=heads, window_size=policy.light_window or LIGHT_WINDOW, causal=causal, **made
         )
         _zero(light.to_out)
     kind = TorchAttentionRoute if isinstance(block.last, nn.MultiheadAttention) else AttentionRoute

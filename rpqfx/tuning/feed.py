@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rpqfx.checks import shown
 from rpqfx.errors import InputError
 
 Data = Iterable[Any] | Callable[[int], Any]
@@ -24,16 +25,31 @@ def feed(data: Data, seed: int, start: int = 0) -> Iterator[Any]:
         start: Batches to leave out at the beginning. Of an iterable they are taken and dropped, of the others they
             are not asked for.
 
-    Yields:
+    Returns:
         Batches.
 
     Raises:
-        InputError: If ``data`` is none of these, or one batch, or empty.
+        InputError: If ``data`` is none of these, or one batch, or empty; the first batch is taken to see that.
     """
     if isinstance(data, (Tensor, Mapping, str)):
         raise InputError(f"data is a sequence of batches, got one {type(data).__name__}; put it in a list")
     if not callable(data) and not isinstance(data, Iterable):
-        raise InputError(f"data is a sequence of batches or a callable from a number to one, got {type(data).__name__}")
+        raise InputError(f"data is a sequence of batches or a callable from a number to one, got {shown(data)}")
+    batches = _feed(data, seed, start)
+    if start:
+        return batches
+    first = next(batches, _NOTHING)
+    if first is _NOTHING:
+        spent = isinstance(data, Iterable) and iter(data) is data
+        why = "; an iterator that was gone through before holds nothing any more, a list does" if spent else ""
+        raise InputError(f"there is no data: it holds no batch{why}")
+    return itertools.chain([first], batches)
+
+
+_NOTHING = object()
+
+
+def _feed(data: Any, seed: int, start: int) -> Iterator[Any]:
     if isinstance(data, Sequence):
         return _shuffled(data, seed, start)
     if is_replayed(data):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rpqfx.checks import number
 from rpqfx.errors import InputError
 from rpqfx.nn.offloaded import check_not_offloaded, offloaded
 from rpqfx.nn.weight import RPQWeight
@@ -19,19 +20,27 @@ Choose = Callable[[str], bool]
 
 @dataclass(frozen=True)
 class Rates:
-    """Learning rates of Adam, by kind of tensor.
+    """Learning rates of Adam, by kind of tensor; those of kinds that a model has not are not used.
 
     Args:
         codebooks: Relative to the root mean square of a codebook, as it is at the start.
         scales: Of ``scale`` and ``dim_scale``, relative in the same way.
         dense: Of norms, biases and whatever dense Parameters are trained besides.
         codes: Of the dense matrices that codes follow, relative to the codebook.
+
+    Raises:
+        InputError: If one is no finite number, or negative.
     """
 
     codebooks: float = 1e-3
     scales: float = 1e-3
     dense: float = 1e-3
     codes: float = 3e-3
+
+    def __post_init__(self) -> None:
+        for name in ("codebooks", "scales", "dense", "codes"):
+            meaning = "a learning rate, finite and not negative"
+            number(name, getattr(self, name), meaning, lambda rate: 0 <= rate < float("inf"), error=InputError)
 
 
 def held(model: nn.Module) -> list[RPQWeight]:

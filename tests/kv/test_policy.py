@@ -44,3 +44,11 @@ def test_values_out_of_range_are_refused_by_name(values: dict[str, Any]) -> None
 def test_a_rule_says_one_thing(values: dict[str, Any]) -> None:
     with pytest.raises(PolicyError):
         KVRule("*", **values)
+
+
+def test_json_of_before_options_were_refused_is_read() -> None:
+    """Version 0.1 wrote every option, those that did nothing too."""
+    old = '{"bits": 2.0, "window": 9, "stages": 6, "transform": false, "joint": true, "cosine": true, "beam": 8}'
+    assert KVPolicy.from_json(old) == KVPolicy(window=9, transform=False, cosine=True)
+    with pytest.raises(PolicyError, match="stages=5 would do nothing"):
+        KVPolicy.from_json(old.replace("6", "5"))

@@ -32,7 +32,7 @@ class Direct(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
 
 
-@given(st.integers(0, 2**31), st.integers(0, 12), st.integers(0, 3), st.integers(1, 9), st.booleans())
+@given(st.integers(0, 2**31), st.integers(0, 12), st.integers(0, 3), st.sampled_from([8, 16, 24]), st.booleans())
 @settings(max_examples=15)
 def test_a_query_sees_what_a_cache_would_hold(seed: int, window: int, sinks: int, chunk: int, causal: bool) -> None:
     q, k, v = torch.randn(3, 1, 2, 30, 8, generator=torch.Generator().manual_seed(seed))
@@ -77,7 +77,7 @@ def test_more_bits_are_nearer() -> None:
     model, ids = LM(), tokens(1, 4)
     errors = []
     for bits in (0.5, 1, 2, 4):
-        small = small_of(model, KVPolicy(bits=bits, window=0, sinks=0, sub_vector=4, entries=16, chunk=1, stages=8))
+        small = small_of(model, KVPolicy(bits=bits, window=0, sinks=0, sub_vector=4, entries=16, chunk=8, stages=8))
         errors.append(float((small(ids) - model(ids)).square().mean()))
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.2 * errors[0]
 
