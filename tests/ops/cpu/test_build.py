@@ -278,6 +278,35 @@ def test_eight_threads_whose_first_use_is_the_same_moment_load_once() -> None:
     assert done.stdout.split() == ["1", "True"], done.stderr
 
 
+FORKED = """
+import multiprocessing, torch
+from rpqfx.nn import RPQLinear
+torch.set_num_threads(2)
+layer, x = RPQLinear(256, 1024, codebook_dim=64, bits=6), torch.randn(40, 256)
+layer(x).sum().backward()
+with torch.no_grad():
+    want = layer(x)
+def run(queue):
+    with torch.no_grad():
+        queue.put(layer(x).numpy())
+context = multiprocessing.get_context("fork")
+queue = context.Queue()
+workers = [context.Process(target=run, args=(queue,), daemon=True) for _ in range(2)]
+[worker.start() for worker in workers]
+found = [torch.from_numpy(queue.get(timeout=60)) for _ in workers]
+[worker.join(60) for worker in workers]
+print([torch.allclose(y, want, atol=1e-5) for y in found])
+"""
+
+
+@needs_kernels
+@pytest.mark.slow
+def test_a_forked_worker_does_not_hang() -> None:
+    """After threads of the parent have run the kernels, as under a DataLoader."""
+    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "[True, True]", done.stderr
+
+
 # ------------------------------------------------------------------------------------------------- the machine
 
 

@@ -5,6 +5,7 @@ A read outside of a tensor that goes unnoticed is not found here; what is checke
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -145,6 +146,29 @@ def test_tensors_may_lie_in_any_order(name: str, seed: int) -> None:
         found = run(*other)
         for a, b in zip(*[x if isinstance(x, tuple) else (x,) for x in (exact, found)], strict=True):
             assert torch.equal(a, b)
+
+
+@needs_kernels
+def test_eight_threads_at_once_find_what_one_does() -> None:
+    """To the last bit: no kernel has memory of its own between calls."""
+    given = operators(0, F32)
+    pairs = {name: given[name] for name in NAMES if name != "pick_sum"}  # which writes into what it is given
+
+    def run() -> list[Any]:
+        return [getattr(torch.ops.rpqfx_cpu, name)(*args) for name, args in pairs.items()]
+
+    alone, found = run(), [[] for _ in range(8)]  # type: ignore[var-annotated]
+    threads = [threading.Thread(target=lambda i=i: found[i].extend(run() for _ in range(10))) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for results in found:
+        assert len(results) == 10
+        for result in results:
+            for ours, exact in zip(result, alone, strict=True):
+                pair = zip(ours, exact, strict=True) if isinstance(exact, tuple) else [(ours, exact)]
+                assert all(torch.equal(a, b) for a, b in pair)
 
 
 @pytest.mark.parametrize("backend", [reference, pytest.param(kernels, marks=needs_kernels)], ids=["plain", "compiled"])
