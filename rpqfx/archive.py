@@ -152,7 +152,7 @@ class Archive:
         if dtype is None or (storage.dtype is not None and storage.dtype is not dtype):
             raise FormatError("it holds a tensor of no dtype")
         record = self._records.get(self._data + storage.key)
-        size = storage.count * (dtype.itemsize if storage.dtype is not None else 1)
+        size = storage.numel * (dtype.itemsize if storage.dtype is not None else 1)
         if record is None or record.size != size or size % dtype.itemsize:
             raise FormatError(f"its storage {storage.key!r} is said to have {size} bytes, which it has not")
         numbers = (offset, *shape, *strides)

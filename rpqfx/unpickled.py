@@ -35,12 +35,12 @@ class Storage(NamedTuple):
     Args:
         dtype: None where tensors each say theirs.
         key: Of its record.
-        count: Of elements, or of bytes where there is no dtype.
+        numel: Of elements, or of bytes where there is no dtype.
     """
 
     dtype: torch.dtype | None
     key: str
-    count: int
+    numel: int
 
 
 Describe = Callable[[Storage, int, Sequence[int], Sequence[int], torch.dtype | None], Any]

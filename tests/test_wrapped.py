@@ -112,7 +112,7 @@ def test_a_wrapped_model_is_rewritten_by_the_names_that_it_has_within(wrap: Call
     assert type(small) is type(model) and not held_weights(model)
     found = rpqfx.report(small)
     assert [site.name for site in found.sites] == NAMES and [site.name for site in found.rewritten] == NAMES[1:]
-    small.eval()(torch.randn(3, 12))
+    assert torch.isfinite(unwrapped(small).eval()(torch.randn(3, 12))).all()
     assert rpqfx.rpqify(model, policy, inplace=True) is model and [*held_weights(unwrapped(model))] == NAMES[1:]
 
 
