@@ -33,10 +33,10 @@ class CutWeight(RPQWeight):
         return weight
 
     def uncut(self) -> None:
-        """Makes it a plain ``RPQWeight`` again."""
-        self.__class__ = RPQWeight  # type: ignore[assignment]
+        """Makes it a plain ``RPQWeight`` again; where that was interrupted, it may be called again."""
         for name in ("vectors", "_made", "_ids"):
             self.__dict__.pop(name, None)
+        self.__class__ = RPQWeight  # type: ignore[assignment]
 
     def decode(self) -> None:
         """Makes the vectors ``[N, D]`` anew; their gradient is forgotten."""

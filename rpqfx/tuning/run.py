@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from rpqfx.convert.batches import arguments
 from rpqfx.errors import InputError, TrainingError
 from rpqfx.graph.snapshot import Flags
+from rpqfx.nn.weight import RPQWeight
 from rpqfx.tuning.cut import CutWeight
 from rpqfx.tuning.latent import Latent
 from rpqfx.tuning.trained import Choose, Good, Rates, Trained, held
@@ -45,11 +46,18 @@ class _Still(NamedTuple):
 
     Args:
         codes: Of each weight.
-        statistics: Of batch norms, where they are updated.
+        statistics: Of batch norms.
     """
 
     codes: list[Tensor]
     statistics: list[Tensor]
+
+    def restore(self, weights: Iterable[RPQWeight], norms: Iterable[Tensor]) -> None:
+        """Puts them back."""
+        for weight, codes in zip(weights, self.codes, strict=True):
+            weight.codes = codes
+        for buffer, value in zip(norms, self.statistics, strict=True):
+            buffer.copy_(value)
 
 
 class Run:
@@ -71,7 +79,8 @@ class Run:
         self.losses: list[float] = []
         self.recoded = self.seen = 0
         self._good: Good | None = None
-        self._still: _Still | None = None  # None while tensors change
+        self._still = _Still([], [])
+        self._phase: Literal["whole", "changing", "bad"] = "whole"
 
     def start(self, train: Choose | None) -> None:
         """Makes the model one that is trained; ``stop`` is due from here on.
@@ -114,7 +123,7 @@ class Run:
             loss = self._forward(batches) / self._settings.accumulate
             total += float(loss.detach())
             if not math.isfinite(total):
-                self._still = None  # the state that gave it is no good
+                self._phase = "bad"
                 raise TrainingError(f"the loss of step {number} is {total}; {_REMEDY}")
             loss.backward()
         self._good.keep()
@@ -125,7 +134,7 @@ class Run:
         self._clip(number)
         for group, rate in zip(self._adam.param_groups, self._rates, strict=True):
             group["lr"] = rate * _share(number, self._settings.steps)
-        self._still = None
+        self._phase = "changing"
         self._adam.step()
         self._adam.zero_grad()
         if (number + 1) % self._settings.recode_every == 0:
@@ -168,8 +177,8 @@ class Run:
 
     def _rest(self) -> None:
         """Says that the tensors are those of a whole number of steps."""
-        statistics = [b.clone() for b in self._norms] if self._settings.norms == "update" else []
-        self._still = _Still([weight.codes for weight in self.weights], statistics)
+        still = _Still([weight.codes for weight in self.weights], [b.clone() for b in self._norms])
+        self._still, self._phase = still, "whole"
 
     @torch.no_grad()
     def stop(self) -> None:
@@ -178,14 +187,11 @@ class Run:
         After a loss that is not finite it is what it was when the loss last was. Numbers that were exact in half
         precision are rounded to it.
         """
-        still = self._still
-        if still is None and self._good is not None:
-            self._good.restore()
-        elif still is not None:
-            for weight, codes in zip(self.weights, still.codes, strict=True):
-                weight.codes = codes
-            for buffer, value in zip(self._norms if still.statistics else (), still.statistics, strict=True):
-                buffer.copy_(value)
+        if self._good is not None:
+            if self._phase != "whole":
+                self._good.restore()
+            if self._phase != "bad":
+                self._still.restore(self.weights, self._norms)
         for weight in self.weights:
             if isinstance(weight, CutWeight):
                 weight.uncut()
@@ -220,7 +226,7 @@ class Run:
             state: On the CPU; copied.
         """
         assert self._good is not None
-        self._still = None
+        self._phase = "changing"
         for number, tensor in enumerate(self.tensors):
             tensor.copy_(state[f"tensor {number}"])
         for number, weight in enumerate(self.weights):

@@ -15,7 +15,7 @@ from rpqfx import KVPolicy, Policy, RoutePolicy
 from tests.helpers import generator
 from tests.interrupts import Interrupt, around, chosen, contents, traced
 
-FEW = 24  # points of each call in a default run
+FEW = 8  # points of each call in a default run
 
 
 class Block(nn.Module):
