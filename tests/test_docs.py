@@ -134,6 +134,7 @@ def test_the_readme_and_every_guide_have_snippets():
         "finetuning",
         "layers",
         "pretrained",
+        "processes",
         "rewriting",
         "kv-cache",
         "routing",

@@ -32,8 +32,8 @@ def to_bytes(codes: Tensor) -> Tensor:
 def from_bytes(stored: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns the codes ``[R, M, N]`` that lie in a buffer.
 
-    Exported programs put the bytes together by arithmetic, as ONNX knows no other view of memory; the codes are then
-    int32.
+    Exported and traced programs put the bytes together by arithmetic, as neither ONNX nor TorchScript knows a view of
+    memory as another type; the codes are then int32.
 
     Args:
         stored: What ``to_bytes`` returned. Codes of the dtype itself are taken as they are, because code that moves
@@ -42,7 +42,7 @@ def from_bytes(stored: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if stored.dtype == dtype:
         return stored
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         low, high = stored.unflatten(-1, (-1, 2)).int().unbind(-1)
         return low + 256 * high
     return stored.view(dtype)

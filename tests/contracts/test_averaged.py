@@ -33,7 +33,7 @@ class Net(nn.Module):
 
 
 def averaging_floats(decay: float) -> Callable[..., None]:
-    """An average of floats that takes integers as they are (also in ``docs/guides/troubleshooting.md``)."""
+    """An average of floats that takes integers as they are (also in ``docs/guides/processes.md``)."""
 
     @torch.no_grad()
     def average(averaged: Sequence[Tensor], new: Sequence[Tensor], count: Any) -> None:
