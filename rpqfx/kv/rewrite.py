@@ -67,6 +67,8 @@ def quantize_kv(
     if not isinstance(model, nn.Module):
         raise InputError(f"quantize_kv takes a torch.nn.Module, got {type(model).__name__}")
     policy = KVPolicy() if policy is None else policy
+    if attentions(model):
+        raise RewriteError("this model already attends to codes; start from the model before quantize_kv")
     small = model if inplace else copy_model(model)
     before = Snapshot(small)
     try:
@@ -95,8 +97,6 @@ def commitment(model: nn.Module) -> torch.Tensor:
 def _rewrite(
     model: nn.Module, policy: KVPolicy, calibration: Iterable[Any], fit: bool, seed: int, progress: Progress | None
 ) -> None:
-    if attentions(model):
-        raise RewriteError("this model already attends to codes; start from the model before quantize_kv")
     batches = Batches(model, calibration)
     if not batches.runs:
         raise InputError("there are no calibration batches; give some, 16 sequences do")
@@ -128,6 +128,8 @@ def _rewrite(
         raise RewriteError("no attention module ran on the calibration batches; skip none, or calibrate with others")
     for bits in dict.fromkeys(core.policy.bits for core in seen):
         _fit({core: watch for core, watch in seen.items() if core.policy.bits == bits}, fit, seed)
+    for site, core in cores.items():
+        core.train(site.module.training)
 
 
 def _decide(sites: Sequence[AttentionSite], policy: KVPolicy) -> dict[AttentionSite, KVPolicy]:
