@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from rpqfx.graph.capture import Captured
+from rpqfx.graph.tracer import READ_AS
 
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 
@@ -75,6 +76,6 @@ def _is_opaque_caller(captured: Captured, name: str, module: nn.Module) -> bool:
 
 def _names(module: nn.Module) -> tuple[str, ...]:
     """Names that the code of a module's forward uses."""
-    forward = inspect.unwrap(type(module).forward)
+    forward = inspect.unwrap(getattr(type(module), READ_AS, type(module)).forward)
     code = getattr(forward, "__code__", None)
     return () if code is None else code.co_names

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_flatten
 
 from rpqfx.errors import CaptureError
 from rpqfx.graph.copying import copy_model
-from rpqfx.graph.leaves import is_leaf
+from rpqfx.graph.leaves import is_leaf, is_own
 from rpqfx.graph.snapshot import Ambient, Flags, Snapshot
 from rpqfx.graph.tracer import ONE_AT_A_TIME, NumbersKept, ThreadTracer, outline
 
@@ -166,7 +166,7 @@ def _lazy(model: nn.Module) -> str | None:
 
 
 def _read(module: nn.Module, leaves: tuple[type[nn.Module], ...]) -> ModuleGraph:
-    if is_builtin(module) or is_leaf(module) or isinstance(module, leaves):
+    if is_builtin(module) or is_leaf(module) or is_own(module) or isinstance(module, leaves):
         return ModuleGraph()
     if isinstance(module, torch.jit.ScriptModule):
         return ModuleGraph(opaque="it is a ScriptModule")

@@ -135,9 +135,9 @@ class _Rebound:
             items = [self.of(item, where) for item in value]
             return value if all(a is b for a, b in zip(items, value, strict=True)) else type(value)(items)
         if type(value) is dict and len(value) <= _MOST:
-            pairs = [(self.of(key, where), self.of(item, where)) for key, item in value.items()]
-            same = all(a is c and b is d for (a, b), (c, d) in zip(pairs, value.items(), strict=True))
-            return value if same else dict(pairs)
+            items = [(self.of(key, where), self.of(item, where)) for key, item in value.items()]
+            same = all(a is c and b is d for (a, b), (c, d) in zip(items, value.items(), strict=True))
+            return value if same else dict(items)
         return value
 
     def _function(self, function: types.FunctionType, where: str) -> types.FunctionType:

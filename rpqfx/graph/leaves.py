@@ -47,6 +47,26 @@ def leaf(module: M) -> M:
     return module
 
 
+def own(kind: type[M]) -> type[M]:
+    """Marks a class of modules that other rewrites of this library put into models.
+
+    Their Parameters are none that a policy decides on, and their forward is not read.
+
+    Args:
+        kind: A class of modules.
+
+    Returns:
+        ``kind``.
+    """
+    kind._rpqfx_own = True  # type: ignore[attr-defined]
+    return kind
+
+
+def is_own(module: nn.Module) -> bool:
+    """Whether a module is of a class that ``own`` marked."""
+    return bool(getattr(type(module), "_rpqfx_own", False))
+
+
 def is_leaf(module: nn.Module) -> bool:
     """Whether a module or its class was given to ``leaf``."""
     found: Any = module.__dict__.get(_MARK)  # not by getattr: a wrapper may answer for what it wraps

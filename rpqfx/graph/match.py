@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 
 from rpqfx.graph.capture import Captured, ModuleGraph, is_builtin
 from rpqfx.graph.hints import Nearest, heads, initial_std
+from rpqfx.graph.leaves import is_own
 from rpqfx.graph.obstacles import Obstacles, quantised_sites
 from rpqfx.graph.roles import ADDITIVE, Read, Role, reads_of
 from rpqfx.nn.backed import backed_weights
@@ -33,6 +34,8 @@ _MODULE_KINDS: tuple[tuple[type[nn.Module], Kind], ...] = (
 def find_sites(captured: Captured) -> list[Site]:
     """Lists every Parameter of two or more axes, with its use, or with why it must stay as it is.
 
+    Those that ``quantize_kv`` and the routers of ``route`` brought along are none of the model's weights.
+
     Args:
         captured: A model that was read.
 
@@ -41,7 +44,10 @@ def find_sites(captured: Captured) -> list[Site]:
     """
     model = captured.model
     owners: dict[int, list[tuple[str, nn.Module, str, nn.Parameter]]] = defaultdict(list)
+    own = {each for module in model.modules() if is_own(module) for each in module.modules()}
     for path, module in model.named_modules(remove_duplicate=False):
+        if module in own:
+            continue
         for attribute, parameter in module._parameters.items():
             if parameter is not None and parameter.dim() > 1:
                 owners[id(parameter)].append((path, module, attribute, parameter))

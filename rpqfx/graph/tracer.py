@@ -17,6 +17,9 @@ import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
+READ_AS = "_rpqfx_read_as"
+"""Attribute of a class made by a rewrite: the class whose forward tells what the module does."""
+
 ONE_AT_A_TIME = threading.RLock()
 """Held by whoever traces, scripts or exports with torch's tracers, which keep their state in globals."""
 
@@ -77,7 +80,7 @@ def outline(module: nn.Module, training: bool) -> nn.Module:
         module: Any module; it is only read.
         training: The mode of the new one; children keep theirs.
     """
-    kind = type(module)
+    kind = getattr(type(module), READ_AS, type(module))
     made: nn.Module = object.__new__(kind)
     for name in copyreg._slotnames(kind):  # type: ignore[attr-defined]
         if hasattr(module, name):

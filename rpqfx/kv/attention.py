@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rpqfx.errors import InputError
+from rpqfx.graph.leaves import own
 from rpqfx.kv.headcoder import HeadCoder
 from rpqfx.kv.policy import KVPolicy
 from rpqfx.kv.rotary import Rotary, turn, turn_back
@@ -16,6 +17,7 @@ from rpqfx.kv.store import LayerStore
 from rpqfx.kv.watch import Watch
 
 
+@own
 class KVAttention(nn.Module):
     """Scaled dot-product attention as it is when the cache holds codes.
 

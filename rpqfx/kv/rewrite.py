@@ -83,6 +83,8 @@ def quantize_kv(
             "quantize_kv needs calibration, batches of the model's inputs (16 sequences do), to see which keys and "
             "values there are: quantize_kv(model, policy, calibration=batches)"
         )
+    if attentions(model):
+        raise RewriteError("this model already attends to codes; start from the model before quantize_kv")
     before = Snapshot(model, values=small_tensors(model) if inplace else ())
     try:
         batches = calibration_of(calibration)
@@ -118,8 +120,6 @@ def _rewrite(
     seed: int | None,
     progress: Progress | None,
 ) -> None:
-    if attentions(model):
-        raise RewriteError("this model already attends to codes; start from the model before quantize_kv")
     batches = Batches(model, calibration)
     sites = find_attention(capture(model))
     policies = _decide(sites, policy)
@@ -150,6 +150,8 @@ def _rewrite(
     for bits in dict.fromkeys(core.policy.bits for core in seen):
         with drawn_from(None if fit else seed, f"{bits} bits", {t.device for t in model.parameters()}):
             _fit({core: watch for core, watch in seen.items() if core.policy.bits == bits}, fit, seed or 0)
+    for site, core in cores.items():
+        core.train(site.module.training)
 
 
 def _decide(sites: Sequence[AttentionSite], policy: KVPolicy) -> dict[AttentionSite, KVPolicy]:

@@ -12,9 +12,11 @@ from torch.overrides import TorchFunctionMode
 
 from rpqfx.errors import InputError, RewriteError
 from rpqfx.graph.attention import AttentionSite
+from rpqfx.graph.tracer import READ_AS
 from rpqfx.kv.attention import KVAttention
 from rpqfx.kv.rotary import Rotary
 from rpqfx.nn.attention import Attends
+from rpqfx.nn.backed import class_of, named_class
 
 CORE = "kv_codes"  # the attribute under which a module holds its KVAttention
 
@@ -43,7 +45,11 @@ class _Wrapped(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced = super().__reduce_ex__(protocol)
-        return (_new, (self._kv_base, self._kv_kind), *reduced[2:])
+        return (_new, (named_class(self._kv_base), self._kv_kind), *reduced[2:])
+
+    @classmethod
+    def _rpq_recipe(cls) -> tuple[Any, ...]:
+        return _class_of, named_class(cls._kv_base), cls._kv_kind
 
 
 class _Calling(_Wrapped):
@@ -114,7 +120,7 @@ def wrap(site: AttentionSite, core: KVAttention) -> None:
         module.__class__ = _class_of(type(module), site.kind)
     except TypeError as error:
         raise RewriteError(f"{type(module).__name__} cannot be extended: {error}") from error
-    module.add_module(CORE, core)
+    module.add_module(CORE, core.train(module.training))
     if site.kind == "torch":  # torch's fused layers pass by the module, but not where it has hooks
         module.__dict__["_kv_hook"] = module.register_forward_pre_hook(_stay)
     if site.kind == "transformers":
@@ -162,10 +168,10 @@ def _class_of(base: type[nn.Module], kind: str) -> type[nn.Module]:
     if (made := _MADE.get((base, kind))) is not None:
         return made
     bases = (*_BASES[kind], *((Attends,) if base is nn.MultiheadAttention else ()), base)
-    made = type(base.__name__, bases, {"_kv_base": base, "_kv_kind": kind})
+    made = type(base.__name__, bases, {"_kv_base": base, "_kv_kind": kind, READ_AS: base})
     return _MADE.setdefault((base, kind), made)  # of several threads', the first
 
 
-def _new(base: type[nn.Module], kind: str) -> nn.Module:
-    made = _class_of(base, kind)
+def _new(base: Any, kind: str) -> nn.Module:
+    made = _class_of(class_of(base), kind)
     return made.__new__(made)

@@ -31,7 +31,8 @@ class Backed(nn.Module):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Refuses to lay a dense Parameter over one that is held in codebooks; one that is read so is tied."""
-        if type(param) in (ExpandedWeight, FixedWeight, VirtualWeight):  # Parameters are instances of these, too
+        read: type = type(param)
+        if read in (ExpandedWeight, FixedWeight, VirtualWeight):  # Parameters are instances of these, too
             if weight_of(self, name) is None:
                 raise RewriteError(
                     f"{type(self).__name__} cannot register {name!r}: it was read from a weight that is held in "
@@ -250,7 +251,11 @@ class _Foreign(Backed):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced = super().__reduce_ex__(protocol)
-        return (_new, (self._rpq_base, self._rpq_names), *reduced[2:])
+        return (_new, (named_class(self._rpq_base), self._rpq_names), *reduced[2:])
+
+    @classmethod
+    def _rpq_recipe(cls) -> tuple[Any, ...]:
+        return _backed_class, named_class(cls._rpq_base), cls._rpq_names
 
     def _adopt(self) -> None:
         super()._adopt()
@@ -279,6 +284,29 @@ def _backed_class(base: type[nn.Module], names: tuple[str, ...]) -> type[Backed]
     return _FOREIGN.setdefault((base, names), type(base.__name__, bases, body))  # of several threads', the first
 
 
-def _new(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
-    made = _backed_class(base, names)
+def named_class(kind: type[nn.Module]) -> Any:
+    """What a pickle may hold of a class: itself, or of one that was made on the spot, how it is made.
+
+    Args:
+        kind: A class of modules.
+    """
+    recipe = getattr(kind, "_rpq_recipe", None)
+    return kind if recipe is None else recipe()
+
+
+def class_of(named: Any) -> type[nn.Module]:
+    """The class that ``named_class`` named.
+
+    Args:
+        named: What it returned.
+    """
+    if isinstance(named, type):
+        return named
+    make, base, *arguments = named
+    made: type[nn.Module] = make(class_of(base), *arguments)
+    return made
+
+
+def _new(base: Any, names: tuple[str, ...]) -> nn.Module:
+    made = _backed_class(class_of(base), names)
     return made.__new__(made)

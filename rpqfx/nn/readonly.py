@@ -47,7 +47,7 @@ def check_for_good(func: Callable[..., Any], args: Sequence[Any]) -> None:
         RewriteError: If it is one of those.
     """
     name = _FOR_GOOD.get(func)
-    if name is None and func == Tensor.grad.__set__ and args[1] is not None:  # type: ignore[attr-defined]
+    if name is None and func == Tensor.grad.__set__ and args[1] is not None:  # type: ignore[union-attr]
         name = "grad"
     if name is not None:
         raise RewriteError(

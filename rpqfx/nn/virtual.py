@@ -157,7 +157,7 @@ class VirtualWeight(Views):
     @grad.setter
     def grad(self, value: Tensor | None) -> None:
         """None; anything else is refused."""
-        check_for_good(Tensor.grad.__set__, (self, value))  # type: ignore[attr-defined]
+        check_for_good(Tensor.grad.__set__, (self, value))  # type: ignore[union-attr]
 
     def noted(self, name: str) -> Any:
         """An attribute that somebody gave the Parameter that this stands for.

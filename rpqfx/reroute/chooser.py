@@ -10,11 +10,13 @@ import torch
 from einops import repeat
 from torch import Tensor, nn
 
+from rpqfx.graph.leaves import own
 from rpqfx.reroute.underway import Padding
 from rpqfx.routing.causal import choose_by_the_past
 from rpqfx.routing.router import Choice, Router
 
 
+@own
 class Chooser(nn.Module):
     """The router of a rewritten block.
 

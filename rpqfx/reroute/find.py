@@ -12,6 +12,7 @@ from torch import fx, nn
 from rpqfx.graph.attention import AttentionSite, attends_causally, find_attention
 from rpqfx.graph.capture import Captured
 from rpqfx.graph.inline import inlined
+from rpqfx.graph.leaves import is_own
 from rpqfx.nn.weight import RPQWeight
 
 # Functions and methods that work on each number by itself, or on those of one token where cut along the last axis.
@@ -210,8 +211,9 @@ def _obstacle(site: AttentionSite) -> str | None:
     allowed = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "weight", "bias_k", "bias_v")
     if any(isinstance(child, nn.Embedding) for child in site.module.modules()):
         return "it holds an embedding, perhaps of positions, which are others among chosen tokens"
+    ours = {each for child in site.module.modules() if is_own(child) for each in child.modules()}
     for child in site.module.modules():
-        for name, parameter in () if isinstance(child, RPQWeight) else child._parameters.items():
+        for name, parameter in () if isinstance(child, RPQWeight) or child in ours else child._parameters.items():
             if parameter is not None and parameter.dim() > 1 and name not in allowed:
                 return f"its Parameter {name!r} may be of positions, which are others among chosen tokens"
     return None

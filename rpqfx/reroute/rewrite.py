@@ -171,7 +171,7 @@ def _sizes(layer: nn.Module) -> tuple[int, int]:
 
 
 def _install(block: Block, new: FeedForwardRoute | AttentionRoute) -> None:
-    block.last.add_module(ROUTE, new)
+    block.last.add_module(ROUTE, new.train(block.last.training))
     if isinstance(new, AttentionRoute):
         block.last.register_forward_pre_hook(new.before, with_kwargs=True)
         block.last.register_forward_hook(new.after, with_kwargs=True)
