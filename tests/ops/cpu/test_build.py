@@ -287,6 +287,7 @@ layer(x).sum().backward()
 with torch.no_grad():
     want = layer(x)
 def run(queue):
+    torch.set_num_threads(1)
     with torch.no_grad():
         queue.put(layer(x).numpy())
 context = multiprocessing.get_context("fork")
@@ -302,7 +303,10 @@ print([torch.allclose(y, want, atol=1e-5) for y in found])
 @needs_kernels
 @pytest.mark.slow
 def test_a_forked_worker_does_not_hang() -> None:
-    """After threads of the parent have run the kernels, as under a DataLoader."""
+    """After threads of the parent have run the kernels. On one thread, as a DataLoader's workers are.
+
+    On several, any product of torch hangs too: the threads of OpenMP are not there after a fork.
+    """
     done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=300)
     assert done.stdout.strip() == "[True, True]", done.stderr
 
