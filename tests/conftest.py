@@ -48,6 +48,12 @@ def is_numerical(path: Path) -> bool:
     return name not in _OF_A_GPU and any(name == known or name.startswith(f"{known}/") for known in NUMERICAL)
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Spares a run of the numerical tests the import of the others."""
+    only = config.getoption("markexpr").startswith("numerical and ")
+    return True if only and collection_path.match("test_*.py") and not is_numerical(collection_path) else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if is_numerical(item.path):

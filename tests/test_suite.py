@@ -14,7 +14,7 @@ import torch
 from packaging.requirements import Requirement
 
 from rpqfx.ops.cpu import build
-from tests.conftest import HERE, NUMERICAL, LeftOut, is_numerical, left_out
+from tests.conftest import HERE, NUMERICAL, LeftOut, is_numerical, left_out, pytest_ignore_collect
 
 ROOT = HERE.parent
 PINS = ROOT / ".ci" / "constraints.txt"
@@ -59,6 +59,20 @@ def test_numerical_tests_are_those_of_the_list() -> None:
     assert {"ops/test_search.py", "ops/cpu/test_kernels.py", "fit/test_kmeans.py", "kv/test_attend.py"} <= chosen
     assert not {"ops/test_triton.py", "test_api.py", "kv.py"} & chosen
     assert not is_numerical(Path("/elsewhere/ops/test_search.py"))
+
+
+@pytest.mark.parametrize(
+    ("expression", "name", "ignored"),
+    [
+        ("numerical and not slow and not gpu", "test_api.py", True),
+        ("numerical and not slow and not gpu", "ops/test_search.py", None),
+        ("numerical and not slow and not gpu", "conftest.py", None),
+        ("not slow and not gpu", "test_api.py", None),
+    ],
+)
+def test_a_numerical_run_imports_no_other_tests(expression: str, name: str, ignored: bool | None) -> None:
+    config: Any = SimpleNamespace(getoption={"markexpr": expression}.get)
+    assert pytest_ignore_collect(HERE / name, config) is ignored
 
 
 def test_numerical_tests_have_the_marker(request: pytest.FixtureRequest) -> None:
