@@ -23,10 +23,7 @@ def shown(value: Any) -> str:
     """
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) > LARGEST:
         return f"an integer of {value.bit_length()} bits"
-    try:
-        text = " ".join(_repr.repr(value).split())
-    except Exception:  # a repr of the caller's own
-        text = "a value"
+    text = " ".join(_repr.repr(value).split())
     text = text if len(text) <= _LONG else f"{text[: _LONG - 4]} ..."
     plain = value is None or type(value) in (bool, int, float, str, tuple, list, dict)
     return text if plain or isinstance(value, type) or callable(value) else f"{text} ({type(value).__name__})"

@@ -57,7 +57,7 @@ def test_whatever_is_shown_is_short() -> None:
 
     for value in ("x" * 10**5, list(range(10**5)), torch.zeros(10**4), 10**5000, Rude(), {"a": "b" * 10**4}, lambda: 0):
         assert len(shown(value)) < 120
-    assert shown("x") == "'x'" and shown(Rude()) == "a value (Rude)"
+    assert shown("x") == "'x'" and shown(Rude()).endswith("(Rude)")
 
 
 def test_the_closest_name() -> None:
