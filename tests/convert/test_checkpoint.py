@@ -203,6 +203,23 @@ def test_names_of_any_length_and_signs_are_kept(tmp_path: pathlib.Path) -> None:
         assert again.load("a", wrong) is None
 
 
+def test_a_folder_of_one_that_was_killed_at_once_is_as_good_as_empty(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "conversion.sha256.0123abcd.part").write_text("")
+    Checkpoint(tmp_path, "x").save("a", {"n": torch.tensor(1)})
+    assert int(Checkpoint(tmp_path, "x").load("a", {"n": ()})["n"]) == 1
+
+
+def test_a_file_of_other_shapes_under_a_sum_that_fits_counts_as_none(tmp_path: pathlib.Path, fits: list[Any]) -> None:
+    wanted = converted(tmp_path)
+    store = Checkpoint(tmp_path, (tmp_path / "conversion.sha256").read_text())
+    spec = wanted.conv.weight_rpq.spec
+    far = torch.full(spec.codes_shape, spec.entries, dtype=torch.int64).to(spec.code_dtype)
+    for tensors in ({"codes": torch.zeros(3)}, {"codes": far, "error": torch.tensor(0.0)}, {}):
+        store.save("conv.weight", tensors)
+        fits.clear()
+        assert equal(converted(tmp_path), wanted) and fits == [(32, 144)]
+
+
 def test_fingerprints_tell_values_dtypes_shapes_and_order_apart() -> None:
     x = torch.arange(6.0)
     parts: list[Any] = [
