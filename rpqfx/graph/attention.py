@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from rpqfx.graph.capture import Captured
-from rpqfx.graph.tracer import READ_AS
+from rpqfx.nn.backed import READ_AS
 
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 

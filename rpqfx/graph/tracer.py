@@ -17,8 +17,9 @@ import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
-READ_AS = "_rpqfx_read_as"
-"""Attribute of a class made by a rewrite: the class whose forward tells what the module does."""
+from rpqfx.nn.backed import READ_AS
+from rpqfx.nn.views import tracing
+from rpqfx.nn.virtual import VirtualWeight
 
 ONE_AT_A_TIME = threading.RLock()
 """Held by whoever traces, scripts or exports with torch's tracers, which keep their state in globals."""
@@ -41,7 +42,7 @@ class ThreadTracer(fx.Tracer):
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """As the base class; waits for other traces to be done."""
-        with ONE_AT_A_TIME:
+        with ONE_AT_A_TIME, tracing():
             self._thread = threading.get_ident()
             return super().trace(root, concrete_args)
 
@@ -56,6 +57,10 @@ class ThreadTracer(fx.Tracer):
         if threading.get_ident() != self._thread:
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def create_arg(self, a: Any) -> Any:
+        """As the base class; a codebook-held Parameter of a traced module becomes a call of its codebooks."""
+        return super().create_arg(a.expand_dense() if isinstance(a, VirtualWeight) else a)
 
 
 class NumbersKept(TorchFunctionMode):

@@ -15,8 +15,6 @@ from rpqfx.graph.leaves import is_leaf
 from rpqfx.graph.snapshot import Snapshot
 from rpqfx.graph.tracer import ONE_AT_A_TIME, ThreadTracer
 from rpqfx.nn.layer import RPQLayer
-from rpqfx.nn.views import tracing
-from rpqfx.nn.virtual import VirtualWeight
 from rpqfx.nn.weight import RPQWeight
 
 
@@ -36,10 +34,6 @@ class _WholeTracer(ThreadTracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return is_leaf(m) or isinstance(m, (RPQLayer, RPQWeight)) or super().is_leaf_module(m, module_qualified_name)
-
-    def create_arg(self, a: Any) -> Any:
-        """A codebook-held Parameter of a traced module becomes a call of its codebooks."""
-        return super().create_arg(a.expand_dense() if isinstance(a, VirtualWeight) else a)
 
 
 def whole_graph(
@@ -74,8 +68,7 @@ def _whole_graph(
 ) -> fx.GraphModule:
     tracer = _WholeTracer()
     try:
-        with tracing():
-            return fx.GraphModule(model, tracer.trace(model), type(model).__name__)
+        return fx.GraphModule(model, tracer.trace(model), type(model).__name__)
     except Exception as error:  # a foreign forward may raise anything; the cause is chained
         if example_inputs is None and example_kwargs is None:
             raise CaptureError(

@@ -12,11 +12,10 @@ from torch.overrides import TorchFunctionMode
 
 from rpqfx.errors import InputError, RewriteError
 from rpqfx.graph.attention import AttentionSite
-from rpqfx.graph.tracer import READ_AS
 from rpqfx.kv.attention import KVAttention
 from rpqfx.kv.rotary import Rotary
 from rpqfx.nn.attention import Attends
-from rpqfx.nn.backed import class_of, named_class
+from rpqfx.nn.backed import READ_AS, class_of, named_class
 
 CORE = "kv_codes"  # the attribute under which a module holds its KVAttention
 

@@ -24,6 +24,8 @@ from rpqfx.nn.virtual import VirtualWeight
 from rpqfx.nn.weight import RPQWeight
 
 SUFFIX = "_rpq"
+READ_AS = "_rpqfx_read_as"
+"""Attribute of a class made by a rewrite: the class whose forward tells what the module does."""
 
 
 class Backed(nn.Module):
@@ -279,6 +281,8 @@ def _backed_class(base: type[nn.Module], names: tuple[str, ...]) -> type[Backed]
         return made
     body: dict[str, Any] = {name: held(name, _is_computed_from(base, name)) for name in names}
     body |= {"_rpq_base": base, "_rpq_names": names, "__module__": base.__module__, "__doc__": base.__doc__}
+    if (under := getattr(base, READ_AS, None)) is not None:
+        body[READ_AS] = _extended(under, set(names), False)
     adapter = next((_ADAPTERS[known] for known in base.__mro__ if known in _ADAPTERS), None)
     bases = (_Foreign, base) if adapter is None else (_Foreign, adapter, base)
     return _FOREIGN.setdefault((base, names), type(base.__name__, bases, body))  # of several threads', the first
