@@ -86,7 +86,7 @@ class Use:
 
     def ask(self, weight: RPQWeight, x: Tensor) -> Tensor:
         """The product of a weight with an input like the one there was."""
-        part = weight.part()
+        part = weight.whole()
         for step, *arguments in self.path:
             if step == "take":  # some experts: as many as there were
                 ids = torch.arange(arguments[0], device=x.device) % part.layout.shape[0]
@@ -181,7 +181,7 @@ class _Noting(RPQWeight):
     uses: Counter[Use]
 
     def part(self) -> Part:
-        whole = super().part()
+        whole = self.whole()
         whole.note = self._noted
         return whole
 

@@ -205,9 +205,10 @@ class RPQWeight(Loaded):
         """The whole tensor as a [`Part`][rpqfx.nn.part.Part], of which parts may be taken."""
         if self._hooked:
             return CalledPart(self, self.tensors, self.layout, self.spec.grad_factor, self._plan)
-        return self._whole()
+        return self.whole()
 
-    def _whole(self) -> Part:
+    def whole(self) -> Part:
+        """The same part, whose products fire no hooks."""
         return Part(self.tensors, self.layout, self.spec.grad_factor, self._plan, owner=self)
 
     @property
@@ -233,8 +234,8 @@ class RPQWeight(Loaded):
             The tensor in its layout's shape, or ``[*ids.shape, cols]``, or what ``use`` returns.
         """
         if use is not None:
-            return use(self._whole(), *(() if ids is None else (ids, *operands)))
-        return self._whole().dense() if ids is None else self._whole().lookup(ids)
+            return use(self.whole(), *(() if ids is None else (ids, *operands)))
+        return self.whole().dense() if ids is None else self.whole().lookup(ids)
 
     def lookup(self, ids: Tensor, sparse: bool = False) -> Tensor:
         """Rows of the matrix ``[rows, cols]``.
