@@ -39,6 +39,21 @@ def test_short_sub_vectors_expand_when_the_batch_is_large() -> None:
     assert not choice((1, 512, 2, 1), 4096, 100_000)
 
 
+@pytest.mark.parametrize(
+    ("vectors", "dim", "d", "entries", "rows", "faster"),
+    [
+        (4096, 1024, 64, 256, 256, "contract"),
+        (512, 512, 2, 256, 2048, "expand"),
+        (256, 2048, 8, 256, 2048, "expand"),
+    ],
+)
+def test_the_plan_that_was_measured_several_times_faster_is_taken(
+    vectors: int, dim: int, d: int, entries: int, rows: int, faster: str
+) -> None:
+    """``examples/bench/plans.py`` measures it."""
+    assert choice((1, dim // d, entries, d), vectors, rows) is (faster == "contract")
+
+
 def conv_choice(stages: int, channels: int, entries: int, c: int, taps: int, num_vectors: int, positions: int) -> bool:
     shape = (stages, channels // c, entries, c * taps)
     return cheaper_conv(shape, (stages, channels // c, num_vectors), positions, CPU) == "contract"
