@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from rpqfx.arguments import check_call, check_model, check_path, check_policy, check_progress, keyword, positional
-from rpqfx.checks import check_seed, whole
+from rpqfx.checks import check_seed, flag, whole
 from rpqfx.convert import convert
 from rpqfx.convert.batches import calibration_of
 from rpqfx.deciding import decide_all
@@ -99,6 +99,8 @@ def rpqify(
     check_model(model, "rpqify")
     check_policy(policy, Policy, any_callable=True)
     assert policy is not None
+    flag("inplace", inplace, error=InputError)
+    flag("as_graph", as_graph, error=InputError)
     refuse_distributed(model, "rpqify")
     if (inner := unwrapped(model)) is not model:
         small = rpqify(

@@ -101,7 +101,8 @@ def _open_torch(file: BinaryIO) -> Container:
         held = archive.value()
     except FormatError as error:
         raise FormatError(
-            f"is a torch file, but not one that rpqfx.save wrote, or was altered; of no rpqfx file is true that {error}"
+            f"is a torch file, but not one that rpqfx.save wrote, or it was altered: {error}; "
+            "what torch.save wrote is read by torch.load"
         ) from error
     if not isinstance(held, dict) or FORMAT not in held or "tensors" not in held:
         raise FormatError("is a torch file, but not one that rpqfx.save wrote")

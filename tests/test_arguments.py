@@ -177,6 +177,28 @@ def test_numbers_of_calls_are_refused_by_name(wrong: Any, tmp_path: Path) -> Non
             call()
 
 
+@pytest.mark.parametrize("wrong", [1, 0, "no", None])
+def test_switches_of_calls_are_true_or_false(wrong: Any) -> None:
+    calls = {
+        "inplace": [
+            lambda: rpqfx.rpqify(MLP(), SMALL, inplace=wrong),
+            lambda: rpqfx.quantize_kv(MLP(), calibration=[x12()], inplace=wrong),
+            lambda: rpqfx.route(MLP(), inplace=wrong),
+        ],
+        "as_graph": [lambda: rpqfx.rpqify(MLP(), SMALL, as_graph=wrong)],
+    }
+    for name, some in calls.items():
+        for call in some:
+            with pytest.raises(InputError, match=f"^{name} is True or False, got"):
+                call()
+
+
+def test_a_model_is_not_its_own_teacher() -> None:
+    small = rpqfx.rpqify(MLP(), SMALL)
+    with pytest.raises(InputError, match="teacher is the dense model, got the model that is to be trained"):
+        rpqfx.finetune(small, teacher=small, data=[x12()])
+
+
 @pytest.mark.parametrize("wrong", ["x", -1, 0, True, torch.tensor(3.0), float("nan")])
 def test_a_norm_to_clip_to_is_a_number(wrong: Any) -> None:
     with pytest.raises(InputError, match="clip is a norm above 0, got"):
@@ -192,8 +214,10 @@ def test_a_file_is_loaded_with_a_function_that_builds_the_model(tmp_path: Path) 
         rpqfx.load(path, MLP())
     with pytest.raises(InputError, match=r"build is a function that builds the dense model, got \{\}"):
         rpqfx.load(path, {})
-    with pytest.raises(InputError, match="path is a path, got"):
+    with pytest.raises(InputError, match="build is a function that builds the dense model, got"):
         rpqfx.load(MLP(), path)
+    with pytest.raises(InputError, match="load takes a path or a file object open for reading in binary, got MLP"):
+        rpqfx.load(MLP(), MLP)
 
 
 def test_data_that_holds_nothing_is_refused_before_any_work() -> None:

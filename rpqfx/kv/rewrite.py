@@ -75,6 +75,7 @@ def quantize_kv(
     policy = KVPolicy() if policy is None else policy
     check_policy(policy, KVPolicy)
     flag("fit", fit, error=InputError)
+    flag("inplace", inplace, error=InputError)
     if seed is not None:
         check_seed(seed)
     check_progress(progress)

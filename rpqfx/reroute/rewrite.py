@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from rpqfx.arguments import check_model, check_policy
 from rpqfx.byname import check_rules
-from rpqfx.checks import check_seed
-from rpqfx.errors import PolicyError, RewriteError
+from rpqfx.checks import check_seed, flag
+from rpqfx.errors import InputError, PolicyError, RewriteError
 from rpqfx.graph.capture import capture
 from rpqfx.graph.copying import copy_model
 from rpqfx.graph.snapshot import Snapshot
@@ -60,6 +60,7 @@ def route(model: nn.Module, policy: RoutePolicy | None = None, *, inplace: bool 
     check_model(model, "route")
     policy = RoutePolicy() if policy is None else policy
     check_policy(policy, RoutePolicy)
+    flag("inplace", inplace, error=InputError)
     check_seed(seed)
     if routed(model):
         raise RewriteError("this model is routed already; start from the model before route")
