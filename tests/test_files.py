@@ -14,6 +14,7 @@ import torch
 
 import rpqfx
 from rpqfx.files import ENDING, draft, place, take_in
+from tests.figures import record
 
 
 def digest(tensor: torch.Tensor, name: str = "") -> str:
@@ -162,7 +163,7 @@ def test_file_systems_that_know_no_fsync_do_without(tmp_path: Path, monkeypatch:
 # ------------------------------------------------------------------------------------------------------- killed
 
 
-def killed(folder: Path, suffix: str, times: int) -> None:
+def killed(folder: Path, suffix: str, times: int) -> dict[str, int]:
     if suffix == ".safetensors":
         pytest.importorskip("safetensors")
     root = Path(rpqfx.__file__).parents[1]
@@ -173,7 +174,7 @@ def killed(folder: Path, suffix: str, times: int) -> None:
     assert done.returncode == 0, done.stderr
     counts = json.loads(done.stdout)
     assert counts["old"] + counts["new"] == times
-    print(counts)
+    return counts
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="it forks")
@@ -185,4 +186,13 @@ def test_a_save_that_is_killed_leaves_the_old_file_or_the_new_one(tmp_path: Path
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="it forks")
 @pytest.mark.parametrize("suffix", [".rpq", ".safetensors"])
 def test_a_hundred_saves_that_are_killed(suffix: str, tmp_path: Path) -> None:
-    killed(tmp_path, suffix, 100)
+    counts = killed(tmp_path, suffix, 100)
+    record(
+        f"reliability/killed-save{suffix.replace('.', '-')}",
+        "pytest -m slow tests/test_files.py",
+        attack=f"SIGKILL of a process that overwrites a `{suffix}` file",
+        tried=100,
+        outcome=f"{counts['old']} times the old file, {counts['new']} times the new one",
+        counts=counts,
+        seeds=[0],
+    )

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.figures import record
 from tests.fuzz_files import SHARES, CheckpointFuzzer, Fuzzer, Largest
 
 
@@ -28,15 +29,18 @@ def outcomes(subject: str, name: str, times: int, folder: Path) -> dict[str, Cou
     return found
 
 
-def check(subject: str, name: str, times: int, folder: Path) -> None:
+def check(subject: str, name: str, times: int, folder: Path) -> Counter[str]:
     if name.endswith(".safetensors"):
         pytest.importorskip("safetensors")
+    total: Counter[str] = Counter()
     for kind, found in outcomes(subject, name, times, folder).items():
         print(f"{subject}, {name}, {kind}: {dict(found)}")
+        total += found
         assert set(found) <= {"refused", "identical", "another"}, kind
         most = {"tensors": 0.5, "any": 0.5, "manifest": 0.01}.get(kind, 0.0)
         assert found["another"] <= most * found.total(), kind
         assert found["refused"] > 0.25 * found.total(), kind
+    return total
 
 
 @pytest.mark.parametrize(("subject", "name"), SHARES)
@@ -47,7 +51,18 @@ def test_a_thousand_mutations(subject: str, name: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("subject", "name"), SHARES)
 def test_a_hundred_thousand_mutations(subject: str, name: str, tmp_path: Path) -> None:
-    check(subject, name, 100, tmp_path)
+    found = check(subject, name, 100, tmp_path)
+    what = f"{subject} ({name.removeprefix('m')})" if name else "checkpoint of a conversion"
+    record(
+        f"reliability/mutations-{what.replace(' ', '-').translate(str.maketrans('', '', '().'))}",
+        "pytest -m slow tests/test_fuzz_files.py",
+        attack=f"mutations of a file: {what}",
+        tried=found.total(),
+        outcome=f"{found['refused']:,} refused, {found['identical']:,} with identical outputs, {found['another']:,} "
+        "another model under seals that fit it",
+        counts=dict(found),
+        seeds="0 and on",
+    )
 
 
 def test_there_are_as_many_as_the_names_say() -> None:

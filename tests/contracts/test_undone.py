@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import rpqfx
 from rpqfx import KVPolicy, Policy, RoutePolicy
+from tests.figures import record
 from tests.helpers import generator
 from tests.interrupts import Interrupt, around, chosen, contents, traced
 
@@ -176,7 +177,13 @@ def test_an_interrupt_at_some_lines_undoes_all(name: str, tmp_path: pathlib.Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
-def test_an_interrupt_at_any_line_undoes_all(
-    name: str, tmp_path: pathlib.Path, record_property: Callable[[str, object], None]
-) -> None:
-    record_property("points", swept(CALLS[name], tmp_path, None))
+def test_an_interrupt_at_any_line_undoes_all(name: str, tmp_path: pathlib.Path) -> None:
+    points = swept(CALLS[name], tmp_path, None)
+    record(
+        f"reliability/interrupt-{name.replace(', ', '-').replace(' ', '-')}",
+        "pytest -m slow tests/contracts/test_undone.py",
+        attack=f"KeyboardInterrupt at the first and the last visit of each line: {name}",
+        tried=points,
+        outcome="model and torch's global state as before each time",
+        seeds=[0],
+    )
