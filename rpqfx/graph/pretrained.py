@@ -31,7 +31,7 @@ def adapt_pretrained(model: nn.Module) -> None:
     """Sets those attributes on every transformers model within a rewritten model.
 
     Args:
-        model: A model whose tensors have just been put into codebooks.
+        model: A model whose weights, or keys and values, have just been put into codebooks.
     """
     for module in model.modules():
         if not is_pretrained(module):
@@ -41,6 +41,8 @@ def adapt_pretrained(model: nn.Module) -> None:
             module.__dict__["_tied_weights_keys"] = _patterns(module, ties or {}) or ties
         if isinstance(known, dict) and known:
             module.__dict__["all_tied_weights_keys"] = _names(module, known)
+        if not any(isinstance(child, RPQWeight) for child in module.modules()):
+            continue
         # "As on the hub" are names and shapes of dense tensors: codebooks are saved under the names they have.
         module.__dict__["_weight_conversions"] = []
         module.__dict__["get_submodule"] = GetSubmodule(module)
@@ -71,11 +73,15 @@ def _patterns(model: nn.Module, ties: dict[str, str]) -> dict[str, str]:
 
 
 def _shared(model: nn.Module, whole: set[str]) -> dict[str, str]:
-    """Patterns for codebooks that several weights share, but for those names of weights that are tied as a whole."""
+    """Patterns for codebooks that several weights, or several layers' keys and values, share.
+
+    Those names of weights that are tied as a whole are left out.
+    """
     groups: dict[int, list[str]] = defaultdict(list)
     for path, child in model.named_modules(remove_duplicate=False):
-        if isinstance(child, RPQWeight) and path.removesuffix(SUFFIX) not in whole:
-            groups[id(child.codebooks)].append(re.escape(f"{path}.codebooks"))
+        books = child._parameters.get("codebooks")
+        if books is not None and path.removesuffix(SUFFIX) not in whole:
+            groups[id(books)].append(re.escape(f"{path}.codebooks"))
     return {other: names[0] for names in groups.values() for other in names[1:]}
 
 

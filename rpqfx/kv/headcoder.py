@@ -251,19 +251,34 @@ class HeadCoder(nn.Module):
         decoded = self.from_code_space(made.values.detach(), scale)
         return decoded + (x - x.detach()), made.loss
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """See ``torch.nn.Module.get_extra_state``: how many stages each sub-vector has."""
-        return {
-            "stages": tuple(self.quantizer.layout.stages),
-            "fine": 0 if self.analysis is None else self.analysis.fine,
-        }
+    def get_extra_state(self) -> Tensor:
+        """Returns how large the coder is, as a tensor, since the formats of state dicts know nothing else.
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """See ``torch.nn.Module.set_extra_state``."""
-        if state == self.get_extra_state():
+        Returns:
+            ``[1 + S]`` int64: the dimensions that the analysis keeps fine, and the stages of each sub-vector.
+        """
+        return torch.tensor([0 if self.analysis is None else self.analysis.fine, *self.quantizer.layout.stages])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Makes the coder as large as another one.
+
+        Args:
+            state: What ``get_extra_state`` of that one returned.
+        """
+        fine, *stages = state.tolist()
+        self.resize(stages, fine)
+
+    def resize(self, stages: Sequence[int], fine: int) -> None:
+        """Makes maps and codes as large as those of another coder; the codebooks stay.
+
+        Args:
+            stages: Of each sub-vector.
+            fine: Dimensions that the analysis keeps fine; 0 where there is no transform.
+        """
+        if [fine, *stages] == self.get_extra_state().tolist():
             return
-        stages, shared = tuple(state["stages"]), self.quantizer.codebooks
+        shared = self.quantizer.codebooks
         if self.analysis is not None:
-            self._size_maps(len(stages), state["fine"])
-        self._size_quantizer(stages)
+            self._size_maps(len(stages), fine)
+        self._size_quantizer(tuple(stages))
         self.quantizer.codebooks = shared

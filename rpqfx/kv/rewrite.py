@@ -18,6 +18,7 @@ from rpqfx.errors import InputError, PolicyError, RewriteError
 from rpqfx.graph.attention import AttentionSite, find_attention
 from rpqfx.graph.capture import capture, evaluating
 from rpqfx.graph.copying import copy_model
+from rpqfx.graph.pretrained import adapt_pretrained
 from rpqfx.graph.rewrite import Progress
 from rpqfx.graph.snapshot import Snapshot, small_tensors
 from rpqfx.kv.attention import KVAttention, attentions
@@ -153,6 +154,7 @@ def _rewrite(
             _fit({core: watch for core, watch in seen.items() if core.policy.bits == bits}, fit, seed or 0)
     for site, core in cores.items():
         core.train(site.module.training)
+    adapt_pretrained(model)
 
 
 def _decide(sites: Sequence[AttentionSite], policy: KVPolicy) -> dict[AttentionSite, KVPolicy]:

@@ -25,7 +25,7 @@ CACHES: dict[str, dict[str, Any]] = {
 
 
 def policy(**options: Any) -> KVPolicy:
-    return KVPolicy(**{"bits": 3, "window": 4, "sinks": 2, "entries": 16, "chunk": 4, "sub_vector": 4, **options})
+    return KVPolicy(**{"bits": 3, "window": 4, "sinks": 2, "entries": 16, "chunk": 8, "sub_vector": 4, **options})
 
 
 def rewritten(order: str, model: nn.Module, batch: Tensor, fit: bool = False, **options: Any) -> nn.Module:

@@ -442,6 +442,20 @@ def test_every_option_of_a_spec_is_written_tied_and_resized(tmp_path: Path):
     assert tables(small)[0].weight_rpq is tables(small)[1].weight_rpq
 
 
+def test_a_model_with_a_quantised_cache_is_saved_by_the_standard_call(tmp_path: Path):
+    load_file = pytest.importorskip("safetensors.torch").load_file
+    dense = build("llama")
+    policy = rpqfx.KVPolicy(bits=4, window=8, sinks=2, entries=16, chunk=8)
+    batches = [{"input_ids": inputs("llama")["input_ids"].repeat(1, 4)} for _ in range(2)]
+    for model in (dense, rpqfx.rpqify(dense, POLICIES["random"])):
+        small = rpqfx.quantize_kv(model, policy, calibration=batches)
+        small.save_pretrained(tmp_path)
+        again = rpqfx.quantize_kv(model, policy, calibration=batches[:1], fit=False)
+        missing = again.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
+        assert not missing.unexpected_keys and all(key.endswith("codebooks") for key in missing.missing_keys)
+        torch.testing.assert_close(logits(again, "llama"), logits(small, "llama"), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_saved_and_loaded_with_a_config(name: str, tmp_path: Path):
     small, _ = rewritten(name)
