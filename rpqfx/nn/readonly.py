@@ -66,7 +66,8 @@ def call(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], 
         made: The tensors among them that were made of codebooks, or share memory with such.
 
     Returns:
-        What the function returns; tensors that share memory with one of ``made`` as ``WeightView``.
+        What the function returns; tensors that share memory with one of ``made`` as ``WeightView``, arrays of NumPy as
+        read-only ones.
 
     Raises:
         RewriteError: If the function changed one of them.
@@ -76,6 +77,9 @@ def call(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], 
     result = func(*args, **kwargs)
     if [tensor._version for tensor in watched] != versions:
         raise refused(getattr(func, "__name__", "this"))
+    if func is Tensor.numpy:
+        result.flags.writeable = False
+        return result
     return _marked(result, {_memory(tensor) for tensor in made} - {0})
 
 

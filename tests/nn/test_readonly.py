@@ -107,6 +107,15 @@ def test_a_view_is_otherwise_a_tensor(read: Callable[[], Any]) -> None:
     torch.testing.assert_close(grad, want)
 
 
+@pytest.mark.parametrize("read", [layer, lambda: layer(Foreign)])
+def test_an_array_of_a_weight_cannot_be_written_to(read: Callable[[], Any]) -> None:
+    pytest.importorskip("numpy")
+    weight = read().weight
+    for array in (weight.detach().numpy(), weight.detach()[1:].numpy()):
+        with pytest.raises(ValueError, match="read-only"):
+            array[:] = 0
+
+
 @pytest.mark.parametrize("kind", [nn.Linear, Foreign])
 def test_gradients_may_be_cleared(kind: type[nn.Linear]) -> None:
     layer(kind).weight.grad = None
