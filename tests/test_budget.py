@@ -150,7 +150,7 @@ def test_a_budget_is_one_of_two_numbers():
     for ratio in (0, -1, 1.5):
         with pytest.raises(PolicyError, match="ratio is the size after over the size before"):
             Policy.budget(ratio=ratio)
-    with pytest.raises(PolicyError, match="total_bytes must be positive"):
+    with pytest.raises(PolicyError, match="total_bytes is a whole number of bytes from 1"):
         Policy.budget(bytes=0)
     with pytest.raises(PolicyError, match="ratio or total_bytes, not both"):
         Policy(ratio=0.5, total_bytes=5)

@@ -112,6 +112,7 @@ def test_blocks_that_are_left_out_are_few_and_say_why():
         "finetuning": 1,
         "kv-cache": 1,
         "pretrained": 1,
+        "processes": 2,
         "quickstart": 1,
         "transformers": 6,  # all of that page, run by tests/slow/test_transformers.py
     }

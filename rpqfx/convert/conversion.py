@@ -171,13 +171,15 @@ class _Conversion:
                     "or skip the weight with a Rule"
                 )
         missed = [name for name, weight in self._weights.items() if not seen[weight].reached]
-        if len(missed) == len(self._weights):
+        if not any(one.reached or one.read for one in seen.values()):
             raise InputError(
                 "no calibration batch reaches any weight that is to be in codebooks, so nothing can be seen of their "
                 f"inputs ({', '.join(missed[:3])}); give batches as the model is called with in use"
             )
-        shown = ", ".join(missed[:_NAMED]) + (f" and {len(missed) - _NAMED} more" if len(missed) > _NAMED else "")
-        return [f"calibration did not reach {shown}: fitted to the weights alone"] if missed else []
+        unknown = [name for name in missed if seen[self._weights[name]].read]
+        missed = [name for name in missed if name not in unknown]
+        why = {"calibration did not reach": missed, "no product shows the inputs of": unknown}
+        return [f"{text} {_named(names)}: fitted to the weights alone" for text, names in why.items() if names]
 
     def _watch(self, observer: Observer, what: str) -> None:
         runs = self._batches.runs
@@ -304,3 +306,7 @@ def _in_range(codes: Tensor, spec: CodebookSpec) -> bool:
 
 def _energy(mean: Tensor | None) -> Tensor | None:
     return mean.diagonal() if mean is not None and mean.dim() == 2 else mean
+
+
+def _named(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")

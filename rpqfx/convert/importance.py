@@ -34,6 +34,9 @@ class Gradients(Observer):
     def asked(self, *args: Any) -> None:
         """See ``Listener``: inputs are known already."""
 
+    def read(self, weight: RPQWeight) -> None:
+        """See ``Listener``: which weights are read is known already."""
+
     def made(self, weight: RPQWeight, y: Tensor) -> Tensor:
         """See ``Listener``."""
         if not torch.is_grad_enabled() or not y.is_floating_point():

@@ -30,10 +30,11 @@ class Seen:
     looked_up: bool = False
     rank: int = -1
     now: int = field(default=0, repr=False)
+    read: bool = False
 
     @property
     def reached(self) -> bool:
-        """Whether a batch used it at all."""
+        """Whether a batch used it in a product or a lookup, so that its inputs are known."""
         return self.rank >= 0
 
     @property
@@ -88,3 +89,8 @@ class Observer:
     def made(self, weight: RPQWeight, y: Tensor) -> Tensor:
         """See ``Listener``."""
         return y
+
+    def read(self, weight: RPQWeight) -> None:
+        """See ``Listener``."""
+        if weight in self.seen:
+            self.seen[weight].read = True

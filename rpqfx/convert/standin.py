@@ -28,6 +28,9 @@ class Listener(Protocol):
     def made(self, weight: RPQWeight, y: Tensor) -> Tensor:
         """After a product, with its result; what it returns is passed on."""
 
+    def read(self, weight: RPQWeight) -> None:
+        """Before the whole tensor is handed out, whose use nobody hears of."""
+
 
 class StandIn(RPQWeight):
     """A weight whose products run with the dense tensor it is made of.
@@ -98,6 +101,8 @@ class _StandInPart(Recorded):
         return None if isinstance(self._weight, StandIn) else self.again(self._weight.part())
 
     def dense(self) -> Tensor:
+        if isinstance(self._weight, StandIn):
+            self._weight.listener.read(self._weight)
         current = self._current()
         return super().dense() if current is None else current.dense()
 

@@ -63,7 +63,8 @@ def _patterns(model: nn.Module, ties: dict[str, str]) -> dict[str, str]:
     found = _shared(model, whole)
     for target, source in ties.items():
         if target not in whole:
-            found[target] = source
+            if _held(model, target) is None and _held(model, source) is None:
+                found[target] = source
             continue
         found[re.escape(f"{target}{SUFFIX}.")] = re.escape(f"{source}{SUFFIX}.")
         bias = f"{target.rpartition('.')[0]}.bias"

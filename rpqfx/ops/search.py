@@ -162,7 +162,8 @@ def firsts(centres: Tensor) -> Tensor:
     own = torch.arange(len(centres), device=centres.device)
     bits = (centres + 0.0).contiguous().view(_INTEGERS[centres.element_size()]).long()  # of both zeros as of one
     mixed = (bits ^ (bits >> 29)) * _MIX
-    places = (2 * torch.arange(centres.shape[1], device=centres.device) + 1) * _MIX
+    places = torch.arange(1, centres.shape[1] + 1, device=centres.device) * _MIX
+    places = (places ^ (places >> 31)) * _MIX | 1  # in no progression, where sums of some equal sums of others
     hashes, order = ((mixed ^ (mixed >> 32)) * places).sum(1).sort(stable=True)
     begins = F.pad(hashes[1:] != hashes[:-1], (1, 0), value=True)
     found = torch.empty_like(own).scatter_(0, order, order[torch.where(begins, own, 0).cummax(0).values])

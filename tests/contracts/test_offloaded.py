@@ -51,7 +51,7 @@ class Middle(nn.Module):
 
 
 WIDE = Rule("emb", bits=9, scale=True, signs=True, allow_growth=True)
-DRAWN = Policy.from_scratch(codebook_dim=4, bits=4, min_size=64, rules=(WIDE,))
+DRAWN = Policy.from_scratch(codebook_dim=4, bits=4, min_size=64, allow_growth=True, rules=(WIDE,))
 FITTED = Policy(codebook_dim=4, bits=4, min_size=64, allow_growth=True)
 IDS = torch.arange(24).view(2, 12)
 

@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 import rpqfx
 from rpqfx import KVPolicy, KVRule, Policy, RoutePolicy, RouteRule, Rule, Site, timing
+from rpqfx.convert.checkpoint import Checkpoint
 from rpqfx.errors import InputError, PolicyError, RPQError
 from rpqfx.kv.attention import attentions
 from rpqfx.options import Options
@@ -543,6 +545,16 @@ def _finetune(folder: Path) -> None:
     }.items():
         with pytest.raises(InputError, match=rf"{why}.* would do nothing"):
             tuned(**refused)
+
+
+@tried("finetune", "checkpoint", "checkpoint_every")
+def _finetune_checkpointed(folder: Path) -> None:
+    for every, states in ((1, 3), (2, 1)):
+        with patch.object(Checkpoint, "save", autospec=True, side_effect=Checkpoint.save) as saved:
+            tuned(checkpoint=folder / str(every), checkpoint_every=every)
+        assert saved.call_count == states + 1 and any((folder / str(every)).iterdir())  # and the result
+    with pytest.raises(InputError, match="checkpoint_every is for a checkpoint"):
+        tuned(checkpoint_every=2)
 
 
 @tried("finetune", "loss", "logits", "norms", "autocast", "accumulate", "clip", "progress")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -88,7 +89,7 @@ def on_meta() -> nn.Module:
     with torch.device("meta"):
         model = Net()
     model.blocks[0].norm.bias = nn.Parameter(torch.zeros(16))
-    return rpqfx.rpqify(model, POLICY, inplace=True)
+    return rpqfx.rpqify(model, dataclasses.replace(POLICY, init="random"), inplace=True)
 
 
 class Call(NamedTuple):

@@ -166,7 +166,7 @@ def test_an_expanded_weight_is_a_tensor() -> None:
     assert isinstance(w, Tensor) and torch.is_tensor(w) and w.shape == dense.shape
     torch.testing.assert_close(w, dense)
     torch.testing.assert_close(w, torch.nn.Parameter(dense.detach()))
-    assert type(w + 1) is Tensor and isinstance(w.t(), Tensor) and type(w.detach()) is Tensor
+    assert type(w + 1) is Tensor and isinstance(w.t(), Tensor) and isinstance(w.detach(), Tensor)
     assert isinstance(w, torch.nn.Parameter) and torch.equal(w.T.contiguous(), dense.T)
     assert torch.equal(torch.stack([w, w])[1], dense) and str(w).startswith("tensor(")
     assert w.detach().numpy().shape == (6, 8)

@@ -64,7 +64,7 @@ def test_it_compiles_for_a_gpu(
         (
             torch.zeros(3, 4),
             torch.zeros(2, 5, 4).half(),
-            "points are torch.float32 and the codebooks are torch.float16",
+            "points are torch.float32 on cpu and the codebooks are torch.float16 on cpu",
         ),
         (torch.zeros(3, 4), torch.zeros(2, 5, 3), "do not go with"),
         (torch.zeros(3, 4), torch.zeros(5, 4), "do not go with"),

@@ -209,7 +209,7 @@ def test_options_that_mean_nothing_are_refused(tmp_path: pathlib.Path) -> None:
     with pytest.raises(InputError, match="checkpoint_every is for a checkpoint"):
         tuned(checkpoint_every=2)
     for wrong in (0, 1.5, True):
-        with pytest.raises(InputError, match="checkpoint_every is a whole number from 1"):
+        with pytest.raises(InputError, match="checkpoint_every is a whole number of steps from 1"):
             tuned(tmp_path / "none", checkpoint_every=wrong)
     assert not (tmp_path / "none").exists()
     (tmp_path / "thesis.tex").write_text("years of work")
