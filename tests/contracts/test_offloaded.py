@@ -50,7 +50,7 @@ class Middle(nn.Module):
         return self.norm((torch.relu(x) @ self.w).mT).mT
 
 
-WIDE = Rule("emb", bits=9, scale=True, signs=True, allow_growth=True)
+WIDE = Rule("emb", bits=9, min_bits=9, scale=True, signs=True, allow_growth=True)
 DRAWN = Policy.from_scratch(codebook_dim=4, bits=4, min_size=64, allow_growth=True, rules=(WIDE,))
 FITTED = Policy(codebook_dim=4, bits=4, min_size=64, allow_growth=True)
 IDS = torch.arange(24).view(2, 12)
