@@ -310,7 +310,7 @@ def check_values(values: Sequence[Any]) -> None:
     for value in values:
         if isinstance(value, (list, tuple)) and any([isinstance(item, VirtualWeight) for item in value]):
             check_values([*value, *[other for other in values if other is not value]])
-        elif isinstance(value, VirtualWeight) and value.device.type == "meta":
+        elif isinstance(value, VirtualWeight) and value.part.lasting and value.device.type == "meta":
             refuse_meta(value.held, value.part.tensors, values)
 
 
