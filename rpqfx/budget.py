@@ -2,11 +2,13 @@
 
 Candidates of a site are points (bytes, distortion). For a price on bytes each site has one best candidate, and all
 sites together trace the lower convex hull of what can be had (Everett, 1963; Shoham and Gersho, "Efficient Bit
-Allocation for an Arbitrary Set of Quantizers", 1988). A bisection finds the lowest price that fits.
+Allocation for an Arbitrary Set of Quantizers", 1988). A bisection finds the lowest price that fits; each of its steps
+looks only at the sites whose best candidate depends on where between its two ends the price is.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -14,6 +16,8 @@ from typing import Generic, TypeVar
 from rpqfx.errors import PolicyError
 
 T = TypeVar("T")
+
+_APART = 1e-6  # of the price: nearer, rounding may decide between candidates
 
 
 @dataclass(frozen=True)
@@ -52,24 +56,48 @@ def choose(candidates: Mapping[str, Sequence[Candidate[T]]], limit: int, before:
             f"a total of {limit:,} bytes ({limit / max(before, 1):.3f} of {before:,}) cannot be reached; closest: "
             f"{least:,} bytes ({least / max(before, 1):.3f})"
         )
-    low, high = 0.0, 1.0
-    while _total(_best(candidates, high), other) > limit:
-        high *= 4
-    for _ in range(100):
-        middle = (low + high) / 2
-        if _total(_best(candidates, middle), other) > limit:
-            low = middle
-        else:
-            high = middle
-    chosen = _best(candidates, high)
+    chosen = _at_lowest_price(candidates, limit, other)
     _spend(chosen, candidates, limit - _total(chosen, other))
     return {name: candidate.choice for name, candidate in chosen.items()}
 
 
-def _best(candidates: Mapping[str, Sequence[Candidate[T]]], price: float) -> dict[str, Candidate[T]]:
+def _at_lowest_price(
+    candidates: Mapping[str, Sequence[Candidate[T]]], limit: int, other: int
+) -> dict[str, Candidate[T]]:
     groups = {id(group): group for group in candidates.values()}  # sites that are alike share theirs
-    best = {key: min(group, key=lambda c: (c.distortion + price * c.size, c.size)) for key, group in groups.items()}
-    return {name: best[id(group)] for name, group in candidates.items()}
+    key_of = {name: id(group) for name, group in candidates.items()}
+    users = Counter(key_of.values())
+
+    def size(best: Mapping[int, Candidate[T]]) -> int:
+        return sum(users[key] * candidate.size for key, candidate in best.items())
+
+    low, high = 0.0, 1.0
+    at_low, at_high = _best(groups, low), _best(groups, high)
+    while other + size(at_high) > limit:
+        high *= 4
+        at_high = _best(groups, high)
+    settled = other
+    for _ in range(100):
+        for key in list(groups) if high - low > _APART * high else ():
+            least, most = at_high[key], at_low[key]
+            if least is most:  # and so at each price between
+                settled += users[key] * least.size
+                del groups[key]
+            else:
+                groups[key] = [c for c in groups[key] if least.size <= c.size <= most.size]
+        middle = (low + high) / 2
+        at_middle = _best(groups, middle)
+        if settled + size(at_middle) > limit:
+            low = middle
+            at_low.update(at_middle)
+        else:
+            high = middle
+            at_high.update(at_middle)
+    return {name: at_high[key] for name, key in key_of.items()}
+
+
+def _best(groups: Mapping[int, Sequence[Candidate[T]]], price: float) -> dict[int, Candidate[T]]:
+    return {key: min(group, key=lambda c: (c.distortion + price * c.size, c.size)) for key, group in groups.items()}
 
 
 def _total(chosen: Mapping[str, Candidate[T]], other: int) -> int:

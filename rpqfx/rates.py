@@ -70,11 +70,12 @@ def _best(
 ) -> tuple[float, dict[str, Hold]] | float:
     """Expected cost and decisions, or about how many bits a weight it would take at least."""
     total = sum(site.numel for site in sites)
+    ways = _Ways(sites, bits, cost, group)
     best: tuple[float, dict[str, Hold]] | None = None
     least = math.inf
     for d in _ZADOR:
         for rungs in _ladders(d, bits, total):
-            found = _allocate(sites, d, rungs, bits, cost, group)
+            found = _allocate(sites, d, rungs, bits, ways)
             if isinstance(found, float):
                 least = min(least, found / total)
             elif best is None or found[0] < best[0]:
@@ -120,7 +121,7 @@ def _ladders(d: int, bits: float, total: int) -> list[range]:
 
 
 def _allocate(
-    sites: Sequence[Site], d: int, rungs: range, bits: float, cost: Mapping[str, float], group: str
+    sites: Sequence[Site], d: int, rungs: range, bits: float, ways: _Ways
 ) -> tuple[float, dict[str, Hold]] | float:
     """Expected cost and decisions for one ladder, or the bits that it takes at least."""
     total = sum(site.numel for site in sites)
@@ -128,15 +129,9 @@ def _allocate(
         return math.inf
     dtypes = {site.dtype for site in sites}  # which cannot share
     books = len(dtypes) * sum(2**k * d * _FLOAT_BITS for k in rungs)
-    groups: dict[str, list[Candidate[Hold]]] = {}
-    alike: dict[object, list[Candidate[Hold]]] = {}
-    for site in sites:
-        key = (site.shape, site.lead, site.flipped, site.experts, site.kind, site.dtype, cost[site.name])
-        if key not in alike:
-            alike[key] = _candidates(site, d, rungs, bits, cost[site.name], group)
-        groups[site.name] = alike[key]
-        if not alike[key]:
-            return math.inf
+    groups = ways.of(d, rungs)
+    if not all(groups.values()):
+        return math.inf
     least = books + sum(min(c.size for c in group) for group in groups.values())
     limit = bits * total
     if least > limit:
@@ -146,27 +141,54 @@ def _allocate(
     return expected, chosen
 
 
-def _candidates(site: Site, d: int, rungs: range, bits: float, cost: float, group: str) -> list[Candidate[Hold]]:
-    layout = site.layout("row")
-    factors = _factors(site, bits)
-    found = []
+class _Ways:
+    """The ways to hold each weight, made once for all ladders. Weights that are alike share theirs."""
 
-    def add(length: int, k: int, own: bool) -> None:
-        spec = CodebookSpec(layout.num_vectors, layout.dim, length, 2**k, 1, 1, dim_scale=factors)
+    def __init__(self, sites: Sequence[Site], bits: float, cost: Mapping[str, float], group: str) -> None:
+        self._bits, self._group = bits, group
+        self._kinds: dict[object, tuple[Site, float]] = {}
+        self._kind_of: dict[str, object] = {}
+        for site in sites:
+            key = (site.shape, site.lead, site.flipped, site.experts, site.kind, site.dtype, cost[site.name])
+            self._kinds.setdefault(key, (site, cost[site.name]))
+            self._kind_of[site.name] = key
+        self._own = {key: self._with_own_codebook(*kind) for key, kind in self._kinds.items()}
+        self._shared: dict[tuple[object, int, int], Candidate[Hold]] = {}
+
+    def of(self, d: int, rungs: range) -> dict[str, list[Candidate[Hold]]]:
+        """Candidates by name: on each rung of a ladder, and with a codebook of their own."""
+        found = {key: [*self._on(key, d, rungs), *self._own[key]] for key in self._kinds}
+        return {name: found[key] for name, key in self._kind_of.items()}
+
+    def _on(self, key: object, d: int, rungs: range) -> list[Candidate[Hold]]:
+        site, cost = self._kinds[key]
+        if site.layout("row").unit % d:
+            return []
+        for k in rungs:
+            if (key, d, k) not in self._shared:
+                self._shared[key, d, k] = self._candidate(site, cost, d, k, own=False)
+        return [self._shared[key, d, k] for k in rungs]
+
+    def _with_own_codebook(self, site: Site, cost: float) -> list[Candidate[Hold]]:
+        if site.numel >= _OWN_BELOW:
+            return []
+        unit = site.layout("row").unit
+        return [
+            self._candidate(site, cost, length, k, own=True)
+            for length in sorted({nearest_divisor(unit, e) for e in (1, 2, 3, 4, 8)} & set(_ZADOR))
+            for k in range(1, 9)
+            if site.numel // length >= _FEWEST_USERS * 2**k
+        ]
+
+    def _candidate(self, site: Site, cost: float, length: int, k: int, own: bool) -> Candidate[Hold]:
+        layout = site.layout("row")
+        spec = CodebookSpec(
+            layout.num_vectors, layout.dim, length, 2**k, 1, 1, dim_scale=_factors(site, self._bits)
+        )  # fmt: skip
         size = site.numel // length * k + spec.dim_scales * _FLOAT_BITS
         size += 2**k * length * _FLOAT_BITS if own else 0
-        hold = Hold(spec, "row", group=None if own else f"{group} {site.dtype}")
-        found.append(Candidate(hold, size, cost * min(1.0, _ZADOR[length] * 4.0 ** (-k / length))))
-
-    if layout.unit % d == 0:
-        for k in rungs:
-            add(d, k, own=False)
-    if site.numel < _OWN_BELOW:
-        for length in sorted({nearest_divisor(layout.unit, e) for e in (1, 2, 3, 4, 8)} & set(_ZADOR)):
-            for k in range(1, 9):
-                if site.numel // length >= _FEWEST_USERS * 2**k:
-                    add(length, k, own=True)
-    return found
+        hold = Hold(spec, "row", group=None if own else f"{self._group} {site.dtype}")
+        return Candidate(hold, size, cost * min(1.0, _ZADOR[length] * 4.0 ** (-k / length)))
 
 
 def _factors(site: Site, bits: float) -> int:

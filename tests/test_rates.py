@@ -95,6 +95,7 @@ def test_more_bits_are_never_much_worse() -> None:
     assert all(after < before for before, after in itertools.pairwise(costs))
 
 
+@settings(max_examples=30)  # each decides six weights
 @given(st.integers(0, 99))
 def test_of_like_weights_the_important_ones_get_at_least_as_many_bits(seed: int) -> None:
     sites = [linear(f"w{i}", 256, 256) for i in range(6)]

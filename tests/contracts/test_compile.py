@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -56,7 +57,12 @@ def test_compiled_with_all_options_equals_eager(name: str, plan: Plan) -> None:
     assert_compiles(name, "aot_eager", 1e-9, **options, plan=plan)
 
 
-@pytest.mark.parametrize("name", CHANNELS)
+def by_default(name: str) -> list[Any]:
+    """All convolutions that contract, of which all but one are slow: they differ in the dense convolution alone."""
+    return [n if n == name else pytest.param(n, marks=pytest.mark.slow) for n in CHANNELS]
+
+
+@pytest.mark.parametrize("name", by_default("conv2d dim_scale channels"))
 @pytest.mark.parametrize(
     "options",
     [
@@ -72,8 +78,7 @@ def test_compiled_convolutions_that_contract_equal_eager(
     assert_compiles(name, "aot_eager", 1e-9, **options)
 
 
-# Factors of the channels have no say in how a batch is served; with a static one they are compiled above.
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if "dim_scale" in n else n for n in CHANNELS])
+@pytest.mark.parametrize("name", by_default("conv transpose 2d channels"))
 def test_a_dynamic_batch_needs_one_graph_of_a_convolution(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward of one that contracts."""
     monkeypatch.setattr(products, "cheaper_conv", lambda *args: "contract")

@@ -26,7 +26,9 @@ from tests.helpers import gradients
 NAMES = list(DEPLOYED)
 BATCHES = (2, 3, 5, 8, 17)
 PLANS = [
-    *((name, "auto") for name in NAMES),
+    ("vit", "auto"),
+    ("resnet20", "auto"),
+    pytest.param("lm", "auto", marks=pytest.mark.slow),  # its layers are those of the first
     pytest.param("vit", "expand", marks=pytest.mark.slow),
     pytest.param("vit", "contract", marks=pytest.mark.slow),
 ]

@@ -67,16 +67,21 @@ def test_importing_is_light_and_changes_nothing() -> None:
     assert_light("rpqfx, rpqfx.nn, rpqfx.fit, rpqfx.ops, rpqfx.routing")
 
 
+# A process each; by default one of each kind of change.
 @pytest.mark.parametrize(
     ("body", "message"),
     [
         ("import sqlite3", "loads .*sqlite3"),
         ("import torch._dynamo", "loads .*torch._dynamo"),
-        ("import torch; torch.set_num_threads(1 + torch.get_num_threads())", "changes torch"),
+        pytest.param(
+            "import torch; torch.set_num_threads(1 + torch.get_num_threads())", "changes torch", marks=pytest.mark.slow
+        ),
         ("import torch; torch.rand(1)", "changes torch"),
-        ("import torch; torch.set_default_dtype(torch.float64)", "changes torch"),
+        pytest.param("import torch; torch.set_default_dtype(torch.float64)", "changes torch", marks=pytest.mark.slow),
         ("import os; os.environ['SOME_FLAG'] = '1'", "changes torch"),
-        ("import warnings; warnings.warn('look', UserWarning)", "UserWarning: look"),
+        pytest.param(
+            "import warnings; warnings.warn('look', UserWarning)", "UserWarning: look", marks=pytest.mark.slow
+        ),
         ("import sys; print('hello', file=sys.stderr)", "wrote: hello"),
         ("print('hello')", "printed: hello"),
     ],

@@ -42,7 +42,9 @@ def run(session: Any, args: Any) -> list[torch.Tensor]:
 @pytest.mark.parametrize(
     ("name", "plan", "optimize"),
     [
-        *((name, "auto", False) for name in DEPLOYED),
+        ("lm", "auto", False),
+        ("resnet20", "auto", False),
+        *(pytest.param(n, "auto", False, marks=pytest.mark.slow) for n in DEPLOYED if n not in ("lm", "resnet20")),
         pytest.param("vit", "contract", True, marks=pytest.mark.slow),
         pytest.param("lm", "contract", False, marks=pytest.mark.slow),
         pytest.param("lm", "expand", True, marks=pytest.mark.slow),

@@ -204,10 +204,10 @@ import torch, rpqfx
 from torch import nn
 for rows in (1, 64, 512):
     for plan in ("auto", "contract", "expand"):
+        with torch.device("meta"):
+            model = nn.Sequential(nn.Linear(512, 2048, bias=False))
+        model = rpqfx.rpqify(model, rpqfx.Policy.from_scratch(codebook_dim=64, bits=5, plan=plan))
         for grad in (False, True):
-            with torch.device("meta"):
-                model = nn.Sequential(nn.Linear(512, 2048, bias=False))
-            model = rpqfx.rpqify(model, rpqfx.Policy.from_scratch(codebook_dim=64, bits=5, plan=plan))
             with torch.set_grad_enabled(grad):
                 try:
                     model(torch.randn(rows, 512))

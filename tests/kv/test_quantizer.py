@@ -319,10 +319,10 @@ def test_what_is_not_finite_comes_out_as_such(bad: float, given: dict[str, Any])
 @pytest.mark.parametrize(
     "given",
     [
-        {},
-        {"cosine": True, "shared": False},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"cosine": True, "shared": False}, marks=pytest.mark.slow),
         {"stages": [2, 0, 1, 3], "scaled": True, "strided": True, "beam": 1},
-        {"decay": 0.9, "revive": 1.0, "repeat": 2},
+        pytest.param({"decay": 0.9, "revive": 1.0, "repeat": 2}, marks=pytest.mark.slow),
     ],
 )
 def test_compiled_whole_it_is_the_same(given: dict[str, Any]) -> None:

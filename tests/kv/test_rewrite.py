@@ -126,7 +126,7 @@ def test_training() -> None:
     assert all(p.grad is not None for name, p in small.named_parameters() if "mean" in name or "codebooks" in name)
 
 
-@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize("mode", ["eval", pytest.param("train", marks=pytest.mark.slow)])
 def test_it_compiles_in_one_graph(mode: str) -> None:
     small, ids = small_of(LM(layers=1)).train(mode == "train"), tokens(3)
     compiled = torch.compile(small, fullgraph=True, backend="aot_eager")

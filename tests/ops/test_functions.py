@@ -23,16 +23,16 @@ CHANNELS = CodebookSpec(4, 12, 3, entries=3, stages=2, books=2, signs=True)
 
 def conv(transposed: bool) -> tuple[Form, Tensor, Tensor]:
     """A convolution with stride, padding, dilation and groups; its input and its output's shape."""
-    form = Conv(3, 3, (4, 2, 3), (7,), (2,), (1,), (2,), transposed, (1 if transposed else 0,), 2)
-    x = randn(1, 2, 4, 7)
+    form = Conv(3, 3, (4, 2, 3), (5,), (2,), (1,), (2,), transposed, (1 if transposed else 0,), 2)
+    x = randn(1, 2, 4, 5)
     y = torch.convolution(x, randn(0, 4, 2, 3), None, (2,), (1,), (2,), transposed, form.output_padding, 2)
     return form, x, randn(2, *y.shape)
 
 
 def conv_contract(transposed: bool) -> tuple[Form, Tensor, Tensor]:
     """One whose entries are filters of one channel, a codebook for two."""
-    form = ConvContract(2, 3, (4, 4, 3), (7,), (2,), (1,), (2,), transposed, (1 if transposed else 0,), 1)
-    x = randn(1, 2, 4, 7)
+    form = ConvContract(2, 3, (4, 4, 3), (5,), (2,), (1,), (2,), transposed, (1 if transposed else 0,), 1)
+    x = randn(1, 2, 4, 5)
     y = torch.convolution(x, randn(0, 4, 4, 3), None, (2,), (1,), (2,), transposed, form.output_padding, 1)
     return form, x, randn(2, *y.shape)
 
@@ -61,7 +61,8 @@ def test_products_have_right_gradients_of_first_and_second_order(name: str, with
         (lambda x, y, books: Grads.apply(form, x, y, books, codes, signs), (x, y, books)),
     ):
         assert gradcheck(function, inputs)
-        assert gradgradcheck(function, inputs)
+        # Along random directions, which any wrong element changes.
+        assert gradgradcheck(function, inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize("name", FORMS)

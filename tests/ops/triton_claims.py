@@ -73,7 +73,7 @@ def test_expand_is_the_definition(
         close(cuda.expand(*held), dense(*held), dtype)
 
 
-@settings(max_examples=20)
+@settings(max_examples=15)
 @given(specs(scale=False), seeds, dtypes, code_dtypes, batches, blocks)
 def test_contract_is_the_dense_product(
     spec: CodebookSpec, seed: int, dtype: torch.dtype, code_dtype: torch.dtype, batch: tuple[int, ...],
@@ -87,7 +87,7 @@ def test_contract_is_the_dense_product(
     close(ours, x.double() @ dense(codebooks, codes, None, signs).T, dtype)
 
 
-@settings(max_examples=10)  # four kernels each
+@settings(max_examples=6)  # four kernels each
 @given(specs(scale=False), seeds, dtypes, code_dtypes, batches, blocks)
 def test_gradients_are_those_of_autograd_through_the_dense_matrix(
     spec: CodebookSpec, seed: int, dtype: torch.dtype, code_dtype: torch.dtype, batch: tuple[int, ...],
@@ -115,7 +115,7 @@ def test_gradients_are_those_of_autograd_through_the_dense_matrix(
     ("spec", "rows", "slices"),
     [
         (CodebookSpec(300, 140, 70, entries=90, signs=True), 70, 1),  # past every block, in every direction
-        (CodebookSpec(513, 20, 1, entries=2, stages=2, books=4), 1, 1),  # single numbers; runs of half the vectors
+        (CodebookSpec(513, 8, 1, entries=2, stages=2, books=4), 1, 1),  # single numbers; runs of half the vectors
         (CodebookSpec(9, 6, 2, entries=4), 37, 3),  # the batch in slices
     ],
 )
@@ -182,7 +182,7 @@ def test_strided_inputs_and_an_empty_batch() -> None:
 
 def test_the_check_before_the_first_use_passes_and_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device(DEVICE)
-    monkeypatch.setattr(check, "ROWS", (1, 20))
+    monkeypatch.setattr(check, "ROWS", (3,))  # products of any number of rows are above
     monkeypatch.setattr(check, "CODES", {torch.uint8: 9})
     assert cuda._right.__wrapped__(device)
     right = cuda.contract

@@ -174,7 +174,14 @@ def test_both_ways_with_codebooks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "policy"), [("gated layer", PAST), ("torch", SOME), ("spread", SOME), ("sequence", PAST)]
+    ("name", "policy"),
+    [
+        ("sequence", PAST),
+        ("spread", SOME),
+        # What these route is compiled in tests/routing; the models around it take long.
+        pytest.param("gated layer", PAST, marks=pytest.mark.slow),
+        pytest.param("torch", SOME, marks=pytest.mark.slow),
+    ],
 )
 def test_compiled_and_exported(name: str, policy: RoutePolicy) -> None:
     small, x = jolted(route(MODELS[name]().train(), policy)), x_of(0)

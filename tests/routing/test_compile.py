@@ -49,7 +49,7 @@ def kinds(*names: str) -> list[Any]:
     return [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in KINDS]
 
 
-@pytest.mark.parametrize("name", kinds("cross", "block"))
+@pytest.mark.parametrize("name", kinds("cross"))
 def test_compiled_blocks_equal_eager(name: str) -> None:
     """Forward and backward, with a mask."""
     (x, mask), layer = x_and_mask(), made(name, 6, router={"eps": 1.0})
