@@ -178,7 +178,7 @@ def test_both_ways_with_codebooks() -> None:
     [
         ("sequence", PAST),
         ("spread", SOME),
-        # What these route is compiled in tests/routing; the models around it take long.
+        # The same two policies on larger graphs, which take long to compile.
         pytest.param("gated layer", PAST, marks=pytest.mark.slow),
         pytest.param("torch", SOME, marks=pytest.mark.slow),
     ],
