@@ -27,7 +27,7 @@ class RPQWeight(Loaded):
     """A tensor held in codebooks; calling it gives the tensor, or some of its rows.
 
     Tensors: ``codebooks [R, G, K, d]`` (Parameter), ``codes [R, M, N]`` (buffer, the narrowest integer; one of two
-    bytes lies there [as bytes][rpqfx.nn.codebytes]), and where the spec has them ``scale [N]`` (Parameter),
+    bytes lies there as bytes (``rpqfx.nn.codebytes``)), and where the spec has them ``scale [N]`` (Parameter),
     ``dim_scale [D / share]`` (Parameter) and ``signs [R, M, ceil(N/8)]`` (buffer, uint8, eight signs a byte).
 
     Example:
