@@ -30,6 +30,12 @@ def outputs(model: nn.Module) -> list[float]:
         return [round(float(y), 4) for y in model.eval()(torch.ones(1, 256))[0, :8]]
 
 
+def is_left_over(name: str, path: Path) -> bool:
+    """Whether a file is a draft of ours, or one that safetensors writes before it renames it to our draft."""
+    ours = name.startswith(path.name) and name.endswith(".part")
+    return ours or (path.suffix == ".safetensors" and name.startswith(".tmp"))
+
+
 def main(folder: Path, suffix: str, times: int, seed: int) -> dict[str, int]:
     """Kills so many saves, and counts which model the file holds afterwards and what drafts are left.
 
@@ -58,7 +64,7 @@ def main(folder: Path, suffix: str, times: int, seed: int) -> dict[str, int]:
         counts["old" if found == wanted[held] else "new"] += 1
         held = wanted.index(found)
         drafts = [other for other in folder.iterdir() if other != path]
-        assert all(d.name.startswith(path.name) and d.name.endswith(".part") for d in drafts), drafts
+        assert all(is_left_over(d.name, path) for d in drafts), drafts
         counts["drafts"] += len(drafts)
         for draft in drafts:
             draft.unlink()
