@@ -39,7 +39,7 @@ def test_it_is_killed_a_few_times(job: str, tmp_path: pathlib.Path) -> None:
 def test_it_is_killed_a_hundred_times(job: str, tmp_path: pathlib.Path) -> None:
     found = check(job, tmp_path, 100)
     record(
-        f"reliability/killed-{job}",
+        f"reliability/killed-{job.replace(' ', '-')}",
         "pytest -m slow tests/contracts/test_killed.py",
         attack=f"SIGKILL of a job with a checkpoint, then run again: {JOBS_IN_WORDS[job]}",
         tried=100,
