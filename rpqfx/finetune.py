@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from rpqfx.errors import InputError
 from rpqfx.graph.rewrite import Progress
 from rpqfx.graph.snapshot import Ambient
 from rpqfx.tuning.checks import check_options
@@ -154,6 +155,14 @@ def finetune(
     settings = Settings(steps, recode, recode_every or 1, rates or Rates(), norms, autocast, accumulate, clip, order)
     compare = loss or Distillation(logits)
     run, store, began = Run(model, guide, compare, settings), None, time.perf_counter()
+    if guide is model:
+        raise InputError(
+            "teacher is the dense model, got the model that is to be trained: it has nothing to teach itself"
+        )
+    if guide is model:
+        raise InputError(
+            "teacher is the dense model, got the model that is to be trained, which has nothing to teach it"
+        )
     ambient = Ambient(None)
     try:
         with torch.inference_mode(False), torch.enable_grad():

@@ -559,7 +559,7 @@ class Evil:
 def test_code_in_a_file_never_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     torch.save({"rpqfx": Evil(), "seal": "", "tensors": {}}, tmp_path / "evil.rpq")
     monkeypatch.setattr(os, "system", lambda *_: pytest.fail("code ran"))
-    with pytest.raises(FormatError, match="no rpqfx file"):
+    with pytest.raises(FormatError, match="a torch file, but not one that"):
         rpqfx.load(tmp_path / "evil.rpq", forbidden)
 
 

@@ -50,10 +50,6 @@ def check_options(
         raise InputError("give a teacher, the dense model, or a loss that needs none")
     if teacher is not None and not isinstance(teacher, nn.Module):
         raise InputError(f"teacher is the dense model, a torch.nn.Module, got {shown(teacher)}")
-    if teacher is small:
-        raise InputError(
-            "teacher is the dense model, got the model that is to be trained, which has nothing to teach it"
-        )
     for name, count in (("steps", steps), ("accumulate", accumulate)):
         whole(name, count, 1, error=InputError)
     number("clip", clip, "a norm above 0", lambda value: value > 0, error=InputError)
