@@ -46,11 +46,10 @@ def arguments() -> dict[str, tuple[Any, ...]]:
 
 @pytest.mark.parametrize("name", sorted(arguments()))
 def test_operators_keep_torchs_rules(name: str) -> None:
-    """Schema, fake, gradient and tracing agree; the first two in the dtype of the kernels, too, which serve them."""
-    operator = getattr(torch.ops.rpqfx, name.split()[0]).default
-    torch.library.opcheck(operator, [cast(arg, torch.float64) for arg in arguments()[name]])
-    args = [cast(arg, torch.float32) for arg in arguments()[name]]
-    torch.library.opcheck(operator, args, test_utils=("test_schema", "test_faketensor"))
+    """Schema, fake, gradient and tracing agree, in the dtypes of the kernels and of the plain operators."""
+    for dtype in (torch.float64, torch.float32):
+        args = [cast(arg, dtype) for arg in arguments()[name]]
+        torch.library.opcheck(getattr(torch.ops.rpqfx, name.split()[0]).default, args)
 
 
 @pytest.mark.parametrize("name", sorted(arguments()))
@@ -64,9 +63,7 @@ def test_gradients_of_operators_are_right_to_the_second_order(name: str) -> None
 
     assert places
     inputs = [args[i] for i in places]
-    assert torch.autograd.gradcheck(run, inputs)
-    # Along random directions, which any wrong element changes.
-    assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
+    assert torch.autograd.gradcheck(run, inputs) and torch.autograd.gradgradcheck(run, inputs)
 
 
 @pytest.mark.parametrize("name", ["contract", "contract_t", "matmul", "matmul_t", "conv"])
