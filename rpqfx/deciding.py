@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from rpqfx.decision import Hold, Skip, as_decision
 from rpqfx.errors import PolicyError
-from rpqfx.policy import Decide, Policy
+from rpqfx.policy import EMBEDDING_BITS, Decide, Policy
 from rpqfx.site import Site
 
 
@@ -51,7 +51,8 @@ def _remarks(policy: Policy, sites: Sequence[Site]) -> list[str]:
             found.append(f"rule {rule.match!r} matches no site")
         elif not any(rule is other for other in followed):
             found.append(f"rule {rule.match!r} is never followed: rules before it match every site that it does")
-    if policy.embedding_bits is not None and not any(site.kind in ("embedding", "embedding_bag") for site in sites):
+    asked = policy.embedding_bits not in (None, EMBEDDING_BITS)
+    if asked and not any(site.kind in ("embedding", "embedding_bag") for site in sites):
         found.append("embedding_bits: the model has no embedding")
     return found
 

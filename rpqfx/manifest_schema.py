@@ -62,7 +62,7 @@ _IS_DTYPE = _one_of(*DTYPES)
 _SPEC: dict[str, Check] = {
     "num_vectors": _whole(1), "dim": _whole(1), "codebook_dim": _whole(1), "entries": _ENTRIES, "stages": _whole(1),
     "books": _whole(1), "scale": _is_flag, "signs": _is_flag, "grad_scale": _one_of("sum", "sqrt", "mean"),
-    "?dim_scale": _whole(0),
+    "?dim_scale": _whole(0), "?tiled": _is_flag,
 }  # fmt: skip
 _LAYOUT: dict[str, Check] = {
     "shape": _list_of(_whole(1), 1), "lead": _whole(0), "transposed": _is_flag, "zero_vector": _or_none(_whole(0)),

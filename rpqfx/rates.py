@@ -1,8 +1,9 @@
 """How each weight of a trained model is held so that all of them take so many bits a weight, everything counted.
 
-Weights are scaled to look alike, so one codebook can serve the whole model and be large. What differs from weight to
-weight is how many entries its codebook has: a few codebooks of the same sub-vector length make the rungs of a ladder,
-and each weight gets a rung by what its errors cost the model.
+Weights are scaled to look alike, so one codebook can serve the whole model. What differs from weight to weight is its
+rate: a few codebooks make the rungs of a ladder, and each weight gets a rung by what its errors cost the model. Weights
+of linear maps and tables get stages of 16 entries (``rpqfx.shapes``), filters of convolutions one large codebook, on
+ladders of one sub-vector length.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from rpqfx import shapes
 from rpqfx.budget import Candidate, choose
 from rpqfx.codebook import CodebookSpec, nearest_divisor
 from rpqfx.decision import Hold
@@ -59,10 +61,37 @@ def spread(
     if not sites:
         return {}
     cost = {site.name: float(site.numel) if importance is None else importance[site.name] ** _TRUST for site in sites}
-    best = _best(sites, bits, cost, group)
-    if isinstance(best, float):
-        raise PolicyError(_too_few(sites, bits, best, cost, group, option))
-    return best[1]
+    tiled = [site for site in sites if shapes.fits(site)]
+    rest = [site for site in sites if not shapes.fits(site)]
+    parts = [(tiled, _best_tiled), (rest, _best)]
+    found = [best(some, bits, cost, group) for some, best in parts if some]
+    if any(isinstance(one, float) for one in found):  # apart they cannot have so few bits, together they may
+        found = [_best(sites, bits, cost, group)]
+    held: dict[str, Hold] = {}
+    for one in found:
+        if isinstance(one, float):
+            raise PolicyError(_too_few(sites, bits, one, cost, group, option))
+        held |= one[1]
+    return held
+
+
+def _best_tiled(
+    sites: Sequence[Site], bits: float, cost: Mapping[str, float], group: str
+) -> tuple[float, dict[str, Hold]] | float:
+    """As ``_best``, with stages of 16 entries."""
+    total = sum(site.numel for site in sites)
+    dtypes = {site.dtype for site in sites}  # which cannot share
+    ways = _Ways(sites, bits, cost, group)
+    best: tuple[float, dict[str, Hold]] | None = None
+    least = math.inf
+    for some in shapes.ranges(bits):
+        books = len(dtypes) * sum(stages * shapes.ENTRIES * d * _FLOAT_BITS for d, stages in some)
+        found = _choose_within(ways.tiled(some), books, bits, total)
+        if isinstance(found, float):
+            least = min(least, found / total)
+        elif best is None or found[0] < best[0]:
+            best = found
+    return least if best is None else best
 
 
 def _best(
@@ -129,7 +158,13 @@ def _allocate(
         return math.inf
     dtypes = {site.dtype for site in sites}  # which cannot share
     books = len(dtypes) * sum(2**k * d * _FLOAT_BITS for k in rungs)
-    groups = ways.of(d, rungs)
+    return _choose_within(ways.of(d, rungs), books, bits, total)
+
+
+def _choose_within(
+    groups: Mapping[str, Sequence[Candidate[Hold]]], books: int, bits: float, total: int
+) -> tuple[float, dict[str, Hold]] | float:
+    """Expected cost and decisions for given candidates and bits of their codebooks, or the bits that it takes."""
     if not all(groups.values()):
         return math.inf
     least = books + sum(min(c.size for c in group) for group in groups.values())
@@ -154,11 +189,32 @@ class _Ways:
             self._kind_of[site.name] = key
         self._own = {key: self._with_own_codebook(*kind) for key, kind in self._kinds.items()}
         self._shared: dict[tuple[object, int, int], Candidate[Hold]] = {}
+        self._staged: dict[tuple[object, int, int], Candidate[Hold]] = {}
 
     def of(self, d: int, rungs: range) -> dict[str, list[Candidate[Hold]]]:
         """Candidates by name: on each rung of a ladder, and with a codebook of their own."""
         found = {key: [*self._on(key, d, rungs), *self._own[key]] for key in self._kinds}
         return {name: found[key] for name, key in self._kind_of.items()}
+
+    def tiled(self, some: Sequence[shapes.Shape]) -> dict[str, list[Candidate[Hold]]]:
+        """Candidates by name, of some shapes of stages; none of them for a weight that no shape divides."""
+        found = {key: [c for shape in some for c in self._in_stages(key, shape)] for key in self._kinds}
+        return {name: found[key] + self._own[key] for name, key in self._kind_of.items()}
+
+    def _in_stages(self, key: object, shape: shapes.Shape) -> list[Candidate[Hold]]:
+        site, cost = self._kinds[key]
+        layout, (d, stages) = site.layout("row"), shape
+        if layout.unit % d:
+            return []
+        if (key, *shape) not in self._staged:
+            factors = _factors(site, self._bits)
+            spec = CodebookSpec(
+                layout.num_vectors, layout.dim, d, shapes.ENTRIES, stages, 1, scale=True, dim_scale=factors, tiled=True
+            )  # fmt: skip
+            size = site.numel // d * stages * shapes.STAGE_BITS + (spec.num_vectors + spec.dim_scales) * _FLOAT_BITS
+            hold = Hold(spec, "row", group=f"{self._group} {site.dtype}")
+            self._staged[key, *shape] = Candidate(hold, size, cost * shapes.LEFT[shape])
+        return [self._staged[key, *shape]]
 
     def _on(self, key: object, d: int, rungs: range) -> list[Candidate[Hold]]:
         site, cost = self._kinds[key]

@@ -11,6 +11,7 @@ import torch
 
 from rpqfx.checks import shown
 from rpqfx.errors import SpecError
+from rpqfx.tiles import MOST_ENTRIES, tiles_shape
 
 MAX_ENTRIES = 65_536
 GradScale = Literal["sum", "sqrt", "mean"]
@@ -33,6 +34,8 @@ class CodebookSpec:
             divided by the square root of their mean number (``"sqrt"``), or their ``"mean"``.
         dim_scale: How many consecutive elements of a vector share a trainable factor, which all vectors have: 1 for a
             factor each (a Linear's inputs), a filter's taps for one a channel, 0 for none. Divides ``dim``.
+        tiled: Whether codes lie in memory in tiles, two to a byte (``rpqfx.tiles``), which products with few rows read
+            fastest. Takes at most 16 entries, at least two stages, and no signs.
 
     Raises:
         SpecError: If a number is out of range or does not divide.
@@ -48,6 +51,7 @@ class CodebookSpec:
     signs: bool = False
     grad_scale: GradScale = "sum"
     dim_scale: int = 0
+    tiled: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_vectors", "dim", "codebook_dim", "entries", "stages", "books", "dim_scale"):
@@ -75,6 +79,11 @@ class CodebookSpec:
             raise SpecError(
                 f"dim_scale is 0 or how many elements of a vector share a factor, which divides its length {self.dim}; "
                 f"got {self.dim_scale}"
+            )
+        if self.tiled and (self.entries > MOST_ENTRIES or self.stages < 2 or self.signs):
+            raise SpecError(
+                f"tiles hold codes of at most {MOST_ENTRIES} entries, of two stages or more, without signs; got "
+                f"{self.entries} entries, {self.stages} stages, signs={self.signs}: leave tiled out"
             )
 
     @classmethod
@@ -165,6 +174,11 @@ class CodebookSpec:
         return (self.stages, self.sub_vectors, self.num_vectors)
 
     @property
+    def stored_codes_shape(self) -> tuple[int, int, int]:
+        """Of codes as they lie in memory: ``codes_shape``, or that of their tiles."""
+        return tiles_shape(*self.codes_shape) if self.tiled else self.codes_shape
+
+    @property
     def signs_shape(self) -> tuple[int, int, int]:
         """``(R, M, ceil(N / 8))``."""
         return (self.stages, self.sub_vectors, -(-self.num_vectors // 8))
@@ -194,7 +208,7 @@ class CodebookSpec:
             dtype: The floating dtype.
             codebooks: Leave out the codebooks where False (they are counted with another layer that shares them).
         """
-        total = math.prod(self.codes_shape) * self.code_dtype.itemsize
+        total = math.prod(self.stored_codes_shape) * self.code_dtype.itemsize
         total += math.prod(self.codebooks_shape) * dtype.itemsize if codebooks else 0
         total += ((self.num_vectors if self.scale else 0) + self.dim_scales) * dtype.itemsize
         return total + (math.prod(self.signs_shape) if self.signs else 0)

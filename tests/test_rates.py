@@ -12,9 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from rpqfx import Hold, Policy, Rule, Site, Skip
+from rpqfx import Hold, Policy, Rule, Site, Skip, shapes
 from rpqfx.errors import PolicyError
+from rpqfx.fit.refit import left_over
+from rpqfx.fit.residual import improve, train
 from rpqfx.graph.settle import groups_of
+from rpqfx.ops.search import beam_search
 from rpqfx.rates import spread
 
 
@@ -51,7 +54,8 @@ def stored(holds: Mapping[str, Hold]) -> float:
         bits += spec.stages * spec.codebooks_shape[1] * spec.entries * spec.codebook_dim * 16
         for name in names:
             spec = holds[name].spec
-            bits += spec.num_vectors * spec.sub_vectors * spec.stages * spec.bits + 16 * spec.dim_scales
+            factors = spec.dim_scales + (spec.num_vectors if spec.scale else 0)
+            bits += spec.num_vectors * spec.sub_vectors * spec.stages * spec.bits + 16 * factors
     return bits
 
 
@@ -85,8 +89,13 @@ def test_most_of_the_bits_are_spent(bits: float) -> None:
     assert stored(spread(sites, bits)) > 0.93 * bits * weights(sites)
 
 
+def rate(hold: Hold) -> float:
+    """Bits of codes for each number."""
+    return hold.spec.stages * hold.spec.bits / hold.spec.codebook_dim
+
+
 def expected(sites: Sequence[Site], holds: Mapping[str, Hold]) -> float:
-    return sum(site.numel * 4.0 ** -(holds[site.name].spec.bits / holds[site.name].spec.codebook_dim) for site in sites)
+    return sum(site.numel * 4.0 ** -rate(holds[site.name]) for site in sites)
 
 
 def test_more_bits_are_never_much_worse() -> None:
@@ -102,7 +111,7 @@ def test_of_like_weights_the_important_ones_get_at_least_as_many_bits(seed: int)
     numbers = torch.randn(6, generator=torch.Generator().manual_seed(seed)).mul(2).exp().tolist()
     holds = spread(sites, 2.5, {site.name: number for site, number in zip(sites, numbers, strict=True)})
     order = sorted(range(6), key=numbers.__getitem__)
-    rates = [holds[f"w{i}"].spec.bits / holds[f"w{i}"].spec.codebook_dim for i in order]
+    rates = [rate(holds[f"w{i}"]) for i in order]
     # What the last bits are spent on may be one that the others do not fit into any more.
     assert rates[0] <= rates[-1] and sum(a > b for a, b in itertools.pairwise(rates)) <= 1
 
@@ -121,7 +130,7 @@ def test_nothing_to_decide_is_no_obstacle() -> None:
 
 def test_policies_count_weights_and_tables_apart() -> None:
     sites = [table("emb", 4096, 64), linear("head", 4096, 64), linear("fc", 256, 64), linear("tiny", 8, 8)]
-    plain = Policy.pretrained(bits_per_weight=3).decide(sites)
+    plain = Policy.pretrained(bits_per_weight=3, embedding_bits=None).decide(sites)
     assert "budget of their own, embedding_bits" in plain["emb"].reason == plain["head"].reason  # type: ignore[union-attr]
     assert plain["tiny"] == Skip("64 elements, fewer than min_size 1024")
     both = Policy.pretrained(bits_per_weight=3, embedding_bits=5).decide(sites)
@@ -160,3 +169,24 @@ def test_the_policy_is_json_both_ways(bits: float, tables: float | None) -> None
 def test_what_contradicts_itself_is_refused(options: dict[str, float], message: str) -> None:
     with pytest.raises(PolicyError, match=message):
         Policy(**options)
+
+
+def test_linear_maps_and_tables_get_stages_in_tiles_and_filters_one_codebook() -> None:
+    sites = [linear("a", 512, 256), table("emb", 4096, 64), conv("c", 256, 64, 3), linear("odd", 512, 101)]
+    holds = spread(sites, 3.5)
+    assert holds["a"].spec.tiled and holds["emb"].spec.tiled and holds["a"].spec.scale
+    assert not holds["c"].spec.tiled and not holds["odd"].spec.tiled  # no sub-vector of four numbers or more divides it
+
+
+def test_the_errors_of_shapes_are_what_a_gaussian_gives() -> None:
+    """The table that rates are chosen by, at two of its places (the rest: examples/bench/shapes.py)."""
+    g = torch.Generator().manual_seed(0)
+    for shape in ((8, 4), (4, 2)):
+        books = improve(torch.randn(2**13, shape[0], generator=g), train_books(shape, g), steps=5)
+        points = torch.randn(4000, shape[0], generator=g)
+        left = left_over(points, beam_search(points, books, 32)[0], books).square().mean()
+        assert left == pytest.approx(shapes.LEFT[shape], rel=0.05)
+
+
+def train_books(shape: tuple[int, int], g: torch.Generator) -> torch.Tensor:
+    return train(torch.randn(2**13, shape[0], generator=g), shape[1], shapes.ENTRIES, steps=5)[0]

@@ -11,14 +11,16 @@ from torch import Tensor
 from rpqfx.codebook import CodebookSpec, pack_signs
 from rpqfx.fit.feedback import encode
 from rpqfx.fit.kmeans import kmeans
-from rpqfx.fit.residual import train
+from rpqfx.fit.residual import improve, train
 from rpqfx.fit.scales import balance, refit_columns, refit_rows
 
 # Sub-vectors an entry that codebooks are trained on, and how many are enough whatever the entries.
 _SAMPLES_PER_ENTRY = 128
 _SAMPLES = 2**20
 _FEWEST_PER_ENTRY = 8
+_STAGED_SAMPLES = 2**15  # at least, of codebooks with more than two stages
 _STEPS = 20
+_BEAM = 32
 
 
 class Fitted(NamedTuple):
@@ -88,6 +90,7 @@ def train_codebooks(members: Sequence[tuple[Tensor, CodebookSpec, Tensor | None]
     stages, books, entries, d = spec.codebooks_shape
     total = sum(vectors.numel() for vectors, _, _ in members) // d // books
     wanted = entries * max(_FEWEST_PER_ENTRY, min(_SAMPLES_PER_ENTRY, _SAMPLES // entries))
+    wanted = max(wanted, _STAGED_SAMPLES) if stages > 2 else wanted
     share = min(1.0, wanted / total)
     generator = torch.Generator(first.device).manual_seed(seed)
     parts: list[list[Tensor]] = [[] for _ in range(books)]
@@ -105,7 +108,8 @@ def train_codebooks(members: Sequence[tuple[Tensor, CodebookSpec, Tensor | None]
 
 def _train(points: Tensor, stages: int, entries: int, seed: int) -> Tensor:
     if stages > 1:
-        return train(points, stages, entries, seed=seed)[0]
+        books = train(points, stages, entries, seed=seed)[0]
+        return books if stages == 2 else improve(points, books, beam=_BEAM)
     return kmeans(points, entries, steps=_STEPS, seed=seed)[0][None]
 
 
@@ -147,11 +151,11 @@ def fit_weight(
         moment = moment * wide * wide[:, None]
     minus = None
     if spec.signs:  # an entry or its negative, whichever is nearer: a codebook of both
-        both = encode(view.matrix, torch.cat([codebooks, -codebooks], 2), moment)
+        both = encode(view.matrix, torch.cat([codebooks, -codebooks], 2), moment, beam=_BEAM)
         minus = both.codes >= spec.entries
         coded = both._replace(codes=both.codes % spec.entries)
     else:
-        coded = encode(view.matrix, codebooks, moment)
+        coded = encode(view.matrix, codebooks, moment, beam=_BEAM)
     rows, decoded = view.rows, coded.decoded
     if moment is not None:
         seen = moment.to(decoded.dtype)

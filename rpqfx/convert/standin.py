@@ -75,8 +75,9 @@ class StandIn(RPQWeight):
         """
         trained = codebooks.requires_grad
         self.codebooks, self.codes = codebooks, codes.to(self.spec.code_dtype)
-        for name, factor in factors.items():
-            setattr(self, name, torch.nn.Parameter(factor, trained))
+        for name in ("scale", "dim_scale"):  # the spec may have been settled after this was made
+            factor = factors.get(name)
+            setattr(self, name, None if factor is None else torch.nn.Parameter(factor, trained))
         if self.signs is not None:  # where there are none, nothing is turned
             none = torch.zeros(self.spec.signs_shape, dtype=torch.uint8, device=codes.device)
             self.signs = none if signs is None else signs

@@ -107,6 +107,23 @@ def train(
     return books, codes if part is points else encode(points, books, beam=beam, passes=int(beam > 1))
 
 
+@torch.no_grad()
+def improve(points: Tensor, books: Tensor, *, steps: int = 10, beam: int = 16) -> Tensor:
+    """Codebooks that ``train`` made, fitted on with a wider beam, and maybe to more points.
+
+    Args:
+        points: ``[N, d]``, floating and finite.
+        books: ``[R, K, d]``.
+        steps: Turns of ``encode`` and ``refit`` at most.
+        beam: Sums that go on from stage to stage.
+
+    Returns:
+        ``[R, K, d]``.
+    """
+    codes = encode(points, books, beam=beam)
+    return _take_turns(points, codes, books, None, steps, beam)[0]
+
+
 def _take_turns(
     points: Tensor, codes: Tensor, books: Tensor, weights: Tensor | None, steps: int, beam: int
 ) -> tuple[Tensor, Tensor]:

@@ -285,7 +285,7 @@ def _share(model: nn.Module, members: list[tuple[Site, Hold]], weights: list[RPQ
         first.codebooks.copy_(fit.codebooks)
         sizes = [spec.num_vectors for spec in specs]
         for weight, codes in zip(weights, fit.codes.split(sizes, -1), strict=True):
-            weight.codes.copy_(codes)
+            weight.codes = codes.to(weight.spec.code_dtype)
         if fit.signs is not None:
             each = unpack_signs(fit.signs, sum(sizes)).split(sizes, -1)
             for weight, minus in zip(weights, each, strict=True):

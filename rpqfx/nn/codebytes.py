@@ -3,6 +3,8 @@
 Neither NCCL nor gloo takes 16-bit integers, and a process group that has to send one buffer of them sends nothing. So a
 buffer of wide codes ``[R, M, N]`` is uint8 ``[R, M, 2 * N]``, and reading it is a view of the same memory. It has three
 axes, not four, because ``Module.to(memory_format=...)`` lays out tensors of four in its own way.
+
+Codes of a spec that is tiled lie there as tiles (``rpqfx.tiles``); reading them as ``[R, M, N]`` makes a copy.
 """
 
 from __future__ import annotations
@@ -11,17 +13,21 @@ import torch
 from torch import Tensor
 
 from rpqfx.errors import CodeError, InputError
+from rpqfx.tiles import from_tiles, to_tiles
 
 
-def to_bytes(codes: Tensor) -> Tensor:
+def to_bytes(codes: Tensor, tiled: bool = False) -> Tensor:
     """Returns codes ``[R, M, N]`` as they lie in a buffer: the same memory, where their last axis is dense.
 
     Args:
         codes: uint8, int16 or uint16.
+        tiled: Whether they lie in tiles.
 
     Returns:
-        uint8, ``[R, M, N]`` for codes of one byte and ``[R, M, 2 * N]`` for codes of two.
+        uint8, ``[R, M, N]`` for codes of one byte and ``[R, M, 2 * N]`` for codes of two; or tiles.
     """
+    if tiled:
+        return to_tiles(codes)
     if codes.dtype == torch.uint8:
         return codes
     if codes.stride(-1) != 1:
@@ -29,7 +35,7 @@ def to_bytes(codes: Tensor) -> Tensor:
     return codes.view(torch.uint8)
 
 
-def from_bytes(stored: Tensor, dtype: torch.dtype) -> Tensor:
+def from_bytes(stored: Tensor, dtype: torch.dtype, vectors: int = 0) -> Tensor:
     """Returns the codes ``[R, M, N]`` that lie in a buffer.
 
     Exported and traced programs put the bytes together by arithmetic, as neither ONNX nor TorchScript knows a view of
@@ -39,7 +45,10 @@ def from_bytes(stored: Tensor, dtype: torch.dtype) -> Tensor:
         stored: What ``to_bytes`` returned. Codes of the dtype itself are taken as they are, because code that moves
             tensors between devices (accelerate) writes what it read past every setter.
         dtype: Of the codes: uint8, int16 or uint16.
+        vectors: ``N``, where they lie in tiles.
     """
+    if vectors:
+        return from_tiles(stored, vectors)
     if stored.dtype == dtype:
         return stored
     if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]

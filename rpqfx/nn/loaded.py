@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rpqfx.codebook import CodebookSpec
@@ -14,26 +15,46 @@ class Loaded(nn.Module):
     """Base of ``RPQWeight``: its buffer ``codes`` holds bytes where codes take two of them, and nobody else sees that.
 
     ``module.codes``, assigning it, and the state dict have codes ``[R, M, N]`` in the narrowest integer. The buffer
-    itself, which ``named_buffers()`` yields and torch.distributed sends, is ``stored_codes``.
+    itself, which ``named_buffers()`` yields and torch.distributed sends, is ``stored_codes``. Where it has tiles, the
+    state dict has them, too, and takes either.
     """
 
     spec: CodebookSpec
 
     @property
     def codes(self) -> Tensor:
-        """The codes, ``[R, M, N]`` in ``spec.code_dtype``; writing to them writes to the buffer.
+        """The codes, ``[R, M, N]`` in ``spec.code_dtype``; writing to them writes to the buffer, unless it has tiles.
 
-        May be assigned: integers of any dtype that point into the codebook, also on another device.
+        May be assigned: integers of any dtype that point into the codebook, also on another device; or tiles, where the
+        spec is tiled.
 
         Raises:
             InputError: When set to what are no integers.
             CodeError: When set to integers of another dtype that point outside the codebook.
         """
-        return from_bytes(self._buffers["codes"], self.spec.code_dtype)  # type: ignore[arg-type]
+        return self._read(self.stored_codes)
 
     @codes.setter
     def codes(self, codes: Tensor) -> None:
-        self._buffers["codes"] = to_bytes(checked(codes, self.spec.entries, self.spec.code_dtype, "codes"))
+        if codes.dtype == torch.uint8 and self.tiled_vectors(codes):  # as torch assigns them from a state dict
+            self._buffers["codes"] = codes
+            return
+        right = checked(codes, self.spec.entries, self.spec.code_dtype, "codes")
+        self._buffers["codes"] = to_bytes(right, self.spec.tiled)
+
+    def tiled_vectors(self, stored: Tensor) -> int:
+        """Returns ``N`` where a buffer of codes has tiles, else 0.
+
+        Code that moves tensors between devices (accelerate) may have written ``[R, M, N]`` past the setter.
+
+        Args:
+            stored: The buffer.
+        """
+        tiled = self.spec.tiled and tuple(stored.shape) == self.spec.stored_codes_shape
+        return self.spec.num_vectors if tiled else 0
+
+    def _read(self, stored: Tensor) -> Tensor:
+        return from_bytes(stored, self.spec.code_dtype, self.tiled_vectors(stored))
 
     @property
     def stored_codes(self) -> Tensor:
@@ -52,16 +73,24 @@ class Loaded(nn.Module):
         super().__setstate__(state)
         if not self.spec.dim_scale:  # modules that were pickled before there was one lack its place
             self._parameters.setdefault("dim_scale", None)
-        self._buffers["codes"] = to_bytes(self.codes)  # pickled before codes of two bytes were kept as bytes
+        self._buffers["codes"] = to_bytes(self.codes, self.spec.tiled)  # pickled before codes of two bytes were bytes
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "codes"] = from_bytes(destination[prefix + "codes"], self.spec.code_dtype)
+        if not self.spec.tiled:  # tiles stay as they lie, so that who writes to a state dict writes to the model
+            destination[prefix + "codes"] = self._read(destination[prefix + "codes"])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        codes, stored, here = state_dict.get(prefix + "codes"), self.stored_codes, self.codes
+        name, stored = prefix + "codes", self.stored_codes
+        codes = state_dict.get(name)
         if isinstance(codes, Tensor):
-            check_range(codes, self.spec.entries, prefix + "codes")
+            check_range(self._read(codes), self.spec.entries, name)
+        if self.spec.tiled:
+            if isinstance(codes, Tensor) and codes.shape == self.spec.codes_shape:
+                state_dict[name] = to_bytes(checked(codes, self.spec.entries, self.spec.code_dtype, name), True)
+            super()._load_from_state_dict(state_dict, prefix, *args)
+            return
+        here = self.codes
         self._buffers["codes"] = here  # torch compares shapes, copies and assigns
         try:
             super()._load_from_state_dict(state_dict, prefix, *args)

@@ -101,11 +101,11 @@ class Part:
         Args:
             experts: One-dimensional integer tensor, none below zero.
         """
-        layout, codes = self.layout, self.tensors.codes
-        total = layout.shape[0]
+        layout, held = self.layout, self.tensors.untiled()
+        total, codes = layout.shape[0], held.codes
         size = codes.shape[-1] // total if layout.experts == "shared" else codes.shape[1] // total
         index = (experts.long()[:, None] * size + torch.arange(size, device=codes.device)).reshape(-1)
-        tensors = self.tensors.vectors(index) if layout.experts == "shared" else self.tensors.sub_vectors(index)
+        tensors = held.vectors(index) if layout.experts == "shared" else held.sub_vectors(index)
         count = experts.shape[0]
         return self._part(tensors, layout.resized(0, count), ("take", count))
 
@@ -115,9 +115,10 @@ class Part:
         assert layout is not None
         total = self.layout.shape[0]
         if self.layout.experts == "shared":
-            size = tensors.codes.shape[-1] // total
+            size = tensors.num_vectors // total
             each = [tensors.vectors(slice(e * size, (e + 1) * size)) for e in range(total)]
         else:  # split at once: the gradients of slices, each as large as all codebooks, would add up
+            tensors = tensors.untiled()
             size, books = tensors.codes.shape[1] // total, tensors.codebooks
             own = books.split(books.shape[1] // total, 1) if books.shape[1] > 1 else [books] * total
             codes = tensors.codes.split(size, 1)

@@ -57,7 +57,7 @@ def refuse_meta(weight: nn.Module, tensors: Tensors, values: Iterable[Any]) -> N
 
 def _refuse(tensors: Tensors, x: Tensor | None, owner: nn.Module | None, bias: Tensor | None) -> None:
     """Raises, unless it is an input on the meta device that asks weights with values for nothing but a shape."""
-    held = {name: tensor.device for name, tensor in tensors._asdict().items() if tensor is not None}
+    held = {name: tensor.device for name, tensor in tensors._asdict().items() if isinstance(tensor, Tensor)}
     held |= {} if bias is None else {"bias": bias.device}
     missing = [name for name, device in held.items() if device.type == "meta"]
     if x is not None and x.is_meta and not missing and len(set(held.values())) == 1:

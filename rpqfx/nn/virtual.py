@@ -119,7 +119,7 @@ class VirtualWeight(Views):
         part = self.part
         fixed = part.tensors.detach()
         again = VirtualWeight(self.held, Part(fixed, part.layout), self.order, self.views)
-        return Remade(tensor, again.expand_dense, [t for t in fixed if t is not None])
+        return Remade(tensor, again.expand_dense, [t for t in fixed if isinstance(t, Tensor)])
 
     # What can be told without the tensor.
 

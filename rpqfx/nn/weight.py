@@ -19,6 +19,7 @@ from rpqfx.nn.layout import Layout
 from rpqfx.nn.loaded import Loaded
 from rpqfx.nn.part import Part
 from rpqfx.nn.recorded import CalledPart
+from rpqfx.ops.at_once import at_once
 
 ReadAs = Literal["expanded", "virtual", "tensor"]
 
@@ -27,7 +28,8 @@ class RPQWeight(Loaded):
     """A tensor held in codebooks; calling it gives the tensor, or some of its rows.
 
     Tensors: ``codebooks [R, G, K, d]`` (Parameter), ``codes [R, M, N]`` (buffer, the narrowest integer; one of two
-    bytes lies there as bytes (``rpqfx.nn.codebytes``)), and where the spec has them ``scale [N]`` (Parameter),
+    bytes lies there as bytes, and codes of a tiled spec as tiles (``rpqfx.nn.codebytes``)), and where the spec has
+    them ``scale [N]`` (Parameter),
     ``dim_scale [D / share]`` (Parameter) and ``signs [R, M, ceil(N/8)]`` (buffer, uint8, eight signs a byte).
 
     Example:
@@ -159,16 +161,18 @@ class RPQWeight(Loaded):
         if self.codebooks.is_meta:
             return
         self.codebooks.normal_(0, self.std / math.sqrt(self.spec.stages))
-        vectors, device = self.spec.num_vectors, self.codes.device
-        balanced = (torch.arange(vectors, device=device) % self.spec.entries).to(self.codes.dtype)
-        for stage in self.codes:
-            for codes in stage:
-                codes.copy_(balanced[torch.randperm(vectors, device=device)])
+        vectors, device = self.spec.num_vectors, self.stored_codes.device
+        balanced = (torch.arange(vectors, device=device) % self.spec.entries).to(self.spec.code_dtype)
+        codes = torch.empty(self.spec.codes_shape, device=device, dtype=self.spec.code_dtype)
+        for stage in codes:
+            for some in stage:
+                some.copy_(balanced[torch.randperm(vectors, device=device)])
+        self.codes = codes
         for factors in (self.scale, self.dim_scale):
             if factors is not None:
                 factors.fill_(1)
         if self.signs is not None:
-            self.signs.copy_(pack_signs(torch.rand(self.codes.shape, device=self.codes.device) < 0.5))
+            self.signs.copy_(pack_signs(torch.rand(self.spec.codes_shape, device=device) < 0.5))
 
     @property
     def plan(self) -> ops.Plan:
@@ -194,6 +198,11 @@ class RPQWeight(Loaded):
     def tensors(self) -> ops.Tensors:
         """The stored tensors, as the operations take them."""
         held, buffers = self._parameters, self._buffers
+        if self.spec.tiled:
+            tiles = self.stored_codes
+            return ops.Tensors(
+                self.codebooks, tiles, self.scale, self.signs, self.dim_scale, self.tiled_vectors(tiles)
+            )  # fmt: skip
         if "codebooks" in held and "scale" in held and "dim_scale" in held:  # torch's lookup takes longer
             codes: Any = buffers["codes"] if self.spec.entries <= 256 else self.codes  # bytes, where there are more
             return ops.Tensors(
@@ -267,6 +276,10 @@ class RPQWeight(Loaded):
             InputError: If width or dtype of ``x`` do not fit.
         """
         if rows is None:
+            if self.spec.tiled and not self._hooked and not self.layout.transposed and self.layout.zero_vector is None:
+                y = at_once(x, self.tensors, bias, self._plan)
+                if y is not None:
+                    return y
             return self.part().linear(x, bias)
         start, stop, _ = range_of(rows, self.layout.rows)
         matrix = replace(self.layout, shape=(self.layout.rows, self.layout.cols), lead=1)
@@ -328,6 +341,7 @@ class RPQWeight(Loaded):
         text += f", R={spec.stages}" if spec.stages > 1 else ""
         text += f", G={spec.books}" if spec.books != spec.sub_vectors else ""
         flags = [name for name in ("scale", "dim_scale", "signs") if getattr(spec, name)]
+        flags += ["tiled"] if spec.tiled else []
         flags += ["columns"] if self.layout.transposed else []
         flags += [f"{self.layout.experts} codebooks of {self.layout.shape[0]} experts"] if self.layout.experts else []
         flags += [f"plan={self.plan}"] if self.plan != "auto" else []

@@ -15,6 +15,8 @@ from typing import Protocol
 from torch import Tensor
 
 from rpqfx.ops import operators
+from rpqfx.ops.plan import Plan
+from rpqfx.tiles import from_tiles
 
 
 class Form(Protocol):
@@ -90,3 +92,35 @@ class Matmul:
     ) -> tuple[Tensor, Tensor]:
         book = self.book(x, y, codes, signs)  # first: what it takes for a moment is gone before there is a result
         return self.left(y, codebooks, codes, signs), book
+
+
+@dataclass(frozen=True)
+class Tiled:
+    """``x @ W.T`` of codes in tiles: through tables that registers hold, or through the expanded matrix, by rows.
+
+    Its gradients are those of ``Matmul``; the codes are read out of the tiles for them.
+    """
+
+    books: int
+    entries: int
+    vectors: int
+    plan: Plan = "auto"
+    batched = False
+
+    def out(
+        self, x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None, bias: Tensor | None = None
+    ) -> Tensor:
+        return operators.tiled(x, codebooks, codes, signs, bias, self.vectors, self.plan)
+
+    def left(self, y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
+        return operators.matmul_t(y, codebooks, from_tiles(codes, self.vectors), signs)
+
+    def book(self, x: Tensor, y: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
+        plain = from_tiles(codes, self.vectors)
+        return operators.matmul_book(x, y, plain, signs, self.books, self.entries)
+
+    def grads(
+        self, x: Tensor, y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        plain = from_tiles(codes, self.vectors)
+        return Matmul(self.books, self.entries).grads(x, y, codebooks, plain, signs)

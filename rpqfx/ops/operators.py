@@ -12,7 +12,9 @@ from torch import Tensor
 
 from rpqfx import steps
 from rpqfx.ops.backend import check_devices, choose
+from rpqfx.ops.cpu import build, kernels
 from rpqfx.ops.filters import filters_grad
+from rpqfx.tiles import from_tiles
 
 # Holds what rpqfx.ops.rules adds to the operators.
 LIBRARY = torch.library.Library("rpqfx", "FRAGMENT")
@@ -166,6 +168,26 @@ def _fake_conv_book(
     return x.new_empty(shape, dtype=steps.sum_dtype(x.dtype))
 
 
+# ------------------------------------------------------------------------------------------------- of codes in tiles
+
+
+def _run_tiled(
+    x: Tensor, codebooks: Tensor, tiles: Tensor, signs: Tensor | None, bias: Tensor | None, vectors: int, plan: str
+) -> Tensor:  # fmt: skip
+    bias = None if bias is None else bias.to(x.dtype)
+    backend = choose(x, tiles, codebooks, bias)
+    if hasattr(backend, "tiled"):
+        return backend.tiled(x, codebooks.to(x.dtype), tiles, vectors, bias, plan)
+    run = _run_contract if plan == "contract" else _run_matmul
+    return run(x, codebooks, from_tiles(tiles, vectors), None, bias)
+
+
+def _fake_tiled(
+    x: Tensor, codebooks: Tensor, tiles: Tensor, signs: Tensor | None, bias: Tensor | None, vectors: int, plan: str
+) -> Tensor:  # fmt: skip
+    return x.new_empty(*x.shape[:-1], vectors)
+
+
 # ------------------------------------------------------------------------------------------------ of rows and of maps
 
 
@@ -245,6 +267,9 @@ matmul_t = _operator("matmul_t", f"(Tensor y, {_HELD}) -> Tensor", _run_matmul_t
 matmul_book = _operator(
     "matmul_book", f"(Tensor x, Tensor y, {_CODED}, {_COUNTS}) -> Tensor", _run_matmul_book, _fake_accumulate
 )
+_tiled = _operator(
+    "tiled", f"(Tensor x, {_HELD}, Tensor? bias, int vectors, str plan) -> Tensor", _run_tiled, _fake_tiled
+)
 conv = _operator("conv", f"(Tensor x, {_HELD}, {_GEOMETRY}) -> Tensor", _run_conv, _fake_conv, _run_conv_in_graphs)
 conv_book = _operator(
     "conv_book", f"(Tensor x, Tensor y, {_CODED}, {_GEOMETRY}, {_COUNTS}) -> Tensor", _run_conv_book, _fake_conv_book
@@ -254,3 +279,19 @@ lookup = _operator("lookup", f"(Tensor ids, {_ROWS}) -> Tensor", _run_lookup, _f
 collect = _operator("collect", f"(Tensor grad, {_CODED}, {_COUNTS}) -> Tensor", _run_collect, _fake_collect)
 gather_sum = _operator("gather_sum", "(Tensor table, Tensor codes) -> Tensor", _run_gather_sum, _fake_gather_sum)
 bin_sum = _operator("bin_sum", "(Tensor y, Tensor codes, int entries) -> Tensor", _run_bin_sum, _fake_bin_sum)
+
+
+def tiled(
+    x: Tensor, codebooks: Tensor, tiles: Tensor, signs: Tensor | None, bias: Tensor | None, vectors: int, plan: str
+) -> Tensor:  # fmt: skip
+    """As the operator ``tiled``; compiled graphs on a CPU call the kernel itself, with no Python in between."""
+    taken = x.device.type == "cpu" and kernels.take(x.dtype, torch.uint8)
+    if taken and torch.compiler.is_dynamo_compiling() and _ready():
+        bias = None if bias is None else bias.to(x.dtype)
+        return kernels.tiled(x, codebooks.to(x.dtype), tiles, vectors, bias, plan)
+    return _tiled(x, codebooks, tiles, signs, bias, vectors, plan)
+
+
+@torch.compiler.assume_constant_result
+def _ready() -> bool:
+    return build.ready()

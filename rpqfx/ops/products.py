@@ -17,12 +17,13 @@ from rpqfx.errors import InputError, SpecError
 from rpqfx.ops.autocast import autocast_dtype
 from rpqfx.ops.conv_contract import ConvContract
 from rpqfx.ops.conv_forms import Conv
-from rpqfx.ops.forms import Contract, Form, Matmul
+from rpqfx.ops.forms import Contract, Form, Matmul, Tiled
 from rpqfx.ops.functions import product, product_t
 from rpqfx.ops.mapped import Slow
 from rpqfx.ops.operators import memory_format
 from rpqfx.ops.plan import Plan, cheaper, cheaper_conv
 from rpqfx.ops.rows import Expand, look_up
+from rpqfx.tiles import TILE, from_tiles, pick
 
 
 class Tensors(NamedTuple):
@@ -34,6 +35,7 @@ class Tensors(NamedTuple):
         scale: ``[N]`` or None.
         signs: ``[R, M, ceil(N/8)]`` or None.
         dim_scale: ``[D / share]``, a factor for each ``share`` columns in a row, or None.
+        tiled: ``N`` where the codes lie in tiles (``rpqfx.tiles``), else 0.
     """
 
     codebooks: Tensor
@@ -41,6 +43,16 @@ class Tensors(NamedTuple):
     scale: Tensor | None = None
     signs: Tensor | None = None
     dim_scale: Tensor | None = None
+    tiled: int = 0
+
+    @property
+    def num_vectors(self) -> int:
+        """``N``."""
+        return self.tiled or self.codes.shape[2]
+
+    def untiled(self) -> Tensors:
+        """The same, with codes ``[R, M, N]``."""
+        return self._replace(codes=from_tiles(self.codes, self.tiled), tiled=0) if self.tiled else self
 
     @property
     def share(self) -> int:
@@ -56,18 +68,27 @@ class Tensors(NamedTuple):
 
     def detach(self) -> Tensors:
         """The same tensors, without a gradient."""
-        rest = [None if tensor is None else tensor.detach() for tensor in self[2:]]
-        return Tensors(self.codebooks.detach(), self.codes, *rest)
+        scale, signs, dims = (t if t is None else t.detach() for t in (self.scale, self.signs, self.dim_scale))
+        return Tensors(self.codebooks.detach(), self.codes, scale, signs, dims, self.tiled)
 
     def vectors(self, index: Tensor | slice) -> Tensors:
         """The same matrix, with some of its vectors only (see ``codebook.select_vectors``)."""
-        some = codebook.select_vectors(index, self.codes, self.scale, self.signs)
-        return Tensors(self.codebooks, *some, self.dim_scale)
+        if not self.tiled:
+            some = codebook.select_vectors(index, self.codes, self.scale, self.signs)
+            return Tensors(self.codebooks, *some, self.dim_scale)
+        if isinstance(index, Tensor):
+            scale = None if self.scale is None else self.scale.index_select(0, index)
+            return Tensors(self.codebooks, pick(self.codes, index), scale, None, self.dim_scale)
+        start, stop, step = codebook.range_of(index, self.tiled)
+        if step != 1 or start % TILE or stop == start:
+            return self.untiled().vectors(index)
+        tiles, scale = self.codes[start // TILE : -(-stop // TILE)], self.scale
+        return self._replace(codes=tiles, scale=scale if scale is None else scale[start:stop], tiled=stop - start)
 
     def sub_vectors(self, index: Tensor | slice) -> Tensors:
         """Some sub-vectors of every vector (see ``codebook.select_sub_vectors``)."""
         books, codes, signs = codebook.select_sub_vectors(index, self.codebooks, self.codes, self.signs)
-        return Tensors(books, codes, self.scale, signs, self._dim_scale_of(index))
+        return Tensors(books, codes, self.scale, signs, self._dim_scale_of(index), self.tiled)
 
     def _dim_scale_of(self, index: Tensor | slice) -> Tensor | None:
         """The factors of some sub-vectors' columns, one each unless all that share one are there."""
@@ -83,11 +104,16 @@ class Tensors(NamedTuple):
 
 def expand(weight: Tensors, grad_factor: float = 1.0) -> Tensor:
     """The matrix ``[N, D]`` (see ``rpqfx.codebook.expand``)."""
+    weight = weight.untiled()
     return Expand.apply(_slow(weight.codebooks, grad_factor), weight.codes, weight.scale, weight.signs, weight.dims)
 
 
 def lookup(ids: Tensor, weight: Tensors, grad_factor: float = 1.0, sparse: bool = False) -> Tensor:
     """Rows ``[*ids.shape, D]``; ``sparse`` asks for a sparse gradient of the codebooks."""
+    if weight.tiled and not sparse:  # the codes of these rows alone
+        some = weight.vectors(ids.reshape(-1))
+        return expand(some, grad_factor).view(*ids.shape, -1)
+    weight = weight.untiled()
     books = _slow(weight.codebooks, grad_factor)
     return look_up(ids, books, weight.codes, weight.scale, weight.signs, weight.dims, sparse)
 
@@ -105,7 +131,7 @@ def linear(
 
 def linear_t(y: Tensor, weight: Tensors, grad_factor: float = 1.0, plan: Plan = "auto") -> Tensor:
     """``y @ W``: ``[..., N]`` to ``[..., D]``."""
-    y, scale, dims = _prepare(y, weight, weight.codes.shape[2])
+    y, scale, dims = _prepare(y, weight, weight.num_vectors)
     y = y if scale is None else y * scale
     x = product_t(_form(y, weight, plan), y, _slow(weight.codebooks, grad_factor), weight.codes, weight.signs)
     return x if dims is None else x * _repeat(dims, weight.share)
@@ -155,6 +181,7 @@ def conv(
             f"the {math.prod(weight_shape[2:])} taps of a channel have one factor, but {weight.share} elements of a "
             "filter share one; give the spec a dim_scale that is a multiple of the taps"
         )
+    weight = weight.untiled()
     channels = weight_shape[0] if transposed else weight_shape[1] * groups
     x, scale, dims = _prepare(x, weight, channels, axis=-1 - len(stride))
     books = _slow(weight.codebooks, grad_factor)
@@ -213,6 +240,8 @@ def _channels(dims: Tensor, share: int, weight_shape: tuple[int, ...], groups: i
 
 def _form(x: Tensor, weight: Tensors, plan: Plan) -> Form:
     shape = weight.codebooks.shape
+    if weight.tiled:
+        return Tiled(shape[1], shape[2], weight.tiled, plan)
     if plan == "auto":
         plan = cheaper(shape, weight.codes.shape, x.numel() // x.shape[-1], x.device, x.dtype)
     return (Contract if plan == "contract" else Matmul)(shape[1], shape[2])

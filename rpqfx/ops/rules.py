@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rpqfx.ops import operators
 from rpqfx.ops.conv_forms import Conv
-from rpqfx.ops.forms import Contract, Form, Matmul
+from rpqfx.ops.forms import Contract, Form, Matmul, Tiled
 from rpqfx.ops.functions import Book, Grads, Left, Out
 from rpqfx.ops.rows import Collect, Expand, Lookup
 
@@ -65,6 +65,7 @@ for _prefix, _form in (("contract", Contract), ("matmul", Matmul)):
     _by_form(f"{_prefix}_t", Left, 4, lambda y, books, *_, form=_form: form(*books.shape[1:3]))
 for _name, _form in (("accumulate", Contract), ("matmul_book", Matmul)):
     _by_form(_name, Book, 4, lambda x, y, codes, signs, *counts, form=_form: form(*counts))
+_by_form("tiled", Out, 5, lambda x, books, codes, signs, bias, *rest: Tiled(*books.shape[1:3], *rest))
 _by_form("contract_grads", Grads, 5, lambda x, y, books, *_: Contract(*books.shape[1:3]))
 _by_form(
     "conv", Out, 4, lambda x, books, codes, signs, *numbers: _conv_form(*books.shape[1:3], x, *numbers), rest=(None,)
@@ -128,5 +129,5 @@ def _autocast(name: str) -> None:
         operators.LIBRARY.impl(name, cast, key)
 
 
-for _name in ("contract", "contract_t", "matmul", "matmul_t", "conv"):
+for _name in ("contract", "contract_t", "matmul", "matmul_t", "tiled", "conv"):
     _autocast(_name)

@@ -84,7 +84,7 @@ def ids(seed: int, count: int = 3) -> list[Tensor]:
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], list[Tensor]], Policy]] = {
     "mlp": (mlp, lambda seed: inputs(seed, 64, 32), POLICY),
     "convnet": (convnet, images, Policy.pretrained(bits_per_weight=3, min_size=256)),
-    "gpt": (gpt, ids, Policy.pretrained(bits_per_weight=3)),
+    "gpt": (gpt, ids, Policy.pretrained(bits_per_weight=3, embedding_bits=None)),
 }
 every_model = pytest.mark.parametrize("name", MODELS)
 
@@ -418,8 +418,10 @@ def test_what_a_rule_gives_a_shape_is_not_counted() -> None:
 def test_embeddings_have_a_budget_of_their_own() -> None:
     torch.manual_seed(0)
     model = GPT(vocab=400, width=32)
-    dense = rpqfx.rpqify(model, Policy.pretrained(bits_per_weight=3), calibration=ids(0))
+    dense = rpqfx.rpqify(model, Policy.pretrained(bits_per_weight=3, embedding_bits=None), calibration=ids(0))
     assert "tok.weight" not in held_weights(dense)
+    default = rpqfx.rpqify(model, Policy.pretrained(bits_per_weight=3), calibration=ids(0))
+    assert 8 < rpqfx.report(default).sites[1].bits_per_weight <= 8.5
     small = rpqfx.rpqify(model, Policy.pretrained(bits_per_weight=3, embedding_bits=4), calibration=ids(0))
     sites = {site.name: site for site in rpqfx.report(small).rewritten}
     table = sites.pop("tok.weight")

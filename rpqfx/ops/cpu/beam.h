@@ -10,6 +10,7 @@
 
 namespace rpqfx {
 
+constexpr int64_t SMALL_BOOK = 64;  // entries up to which all scores of a stage are made before the best are taken
 constexpr int64_t BLOCKS = 4;  // of centres whose lowest scores are compared with the worst of the beam at once
 
 // A partial sum that a stage may keep; of sums with the same score, the one of the first parent and the first code.
@@ -74,8 +75,8 @@ void extend(const float* rest, float error, int32_t parent, const Centres& centr
 
 // What the beam's sums leave of a point, and their codes, from stage to stage.
 struct Paths {
-  std::vector<float> rests, next_rests, turned;
-  std::vector<int32_t> codes, next_codes;
+  std::vector<float> rests, next_rests, turned, scores;
+  std::vector<int32_t> codes, next_codes, keys;
   Beam beam;
 
   Paths(int64_t most, int64_t stages, int64_t d)
@@ -83,6 +84,72 @@ struct Paths {
     beam.steps.resize(most);
   }
 };
+
+// An integer that is as large as the number is, compared with others; what is no number is larger than all.
+inline int32_t key_of(float score) {
+  int32_t bits;
+  __builtin_memcpy(&bits, &score, sizeof(bits));
+  return score == score ? bits ^ (bits >> 31 & 0x7fffffff) : std::numeric_limits<int32_t>::max();
+}
+
+// The key that exactly `most` of them do not exceed, or the least one that more do not.
+inline int32_t bound_of(const int32_t* keys, int64_t count, int64_t most) {
+  int64_t low = std::numeric_limits<int32_t>::max(), high = std::numeric_limits<int32_t>::min();
+  for (int64_t i = 0; i < count; ++i) low = std::min<int64_t>(low, keys[i]), high = std::max<int64_t>(high, keys[i]);
+  --low;
+  while (high - low > 1) {  // at most `most` keys are up to low, and as many or more up to high
+    const int64_t middle = low + (high - low) / 2;
+    const int32_t limit = static_cast<int32_t>(middle);
+    int32_t up_to = 0;
+    for (int64_t i = 0; i < count; ++i) up_to += keys[i] <= limit;
+    if (up_to == most) return limit;
+    (up_to > most ? high : low) = middle;
+  }
+  return static_cast<int32_t>(high);
+}
+
+// As extend for every parent, where codebooks are small: all scores first, then a search for the worst that stays. The
+// same steps, but without a comparison for each that is in the beam.
+template <int64_t D>
+void extend_all(int64_t parents, const Centres& centres, Paths& paths) {
+  const int64_t d = D ? D : centres.d, size = (d + 1) * LANES, entries = centres.count;
+  const int64_t width = centres.blocks * LANES, count = parents * width;
+  paths.scores.resize(count);
+  paths.keys.resize(count);
+  for (int64_t parent = 0; parent < parents; ++parent) {
+    float error = 0;
+    float* turned = paths.turned.data();
+    for (int64_t i = 0; i < d; ++i) {
+      const float x = paths.rests[parent * d + i] - centres.origin[i];
+      error += x * x;
+      turned[i] = -2.0f * x;
+    }
+    for (int64_t b = 0; b < centres.blocks; ++b) {
+      const float* line = centres.lines + b * size;
+      Floats score = load_as<Floats>(line) + error;
+      for (int64_t i = 0; i < d; ++i) score += load_as<Floats>(line + (i + 1) * LANES) * turned[i];
+      __builtin_memcpy(&paths.scores[parent * width + b * LANES], &score, sizeof(score));
+    }
+  }
+  for (int64_t i = 0; i < count; ++i) paths.keys[i] = key_of(paths.scores[i]);
+  for (int64_t parent = 0; parent < parents; ++parent)  // lanes behind the last entry
+    for (int64_t k = entries; k < width; ++k) paths.keys[parent * width + k] = std::numeric_limits<int32_t>::max();
+  Beam& beam = paths.beam;
+  const int64_t most = std::min(beam.most, parents * entries);
+  const int32_t bound = bound_of(paths.keys.data(), count, most);
+  int64_t below = 0;
+  for (int64_t i = 0; i < count; ++i) below += paths.keys[i] < bound;
+  int64_t equal = most - below;  // of those at the bound the first ones
+  for (int64_t parent = 0; parent < parents && beam.count < most; ++parent) {
+    const int32_t* keys = &paths.keys[parent * width];
+    for (int64_t k = 0; k < entries && beam.count < most; ++k) {
+      if (keys[k] > bound || (keys[k] == bound && equal-- <= 0)) continue;
+      const float score = paths.scores[parent * width + k];
+      const float known = score == score ? score : std::numeric_limits<float>::infinity();
+      beam.steps[beam.count++] = {known, int32_t(parent), int32_t(k)};
+    }
+  }
+}
 
 template <int64_t D>
 void beam_of(const float* point, const std::vector<Centres>& stages, int64_t most, Paths& paths, int64_t* codes,
@@ -95,7 +162,9 @@ void beam_of(const float* point, const std::vector<Centres>& stages, int64_t mos
     const Centres& centres = stages[r];
     beam.count = beam.worst = 0;
     beam.most = r + 1 < count ? most : 1;
-    for (int64_t parent = 0; parent < parents; ++parent) {
+    const bool small = centres.blocks * LANES <= SMALL_BOOK;
+    if (small) extend_all<D>(parents, centres, paths);
+    for (int64_t parent = 0; parent < parents && !small; ++parent) {
       float error = 0;
       for (int64_t i = 0; i < d; ++i) {
         const float x = paths.rests[parent * d + i] - centres.origin[i];

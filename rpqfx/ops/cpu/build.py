@@ -65,6 +65,7 @@ def reason() -> str | None:
     try:
         library = compiled()
         torch.ops.load_library(library)
+        kernels.register()
         _check(library)
     except (RPQError, OSError, RuntimeError) as error:
         _LOG.info("CPU kernels are not used, plain operators run instead: %s", error)

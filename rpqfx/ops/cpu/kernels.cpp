@@ -10,6 +10,7 @@
 #include "pick.h"
 #include "rotated.h"
 #include "rows.h"
+#include "tiles.h"
 
 TORCH_LIBRARY_FRAGMENT(rpqfx_cpu, m) {
   m.def("contract(Tensor x, Tensor codebooks, Tensor codes, Tensor? signs, Tensor? bias) -> Tensor", rpqfx::contract);
@@ -22,6 +23,9 @@ TORCH_LIBRARY_FRAGMENT(rpqfx_cpu, m) {
       rpqfx::grads);
   m.def("expand(Tensor codebooks, Tensor codes, Tensor? scale, Tensor? signs, Tensor? ids) -> Tensor", rpqfx::expand);
   m.def("collect(Tensor grad, Tensor codes, Tensor? signs, int books, int entries) -> Tensor", rpqfx::collect);
+  m.def(
+      "tiled(Tensor x, Tensor codebooks, Tensor tiles, int vectors, Tensor? dims, Tensor? scale, Tensor? bias, int most)"
+      " -> Tensor");
   m.def("nearest(Tensor points, Tensor centres) -> (Tensor, Tensor)", rpqfx::nearest);
   m.def("beam_search(Tensor points, Tensor books, int beam) -> (Tensor, Tensor)", rpqfx::beam_search);
   m.def("slot_tables(Tensor parts, Tensor books, int[] which) -> Tensor", rpqfx::slot_tables);
@@ -35,3 +39,6 @@ TORCH_LIBRARY_FRAGMENT(rpqfx_cpu, m) {
       " int tokens, Tensor? scale, Tensor? basis, Tensor? mean, Tensor cos, Tensor sin) -> Tensor",
       rpqfx::rotated_scores);
 }
+
+// Of one device, so that compilers keep it as one step of a graph (see rpqfx/ops/cpu/kernels.py).
+TORCH_LIBRARY_IMPL(rpqfx_cpu, CPU, m) { m.impl("tiled", rpqfx::tiled_product); }

@@ -8,6 +8,9 @@ from torch import Tensor
 _FLOATS = (torch.float32, torch.bfloat16)
 _CODES = (torch.uint8, torch.int16, torch.uint16, torch.int32)
 
+# Rows up to which tables are used: as many as the kernel finds them faster for, or what a plan says.
+_MOST_ROWS = {"auto": -1, "contract": 2**62, "expand": 0}
+
 
 def take(dtype: torch.dtype, code_dtype: torch.dtype) -> bool:
     """Whether there are kernels for these dtypes."""
@@ -72,6 +75,26 @@ def gather_sum(table: Tensor, codes: Tensor) -> Tensor:
 def bin_sum(y: Tensor, codes: Tensor, entries: int, runs: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """See ``rpqfx.maps.bin_sum``; the codes need no sorting here."""
     return torch.ops.rpqfx_cpu.bin_sum(y.contiguous(), codes, None, entries)
+
+
+def tiled(
+    x: Tensor, codebooks: Tensor, tiles: Tensor, vectors: int, bias: Tensor | None = None, plan: str = "auto",
+    dims: Tensor | None = None, scale: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """``x @ W.T + bias`` for codes in tiles (see ``rpqfx.tiles``), ``[..., N]``, times ``dims [D]`` and ``scale [N]``.
+
+    Up to a number of rows it goes through tables of 16-bit integers, each rounded by half a unit of their scale, the
+    largest of 128 tables over 32,767 (see ``rpqfx/ops/cpu/tiles.h``).
+    """
+    return torch.ops.rpqfx_cpu.tiled(x, codebooks, tiles, vectors, dims, scale, bias, _MOST_ROWS[plan])
+
+
+def register() -> None:
+    """Tells compilers what operators return that graphs call themselves; once, when the library is loaded."""
+
+    @torch.library.register_fake("rpqfx_cpu::tiled")
+    def _(x: Tensor, codebooks: Tensor, tiles: Tensor, vectors: int, *rest: object) -> Tensor:
+        return x.new_empty(*x.shape[:-1], vectors)
 
 
 def nearest(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:

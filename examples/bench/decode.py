@@ -1,0 +1,288 @@
+"""Tokens a second of converted language models, beside the dense ones, other quantisers and llama.cpp, in one run.
+
+    RPQFX_EVALKIT=<kit> python examples/bench/decode.py SmolLM2 --files <folder>     # converts what the folder lacks
+    python examples/bench/decode.py Llama-1B --files <folder>                        # random weights, no kit
+
+Every row is measured in a process of its own, two threads, one row after the other: 40 single tokens after 64 (the
+median), a prompt of 512 tokens (logits of the last one), bytes of the file, what the process grew by, and the
+perplexity of the kit's first 8,192 tokens. Writes ``examples/results/decode-<model>.json``. Peers run where their
+package is installed: ``torchao``, and for llama.cpp ``cyllama`` with ``gguf``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import results
+import torch
+from torch import Tensor, nn
+
+import rpqfx
+
+STEPS, BEFORE, PROMPT = 40, 64, 512
+BITS = (4.0, 3.0, 2.1)
+TYPES = {"F32": 0, "Q8_0": 7, "Q4_0": 2, "Q3_K_S": 11, "IQ3_S": 26, "Q2_K": 10}
+SHAPE_1B = {
+    "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 32_000, "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------- models
+
+
+def dense(model: str) -> nn.Module:
+    """Returns the dense model, float32, in eval mode."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    if model == "SmolLM2":
+        from convert_models import kit
+
+        return kit().load_smollm2()[0].eval()
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SHAPE_1B)).eval()
+
+
+def converted(model: str, bits: float, folder: Path) -> Path:
+    """Returns the file of a converted model, converted now if it is not there."""
+    path = folder / f"{model}-{bits}.rpq"
+    if path.exists():
+        return path
+    if model == "SmolLM2":
+        from convert_models import load_smollm2
+
+        loaded = load_smollm2()
+        small = rpqfx.rpqify(loaded.model, rpqfx.Policy.pretrained(bits), calibration=loaded.calibration(16))
+    else:
+        small = rpqfx.rpqify(dense(model), rpqfx.Policy.pretrained(bits))
+    rpqfx.save(small, path)
+    return path
+
+
+def load(model: str, path: Path) -> nn.Module:
+    """Returns the converted model of a file; the dense one is never made."""
+    from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+
+    if model == "SmolLM2":
+        from convert_models import kit
+
+        config = AutoConfig.from_pretrained(kit().MODELS / "smollm2" / "hf")
+    else:
+        config = LlamaConfig(**SHAPE_1B)
+    return rpqfx.load(path, lambda: LlamaForCausalLM(config)).eval()
+
+
+# --------------------------------------------------------------------------------------------------- timing
+
+
+class Step(nn.Module):
+    """One token of a model with a static cache, as a function of tensors alone."""
+
+    def __init__(self, model: nn.Module, length: int) -> None:
+        super().__init__()
+        from transformers import StaticCache
+
+        self.model = model
+        self.cache = StaticCache(config=model.config, max_cache_len=length)
+
+    def forward(self, ids: Tensor, position: Tensor) -> Tensor:
+        made = self.model(ids, position_ids=position, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        return made.logits
+
+
+def tokens() -> Tensor:
+    """Returns the same ids for every row."""
+    return torch.arange(100, 100 + PROMPT)[None]
+
+
+def eager(model: nn.Module) -> float:
+    """Returns the median seconds of a token, with the cache that ``generate`` uses."""
+    from transformers import DynamicCache
+
+    ids, taken = tokens(), []
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :BEFORE], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    for at in range(BEFORE, BEFORE + STEPS):
+        start = time.perf_counter()
+        model(ids[:, at : at + 1], past_key_values=cache, use_cache=True)
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
+def compiled(model: nn.Module) -> float:
+    """The same of one graph a token, with a static cache."""
+    ids, taken, step = tokens(), [], Step(model, 256)
+    step(ids[:, :BEFORE], torch.arange(BEFORE)[None])
+    graph = torch.compile(step, fullgraph=True, dynamic=False)
+    for at in range(BEFORE, BEFORE + STEPS):
+        start = time.perf_counter()
+        graph(ids[:, at : at + 1], torch.tensor([[at]]))
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken[5:])  # the first compiles
+
+
+def prompt(model: nn.Module) -> float:
+    """Returns the seconds of a prompt, the better of three."""
+    taken = []
+    for _ in range(3):
+        start = time.perf_counter()
+        model(tokens(), use_cache=False, logits_to_keep=1)
+        taken.append(time.perf_counter() - start)
+    return min(taken)
+
+
+def perplexity(model: nn.Module) -> float | None:
+    """Returns the perplexity of the kit's fast text, or None without the kit."""
+    if "RPQFX_EVALKIT" not in os.environ:
+        return None
+    from convert_models import kit
+
+    return float(kit().eval_ppl(model, kit().load_smollm2()[1], max_tokens=8192))
+
+
+# ----------------------------------------------------------------------------------------------------- rows
+
+
+def resident() -> int:
+    """Returns the bytes of memory that this process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def torch_row(model: str, build: Callable[[], nn.Module], file: Path | None) -> dict[str, Any]:
+    """Measures a model that runs on torch."""
+    before = resident()
+    made = build()
+    with torch.inference_mode():
+        row: dict[str, Any] = {"eager_s": eager(made)}
+        row["grown_bytes"] = resident() - before
+        row["tensor_bytes"] = sum({t.data_ptr(): t.nbytes for t in (*made.parameters(), *made.buffers())}.values())
+        row["prompt_s"] = prompt(made)
+        row["compiled_s"] = compiled(made)
+    row["perplexity"] = perplexity(made) if model == "SmolLM2" else None
+    row["file_bytes"] = file.stat().st_size if file else row["tensor_bytes"]
+    return row
+
+
+def ours(model: str, bits: str, folder: Path) -> dict[str, Any]:
+    path = folder / f"{model}-{float(bits)}.rpq"
+    return torch_row(model, lambda: load(model, path), path)
+
+
+def plain(model: str, dtype: str, folder: Path) -> dict[str, Any]:
+    return torch_row(model, lambda: dense(model).to(getattr(torch, dtype)), None)
+
+
+def torchao(model: str, kind: str, folder: Path) -> dict[str, Any]:
+    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+
+    def build() -> nn.Module:
+        made = dense(model)
+        quantize_(made, Int8WeightOnlyConfig() if kind == "int8" else Int4WeightOnlyConfig(group_size=32))
+        return made
+
+    return torch_row(model, build, None)
+
+
+def llama_cpp(model: str, kind: str, folder: Path) -> dict[str, Any]:
+    """Measures a GGUF file of the kit's weights, of one type."""
+    import cyllama.llama.llama_cpp as llama  # type: ignore[import-not-found]
+    from convert_models import kit
+
+    models = kit().MODELS / "smollm2"
+    source = str(next(models.glob("*Q4_1.gguf")))
+    path = str(folder / f"{model}-{kind}.gguf")
+    if not os.path.exists(path):
+        options = llama.LlamaModelQuantizeParams()
+        options.ftype, options.allow_requantize, options.nthread = TYPES[kind], True, 2
+        llama.model_quantize(source, path, options)
+    of_model = llama.LlamaModelParams()
+    of_model.n_gpu_layers = 0
+    made = llama.LlamaModel(path_model=path, params=of_model)
+    options = llama.LlamaContextParams()
+    options.n_ctx, options.n_batch, options.n_ubatch = 2048, 1024, 512
+    options.n_threads = options.n_threads_batch = 2
+    context = llama.LlamaContext(model=made, params=options)
+    ids = tokens()[0].tolist()
+
+    def timed(some: list[int], position: int, logits: bool) -> float:
+        batch = llama.LlamaBatch(n_tokens=len(some), embd=0, n_seq_max=1)
+        batch.set_batch(some, position, logits)
+        start = time.perf_counter()
+        context.decode(batch)
+        context.synchronize()
+        return time.perf_counter() - start
+
+    whole = []
+    for _ in range(3):
+        context.kv_cache_clear()
+        whole.append(timed(ids, 0, False))
+    context.kv_cache_clear()
+    timed(ids[:BEFORE], 0, False)
+    steps = [timed([ids[at]], at, True) for at in range(BEFORE, BEFORE + STEPS)]
+    from transformers import AutoModelForCausalLM
+
+    same = AutoModelForCausalLM.from_pretrained(folder, gguf_file=Path(path).name, dtype=torch.float32).eval()
+    return {
+        "eager_s": statistics.median(steps), "prompt_s": min(whole), "file_bytes": os.path.getsize(path),
+        "perplexity": perplexity(same),
+    }  # fmt: skip
+
+
+KINDS: dict[str, Callable[[str, str, Path], dict[str, Any]]] = {
+    "dense": plain, "rpqfx": ours, "torchao": torchao, "llama.cpp": llama_cpp,
+}  # fmt: skip
+
+
+def rows_of(model: str) -> list[tuple[str, str]]:
+    """Returns the rows that this machine's packages allow."""
+    rows = [("dense", "float32"), ("dense", "bfloat16"), *[("rpqfx", str(bits)) for bits in BITS]]
+    if importlib.util.find_spec("torchao"):
+        rows += [("torchao", "int8"), ("torchao", "int4")]
+    if importlib.util.find_spec("cyllama") and model == "SmolLM2":
+        rows += [("llama.cpp", kind) for kind in TYPES]
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("model", choices=["SmolLM2", "Llama-1B"])
+    parser.add_argument("--files", type=Path, required=True, help="folder for converted models")
+    parser.add_argument("--row", nargs=2, help="measure one row and print it as JSON")
+    parser.add_argument("--only", nargs="*", help="kinds of rows")
+    args = parser.parse_args()
+    torch.set_num_threads(2)
+    args.files.mkdir(parents=True, exist_ok=True)
+    if args.row:
+        print(json.dumps(KINDS[args.row[0]](args.model, args.row[1], args.files)))
+        return
+    for bits in BITS:
+        converted(args.model, bits, args.files)
+    found = []
+    for kind, which in rows_of(args.model):
+        if args.only and kind not in args.only:
+            continue
+        command = [sys.executable, __file__, args.model, "--files", str(args.files), "--row", kind, which]
+        run = subprocess.run(command, capture_output=True, text=True)
+        last = run.stdout.strip().splitlines()[-1:] or [""]
+        row = json.loads(last[0]) if run.returncode == 0 else {"failed": run.stderr.strip().splitlines()[-1][:200]}
+        found.append({"kind": kind, "which": which, **row})
+        print(json.dumps(found[-1]), flush=True)
+    results.write(
+        f"decode-{args.model.lower()}", f"python examples/bench/decode.py {args.model} --files <folder>",
+        {"model": args.model, "rows": found},
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
