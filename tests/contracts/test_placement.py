@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -17,6 +18,15 @@ import rpqfx
 from rpqfx.errors import InputError
 from rpqfx.nn.placement import name_of
 from tests.helpers import randn
+
+
+@pytest.fixture(scope="module", autouse=True)
+def set_aside() -> Iterator[None]:
+    """Keeps what other tests have left out of the search for a weight's name: it asks every object that is alive."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
 
 POLICY = {"codebook_dim": 8, "bits": 3, "min_size": 1}
 
