@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import itertools
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 import rpqfx
 from rpqfx.errors import InputError
 from rpqfx.nn.placement import name_of
+from tests import forks
 from tests.helpers import randn
 
 
@@ -230,5 +229,5 @@ print("done")
 
 
 def test_what_once_ended_the_process_does_not() -> None:
-    done = subprocess.run([sys.executable, "-c", FORMER_CRASHES], capture_output=True, text=True)
+    done = forks.run(FORMER_CRASHES)
     assert done.stdout == "done\n", done.stderr
