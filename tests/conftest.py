@@ -29,7 +29,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "default")
 HERE = Path(__file__).parent
 
 # The tests whose numbers depend on the processor and on whether the compiled kernels run: folders and files. They have
-# the marker "numerical", by which .ci/run runs them again.
+# the marker "numerical", by which .ci/run runs them again, but for those with the marker "traced".
 NUMERICAL = (
     "contracts/test_gradient_sums.py",
     "fit",
@@ -39,13 +39,13 @@ NUMERICAL = (
     "test_codebook.py",
     "test_suite.py",
 )
-_OF_A_GPU = ("ops/test_triton.py", "ops/test_triton_search.py")
+_OTHERS = ("ops/cpu/test_build.py", "ops/test_triton.py", "ops/test_triton_search.py")  # a compiler's, and a GPU's
 
 
 def is_numerical(path: Path) -> bool:
     """Whether the tests of a file are numerical."""
     name = path.relative_to(HERE).as_posix() if path.is_relative_to(HERE) else ""
-    return name not in _OF_A_GPU and any(name == known or name.startswith(f"{known}/") for known in NUMERICAL)
+    return name not in _OTHERS and any(name == known or name.startswith(f"{known}/") for known in NUMERICAL)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -56,7 +56,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if is_numerical(item.path):
+        if is_numerical(item.path) and not item.get_closest_marker("traced"):
             item.add_marker(pytest.mark.numerical)
 
 

@@ -8,7 +8,8 @@ and an embedding tied to the head.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -76,12 +77,12 @@ class BasicBlock(nn.Module):
 
 
 class ResNet20(nn.Module):
-    """He and others, 2015, section 4.2: for images of 32 x 32."""
+    """He and others, 2015, section 4.2: for images of 32 x 32, with three blocks of each width."""
 
-    def __init__(self, classes: int = 10) -> None:
+    def __init__(self, classes: int = 10, depth: int = 3) -> None:
         super().__init__()
         self.conv, self.bn = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
-        widths = [16] * 4 + [32] * 3 + [64] * 3
+        widths = [16] + [16] * depth + [32] * depth + [64] * depth
         self.blocks = nn.Sequential(*(BasicBlock(a, b, b // a) for a, b in pairwise(widths)))
         self.head = nn.Linear(64, classes)
 
@@ -223,10 +224,10 @@ def images(batch: int) -> tuple[Any, ...]:
     return (torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(batch)),)
 
 
-def tokens(batch: int, sequence: int, past: int) -> tuple[Any, ...]:
+def tokens(batch: int, sequence: int, past: int, depth: int = 2) -> tuple[Any, ...]:
     g = torch.Generator().manual_seed(batch + sequence + past)
     ids = torch.randint(512, (batch, sequence), generator=g)
-    return ids, [tuple(torch.randn(batch, 4, past, 64, generator=g) for _ in range(2)) for _ in range(2)]
+    return ids, [tuple(torch.randn(batch, 4, past, 64, generator=g) for _ in range(2)) for _ in range(depth)]
 
 
 def _policy(*rules: Rule) -> Policy:
@@ -276,3 +277,14 @@ DEPLOYED = {
         ),
     ),
 }
+# The same with one block of each kind: what repeats takes a compiler as long again and shows nothing new.
+SHALLOW = {
+    "resnet": replace(DEPLOYED["resnet20"], build=partial(ResNet20, depth=1)),
+    "small lm": replace(
+        DEPLOYED["lm"],
+        build=partial(DecoderLM, depth=1),
+        inputs=partial(tokens, depth=1),
+        axes=({0: "batch", 1: "sequence"}, [(_PAST, _PAST)]),
+    ),
+}
+EVERY = {**DEPLOYED, **SHALLOW}

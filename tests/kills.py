@@ -1,8 +1,9 @@
 """Jobs with a checkpoint that are killed and run again, each in a process forked from one that has torch loaded.
 
-    python -m tests.kills JOB FOLDER COUNT SEED
+    python -m tests.kills FOLDER COUNT SEED JOB...
 
-prints what came of it as JSON. A process of its own, because a fork of one whose torch has threads may hang.
+prints what came of each as a line of JSON. A process of its own, because a fork of one whose torch has threads may
+hang.
 """
 
 from __future__ import annotations
@@ -18,10 +19,9 @@ import pathlib
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -31,9 +31,9 @@ import rpqfx
 from rpqfx import Policy
 from rpqfx.files import take_in
 from rpqfx.tuning import Rates
+from tests import forks
 
 _EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.listdir", "os.scandir")
-_REPOSITORY = pathlib.Path(__file__).parents[1]
 
 
 def _numbers(*shape: int) -> Tensor:
@@ -201,17 +201,18 @@ def killed(job: str, folder: pathlib.Path, count: int, seed: int) -> dict[str, A
     return found
 
 
-def run_apart(job: str, folder: pathlib.Path, count: int, seed: int) -> dict[str, Any]:
-    """``killed`` in a process that has done nothing else, with one thread."""
-    command = [sys.executable, "-m", "tests.kills", job, str(folder), str(count), str(seed)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=_REPOSITORY, env=environment, capture_output=True, text=True)
+def run_apart(jobs: Iterable[str], folder: pathlib.Path, count: int, seed: int) -> list[dict[str, Any]]:
+    """``killed`` for some jobs in a process that has done nothing else, with one thread."""
+    done = forks.run(forks.module("tests.kills"), str(folder), str(count), str(seed), *jobs)
     assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     importlib.import_module("torch._dynamo")  # as the first step of an optimiser does
     _pair()
-    print(json.dumps(killed(sys.argv[1], pathlib.Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))))
+    for name in sys.argv[4:]:
+        own = pathlib.Path(sys.argv[1]) / name
+        own.mkdir()
+        print(json.dumps(killed(name, own, int(sys.argv[2]), int(sys.argv[3]))))

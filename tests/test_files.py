@@ -5,15 +5,14 @@ import hashlib
 import json
 import os
 import stat
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-import rpqfx
 from rpqfx.files import ENDING, draft, place, take_in
+from tests import forks
 from tests.figures import record
 
 
@@ -166,11 +165,7 @@ def test_file_systems_that_know_no_fsync_do_without(tmp_path: Path, monkeypatch:
 def killed(folder: Path, suffix: str, times: int) -> dict[str, int]:
     if suffix == ".safetensors":
         pytest.importorskip("safetensors")
-    root = Path(rpqfx.__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.killing", str(folder), suffix, str(times), "0"],
-        capture_output=True, text=True, cwd=root, check=False, env={**os.environ, "PYTHONPATH": str(root)},
-    )  # fmt: skip
+    done = forks.run(forks.module("tests.killing"), str(folder), suffix, str(times), "0")
     assert done.returncode == 0, done.stderr
     counts = json.loads(done.stdout)
     assert counts["old"] + counts["new"] == times

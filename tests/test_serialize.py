@@ -7,7 +7,6 @@ import errno
 import io
 import json
 import os
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -23,6 +22,7 @@ from rpqfx.container import open_container
 from rpqfx.errors import CodeError, FormatError, InputError, RPQError
 from rpqfx.nn import RPQLinear
 from rpqfx.serialize import FORMAT_VERSION, _checksum, _seal
+from tests import forks
 from tests.models import BY_NAME, CASES, GPT, MLP, SMALL, Case, assert_outputs, held_weights
 
 SUFFIXES = [".rpq", ".safetensors"]
@@ -698,10 +698,7 @@ def test_a_file_that_the_system_does_not_let_grow_says_so(suffix: str, tmp_path:
     """As on a full disk: what torch and safetensors raise then are errors of their own, and torch's names no cause."""
     path = tmp_path / f"m{suffix}"
     path.write_bytes(b"old")
-    environment = {**os.environ, "PYTHONPATH": str(Path(rpqfx.__file__).parents[1])}
-    done = subprocess.run(
-        [sys.executable, "-c", FULL, str(path)], capture_output=True, text=True, env=environment, check=False
-    )
+    done = forks.run(FULL, str(path))
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == 3 and all("File too large" in line and path.name in line for line in lines), done.stdout

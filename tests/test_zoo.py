@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,10 +26,12 @@ class Net(nn.Module):
 
 
 class Noisy(Net):
-    """Draws from what no seed reaches."""
+    """Is another function at each call, whatever the seed."""
+
+    calls = itertools.count()
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * (1 + os.urandom(1)[0])
+        return super().forward(x) * (1 + next(Noisy.calls))
 
 
 def states(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from rpqfx.nn import RPQLinear
 from rpqfx.report import dense_bytes
-from tests.deployed import DEPLOYED, DecoderLM, assert_close, mark_dynamic, run_as
+from tests.deployed import DEPLOYED, EVERY, SHALLOW, DecoderLM, assert_close, mark_dynamic, run_as
 from tests.fresh import run_without_rpqfx
 from tests.helpers import gradients
 
@@ -27,7 +28,8 @@ NAMES = list(DEPLOYED)
 BATCHES = (2, 3, 5, 8, 17)
 PLANS = [
     ("vit", "auto"),
-    ("resnet20", "auto"),
+    ("resnet", "auto"),
+    pytest.param("resnet20", "auto", marks=pytest.mark.slow),
     pytest.param("lm", "auto", marks=pytest.mark.slow),  # its layers are those of the first
     pytest.param("vit", "expand", marks=pytest.mark.slow),
     pytest.param("vit", "contract", marks=pytest.mark.slow),
@@ -58,7 +60,7 @@ def counting(counts: Counter[str]) -> Callable[..., Any]:
 
 def arguments(name: str, batch: int) -> tuple[Any, ...]:
     """Of every size with another batch, marked as varying."""
-    case = DEPLOYED[name]
+    case = EVERY[name]
     more = {size: 1 + batch * place for place, size in enumerate(case.sizes, 1)}
     return mark_dynamic(case.inputs(**{**more, "batch": batch}), case.axes)
 
@@ -80,7 +82,7 @@ def assert_same_gradients(model: nn.Module, outputs: Any, twin: nn.Module, wante
 def test_one_graph_forward_and_one_backward_train_every_batch(name: str, plan: str, monkeypatch: pytest.MonkeyPatch):
     run_as(plan, monkeypatch)
     counts: Counter[str] = Counter()
-    model = DEPLOYED[name].model().train()
+    model = EVERY[name].model().train()
     twin = copy.deepcopy(model)
     compiled = torch.compile(model, fullgraph=True, backend=counting(counts))
     for batch in BATCHES:
@@ -115,7 +117,7 @@ def test_a_graph_for_each_batch_is_noticed():
 
 def generate(model: Callable[..., Any], ids: Tensor, cache: Any, steps: int) -> tuple[Tensor, Any]:
     """Greedy tokens after a prompt, which is read in one call, and the cache; each further call reads one token."""
-    axes = DEPLOYED["lm"].axes
+    axes = SHALLOW["small lm"].axes[0], [SHALLOW["small lm"].axes[1][0]] * len(cache)
     now = ids
     for _ in range(steps):
         logits, cache = model(*mark_dynamic((now, cache), axes))
@@ -124,15 +126,16 @@ def generate(model: Callable[..., Any], ids: Tensor, cache: Any, steps: int) -> 
     return ids, cache
 
 
-def test_a_decoder_generates_with_one_graph_for_prompts_and_one_for_steps():
+@pytest.mark.parametrize("name", ["small lm", pytest.param("lm", marks=pytest.mark.slow)])
+def test_a_decoder_generates_with_one_graph_for_prompts_and_one_for_steps(name: str):
     """Whatever the batch, the prompt's length and the cache's; tokens and cache are those of eager mode."""
     counts: Counter[str] = Counter()
-    model = DEPLOYED["lm"].model()
+    model = EVERY[name].model()
     assert isinstance(model, DecoderLM)
     compiled = torch.compile(model, fullgraph=True, backend=counting(counts))
     with torch.no_grad():
         for batch, length in zip(BATCHES, (5, 9, 4, 6, 2), strict=True):
-            ids, _ = DEPLOYED["lm"].inputs(batch, length, 0)
+            ids, _ = EVERY[name].inputs(batch, length, 0)
             found, cache = generate(compiled, ids, model.empty_cache(batch), 4)
             wanted, kept = generate(model, ids, model.empty_cache(batch), 4)
             assert torch.equal(found, wanted) and cache[0][0].shape[2] == length + 3
@@ -151,21 +154,19 @@ def exported(name: str) -> ExportedProgram:
 
 
 @pytest.fixture(scope="module")
-def programs() -> dict[str, ExportedProgram]:
-    return {name: exported(name) for name in NAMES}
+def programs() -> Callable[[str], ExportedProgram]:
+    """``exported``, once for each model that a test asks for."""
+    return functools.cache(exported)
 
 
-@pytest.fixture(scope="module")
-def saved(programs: dict[str, ExportedProgram], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("programs")
-    for name, program in programs.items():
-        torch.export.save(program, folder / f"{name}.pt2")
-    return {name: folder / f"{name}.pt2" for name in programs}
+def saved(program: ExportedProgram, folder: Path, name: str) -> Path:
+    torch.export.save(program, folder / f"{name}.pt2")
+    return folder / f"{name}.pt2"
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_exported_model_serves_every_size(name: str, programs: dict[str, ExportedProgram]):
-    case, model, program = DEPLOYED[name], DEPLOYED[name].model(), programs[name].module()
+def test_an_exported_model_serves_every_size(name: str, programs: Callable[[str], ExportedProgram]):
+    case, model, program = DEPLOYED[name], DEPLOYED[name].model(), programs(name).module()
     with torch.no_grad():
         for sizes in (case.sizes, *case.others):
             assert_close(program(*case.inputs(**sizes)), model(*case.inputs(**sizes)))
@@ -183,17 +184,17 @@ def test_an_exported_model_serves_every_size_either_way(plan: str, monkeypatch: 
 
 
 @pytest.mark.parametrize("name", ["vit", "lm"])
-def test_the_models_meet_both_ways_to_run_a_product(name: str, programs: dict[str, ExportedProgram]):
-    targets = Counter(str(node.target) for node in programs[name].graph.nodes)
+def test_the_models_meet_both_ways_to_run_a_product(name: str, programs: Callable[[str], ExportedProgram]):
+    targets = Counter(str(node.target) for node in programs(name).graph.nodes)
     assert targets["aten.embedding_bag.padding_idx"] >= 4
-    expanded = [key for key in programs[name].state_dict if key.endswith("codebooks")]
+    expanded = [key for key in programs(name).state_dict if key.endswith("codebooks")]
     assert targets["aten.embedding_bag.padding_idx"] <= len(expanded) - 3  # one for each of the others
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_exported_model_holds_what_the_rewritten_one_does(name: str, programs: dict[str, ExportedProgram]):
+def test_an_exported_model_holds_what_the_rewritten_one_does(name: str, programs: Callable[[str], ExportedProgram]):
     """Codebooks, codes and what was left dense; and constants of a few elements."""
-    model, program = DEPLOYED[name].model(), programs[name]
+    model, program = DEPLOYED[name].model(), programs(name)
     state = {key: tensor.shape for key, tensor in program.state_dict.items()}
     assert state == {key: tensor.shape for key, tensor in model.state_dict().items()}
     assert all(x.numel() <= 64 for key, x in program.constants.items() if key not in state)
@@ -201,10 +202,12 @@ def test_an_exported_model_holds_what_the_rewritten_one_does(name: str, programs
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_saved_program_is_of_the_rewritten_models_size(name: str, saved: dict[str, Path]):
+def test_a_saved_program_is_of_the_rewritten_models_size(
+    name: str, programs: Callable[[str], ExportedProgram], tmp_path: Path
+):
     """Its graph and its example inputs apart; a tensor of few elements takes more than those."""
     case = DEPLOYED[name]
-    with zipfile.ZipFile(saved[name]) as file:
+    with zipfile.ZipFile(saved(programs(name), tmp_path, name)) as file:
         entries = {entry.filename.partition("/")[2]: entry.file_size for entry in file.infolist()}
     held = sum(size for entry, size in entries.items() if entry.startswith(("data/weights/", "data/constants/")))
     small = dense_bytes(case.model())
@@ -212,13 +215,13 @@ def test_a_saved_program_is_of_the_rewritten_models_size(name: str, saved: dict[
 
 
 @pytest.mark.slow
-def test_saved_programs_run_where_this_library_is_not(saved: dict[str, Path], tmp_path: Path):
+def test_saved_programs_run_where_this_library_is_not(programs: Callable[[str], ExportedProgram], tmp_path: Path):
     calls = {
-        str(path): [DEPLOYED[name].inputs(**sizes) for sizes in (DEPLOYED[name].sizes, *DEPLOYED[name].others)]
-        for name, path in saved.items()
+        str(saved(programs(name), tmp_path, name)): [case.inputs(**sizes) for sizes in (case.sizes, *case.others)]
+        for name, case in DEPLOYED.items()
     }
     results = run_without_rpqfx("export", calls, tmp_path)
     with torch.no_grad():
-        for name, args, (_, outputs) in zip(saved, calls.values(), results, strict=True):
+        for name, args, (_, outputs) in zip(DEPLOYED, calls.values(), results, strict=True):
             model = DEPLOYED[name].model()
             assert_close(outputs, [model(*arg) for arg in args])

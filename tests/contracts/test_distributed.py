@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -24,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 import rpqfx
 from rpqfx import Policy, Rule
 from rpqfx.nn import RPQWeight
+from tests import forks
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="gloo is not built in")
 RANKS = 2
@@ -242,17 +242,21 @@ def work(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+START = """
+import sys
+import torch._dynamo  # which an optimiser imports, for both processes at once
+import torch.multiprocessing as mp
+from tests.contracts.test_distributed import RANKS, work
+mp.start_processes(work, (sys.argv[1],), nprocs=RANKS, start_method="fork")
+"""
+
+
 @pytest.fixture(scope="module")
 def said(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("processes")
-    before = os.environ.get("RPQFX_KERNELS")
-    os.environ["RPQFX_KERNELS"] = "0"  # whether kernels are there is no matter of these tests, and building takes long
-    try:
-        mp.spawn(work, (str(folder),), nprocs=RANKS)
-    finally:
-        os.environ.pop("RPQFX_KERNELS")
-        if before is not None:
-            os.environ["RPQFX_KERNELS"] = before
+    # Whether kernels are there is no matter of these tests, and building takes long.
+    done = forks.run(START, str(folder), environment={**os.environ, "RPQFX_KERNELS": "0"})
+    assert done.returncode == 0, done.stderr
     return folder
 
 

@@ -100,11 +100,14 @@ def _inputs(case: Case, layer: nn.Module, dtype: torch.dtype) -> tuple[Tensor, T
     return x, (1 + 0.1 * randn(2, *shape)).bfloat16()
 
 
-def _exact(layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """The gradient of the codebooks in float64, for the same bfloat16 inputs."""
-    exact = copy.deepcopy(layer).double()
-    exact(x.double() if x.is_floating_point() else x).backward(y.double())
-    return exact.weight_rpq.codebooks.grad
+def _exact(layer: nn.Module, x: Tensor, y: Tensor, each: int = SAMPLES) -> list[Tensor]:
+    """The gradients of the codebooks in float64, for so many samples of the same bfloat16 inputs each."""
+    exact, found = copy.deepcopy(layer).double(), []
+    for some, grad in zip(x.split(each), y.split(each), strict=True):
+        exact.zero_grad(set_to_none=True)
+        exact(some.double() if some.is_floating_point() else some).backward(grad.double())
+        found.append(exact.weight_rpq.codebooks.grad)
+    return found
 
 
 def _error(found: Tensor, exact: Tensor) -> float:
@@ -126,7 +129,7 @@ def test_gradients_of_codebooks_are_float32_sums_under_autocast(
             out.backward(y.to(out.dtype))
     if not inside:
         out.backward(y.to(out.dtype))
-    grad, exact = layer.weight_rpq.codebooks.grad, _exact(layer, x, y)
+    grad, [exact] = layer.weight_rpq.codebooks.grad, _exact(layer, x, y)
     assert grad.dtype == torch.float32
     assert (grad != grad.bfloat16()).float().mean() > 0.2, "the sum was rounded to bfloat16"
     # Through the expanded weight each of its N x D gradients is rounded, as a dense layer's are, and then summed.
@@ -151,7 +154,7 @@ def test_filters_of_every_convolution_have_float32_sums(
         out = layer(x)
     out.backward(y.to(out.dtype))
     assert out.dtype == dtype
-    assert _error(layer.weight_rpq.codebooks.grad, _exact(layer, x, y)) < torch.finfo(dtype).eps / 2
+    assert _error(layer.weight_rpq.codebooks.grad, *_exact(layer, x, y)) < torch.finfo(dtype).eps / 2
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
@@ -177,10 +180,10 @@ def _bfloat16_error(name: str) -> float:
     """What is wrong with the gradient where those of single samples are added up in bfloat16."""
     layer = _layer(name)
     x, y = _inputs(CASES[name], layer, torch.float32)
-    exact = _exact(layer, x, y)
+    [exact] = _exact(layer, x, y)
     total = torch.zeros_like(exact, dtype=torch.bfloat16)
-    for one, grad in zip(x.split(1), y.split(1), strict=True):
-        total += _exact(layer, one, grad).bfloat16()
+    for grad in _exact(layer, x, y, each=1):
+        total += grad.bfloat16()
     return _error(total, exact)
 
 
@@ -194,7 +197,7 @@ def test_micro_batches_add_up_in_float32(table: bool, monkeypatch: pytest.Monkey
         with torch.autocast("cpu", dtype=torch.bfloat16):
             out = layer(one)
         out.backward(grad)
-    found, exact = layer.weight_rpq.codebooks.grad, _exact(layer, x, y)
+    found, [exact] = layer.weight_rpq.codebooks.grad, _exact(layer, x, y)
     assert found.dtype == torch.float32
     assert _error(found, exact) < (1e-5 if table else UNIT / 2)
 
@@ -209,4 +212,4 @@ def test_a_bfloat16_layer_rounds_its_gradient_once(name: str, table: bool, monke
     layer(x).backward(y)
     grad = layer.weight_rpq.codebooks.grad
     assert grad.dtype == torch.bfloat16
-    assert _error(grad, _exact(layer, x, y)) < (1.01 * UNIT if table or case.ids else 1.5 * UNIT)
+    assert _error(grad, *_exact(layer, x, y)) < (1.01 * UNIT if table or case.ids else 1.5 * UNIT)

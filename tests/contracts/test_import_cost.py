@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-import rpqfx
-
-ROOT = Path(rpqfx.__file__).parents[1]
+from tests import forks
 
 # Runs in a fresh interpreter: what does importing {module} load beyond torch and einops, and what does it change?
 SCRIPT = """
 import os, random, sys, warnings
 import torch, einops
+warnings.simplefilter("error")
+sys.path[:0] = {paths}
 
 def state():
     return (
@@ -42,11 +39,7 @@ HEAVY_TORCH = ("torch._dynamo", "torch._inductor", "torch.onnx", "torch.testing"
 
 def import_alone(module: str, *paths: Path) -> dict[str, list[str]]:
     """What the script printed, by first word."""
-    path = os.pathsep.join([str(ROOT), *map(str, paths), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", SCRIPT.format(module=module)],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, check=False,
-    )  # fmt: skip
+    done = forks.run(SCRIPT.format(module=module, paths=[*map(str, paths)]))
     assert done.returncode == 0, done.stderr
     assert not done.stderr, f"importing {module} wrote: {done.stderr}"
     lines = [line.split() for line in done.stdout.splitlines()]
@@ -67,21 +60,16 @@ def test_importing_is_light_and_changes_nothing() -> None:
     assert_light("rpqfx, rpqfx.nn, rpqfx.fit, rpqfx.ops, rpqfx.routing")
 
 
-# A process each; by default one of each kind of change.
 @pytest.mark.parametrize(
     ("body", "message"),
     [
         ("import sqlite3", "loads .*sqlite3"),
         ("import torch._dynamo", "loads .*torch._dynamo"),
-        pytest.param(
-            "import torch; torch.set_num_threads(1 + torch.get_num_threads())", "changes torch", marks=pytest.mark.slow
-        ),
+        ("import torch; torch.set_num_threads(1 + torch.get_num_threads())", "changes torch"),
         ("import torch; torch.rand(1)", "changes torch"),
-        pytest.param("import torch; torch.set_default_dtype(torch.float64)", "changes torch", marks=pytest.mark.slow),
+        ("import torch; torch.set_default_dtype(torch.float64)", "changes torch"),
         ("import os; os.environ['SOME_FLAG'] = '1'", "changes torch"),
-        pytest.param(
-            "import warnings; warnings.warn('look', UserWarning)", "UserWarning: look", marks=pytest.mark.slow
-        ),
+        ("import warnings; warnings.warn('look', UserWarning)", "UserWarning: look"),
         ("import sys; print('hello', file=sys.stderr)", "wrote: hello"),
         ("print('hello')", "printed: hello"),
     ],
@@ -120,6 +108,6 @@ print(read)
 os.environ.get("HOME")
 print(len(read))
 """
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, check=True)
+    done = forks.run(script)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["[]", "1"], done.stdout

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from rpqfx.nn import RPQLinear
 from rpqfx.report import dense_bytes
-from tests.deployed import DEPLOYED, assert_close, run_as
+from tests.deployed import DEPLOYED, EVERY, SHALLOW, assert_close, run_as
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -42,9 +42,8 @@ def run(session: Any, args: Any) -> list[torch.Tensor]:
 @pytest.mark.parametrize(
     ("name", "plan", "optimize"),
     [
-        ("lm", "auto", False),
-        ("resnet20", "auto", False),
-        *(pytest.param(n, "auto", False, marks=pytest.mark.slow) for n in DEPLOYED if n not in ("lm", "resnet20")),
+        *((name, "auto", False) for name in SHALLOW),
+        *(pytest.param(name, "auto", False, marks=pytest.mark.slow) for name in DEPLOYED),
         pytest.param("vit", "contract", True, marks=pytest.mark.slow),
         pytest.param("lm", "contract", False, marks=pytest.mark.slow),
         pytest.param("lm", "expand", True, marks=pytest.mark.slow),
@@ -54,7 +53,8 @@ def test_onnxruntime_serves_every_size(
     name: str, plan: str, optimize: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     run_as(plan, monkeypatch)
-    case, model = DEPLOYED[name], DEPLOYED[name].model()
+    case = EVERY[name]
+    model = case.model()
     program = exported(model, case.inputs(**case.sizes), case.dynamic(), optimize=optimize)
     ready = session(program, tmp_path / "model.onnx")
     with torch.no_grad():

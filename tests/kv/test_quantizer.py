@@ -316,6 +316,7 @@ def test_what_is_not_finite_comes_out_as_such(bad: float, given: dict[str, Any])
 # ------------------------------------------------------------------------------------------------- compiled
 
 
+@pytest.mark.traced
 @pytest.mark.parametrize(
     "given",
     [

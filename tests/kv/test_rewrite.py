@@ -126,6 +126,7 @@ def test_training() -> None:
     assert all(p.grad is not None for name, p in small.named_parameters() if "mean" in name or "codebooks" in name)
 
 
+@pytest.mark.traced
 @pytest.mark.parametrize("mode", ["eval", pytest.param("train", marks=pytest.mark.slow)])
 def test_it_compiles_in_one_graph(mode: str) -> None:
     small, ids = small_of(LM(layers=1)).train(mode == "train"), tokens(3)
@@ -133,6 +134,7 @@ def test_it_compiles_in_one_graph(mode: str) -> None:
     torch.testing.assert_close(compiled(ids), small(ids), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.traced
 def test_it_exports() -> None:
     small, ids = small_of(LM(layers=1)), tokens(3)
     exported = torch.export.export(small, (ids,)).module()

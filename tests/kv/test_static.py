@@ -70,6 +70,7 @@ def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
+@pytest.mark.traced
 @pytest.mark.parametrize("rope", [0, 8])
 def test_one_graph_serves_every_token(fresh_compiler: None, rope: int) -> None:
     ours, theirs = make(rope=rope), make(rope=rope)

@@ -11,35 +11,43 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from rpqfx.codebook import CodebookSpec
 from rpqfx.ops.conv_contract import ConvContract
-from rpqfx.ops.conv_forms import Conv
+from rpqfx.ops.conv_forms import Conv, Geometry
 from rpqfx.ops.forms import Contract, Form, Matmul
 from rpqfx.ops.functions import Book, Grads, Left, Out
 from tests.helpers import assert_same, one_by_one, randn, stored
 
-SPEC = CodebookSpec(5, 6, 2, entries=3, stages=2, books=3, scale=True, signs=True)
-FILTERS = CodebookSpec(4, 6, 2, entries=3, stages=2, books=3, signs=True)
-CHANNELS = CodebookSpec(4, 12, 3, entries=3, stages=2, books=2, signs=True)
+# As small as they can be with two of everything: a check to the second order runs some hundred times a number.
+SPEC = CodebookSpec(3, 4, 2, entries=2, stages=2, books=2, scale=True, signs=True)
+FILTERS = CodebookSpec(4, 4, 2, entries=2, stages=2, books=2, signs=True)
+CHANNELS = CodebookSpec(3, 8, 2, entries=2, stages=2, books=2, signs=True)
 
 
 def conv(transposed: bool) -> tuple[Form, Tensor, Tensor]:
     """A convolution with stride, padding, dilation and groups; its input and its output's shape."""
-    form = Conv(3, 3, (4, 2, 3), (5,), (2,), (1,), (2,), transposed, (1 if transposed else 0,), 2)
-    x = randn(1, 2, 4, 5)
-    y = torch.convolution(x, randn(0, 4, 2, 3), None, (2,), (1,), (2,), transposed, form.output_padding, 2)
-    return form, x, randn(2, *y.shape)
+    x = randn(1, 2, 4, 2 if transposed else 3)
+    form = Conv(2, 2, (4, 2, 2), x.shape[2:], (2,), (1,), (2,), transposed, (int(transposed),), 2)
+    return form, x, result(form, x)
 
 
 def conv_contract(transposed: bool) -> tuple[Form, Tensor, Tensor]:
     """One whose entries are filters of one channel, a codebook for two."""
-    form = ConvContract(2, 3, (4, 4, 3), (5,), (2,), (1,), (2,), transposed, (1 if transposed else 0,), 1)
-    x = randn(1, 2, 4, 5)
-    y = torch.convolution(x, randn(0, 4, 4, 3), None, (2,), (1,), (2,), transposed, form.output_padding, 1)
-    return form, x, randn(2, *y.shape)
+    x = randn(1, 2, 3, 2) if transposed else randn(1, 2, 4, 3)
+    form = ConvContract(2, 2, (3, 4, 2), x.shape[2:], (2,), (1,), (2,), transposed, (int(transposed),), 1)
+    return form, x, result(form, x)
+
+
+def result(form: Geometry, x: Tensor) -> Tensor:
+    """Of the shape that the convolution of an input has."""
+    y = torch.convolution(
+        x, randn(0, *form.weight_shape), None, form.stride, form.padding, form.dilation, form.transposed,
+        form.output_padding, form.groups,
+    )  # fmt: skip
+    return randn(2, *y.shape)
 
 
 FORMS = {
-    "contract": (Contract(3, 3), randn(1, 2, 6), randn(2, 2, 5), SPEC),
-    "matmul": (Matmul(3, 3), randn(1, 2, 6), randn(2, 2, 5), SPEC),
+    "contract": (Contract(2, 2), randn(1, 2, 4), randn(2, 2, 3), SPEC),
+    "matmul": (Matmul(2, 2), randn(1, 2, 4), randn(2, 2, 3), SPEC),
     "conv": (*conv(False), FILTERS),
     "conv transposed": (*conv(True), FILTERS),
     "conv contract": (*conv_contract(False), CHANNELS),
@@ -123,14 +131,14 @@ def test_a_gradient_that_nobody_wants_is_not_computed(monkeypatch: pytest.Monkey
     for name in ("left", "book", "grads"):
         method = getattr(Contract, name)
         monkeypatch.setattr(Contract, name, lambda *a, m=method, n=name: called.append(n) or m(*a))
-    x = randn(1, 2, 6)
-    Out.apply(Contract(3, 3), x.clone().requires_grad_(), books, codes, signs, None).sum().backward()
+    x = randn(1, 2, 4)
+    Out.apply(Contract(2, 2), x.clone().requires_grad_(), books, codes, signs, None).sum().backward()
     assert called == ["left"]
     called.clear()
-    Out.apply(Contract(3, 3), x, books.clone().requires_grad_(), codes, signs, None).sum().backward()
+    Out.apply(Contract(2, 2), x, books.clone().requires_grad_(), codes, signs, None).sum().backward()
     assert called == ["book"]
     called.clear()
     Out.apply(
-        Contract(3, 3), x.clone().requires_grad_(), books.clone().requires_grad_(), codes, signs, None
+        Contract(2, 2), x.clone().requires_grad_(), books.clone().requires_grad_(), codes, signs, None
     ).sum().backward()
     assert called == ["grads"]

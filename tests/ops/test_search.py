@@ -253,12 +253,27 @@ def test_by_cosine_the_first_of_equal_directions_is_taken_and_zero_has_none() ->
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("beam", [1, 3])
 def test_stage_by_stage_is_a_beam_of_one(dtype: torch.dtype, beam: int) -> None:
-    """By whatever way it runs, and as one operator of a compiled graph, for any number of points."""
+    """By whatever way it runs."""
     points, books = randn(0, 40, 4, dtype=dtype), randn(1, 3, 30, 4, dtype=dtype)
     codes, distances = residual_search(points, books, beam=beam)
     found = search._beam(points, books, beam)
     assert torch.equal(codes, found[0])
     torch.testing.assert_close(distances, found[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.traced
+@pytest.mark.parametrize(
+    ("dtype", "beam"),
+    [
+        (torch.float32, 3),
+        (torch.float64, 1),
+        pytest.param(torch.float32, 1, marks=pytest.mark.slow),
+        pytest.param(torch.float64, 3, marks=pytest.mark.slow),
+    ],
+)
+def test_a_compiled_graph_has_it_as_one_operator(dtype: torch.dtype, beam: int) -> None:
+    """For any number of points."""
+    points, books = randn(0, 40, 4, dtype=dtype), randn(1, 3, 30, 4, dtype=dtype)
     torch.compiler.reset()
     run = torch.compile(residual_search, fullgraph=True, backend="aot_eager", dynamic=True)
     for count in (40, 7):

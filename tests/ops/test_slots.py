@@ -20,7 +20,16 @@ from tests.helpers import generator, randn, seeds
 
 # float64 runs on torch's operators, float32 on the kernels where there are any. Of the largest element or of 1.
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5}
-dtypes = pytest.mark.parametrize("dtype", list(TOLERANCE))
+runs = pytest.mark.parametrize(
+    ("dtype", "threads"),
+    [
+        (torch.float64, 1),
+        pytest.param(torch.float64, 3, marks=pytest.mark.slow),  # torch's own threads
+        (torch.float32, 1),
+        (torch.float32, 3),
+    ],
+    indirect=["threads"],
+)
 BATCH, D, GROUPS = 2, 3, 2
 
 
@@ -66,7 +75,7 @@ def test_codes_come_back_from_their_width(case: tuple[Slots, Stream, Tensor, int
         assert torch.equal(stream.block(8, stream.length - 1).long(), codes[..., 8:-1])
 
 
-@dtypes
+@runs
 @given(cases(), rows, st.booleans())
 def test_picks_and_bins(dtype: torch.dtype, case: tuple[Slots, Stream, Tensor, int], n: int, scaled: bool) -> None:
     slots, stream, codes, seed = case
@@ -97,7 +106,7 @@ def test_picks_and_bins(dtype: torch.dtype, case: tuple[Slots, Stream, Tensor, i
         close(sums(some, books, slots.books), ours.double().transpose(2, 3) @ books.double()[list(slots.books)])
 
 
-@dtypes
+@runs
 @given(cases(), rows, st.booleans(), st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
 def test_turned_vectors(
     dtype: torch.dtype, case: tuple[Slots, Stream, Tensor, int], n: int, full: bool, angles: torch.dtype

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,14 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-import rpqfx
 from rpqfx import codebook
 from rpqfx.codebook import CodebookSpec
 from rpqfx.errors import InputError
 from rpqfx.ops import cuda
+from tests import forks
 from tests.helpers import randn, stored
 
-ROOT = Path(rpqfx.__file__).parents[1]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -41,12 +38,14 @@ NAMES = {
 @pytest.mark.parametrize("device", ["interpreter", pytest.param("gpu", marks=[pytest.mark.gpu, needs_gpu])])
 def test_what_the_kernels_compute(device: str) -> None:
     """All of ``triton_claims.py``, in a fresh process, where Triton can still become an interpreter."""
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", str(Path(__file__).with_name("triton_claims.py"))],
-        env={**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": str(int(device == "interpreter"))},
-        cwd=ROOT, capture_output=True, text=True, check=False, timeout=500,
-    )  # fmt: skip
+    assert_claims_hold("triton_claims.py", device)
+
+
+def assert_claims_hold(name: str, device: str) -> None:
+    """Runs the tests of a file next to this one."""
+    environment = {**os.environ, "TRITON_INTERPRET": str(int(device == "interpreter"))}
+    path = Path(__file__).with_name(name)
+    done = forks.run(forks.module("pytest"), "-q", str(path), environment=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed" in done.stdout and "skipped" not in done.stdout, done.stdout
 
@@ -83,16 +82,24 @@ class Compiled:
         self.binaries.append(compiled.asm["cubin"])
 
 
+def for_gpus(*cases: tuple[Any, ...]) -> list[Any]:
+    """Each case for two kinds of GPU, their capability last; by default for one of them, in turn."""
+    return [
+        pytest.param(*case, capability, marks=[pytest.mark.slow] * ((i + j) % 2))
+        for i, case in enumerate(cases)
+        for j, capability in enumerate((80, 90))
+    ]
+
+
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter has taken the compiler's place")
-@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
-    ("spec", "rows", "dtype"),
-    [
+    ("spec", "rows", "dtype", "capability"),
+    for_gpus(
         (CodebookSpec(9216, 9216, 128), 1, torch.bfloat16),
         (CodebookSpec(100, 48, 6, entries=40_000, stages=2, books=1, scale=True, signs=True), 3, torch.float32),
         (CodebookSpec(1, 1, 1, entries=2, scale=True, signs=True), 1, torch.float16),
-    ],
+    ),
 )
 def test_every_kernel_compiles_for_a_gpu(
     spec: CodebookSpec, rows: int, dtype: torch.dtype, capability: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

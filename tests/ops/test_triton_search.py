@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +10,7 @@ import torch
 
 from rpqfx.errors import InputError
 from rpqfx.ops import cuda, search
-from tests.ops.test_triton import INTERPRETED, OLD, ROOT, Compiled, needs_gpu, needs_triton
+from tests.ops.test_triton import INTERPRETED, OLD, Compiled, assert_claims_hold, for_gpus, needs_gpu, needs_triton
 
 
 @needs_triton
@@ -21,27 +18,19 @@ from tests.ops.test_triton import INTERPRETED, OLD, ROOT, Compiled, needs_gpu, n
 @pytest.mark.parametrize("device", ["interpreter", pytest.param("gpu", marks=[pytest.mark.gpu, needs_gpu])])
 def test_what_the_kernel_computes(device: str) -> None:
     """All of ``triton_search_claims.py``, in a fresh process, where Triton can still become an interpreter."""
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", str(Path(__file__).with_name("triton_search_claims.py"))],
-        env={**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": str(int(device == "interpreter"))},
-        cwd=ROOT, capture_output=True, text=True, check=False, timeout=500,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "passed" in done.stdout and "skipped" not in done.stdout, done.stdout
+    assert_claims_hold("triton_search_claims.py", device)
 
 
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter has taken the compiler's place")
-@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
-    ("rows", "stages", "entries", "d", "dtype"),
-    [
+    ("rows", "stages", "entries", "d", "dtype", "capability"),
+    for_gpus(
         (8192, 8, 2048, 32, torch.bfloat16),
         (5, 2, 256, 8, torch.float32),
         (300, 3, 65_536, 128, torch.float16),
         (1, 1, 2, 1, torch.float32),
-    ],
+    ),
 )
 def test_it_compiles_for_a_gpu(
     rows: int, stages: int, entries: int, d: int, dtype: torch.dtype, capability: int,

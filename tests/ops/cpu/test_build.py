@@ -22,6 +22,7 @@ from rpqfx import nn
 from rpqfx.errors import RPQError
 from rpqfx.ops import check
 from rpqfx.ops.cpu import build, cache, kernels
+from tests import forks
 
 needs_kernels = pytest.mark.skipif(not build.ready(), reason="no compiled kernels on this machine")
 TRY = (
@@ -36,12 +37,12 @@ TRY = (
 )
 
 
-def attempt(**environment: str) -> subprocess.CompletedProcess[str]:
+def attempt(anew: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:
     """A fresh process that runs a layer, with all that it logs."""
     inherited = {name: value for name, value in os.environ.items() if name != build.SWITCH}
-    return subprocess.run(
-        [sys.executable, "-c", TRY], env={**inherited, **environment}, capture_output=True, text=True, check=True
-    )
+    done = forks.run(TRY, environment={**inherited, **environment}, anew=anew)
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 @pytest.fixture
@@ -115,10 +116,10 @@ def test_a_compiler_that_takes_too_long_is_named_so(monkeypatch: pytest.MonkeyPa
 
 @needs_kernels
 def test_the_command_says_where_the_kernels_are() -> None:
-    run = [sys.executable, "-m", build.COMMAND.split()[-1]]
-    done = subprocess.run(run, capture_output=True, text=True)
+    code = forks.module(build.COMMAND.split()[-1])
+    done = forks.run(code)
     assert done.returncode == 0 and "ready" in done.stdout and str(build.compiled()) in done.stdout
-    done = subprocess.run(run, capture_output=True, text=True, env={**os.environ, build.SWITCH: "0"})
+    done = forks.run(code, environment={**os.environ, build.SWITCH: "0"})
     assert done.returncode == 1 and "RPQFX_KERNELS=0" in done.stderr and "Warning" not in done.stderr
 
 
@@ -274,7 +275,7 @@ print(len(calls), build.ready())
 
 @needs_kernels
 def test_eight_threads_whose_first_use_is_the_same_moment_load_once() -> None:
-    done = subprocess.run([sys.executable, "-c", EIGHT], capture_output=True, text=True)
+    done = forks.run(EIGHT)
     assert done.stdout.split() == ["1", "True"], done.stderr
 
 
@@ -348,7 +349,7 @@ def test_a_compiled_library_is_found_again_without_a_compiler() -> None:
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_fewer_vector_instructions_will_do(capability: str, tmp_path: Path) -> None:
     """What torch takes for older machines (it obeys this variable) compiles, and passes the same check."""
-    done = attempt(RPQFX_CACHE=str(tmp_path), ATEN_CPU_CAPABILITY=capability)
+    done = attempt(anew=True, RPQFX_CACHE=str(tmp_path), ATEN_CPU_CAPABILITY=capability)
     assert done.stdout.split() == ["ready", "True"]
     assert len(list(tmp_path.glob("*.checked"))) == len(list(tmp_path.glob("*.so"))) == 1
     assert done.stderr.count("rpqfx: compiling") == 1
