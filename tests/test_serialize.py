@@ -683,12 +683,15 @@ import resource, signal, sys, torch, rpqfx
 from torch import nn
 models = [rpqfx.rpqify(nn.Sequential(nn.Linear(n, n)), rpqfx.Policy.from_scratch()) for n in (64, 256, 2048)]
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+before, said = resource.getrlimit(resource.RLIMIT_FSIZE), []
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
 for model in models:
     try:
         rpqfx.save(model, sys.argv[1])
     except OSError as error:
-        print(error)
+        said.append(str(error))
+resource.setrlimit(resource.RLIMIT_FSIZE, before)
+print(*said, sep="\n")
 """
 
 
