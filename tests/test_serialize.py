@@ -691,7 +691,7 @@ for model in models:
     except OSError as error:
         said.append(str(error))
 resource.setrlimit(resource.RLIMIT_FSIZE, before)
-print(*said, sep="\n")
+print(*said, sep="\\n")
 """
 
 

@@ -84,7 +84,7 @@ class Loaded(nn.Module):
         name, stored = prefix + "codes", self.stored_codes
         codes = state_dict.get(name)
         if isinstance(codes, Tensor):
-            check_range(self._read(codes), self.spec.entries, name)
+            check_range(self._read(codes) if self.tiled_vectors(codes) else codes, self.spec.entries, name)
         if self.spec.tiled:
             if isinstance(codes, Tensor) and codes.shape == self.spec.codes_shape:
                 state_dict[name] = to_bytes(checked(codes, self.spec.entries, self.spec.code_dtype, name), True)

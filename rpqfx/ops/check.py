@@ -10,6 +10,7 @@ from torch import Tensor
 from rpqfx import codebook, maps
 from rpqfx.errors import RPQError
 from rpqfx.packing import pack_codes
+from rpqfx.tiles import to_tiles
 
 # Rows of every path: a few, fewer than a table is wide, more, and several blocks with a rest.
 ROWS = (1, 3, 7, 20, 70)
@@ -36,6 +37,9 @@ def against_reference(backend: Any, device: torch.device) -> None:
             _check_search(backend, device, generator)
         if hasattr(backend, "residual_search"):
             _check_greedy(backend, device, generator)
+        if hasattr(backend, "tiled"):
+            for dtype, tolerance in ((torch.float32, 1e-3), (torch.bfloat16, 4e-2)):
+                _check_tiled(backend, dtype, tolerance, generator)
         if hasattr(backend, "pick_sum"):
             for rows in (1, 7, 16):
                 for entries, width in ((40, 8), (40, 6), (300, 9)):
@@ -84,6 +88,22 @@ def _check(
     same("gather_sum", run("gather_sum", table, codes), maps.gather_sum(table.double(), codes))
     maps_of = torch.randn(2, vectors, 50, generator=g).to(dtype)
     same("bin_sum", run("bin_sum", maps_of, codes, entries), maps.bin_sum(maps_of.double(), codes, entries))
+
+
+def _check_tiled(backend: Any, dtype: torch.dtype, tolerance: float, g: torch.Generator) -> None:
+    """Of codes in tiles, which some backends have: uses of odd number, several blocks of them, a tile with a rest."""
+    for stages, books, share, d, vectors in ((3, 1, 95, 8, 91), (5, 3, 2, 3, 64), (2, 1, 1, 16, 200)):
+        codebooks = torch.randn(stages, books, 16, d, generator=g).to(dtype)
+        codes = torch.randint(16, (stages, books * share, vectors), generator=g).to(torch.uint8)
+        weight = codebook.expand(codebooks.double(), codes)
+        for rows in ROWS:
+            x = torch.randn(rows, weight.shape[1], generator=g).to(dtype)
+            for plan in ("contract", "expand"):
+                ours = backend.tiled(x, codebooks, to_tiles(codes), vectors, None, plan)
+                exact = x.double() @ weight.t()
+                error = (ours.double() - exact).abs().max() / exact.abs().max()
+                if not error <= tolerance:
+                    raise RPQError(f"the kernel of tiles is wrong by {float(error):.1e} in {dtype}; others are not")
 
 
 def _check_slots(backend: Any, rows: int, entries: int, width: int, g: torch.Generator) -> None:

@@ -292,6 +292,9 @@ def tiled(
     return _tiled(x, codebooks, tiles, signs, bias, vectors, plan)
 
 
-@torch.compiler.assume_constant_result
 def _ready() -> bool:
     return build.ready()
+
+
+# What torch.compiler.assume_constant_result sets; to call it would import the compiler.
+_ready._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -50,7 +50,7 @@ def test_linear_and_linear_t_are_the_dense_products_with_their_gradients(
         ):  # fmt: skip
             x = randn(seed + 1, *batch, width).requires_grad_()
             ours = form(x, weight, grad_factor=factor)
-            theirs = dense(x, naive_expand(*weight))
+            theirs = dense(x, naive_expand(*weight[:5]))
             assert_same(ours, theirs)
             expected = gradients(theirs, {**leaves, "x": x}, factors={"codebooks": factor})
             for name, grad in gradients(ours, {**leaves, "x": x}).items():
@@ -67,7 +67,7 @@ def test_lookup_is_rows_of_expand_with_their_gradients(
     leaves = floats(weight)
     ids = torch.randint(spec.num_vectors, batch, generator=torch.Generator().manual_seed(seed))
     ours = ops.lookup(ids, weight, factor, sparse)
-    theirs = naive_expand(*weight)[ids]
+    theirs = naive_expand(*weight[:5])[ids]
     assert_same(ours, theirs)
     expected = gradients(theirs, leaves, factors={"codebooks": factor})
     for name, grad in gradients(ours, leaves).items():
@@ -79,7 +79,7 @@ def test_expand_is_the_definition_with_its_gradients(spec: CodebookSpec, seed: i
     """The factors of the columns are the last thing: the matrix without them, times them."""
     weight = stored_all(spec, seed)
     leaves = floats(weight)
-    ours, theirs = ops.expand(weight, factor), naive_expand(*weight)
+    ours, theirs = ops.expand(weight, factor), naive_expand(*weight[:5])
     assert_same(ours, theirs)
     if weight.dims is not None:
         assert torch.equal(ours, ops.expand(weight._replace(dim_scale=None)) * weight.dims)
@@ -92,7 +92,7 @@ def test_expand_is_the_definition_with_its_gradients(spec: CodebookSpec, seed: i
 def test_vectors_is_the_matrix_of_those_rows(spec: CodebookSpec, seed: int) -> None:
     """By index and by slice; codes, signs and scale follow, the codebooks stay the same tensor."""
     tensors = stored_all(spec, seed)
-    dense = naive_expand(*tensors)
+    dense = naive_expand(*tensors[:5])
     index = torch.arange(spec.num_vectors - 1, -1, -2)
     for picked in (index, slice(0, max(1, spec.num_vectors // 2))):
         some = tensors.vectors(picked)
@@ -105,7 +105,7 @@ def test_sub_vectors_is_the_matrix_of_those_columns(spec: CodebookSpec, seed: in
     """By index and by slice; factors that several columns share stay shared where a slice does not cut through them."""
     tensors, d = stored_all(spec, seed), spec.codebook_dim
     share = spec.sub_vectors // spec.codebooks_shape[1]
-    dense = naive_expand(*tensors)
+    dense = naive_expand(*tensors[:5])
     first = share * (spec.sub_vectors // share // 2)
     for picked in (torch.arange(first, spec.sub_vectors), slice(first, spec.sub_vectors), slice(0, spec.sub_vectors)):
         some = tensors.sub_vectors(picked)
@@ -131,7 +131,7 @@ def test_conv_is_the_dense_one_with_a_factor_for_each_channel(
     leaves = {**floats(weight), "x": x, "bias": bias}
     ours = ops.conv(x, weight, shape, bias, **settings, transposed=transposed, plan=plan)
     dense = F.conv_transpose1d if transposed else F.conv1d
-    theirs = dense(x, naive_expand(*weight).view(shape), bias, **settings)
+    theirs = dense(x, naive_expand(*weight[:5]).view(shape), bias, **settings)
     assert_same(ours, theirs)
     expected = gradients(theirs, leaves)
     for name, grad in gradients(ours, leaves).items():
@@ -194,7 +194,7 @@ def test_autocast_leaves_float64_alone(plan: bool) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = ops.linear(randn(1, 3, 6), tensors)
     assert y.dtype == torch.float64
-    assert_same(y, randn(1, 3, 6) @ naive_expand(*tensors).T)
+    assert_same(y, randn(1, 3, 6) @ naive_expand(*tensors[:5]).T)
 
 
 @pytest.mark.parametrize("function", [ops.linear, ops.linear_t])
