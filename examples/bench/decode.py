@@ -268,6 +268,13 @@ def rows_of(model: str, bits: Sequence[float]) -> list[tuple[str, str]]:
     return rows
 
 
+def _shown(arguments: Sequence[str]) -> list[str]:
+    """Returns a command's arguments without the name of the folder."""
+    return [
+        "<folder>" if before == "--files" else one for before, one in zip(["", *arguments], arguments, strict=False)
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("model", choices=["SmolLM2", "Llama-1B"])
@@ -294,7 +301,7 @@ def main() -> None:
         found.append({"kind": kind, "which": which, **row})
         print(json.dumps(found[-1]), flush=True)
     results.write(
-        f"decode-{args.model.lower()}", f"python examples/bench/decode.py {args.model} --files <folder>",
+        f"decode-{args.model.lower()}", " ".join(["python examples/bench/decode.py", *_shown(sys.argv[1:])]),
         {"model": args.model, "rows": found},
     )  # fmt: skip
 
