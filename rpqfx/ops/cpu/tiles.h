@@ -522,15 +522,4 @@ inline Tensor tiled_product(const Tensor& input, const Tensor& codebooks, const 
   return y;
 }
 
-// W [N, D].
-inline Tensor tiled_expand(const Tensor& codebooks, const Tensor& tiles, int64_t vectors, const Maybe& dims, const Maybe& scale) {
-  const Tiled held(codebooks, tiles, vectors, dims, scale);
-  Tensor out = at::empty({vectors, held.width()}, codebooks.options());
-  by_float(codebooks, [&](auto scalar) {
-    using T = decltype(scalar);
-    expand_tiles<T>(held, Sums(held.codebooks), 0, held.count(), out.data_ptr<T>());
-  });
-  return out;
-}
-
 }  // namespace rpqfx
