@@ -38,6 +38,7 @@ NUMERICAL = (
     "ops",
     "test_codebook.py",
     "test_suite.py",
+    "test_tiles.py",
 )
 _OTHERS = ("ops/cpu/test_build.py", "ops/test_triton.py", "ops/test_triton_search.py")  # a compiler's, and a GPU's
 

@@ -158,6 +158,7 @@ def test_numbers_that_are_none_stay_none():
     assert weight.linear(tiny).isfinite().all() and weight.linear(torch.zeros(2, 24)).eq(0).all()
 
 
+@pytest.mark.traced
 def test_compiled_products_are_the_same():
     weight = RPQWeight(spec_of(dim=32), std=0.2).requires_grad_(False)
     x = torch.randn(2, 32)
