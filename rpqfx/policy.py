@@ -153,8 +153,8 @@ class Policy(Options):
 
         Args:
             bits_per_weight: Of Linear, convolutional and other weights.
-            embedding_bits: Of embeddings and an output head of as many rows; 8.5 if left out, which costs a language
-                model less than half a percent of its perplexity. None leaves them dense.
+            embedding_bits: The same for embeddings and an output head of as many rows; None leaves them dense. The
+                default costs a language model less than half a percent of its perplexity.
             **options: ``min_size`` (1024 if left out), ``kinds``, ``rules``, ``plan`` and ``grad_scale`` of the class.
                 What shapes codebooks is chosen, and refused here; rules may set it.
 

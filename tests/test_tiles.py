@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rpqfx import CodebookSpec, ops
-from rpqfx.errors import CodeError, SpecError
+from rpqfx.errors import CodeError, InputError, SpecError
 from rpqfx.nn import RPQWeight
 from rpqfx.ops import Tensors, linear, linear_t, lookup
 from rpqfx.tiles import from_tiles, pick, tiles_shape, to_tiles
@@ -137,6 +137,15 @@ def test_tiles_are_saved_copied_loaded_and_sent_as_they_lie():
     few = RPQWeight(spec_of(entries=9))
     with pytest.raises(CodeError, match="has 9 entries"):
         few.load_state_dict({**few.state_dict(), "codes": torch.full_like(few.stored_codes, 255)})
+
+
+def test_inputs_that_do_not_fit_are_refused_in_the_same_words_without_gradients():
+    weight = RPQWeight(spec_of())
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            for x in (torch.randn(2, 23), torch.randn(())):
+                with pytest.raises(InputError, match="expected 24 features"):
+                    weight.linear(x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float16])

@@ -29,6 +29,8 @@ def at_once(x: Tensor, weight: Tensors, bias: Tensor | None, plan: Plan) -> Tens
         return None  # whatever is traced, mapped over samples or of another kind is of a class of its own
     if not (weight.tiled and x.is_cpu and books.is_cpu and weight.codes.is_cpu):
         return None
+    if x.dim() == 0 or x.shape[-1] != weight.codes.shape[1] * books.shape[3]:
+        return None  # and is refused in the library's own words
     if bias is not None and (bias.dtype is not x.dtype or type(bias) not in (Tensor, nn.Parameter)):
         return None
     if differentiated(x, books, weight.scale, dims, bias) or torch.is_autocast_enabled("cpu"):
