@@ -9,8 +9,27 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from pathlib import Path
 
+from rpqfx.errors import RPQError
 from rpqfx.ops.cpu import build
+
+
+def load() -> Path:
+    """Compiles, checks and loads the kernels, so that packages of AOTInductor that call them can be loaded.
+
+    Returns:
+        The library's file. ``torch.ops.load_library`` (or ``dlopen`` in C++) of it is all that a process without this
+        library needs; it fits the torch and the kind of processor that it was compiled with.
+
+    Raises:
+        RPQError: If the kernels cannot be used here; it says why.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # the same words are in the error
+        if not build.ready():
+            raise RPQError(f"the CPU kernels cannot be used: {build.reason()}")
+    return build.compiled()
 
 
 def main() -> int:
@@ -20,12 +39,11 @@ def main() -> int:
         0 where they will be used, else 1.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # the same words are in the log
-        usable = build.ready()
-    if usable:
-        print(f"the CPU kernels are ready: {build.compiled()}")
-    return 0 if usable else 1
+    try:
+        print(f"the CPU kernels are ready: {load()}")
+    except RPQError:
+        return 1  # the log has said why
+    return 0
 
 
 if __name__ == "__main__":

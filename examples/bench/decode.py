@@ -4,21 +4,24 @@
     python examples/bench/decode.py Llama-1B --files <folder>                        # random weights, no kit
 
 Every row is measured in a process of its own, two threads, one row after the other: 40 single tokens after 64 (the
-median), a prompt of 512 tokens (logits of the last one), bytes of the file, what the process grew by, and the
-perplexity of the kit's first 8,192 tokens. Writes ``examples/results/decode-<model>.json``. Peers run where their
-package is installed: ``torchao``, and for llama.cpp ``cyllama`` with ``gguf``.
+median; eager, compiled, and as a package of AOTInductor), a prompt of 512 tokens (logits of the last one), bytes of the
+file, what the process grew by once a small model had run in it, and the perplexity of the kit's first 8,192 tokens.
+Writes ``examples/results/decode-<model>.json``. Peers run where their package is installed: ``torchao``, and for
+llama.cpp ``cyllama`` with ``gguf``.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import importlib.util
 import json
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -72,6 +75,14 @@ def converted(model: str, bits: float, folder: Path) -> Path:
     return path
 
 
+def small() -> nn.Module:
+    """Returns a model of one block, with random codes."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return with_random_codes(LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=1024)).eval(), rpqfx.Policy.pretrained(4))
+
+
 def with_random_codes(model: nn.Module, policy: rpqfx.Policy) -> nn.Module:
     """Returns a model in the shapes that a policy gives it, with random codes: its speed does not depend on them."""
     decisions = policy.decide(find_sites(capture(model)))
@@ -108,6 +119,11 @@ class Step(nn.Module):
 
         self.model = model
         self.cache = StaticCache(config=model.config, max_cache_len=length)
+        model(tokens()[:, :BEFORE], past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        for number, layer in enumerate(self.cache.layers):  # so that an exported graph has them as its state
+            for name, value in vars(layer).items():
+                if isinstance(value, Tensor):
+                    self.register_buffer(f"{name}_{number}", value, persistent=False)
 
     def forward(self, ids: Tensor, position: Tensor) -> Tensor:
         made = self.model(ids, position_ids=position, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
@@ -135,15 +151,31 @@ def eager(model: nn.Module) -> float:
 
 def compiled(model: nn.Module) -> float:
     """The same of one graph a token, with a static cache."""
-    ids, taken, step = tokens(), [], Step(model, 256)
-    step(ids[:, :BEFORE], torch.arange(BEFORE)[None])
+    step = Step(model, 256)
     options: Any = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}  # which take milliseconds a token
-    graph = torch.compile(step, fullgraph=True, dynamic=False, options=options)
+    return by_steps(torch.compile(step, fullgraph=True, dynamic=False, options=options))[0]
+
+
+def packaged(model: nn.Module) -> tuple[float, float]:
+    """The same of a package of AOTInductor, and how far its last logits are from the model's own, relatively."""
+    step = Step(model, 256)
+    program = torch.export.export(step, (tokens()[:, :1], torch.tensor([[BEFORE]])), strict=True)
+    with tempfile.TemporaryDirectory() as folder:
+        path = torch._inductor.aoti_compile_and_package(program, package_path=f"{folder}/step.pt2")
+        taken, logits = by_steps(torch._inductor.aoti_load_package(path))
+    whole = model(tokens()[:, : BEFORE + STEPS], use_cache=False, logits_to_keep=1).logits
+    return taken, float((logits - whole).norm() / whole.norm())
+
+
+def by_steps(step: Callable[[Tensor, Tensor], Tensor]) -> tuple[float, Tensor]:
+    """Returns the median seconds of a token, without the first five, and the logits of the last."""
+    ids, taken = tokens(), []
     for at in range(BEFORE, BEFORE + STEPS):
+        position = torch.tensor([[at]])
         start = time.perf_counter()
-        graph(ids[:, at : at + 1], torch.tensor([[at]]))
+        logits = step(ids[:, at : at + 1], position)
         taken.append(time.perf_counter() - start)
-    return statistics.median(taken[5:])  # the first compiles
+    return statistics.median(taken[5:]), logits
 
 
 def prompt(model: nn.Module) -> float:
@@ -173,8 +205,11 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def torch_row(model: str, build: Callable[[], nn.Module], file: Path | None) -> dict[str, Any]:
+def torch_row(model: str, build: Callable[[], nn.Module], file: Path | None, package: bool = True) -> dict[str, Any]:
     """Measures a model that runs on torch."""
+    with torch.inference_mode():
+        eager(small())  # whatever a first model brings into memory
+    gc.collect()
     before = resident()
     made = build()
     with torch.inference_mode():
@@ -183,6 +218,9 @@ def torch_row(model: str, build: Callable[[], nn.Module], file: Path | None) -> 
         row["tensor_bytes"] = sum({t.data_ptr(): t.nbytes for t in (*made.parameters(), *made.buffers())}.values())
         row["prompt_s"] = prompt(made)
         row["compiled_s"] = compiled(made)
+    if package:
+        with torch.no_grad():
+            row["packaged_s"], row["packaged_error"] = packaged(made)
     row["perplexity"] = perplexity(made) if model == "SmolLM2" else None
     row["file_bytes"] = file.stat().st_size if file else row["tensor_bytes"]
     return row
@@ -205,7 +243,7 @@ def torchao(model: str, kind: str, folder: Path) -> dict[str, Any]:
         quantize_(made, Int8WeightOnlyConfig() if kind == "int8" else Int4WeightOnlyConfig(group_size=32))
         return made
 
-    return torch_row(model, build, None)
+    return torch_row(model, build, None, package=False)
 
 
 def llama_cpp(model: str, kind: str, folder: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from rpqfx.nn.layout import Layout
 from rpqfx.nn.loaded import Loaded
 from rpqfx.nn.part import Part
 from rpqfx.nn.recorded import CalledPart
-from rpqfx.ops.at_once import at_once
+from rpqfx.ops.at_once import conv_at_once, linear_at_once
 
 ReadAs = Literal["expanded", "virtual", "tensor"]
 
@@ -277,7 +277,7 @@ class RPQWeight(Loaded):
         """
         if rows is None:
             if self.spec.tiled and not self._hooked and not self.layout.transposed and self.layout.zero_vector is None:
-                y = at_once(x, self.tensors, bias, self._plan)
+                y = linear_at_once(x, self.tensors, bias, self._plan)
                 if y is not None:
                     return y
             return self.part().linear(x, bias)
@@ -332,7 +332,13 @@ class RPQWeight(Loaded):
         Raises:
             InputError: If channels or dtype of ``x`` do not fit.
         """
-        return self.part().conv(x, bias, stride, padding, dilation, groups, transposed, output_padding)
+        geometry = (stride, padding, dilation, groups, transposed, output_padding)
+        layout = self.layout
+        if not self._hooked and not layout.transposed and layout.lead == 1 and not layout.experts:
+            y = conv_at_once(x, self.tensors, layout.shape, bias, *geometry, self._plan)
+            if y is not None:
+                return y
+        return self.part().conv(x, bias, *geometry)
 
     def extra_repr(self) -> str:
         """The numbers of the spec, and what was chosen besides."""

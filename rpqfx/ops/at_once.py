@@ -1,21 +1,25 @@
-"""A product in one call of a kernel, factors and bias included, where nothing else has a say in it.
+"""Products and convolutions in one call of a kernel, factors and bias included, where nothing else has a say in it.
 
-With one row, what a layer does around its kernel takes longer than the kernel. So where no gradient, transform, trace,
-compiler or autocast looks on, it is asked in one step, and everywhere else it is the same product in several.
+With one row, or one small image, what a layer does around its kernel takes longer than the kernel. So where no
+gradient, transform, trace, compiler or autocast looks on, it is asked in one step, and everywhere else it is the same
+product in several.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
+from rpqfx.ops.conv_contract import ConvContract
 from rpqfx.ops.cpu import build, kernels
 from rpqfx.ops.mapped import differentiated
-from rpqfx.ops.plan import Plan
+from rpqfx.ops.plan import Plan, cheaper_conv
 from rpqfx.ops.products import Tensors
 
 
-def at_once(x: Tensor, weight: Tensors, bias: Tensor | None, plan: Plan) -> Tensor | None:
+def linear_at_once(x: Tensor, weight: Tensors, bias: Tensor | None, plan: Plan) -> Tensor | None:
     """Returns ``x @ W.T + bias``, or None where this way is not open.
 
     Args:
@@ -24,19 +28,59 @@ def at_once(x: Tensor, weight: Tensors, bias: Tensor | None, plan: Plan) -> Tens
         bias: ``[N]`` or None.
         plan: Which way it runs.
     """
-    books, dims = weight.codebooks, weight.dim_scale
-    if type(x) is not Tensor or x.dtype is not books.dtype or not kernels.take(x.dtype, torch.uint8):
-        return None  # whatever is traced, mapped over samples or of another kind is of a class of its own
-    if not (weight.tiled and x.is_cpu and books.is_cpu and weight.codes.is_cpu):
+    if not _open(x, weight, bias) or x.dim() == 0 or x.shape[-1] != weight.codes.shape[1] * weight.codebooks.shape[3]:
+        return None  # what does not fit is refused in the library's own words
+    dims = weight.dim_scale if weight.share == 1 else weight.dims
+    return kernels.tiled(x, weight.codebooks, weight.codes, weight.tiled, bias, plan, dims, weight.scale)
+
+
+def conv_at_once(
+    x: Tensor, weight: Tensors, weight_shape: tuple[int, ...], bias: Tensor | None, stride: tuple[int, ...],
+    padding: tuple[int, ...], dilation: tuple[int, ...], groups: int, transposed: bool,
+    output_padding: tuple[int, ...] | None, plan: Plan,
+) -> Tensor | None:  # fmt: skip
+    """Returns a convolution with expanded filters, or None where this way is not open, or contracting is better.
+
+    Args:
+        x: ``[B, C, *spatial]``.
+        weight: Its tensors.
+        weight_shape: Of the dense weight.
+        bias: One number a channel of the result, or None.
+        stride: Per spatial axis, as the rest.
+        padding: Zeros added on both sides.
+        dilation: Spacing of the filter's taps.
+        groups: Channel groups.
+        transposed: Whether it is a transposed convolution.
+        output_padding: Of a transposed convolution.
+        plan: Which way it runs.
+    """
+    channels = weight_shape[0] if transposed else weight_shape[1] * groups
+    if not _open(x, weight, bias) or x.dim() != len(stride) + 2 or x.shape[1] != channels or not x.is_contiguous():
         return None
-    if x.dim() == 0 or x.shape[-1] != weight.codes.shape[1] * books.shape[3]:
-        return None  # and is refused in the library's own words
+    books, taps = weight.codebooks, math.prod(weight_shape[2:])
+    if weight.tiled or weight.share % taps:
+        return None
+    if plan != "expand" and ConvContract.fits(books.shape[3], weight_shape, groups):
+        positions = x.numel() // channels // (1 if transposed else math.prod(stride))
+        if plan == "contract":
+            return None
+        if cheaper_conv(books.shape, weight.codes.shape, positions, x.device, x.dtype) == "contract":
+            return None
+    return kernels.conv(
+        x, books, weight.codes, weight.signs, weight.dim_scale, weight.scale, bias, weight_shape, stride, padding,
+        dilation, transposed, output_padding or (0,) * len(stride), groups,
+    )  # fmt: skip
+
+
+def _open(x: Tensor, weight: Tensors, bias: Tensor | None) -> bool:
+    """Whether kernels take these tensors, and nobody else wants to see them."""
+    books, codes = weight.codebooks, weight.codes
+    if type(x) is not Tensor or x.dtype is not books.dtype or not kernels.take(x.dtype, codes.dtype):
+        return False  # whatever is traced, mapped over samples or of another kind is of a class of its own
+    if not (x.is_cpu and books.is_cpu and codes.is_cpu):
+        return False
     if bias is not None and (bias.dtype is not x.dtype or type(bias) not in (Tensor, nn.Parameter)):
-        return None
-    if differentiated(x, books, weight.scale, dims, bias) or torch.is_autocast_enabled("cpu"):
-        return None
-    if torch.jit.is_tracing() or not build.ready():  # type: ignore[attr-defined]
-        return None
-    if dims is not None and weight.share != 1:
-        dims = weight.dims
-    return kernels.tiled(x, books, weight.codes, weight.tiled, bias, plan, dims, weight.scale)
+        return False
+    if differentiated(x, books, weight.scale, weight.dim_scale, bias) or torch.is_autocast_enabled("cpu"):
+        return False
+    return not torch.jit.is_tracing() and build.ready()  # type: ignore[attr-defined]

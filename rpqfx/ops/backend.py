@@ -11,9 +11,9 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from rpqfx.errors import InputError
 from rpqfx.ops import cuda, reference
 from rpqfx.ops.cpu import build, kernels
+from rpqfx.ops.devices import check_devices
 
 
 class Backend(Protocol):
@@ -75,22 +75,3 @@ def choose(x: Tensor, codes: Tensor, *others: Tensor | None) -> Backend:
     if plain and x.is_cuda and cuda.usable(x):
         return cast(Backend, cuda)
     return cast(Backend, reference)
-
-
-def check_devices(x: Tensor, *others: Tensor | None) -> None:
-    """Raises where a kernel would read memory of another device, or torch compute with what has no values.
-
-    Args:
-        x: What is computed with.
-        *others: What it meets.
-
-    Raises:
-        InputError: If they are not on one device.
-    """
-    found = [tensor.device for tensor in others if tensor is not None]
-    if any(device != x.device for device in found):
-        places = ", ".join(dict.fromkeys(map(str, (x.device, *found))))
-        raise InputError(
-            f"codebooks, codes and what meets them are on several devices: {places}; move them to one with "
-            ".to(device), or give what is on meta its values (rpqfx.materialize)"
-        )

@@ -1,4 +1,7 @@
-"""The gradient of a convolution's filters, summed in float32 at least, whatever torch runs the convolution with."""
+"""The shape of a convolution's result, and the gradient of its filters.
+
+The gradient is summed in float32 at least, whatever torch runs the convolution with.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,32 @@ from rpqfx import steps
 SUM_WIDE = frozenset({"Cudnn", "CudnnTranspose", "Miopen", "MiopenTranspose", "Mkldnn", "MkldnnTranspose"})
 # Numbers of a float32 copy of the input and of the result's gradient that are alive at a time.
 COPY_ELEMENTS = 2**22
+
+
+def conv_shape(
+    x: Tensor, weight_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+    transposed: bool, output_padding: Sequence[int], groups: int,
+) -> tuple[int, ...]:  # fmt: skip
+    """Returns the shape of a convolution's result.
+
+    Counted out, since torch's own fake picks a backend by the batch's size and so binds a compiled graph to it.
+
+    Args:
+        x: ``[B, C_in, *size]``, the input.
+        weight_shape: Of the weight.
+        stride: Per spatial axis, as the rest.
+        padding: Zeros added on both sides.
+        dilation: Spacing of the filter's taps.
+        transposed: Whether it is a transposed convolution.
+        output_padding: Of a transposed convolution.
+        groups: Channel groups.
+    """
+    geometry = zip(x.shape[2:], weight_shape[2:], stride, padding, dilation, output_padding, strict=True)
+    sizes = [
+        (n - 1) * s - 2 * p + d * (k - 1) + more + 1 if transposed else (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d, more in geometry
+    ]
+    return (x.shape[0], weight_shape[1] * groups if transposed else weight_shape[0], *sizes)
 
 
 def filters_grad(

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rpqfx import steps
-from rpqfx.ops.backend import check_devices, choose
-from rpqfx.ops.cpu import build, kernels
-from rpqfx.ops.filters import filters_grad
+from rpqfx.ops import in_graphs
+from rpqfx.ops.backend import choose
+from rpqfx.ops.devices import check_devices
+from rpqfx.ops.filters import conv_shape, filters_grad
 from rpqfx.tiles import from_tiles
 
 # Holds what rpqfx.ops.rules adds to the operators.
@@ -25,19 +26,21 @@ def _operator(
     schema: str,
     run: Callable[..., Any],
     fake: Callable[..., Any],
-    in_graphs: Callable[..., Any] | None = None,
+    compiled: Callable[..., Any] | None = None,
+    kernel: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """``run``, which compiled graphs see as one operator; ``fake`` makes a result of the right shape from shapes.
 
     Results of operators lie in memory as ``fake`` says, whatever their inputs do: what a compiler expects of an input
-    is not always so. ``in_graphs`` takes the place of ``run`` there, where that needs it.
+    is not always so. ``compiled`` takes the place of ``run`` there, where that needs it; and ``kernel`` that of the
+    whole operator, where it returns something.
 
     A compiler that saw inside would find the same expansion (or the same bins) in the forward and in the backward,
     merge the two and keep the result between them; and it would have to settle on blocks for every batch at once.
     Exported graphs (torch.export's default, non-strict way) are of torch's operators alone, so that they need nothing
-    of this library.
+    of this library; what torch.export traces strictly is as what is compiled.
     """
-    operator = torch.library.custom_op(f"rpqfx::{name}", in_graphs or run, mutates_args=(), schema=schema)
+    operator = torch.library.custom_op(f"rpqfx::{name}", compiled or run, mutates_args=(), schema=schema)
 
     def checked(*args: Any) -> Any:
         # Torch runs the fake as soon as anything is on the meta device, and its result would be memory without values.
@@ -47,9 +50,10 @@ def _operator(
     operator.register_fake(checked)
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling():  # and not in torch.export, whose tracing runs the code itself
-            return operator(*args)
-        return run(*args)
+        if not torch.compiler.is_dynamo_compiling():  # nor is torch.export, whose tracing runs the code itself
+            return run(*args)
+        result = None if kernel is None else kernel(*args)
+        return operator(*args) if result is None else result
 
     return call
 
@@ -130,14 +134,7 @@ def _fake_conv(
     stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], transposed: bool,
     output_padding: Sequence[int], groups: int,
 ) -> Tensor:  # fmt: skip
-    """Counted out, since torch's own picks a backend by the batch's size and so binds a compiled graph to it."""
-    geometry = zip(x.shape[2:], weight_shape[2:], stride, padding, dilation, output_padding, strict=True)
-    sizes = [
-        (n - 1) * s - 2 * p + d * (k - 1) + more + 1 if transposed else (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, k, s, p, d, more in geometry
-    ]
-    shape = (x.shape[0], weight_shape[1] * groups if transposed else weight_shape[0], *sizes)
-    return x.new_empty(shape)
+    return x.new_empty(conv_shape(x, weight_shape, stride, padding, dilation, transposed, output_padding, groups))
 
 
 def _run_conv_in_graphs(*args: Any) -> Tensor:
@@ -254,7 +251,9 @@ _GEOMETRY = (
 )
 _COUNTS = "int books, int entries"
 
-contract = _operator("contract", f"(Tensor x, {_HELD}, Tensor? bias) -> Tensor", _run_contract, _fake_contract)
+contract = _operator(
+    "contract", f"(Tensor x, {_HELD}, Tensor? bias) -> Tensor", _run_contract, _fake_contract, kernel=in_graphs.contract
+)
 contract_t = _operator("contract_t", f"(Tensor y, {_HELD}) -> Tensor", _run_contract_t, _fake_contract_t)
 accumulate = _operator(
     "accumulate", f"(Tensor x, Tensor y, {_CODED}, {_COUNTS}) -> Tensor", _run_accumulate, _fake_accumulate
@@ -262,39 +261,25 @@ accumulate = _operator(
 contract_grads = _operator(
     "contract_grads", f"(Tensor x, Tensor y, {_HELD}) -> (Tensor, Tensor)", _run_contract_grads, _fake_contract_grads
 )
-matmul = _operator("matmul", f"(Tensor x, {_HELD}, Tensor? bias) -> Tensor", _run_matmul, _fake_contract)
+matmul = _operator(
+    "matmul", f"(Tensor x, {_HELD}, Tensor? bias) -> Tensor", _run_matmul, _fake_contract, kernel=in_graphs.matmul
+)
 matmul_t = _operator("matmul_t", f"(Tensor y, {_HELD}) -> Tensor", _run_matmul_t, _fake_contract_t)
 matmul_book = _operator(
     "matmul_book", f"(Tensor x, Tensor y, {_CODED}, {_COUNTS}) -> Tensor", _run_matmul_book, _fake_accumulate
 )
-_tiled = _operator(
-    "tiled", f"(Tensor x, {_HELD}, Tensor? bias, int vectors, str plan) -> Tensor", _run_tiled, _fake_tiled
+tiled = _operator(
+    "tiled", f"(Tensor x, {_HELD}, Tensor? bias, int vectors, str plan) -> Tensor", _run_tiled, _fake_tiled,
+    kernel=in_graphs.tiled,
+)  # fmt: skip
+conv = _operator(
+    "conv", f"(Tensor x, {_HELD}, {_GEOMETRY}) -> Tensor", _run_conv, _fake_conv, _run_conv_in_graphs, in_graphs.conv
 )
-conv = _operator("conv", f"(Tensor x, {_HELD}, {_GEOMETRY}) -> Tensor", _run_conv, _fake_conv, _run_conv_in_graphs)
 conv_book = _operator(
     "conv_book", f"(Tensor x, Tensor y, {_CODED}, {_GEOMETRY}, {_COUNTS}) -> Tensor", _run_conv_book, _fake_conv_book
 )
-expand = _operator("expand", f"({_ROWS}) -> Tensor", _run_expand, _fake_expand)
-lookup = _operator("lookup", f"(Tensor ids, {_ROWS}) -> Tensor", _run_lookup, _fake_lookup)
+expand = _operator("expand", f"({_ROWS}) -> Tensor", _run_expand, _fake_expand, kernel=in_graphs.expand)
+lookup = _operator("lookup", f"(Tensor ids, {_ROWS}) -> Tensor", _run_lookup, _fake_lookup, kernel=in_graphs.lookup)
 collect = _operator("collect", f"(Tensor grad, {_CODED}, {_COUNTS}) -> Tensor", _run_collect, _fake_collect)
 gather_sum = _operator("gather_sum", "(Tensor table, Tensor codes) -> Tensor", _run_gather_sum, _fake_gather_sum)
 bin_sum = _operator("bin_sum", "(Tensor y, Tensor codes, int entries) -> Tensor", _run_bin_sum, _fake_bin_sum)
-
-
-def tiled(
-    x: Tensor, codebooks: Tensor, tiles: Tensor, signs: Tensor | None, bias: Tensor | None, vectors: int, plan: str
-) -> Tensor:  # fmt: skip
-    """As the operator ``tiled``; compiled graphs on a CPU call the kernel itself, with no Python in between."""
-    taken = x.device.type == "cpu" and kernels.take(x.dtype, torch.uint8)
-    if taken and torch.compiler.is_dynamo_compiling() and _ready():
-        bias = None if bias is None else bias.to(x.dtype)
-        return kernels.tiled(x, codebooks.to(x.dtype), tiles, vectors, bias, plan)
-    return _tiled(x, codebooks, tiles, signs, bias, vectors, plan)
-
-
-def _ready() -> bool:
-    return build.ready()
-
-
-# What torch.compiler.assume_constant_result sets; to call it would import the compiler.
-_ready._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -11,9 +11,13 @@ from torch.export import Dim, export
 
 import rpqfx
 from rpqfx import Policy, Rule
+from rpqfx.compile_kernels import load
 from rpqfx.report import dense_bytes
 from tests.deployed import assert_close
 from tests.fresh import run_without_rpqfx
+
+# To build, not to run.
+QUICK = {"aot_inductor.compile_wrapper_opt_level": "O0", "cpp_cache_precompile_headers": False}
 
 
 def build() -> nn.Module:
@@ -28,15 +32,28 @@ def test_a_package_runs_where_this_library_is_not(tmp_path: Path):
     model = rpqfx.rpqify(build(), policy)
     with torch.no_grad():
         program = export(model, (torch.zeros(3, dtype=torch.int64),), dynamic_shapes=({0: Dim("batch", min=1)},))
-    quick = {
-        "aot_inductor.compile_wrapper_opt_level": "O0",
-        "cpp_cache_precompile_headers": False,
-    }  # to build, not to run
     where = str(tmp_path / "model.pt2")
-    package = torch._inductor.aoti_compile_and_package(program, package_path=where, inductor_configs=quick)
+    package = torch._inductor.aoti_compile_and_package(program, package_path=where, inductor_configs=QUICK)
     calls = [(torch.arange(7 * batch, 8 * batch),) for batch in (1, 3, 17)]
     [(names, outputs)] = run_without_rpqfx("aoti", {package: calls}, tmp_path)
     assert set(names) >= {key for key in model.state_dict() if "rpq" in key}
     with torch.no_grad():
         assert_close(outputs, [model(*call) for call in calls])
     assert Path(package).stat().st_size < dense_bytes(build())
+
+
+@pytest.mark.slow
+def test_a_package_of_a_strict_program_calls_the_kernels_and_needs_their_library_alone(tmp_path: Path):
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Embedding(512, 64), nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+    model = rpqfx.rpqify(dense, Policy.pretrained(3.5))
+    with torch.no_grad():
+        program = export(model, (torch.zeros(1, dtype=torch.int64),), strict=True)
+    called = {str(node.target) for node in program.graph.nodes}
+    assert called >= {"rpqfx_cpu.tiled.default"}
+    where = str(tmp_path / "model.pt2")
+    package = torch._inductor.aoti_compile_and_package(program, package_path=where, inductor_configs=QUICK)
+    calls = [(torch.tensor([at]),) for at in (0, 200, 511)]
+    [(_, outputs)] = run_without_rpqfx("aoti", {package: calls}, tmp_path, load())
+    with torch.no_grad():
+        assert_close(outputs, [model(*call) for call in calls])

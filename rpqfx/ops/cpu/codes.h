@@ -162,6 +162,19 @@ void with_flag(bool flag, const Run& run) {
   flag ? run(std::true_type{}) : run(std::false_type{});
 }
 
+// Runs with the length of a sub-vector as a constant, where it is a usual one, so that loops over it are unrolled.
+template <typename Run>
+void with_length(int64_t d, const Run& run) {
+  switch (d) {
+    case 2: return run(std::integral_constant<int64_t, 2>{});
+    case 4: return run(std::integral_constant<int64_t, 4>{});
+    case 6: return run(std::integral_constant<int64_t, 6>{});
+    case 8: return run(std::integral_constant<int64_t, 8>{});
+    case 16: return run(std::integral_constant<int64_t, 16>{});
+    default: return run(std::integral_constant<int64_t, 0>{});
+  }
+}
+
 // Three facts that inner loops are compiled for.
 template <typename Run>
 void with_shape(bool wide, bool edge, bool with_signs, const Run& run) {

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from rpqfx.ops.devices import check_devices
+from rpqfx.ops.filters import conv_shape
 
 _FLOATS = (torch.float32, torch.bfloat16)
 _CODES = (torch.uint8, torch.int16, torch.uint16, torch.int32)
@@ -22,6 +27,25 @@ def contract(
 ) -> Tensor:
     """See ``rpqfx.codebook.contract``."""
     return torch.ops.rpqfx_cpu.contract(x, codebooks, codes, signs, bias)
+
+
+def matmul(
+    x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """As ``contract``, through the expanded matrix."""
+    return torch.ops.rpqfx_cpu.matmul(x, codebooks, codes, signs, bias)
+
+
+def conv(
+    x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None, dim_scale: Tensor | None, scale: Tensor | None,
+    bias: Tensor | None, *geometry: Any,
+) -> Tensor:  # fmt: skip
+    """A convolution whose filters are expanded, with ``dim_scale [D / share]``, ``scale [N]`` and bias; contiguous.
+
+    ``geometry`` is ``weight_shape``, ``stride``, ``padding``, ``dilation``, ``transposed``, ``output_padding`` and
+    ``groups``, as ``rpqfx.ops.operators.conv`` takes them.
+    """
+    return torch.ops.rpqfx_cpu.conv(x, codebooks, codes, signs, dim_scale, scale, bias, *geometry)
 
 
 def contract_t(y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None = None) -> Tensor:
@@ -50,16 +74,20 @@ def _grads(
     return torch.ops.rpqfx_cpu.grads(rows, flat, codebooks, codes, signs, *shape)
 
 
-def expand(codebooks: Tensor, codes: Tensor, scale: Tensor | None = None, signs: Tensor | None = None) -> Tensor:
-    """See ``rpqfx.codebook.expand``."""
-    return torch.ops.rpqfx_cpu.expand(codebooks, codes, scale, signs, None)
+def expand(
+    codebooks: Tensor, codes: Tensor, scale: Tensor | None = None, signs: Tensor | None = None,
+    dims: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """See ``rpqfx.codebook.expand``; times ``dims [D]``."""
+    return torch.ops.rpqfx_cpu.expand(codebooks, codes, scale, signs, None, dims)
 
 
 def lookup(
-    ids: Tensor, codebooks: Tensor, codes: Tensor, scale: Tensor | None = None, signs: Tensor | None = None
-) -> Tensor:
-    """See ``rpqfx.codebook.lookup``."""
-    return torch.ops.rpqfx_cpu.expand(codebooks, codes, scale, signs, ids)
+    ids: Tensor, codebooks: Tensor, codes: Tensor, scale: Tensor | None = None, signs: Tensor | None = None,
+    dims: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """See ``rpqfx.codebook.lookup``; times ``dims [D]``."""
+    return torch.ops.rpqfx_cpu.expand(codebooks, codes, scale, signs, ids, dims)
 
 
 def collect(grad: Tensor, codes: Tensor, books: int, entries: int, signs: Tensor | None = None) -> Tensor:
@@ -90,11 +118,42 @@ def tiled(
 
 
 def register() -> None:
-    """Tells compilers what operators return that graphs call themselves; once, when the library is loaded."""
+    """Tells compilers what the operators return that graphs call themselves; once, when the library is loaded.
+
+    Torch runs these as soon as anything is on the meta device, and their results would be memory without values.
+    """
+
+    def product(x: Tensor, codebooks: Tensor, codes: Tensor, *rest: Tensor | None) -> Tensor:
+        check_devices(x, codebooks, codes, *rest)
+        return x.new_empty(*x.shape[:-1], codes.shape[2])
+
+    torch.library.register_fake("rpqfx_cpu::contract", product)
+    torch.library.register_fake("rpqfx_cpu::matmul", product)
+
+    @torch.library.register_fake("rpqfx_cpu::conv")
+    def _(
+        x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None, dims: Tensor | None, scale: Tensor | None,
+        bias: Tensor | None, *geometry: Any,
+    ) -> Tensor:  # fmt: skip
+        check_devices(x, codebooks, codes, signs, dims, scale, bias)
+        return x.new_empty(conv_shape(x, *geometry))
 
     @torch.library.register_fake("rpqfx_cpu::tiled")
-    def _(x: Tensor, codebooks: Tensor, tiles: Tensor, vectors: int, *rest: object) -> Tensor:
+    def _(
+        x: Tensor, codebooks: Tensor, tiles: Tensor, vectors: int, dims: Tensor | None, scale: Tensor | None,
+        bias: Tensor | None, most: int,
+    ) -> Tensor:  # fmt: skip
+        check_devices(x, codebooks, tiles, dims, scale, bias)
         return x.new_empty(*x.shape[:-1], vectors)
+
+    @torch.library.register_fake("rpqfx_cpu::expand")
+    def _(
+        codebooks: Tensor, codes: Tensor, scale: Tensor | None, signs: Tensor | None, ids: Tensor | None,
+        dims: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        check_devices(codebooks, codes, scale, signs, ids, dims)
+        rows = codes.shape[2:] if ids is None else ids.shape
+        return codebooks.new_empty(*rows, codes.shape[1] * codebooks.shape[3])
 
 
 def nearest(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,33 @@
 
 namespace rpqfx {
 
+// Rows begin..end of the matrix, of sub-vectors that are shorter than a register: loops of known length, unrolled, over a
+// few rows at a time, whose codes lie side by side.
+template <int64_t D, typename T, typename Code>
+void expand_short(const Tensor& codebooks, const Codes<Code>& codes, const T* scale, int64_t begin, int64_t end, T* out) {
+  constexpr int64_t ROWS = 16;
+  const int64_t stages = codebooks.size(0), books = codebooks.size(1), entries = codebooks.size(2);
+  const int64_t sub_vectors = codes.uses / stages, share = sub_vectors / books;
+  const T* first = codebooks.const_data_ptr<T>();
+  for (int64_t from = begin; from < end; from += ROWS) {
+    const int64_t to = std::min(from + ROWS, end);
+    for (int64_t m = 0; m < sub_vectors; ++m) {
+      const T* book = first + m / share * entries * D;
+      for (int64_t n = from; n < to; ++n) {
+        float sum[D] = {};
+        for (int64_t r = 0; r < stages; ++r) {
+          const int64_t p = r * sub_vectors + m;
+          const T* entry = book + (r * books * entries + *codes.at(p, n)) * D;
+          const float sign = codes.signs ? *codes.factors(p, n) : 1.0f;
+          for (int64_t i = 0; i < D; ++i) sum[i] += sign * static_cast<float>(entry[i]);
+        }
+        const float factor = scale ? static_cast<float>(scale[n]) : 1.0f;
+        for (int64_t i = 0; i < D; ++i) out[(n * sub_vectors + m) * D + i] = static_cast<T>(sum[i] * factor);
+      }
+    }
+  }
+}
+
 // out[i, :] = scale[n] * sum over stages of sign * entries, n = ids[i] (or i, without ids), for a part of the rows.
 template <typename T, typename Code>
 void expand_rows(const Tensor& codebooks, const Codes<Code>& codes, const T* scale, const int64_t* ids, int64_t begin,
@@ -17,6 +44,8 @@ void expand_rows(const Tensor& codebooks, const Codes<Code>& codes, const T* sca
   const int64_t stages = codebooks.size(0), books = codebooks.size(1);
   const int64_t entries = codebooks.size(2), d = codebooks.size(3);
   const int64_t sub_vectors = codes.uses / stages, share = sub_vectors / books;
+  if (!ids && d == 2) return expand_short<2>(codebooks, codes, scale, begin, end, out);
+  if (!ids && d == 4) return expand_short<4>(codebooks, codes, scale, begin, end, out);
   const T* first = codebooks.const_data_ptr<T>();
   for (int64_t i = begin; i < end; ++i) {
     const int64_t n = ids ? ids[i] : i;
@@ -44,10 +73,11 @@ void expand_rows(const Tensor& codebooks, const Codes<Code>& codes, const T* sca
   }
 }
 
-// W[ids] [..., D], or all of W [N, D].
+// W[ids] [..., D], or all of W [N, D], times dims [D].
 inline Tensor expand(const Tensor& entries, const Tensor& codes, const Maybe& given_scale, const Maybe& signs,
-                     const Maybe& which) {
+                     const Maybe& which, const Maybe& dims) {
   check_books(entries, codes, signs);
+  check_vector("dims", dims, entries, codes.size(1) * entries.size(3));
   check_vector("scale", given_scale, entries, codes.size(2));
   const Maybe scale = given_scale ? Maybe(given_scale->contiguous()) : std::nullopt;
   check_place("ids", which);
@@ -70,7 +100,7 @@ inline Tensor expand(const Tensor& entries, const Tensor& codes, const Maybe& gi
       });
     });
   });
-  return out;
+  return dims ? out.mul_(*dims) : out;
 }
 
 // The adjoint of expand: grad [N, D] summed into the entries that it used, [R, G, K, d] float32.

@@ -13,6 +13,7 @@
 #include <ATen/ops/mm.h>
 
 #include <cmath>
+#include <memory>
 #include <vector>
 
 #if defined(__AVX2__)
@@ -169,18 +170,6 @@ inline void sum_block(const uint8_t* codes, const uint8_t* tables, int64_t uses,
 
 // ------------------------------------------------------------------------------------------------ the tables
 
-// Runs with the length of a sub-vector as a constant, where it is a usual one, so that loops over it are unrolled.
-template <typename Run>
-void with_length(int64_t d, const Run& run) {
-  switch (d) {
-    case 2: return run(std::integral_constant<int64_t, 2>{});
-    case 4: return run(std::integral_constant<int64_t, 4>{});
-    case 8: return run(std::integral_constant<int64_t, 8>{});
-    case 16: return run(std::integral_constant<int64_t, 16>{});
-    default: return run(std::integral_constant<int64_t, 0>{});
-  }
-}
-
 // Codebooks [R, G, K, d] as float lines over entries, [G, R, d, 16]: entries that are not there are zero.
 struct Lines {
   std::vector<float> data;
@@ -329,9 +318,11 @@ inline void indices(const uint8_t* first, const uint8_t* second, uint8_t* to) {
   }
 }
 
-// out [vectors of the tile, D], as floats; D0 is the length of a sub-vector, or 0.
+// out [vectors of the tile, D], as floats, times dims [D] and a factor for each vector (each may be null); D0 is the
+// length of a sub-vector, or 0.
 template <int64_t D0>
-void expand_tile(const Sums& sums, int64_t sub_vectors, const uint8_t* codes, int64_t vectors, const float* dims, float* out) {
+void expand_tile(const Sums& sums, int64_t sub_vectors, const uint8_t* codes, int64_t vectors, const float* dims,
+                 const float* factors, float* out) {
   const int64_t d = D0 ? D0 : sums.d, stages = sums.stages, width = sub_vectors * d, share = sub_vectors / sums.books;
   const int64_t pairs = sums.paired.empty() ? 0 : stages / 2, terms = stages - pairs, size = NIBBLE * NIBBLE * d;
   std::vector<uint8_t> index(terms * TILE_VECTORS);
@@ -346,6 +337,7 @@ void expand_tile(const Sums& sums, int64_t sub_vectors, const uint8_t* codes, in
     }
     for (int64_t j = 0; j < vectors; ++j) {
       float* __restrict to = out + j * width + m * d;
+      const float factor = factors ? factors[j] : 1.0f;
       float sum[D0 ? D0 : 1];
       if constexpr (D0 != 0) {
         const float* first = tables[0] + index[j] * d;
@@ -354,12 +346,12 @@ void expand_tile(const Sums& sums, int64_t sub_vectors, const uint8_t* codes, in
           const float* entry = tables[term] + index[term * TILE_VECTORS + j] * d;
           for (int64_t i = 0; i < d; ++i) sum[i] += entry[i];
         }
-        for (int64_t i = 0; i < d; ++i) to[i] = dims ? sum[i] * dims[m * d + i] : sum[i];
+        for (int64_t i = 0; i < d; ++i) to[i] = (dims ? sum[i] * dims[m * d + i] : sum[i]) * factor;
       } else {
         for (int64_t i = 0; i < d; ++i) {
           sum[0] = 0;
           for (int64_t term = 0; term < terms; ++term) sum[0] += tables[term][index[term * TILE_VECTORS + j] * d + i];
-          to[i] = dims ? sum[0] * dims[m * d + i] : sum[0];
+          to[i] = (dims ? sum[0] * dims[m * d + i] : sum[0]) * factor;
         }
       }
     }
@@ -420,9 +412,9 @@ void tables_product(const Tiled& held, const T* x, int64_t rows, const T* bias, 
   const Lines lines(held.codebooks);
   const Tables shape(held.sub_vectors, lines);
   const int64_t width = held.width(), bytes = shape.bytes(), blocks = shape.blocks;
-  const Tensor made = at::empty({rows * bytes + 64}, held.tiles.options());
+  const std::unique_ptr<uint8_t[]> made(new uint8_t[rows * bytes]);  // not a tensor, whose allocation takes longer
   std::vector<float> scales(rows * blocks);
-  uint8_t* tables = made.data_ptr<uint8_t>();
+  uint8_t* tables = made.get();
   const T* dims = held.factors<T>(held.dims);
   const T* scale = held.factors<T>(held.scale);
   const int64_t work = NIBBLE * width * held.stages / blocks;  // multiply-adds of a block
@@ -455,25 +447,28 @@ void tables_product(const Tiled& held, const T* x, int64_t rows, const T* bias, 
 template <typename T>
 void expand_tiles(const Tiled& held, const Sums& sums, int64_t first, int64_t last, T* out) {
   const int64_t width = held.width();
-  const Tensor dims = held.dims ? held.dims->to(at::kFloat) : Tensor();
-  const float* factors = held.dims ? dims.const_data_ptr<float>() : nullptr;
-  const T* scale = held.factors<T>(held.scale);
+  const auto floats = [](const Maybe& x) { return x ? x->to(at::kFloat) : Tensor(); };
+  const Tensor dims = floats(held.dims), scale = floats(held.scale);
+  const float* of_dims = held.dims ? dims.const_data_ptr<float>() : nullptr;
+  const float* of_vectors = held.scale ? scale.const_data_ptr<float>() : nullptr;
   at::parallel_for(first, last, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> wide(std::is_same_v<T, float> ? 0 : TILE_VECTORS * width);
     for (int64_t t = begin; t < end; ++t) {
       const int64_t vectors = held.of_tile(t);
+      const float* factors = of_vectors ? of_vectors + t * TILE_VECTORS : nullptr;
       T* to = out + (t - first) * TILE_VECTORS * width;
-      float* made;
-      if constexpr (std::is_same_v<T, float>) made = to;
-      else made = wide.data();
-      with_length(held.d, [&](auto length) {
-        expand_tile<length.value>(sums, held.sub_vectors, held.codes(t), vectors, factors, made);
-      });
-      for (int64_t j = 0; j < vectors && (scale || !std::is_same_v<T, float>); ++j) {
-        const Vec factor(scale ? float(scale[t * TILE_VECTORS + j]) : 1.0f);
-        for (int64_t i = 0; i < width; i += LANES) {
-          const int64_t count = std::min(LANES, width - i);
-          store(to + j * width + i, load(made + j * width + i, count) * factor, count);
+      const auto made = [&](float* rows) {
+        with_length(held.d, [&](auto length) {
+          expand_tile<length.value>(sums, held.sub_vectors, held.codes(t), vectors, of_dims, factors, rows);
+        });
+      };
+      if constexpr (std::is_same_v<T, float>) {
+        made(to);
+      } else {
+        made(wide.data());
+        for (int64_t i = 0; i < vectors * width; i += LANES) {
+          const int64_t count = std::min(LANES, vectors * width - i);
+          store(to + i, load(wide.data() + i, count), count);
         }
       }
     }
@@ -492,11 +487,11 @@ inline Tensor tiled_product(const Tensor& input, const Tensor& codebooks, const 
                     codebooks.scalar_type(), " and tiles ", tiles.sizes());
   check_vector("bias", given_bias, input, vectors);
   const Maybe bias = given_bias ? Maybe(given_bias->contiguous()) : std::nullopt;
-  const Tensor x = input.reshape({-1, held.width()}).contiguous();
-  std::vector<int64_t> shape = input.sizes().vec();
+  const Tensor x = input.contiguous();
+  c10::DimVector shape(input.sizes());
   shape.back() = vectors;
   Tensor y = at::empty(shape, x.options());
-  const int64_t rows = x.size(0);
+  const int64_t rows = x.numel() / held.width();
   if (rows == 0) return y;
   by_float(x, [&](auto scalar) {
     using T = decltype(scalar);
@@ -505,9 +500,11 @@ inline Tensor tiled_product(const Tensor& input, const Tensor& codebooks, const 
       return;
     }
     at::AutoDispatchBelowAutograd guard;
-    const int64_t panel = std::max<int64_t>(1, PANEL_BYTES / (TILE_VECTORS * held.width() * int64_t(sizeof(T)))) * at::get_num_threads();
-    const Tensor made = at::empty({std::min(panel, held.count()) * TILE_VECTORS, held.width()}, x.options());
-    const Tensor flat = y.view({rows, vectors});
+    // Panels of one size, so that threads and products have equal parts.
+    const int64_t most_tiles = std::max<int64_t>(1, PANEL_BYTES / (TILE_VECTORS * held.width() * int64_t(sizeof(T)))) * at::get_num_threads();
+    const int64_t panels = (held.count() + most_tiles - 1) / most_tiles, panel = (held.count() + panels - 1) / panels;
+    const Tensor made = at::empty({panel * TILE_VECTORS, held.width()}, x.options());
+    const Tensor flat = y.view({rows, vectors}), input_rows = x.view({rows, held.width()});
     const Sums sums(held.codebooks);
     for (int64_t t = 0; t < held.count(); t += panel) {
       const int64_t last = std::min(t + panel, held.count()), n = t * TILE_VECTORS;
@@ -515,8 +512,8 @@ inline Tensor tiled_product(const Tensor& input, const Tensor& codebooks, const 
       expand_tiles<T>(held, sums, t, last, made.data_ptr<T>());
       Tensor part = flat.narrow(1, n, some);
       const Tensor weight = made.narrow(0, 0, some).t();
-      if (bias) at::addmm_out(part, bias->narrow(0, n, some), x, weight);
-      else at::mm_out(part, x, weight);
+      if (bias) at::addmm_out(part, bias->narrow(0, n, some), input_rows, weight);
+      else at::mm_out(part, input_rows, weight);
     }
   });
   return y;

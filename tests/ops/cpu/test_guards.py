@@ -32,6 +32,7 @@ def operators(seed: int, dtype: torch.dtype) -> dict[str, list[Any]]:
     books, codes, scale, signs = stored(SPEC, seed, dtype)
     x, y = randn(seed, 3, SPEC.dim, dtype=dtype), randn(seed, 3, SPEC.num_vectors, dtype=dtype)
     g, wide = generator(seed), torch.float32
+    tiles = torch.randint(256, (1, 3, 64), generator=g, dtype=torch.uint8)
     held = torch.randint(256, (2, 4, 24), generator=g, dtype=torch.uint8) % 5
     slot_books, heads, which = randn(seed, 2, 5, 4, dtype=wide), [0, 1, 4], [0, 1, 1, 0]
     factors = torch.rand(2, 2, 19, generator=g).half()
@@ -40,7 +41,13 @@ def operators(seed: int, dtype: torch.dtype) -> dict[str, list[Any]]:
         "contract": [x, books, codes, signs, scale],
         "contract_t": [y, books, codes, signs],
         "grads": [x, y, books, codes, signs, 3, 5, 4],
-        "expand": [books, codes, scale, signs, torch.tensor([0, 20, 7])],
+        "matmul": [x, books, codes, signs, scale],
+        "conv": [
+            randn(seed, 2, 4, 9, dtype=dtype), books, codes, signs, x[0, :4].clone(), scale, y[0].clone(), [21, 4, 3], [1],
+            [1], [1], False, [0], 1,
+        ],
+        "tiled": [x, books[:, :1].clone(), tiles, 21, x[0].clone(), scale, y[0].clone(), -1],
+        "expand": [books, codes, scale, signs, torch.tensor([0, 20, 7]), x[0].clone()],
         "collect": [randn(seed, SPEC.num_vectors, SPEC.dim, dtype=dtype), codes, signs, 3, 5],
         "gather_sum": [randn(seed, 2, 2, 3, 5, 7, dtype=dtype), codes, signs],
         "bin_sum": [randn(seed, 2, SPEC.num_vectors, 7, dtype=dtype), codes, signs, 5],
