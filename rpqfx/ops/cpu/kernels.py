@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -89,8 +91,9 @@ def tiled(
     return torch.ops.rpqfx_cpu.tiled(x, codebooks, tiles, vectors, dims, scale, bias, _MOST_ROWS[plan])
 
 
+@functools.cache  # torch up to 2.11 refuses to be told twice
 def register() -> None:
-    """Tells compilers what operators return that graphs call themselves; once, when the library is loaded."""
+    """Tells compilers what operators return that graphs call themselves; when the library has been loaded."""
 
     @torch.library.register_fake("rpqfx_cpu::tiled")
     def _(x: Tensor, codebooks: Tensor, tiles: Tensor, vectors: int, *rest: object) -> Tensor:
