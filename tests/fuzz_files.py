@@ -156,7 +156,7 @@ class Fuzzer:
         try:
             with torch.no_grad():
                 return "identical" if torch.equal(found.eval()(self.inputs), self.wanted) else "another"
-        except RuntimeError as error:  # torch's own, of a model whose factors are of another dtype than its other layers
+        except RuntimeError as error:  # torch's own, where factors are of another dtype than the layers around
             if "mixed dtype" not in str(error):
                 raise
             return "another"
