@@ -172,7 +172,7 @@ def test_an_exported_model_serves_every_size(name: str, programs: Callable[[str]
             assert_close(program(*case.inputs(**sizes)), model(*case.inputs(**sizes)))
 
 
-@pytest.mark.parametrize("plan", ["expand", "contract"])
+@pytest.mark.parametrize("plan", [pytest.param("expand", marks=pytest.mark.slow), "contract"])
 def test_an_exported_model_serves_every_size_either_way(plan: str, monkeypatch: pytest.MonkeyPatch):
     run_as(plan, monkeypatch)
     case, model, program = DEPLOYED["vit"], DEPLOYED["vit"].model(), exported("vit")
