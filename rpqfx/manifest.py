@@ -258,11 +258,10 @@ def _install_sites(model: nn.Module, manifest: dict[str, Any], known: Mapping[st
                 raise FormatError(f"{path} holds {name}, which the model that build() made has not") from error
             if shape != layout.shape:
                 raise FormatError(f"{path} holds {name} of shape {layout.shape}, build() made it {shape}")
-        with torch.device("meta"):
-            weight = RPQWeight(spec, layout, std=site["std"])
-            for flag in _FLAGS & site.keys():
-                setattr(weight, flag, site[flag])
-            weight.take_notes(parameter_at(model, names[0]))
+        weight = RPQWeight(spec, layout, std=site["std"], device="meta")
+        for flag in _FLAGS & site.keys():
+            setattr(weight, flag, site[flag])
+        weight.take_notes(parameter_at(model, names[0]))
         placed.append((names, weight))
     try:
         install_all(model, placed)

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
-from rpqfx.errors import FormatError, RPQError
+from rpqfx.errors import FormatError, RPQError, SpecError
 from rpqfx.manifest_schema import SLOTS, wrong_at
 from rpqfx.nn.backed import SUFFIX
 from rpqfx.packing import code_bits, packed_bytes
+from rpqfx.spec import CodebookSpec
 from rpqfx.unpickled import DTYPES
 
 Stored = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -145,9 +146,10 @@ def _check_layout(name: str, layout: dict[str, Any], spec: dict[str, Any]) -> No
 
 
 def _check_spec(name: str, spec: dict[str, Any]) -> None:
-    parts, dim_scale = spec["dim"] // spec["codebook_dim"], spec.get("dim_scale", 0)
-    if spec["dim"] % spec["codebook_dim"] or parts % spec["books"] or (dim_scale and spec["dim"] % dim_scale):
-        raise FormatError(f"its manifest says that {name} is held in numbers that do not divide")
+    try:
+        CodebookSpec.from_dict(spec)
+    except SpecError as error:
+        raise FormatError(f"its manifest says that {name} is held in codebooks that cannot be: {error}") from error
 
 
 def _check_record(record: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 from collections.abc import Iterator
@@ -59,6 +60,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if is_numerical(item.path) and not item.get_closest_marker("traced"):
             item.add_marker(pytest.mark.numerical)
+
+
+def pytest_collection_finish() -> None:
+    """Leaves what the tests import out of the garbage collector's rounds; it stays, and going through it takes long."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # else extension modules complain about what they find left at the end
 
 
 def pytest_report_header() -> str:

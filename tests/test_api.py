@@ -288,8 +288,16 @@ def test_what_neither_can_capture_says_so():
 # ------------------------------------------------------------------------------------------- compiling and training
 
 
-@pytest.mark.parametrize("name", ["gpt", "functional", "functional convolutions", "experts", "read from outside"])
-@pytest.mark.parametrize("training", [False, True])
+COMPILED = ["gpt", "functional", "functional convolutions", "experts", "read from outside"]
+
+
+@pytest.mark.parametrize(
+    ("name", "training"),
+    [
+        *((name, True) for name in COMPILED),
+        *(pytest.param(name, False, marks=[pytest.mark.slow] * (name != "gpt")) for name in COMPILED),
+    ],
+)
 def test_a_rewritten_model_compiles_whole(name: str, training: bool):
     torch._dynamo.reset()
     case = BY_NAME[name]

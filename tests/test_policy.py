@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, reject
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -357,6 +357,7 @@ kinds = st.lists(st.sampled_from(["linear", "conv", "embedding", "parameter"]), 
 budgets = st.sampled_from([{}, {"ratio": 0.25}, {"total_bytes": 12345}])
 
 
+@settings(max_examples=50)
 @given(options(), st.lists(rules, max_size=3), kinds, budgets)
 def test_json_round_trip(chosen: dict[str, Any], some: list[Rule], which: list[str], budget: dict[str, Any]):
     try:

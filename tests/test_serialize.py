@@ -498,6 +498,25 @@ def test_packed_codes_of_another_length_are_refused(tmp_path: Path):
         rpqfx.load(tmp_path / "m.rpq", forbidden)
 
 
+@pytest.mark.parametrize("of", ["sites", "records"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tiled": True}, "tiles hold codes of at most 16 entries, of two stages or more"),
+        ({"codebook_dim": 5}, "codebook_dim 5 does not divide"),
+        ({"books": 5}, "5 codebooks cannot be shared evenly"),
+        ({"dim_scale": 5}, "dim_scale is 0 or how many"),
+    ],
+)
+def test_codebooks_that_cannot_be_are_refused(of: str, changes: dict[str, Any], message: str, tmp_path: Path):
+    rpqfx.save(small_mlp(), tmp_path / "m.rpq")
+    held = json.loads(torch.load(tmp_path / "m.rpq", weights_only=True)["rpqfx"])[of]
+    next(values["spec"] for values in held if values["spec"] is not None).update(changes)
+    rewrite_manifest(tmp_path / "m.rpq", **{of: held})
+    with pytest.raises(FormatError, match=f"is held in codebooks that cannot be: {message}"):
+        rpqfx.load(tmp_path / "m.rpq", forbidden)
+
+
 def test_codebooks_whose_entries_are_no_power_of_two_return(tmp_path: Path):
     torch.manual_seed(0)
     layer = nn.Linear(16, 64, bias=False)

@@ -46,8 +46,7 @@ class StandIn(RPQWeight):
     listener: Listener
 
     def __init__(self, spec: CodebookSpec, layout: Layout, tensor: Tensor, listener: Listener) -> None:
-        with torch.device("meta"):
-            super().__init__(spec, layout, dtype=tensor.dtype)
+        super().__init__(spec, layout, device="meta", dtype=tensor.dtype)
         self.listener = listener
         self.trained = tensor.requires_grad
         self.vectors = layout.to_vectors(tensor.detach()).contiguous()

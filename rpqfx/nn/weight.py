@@ -129,8 +129,7 @@ class RPQWeight(Loaded):
         std = float(tensor.detach().float().std()) if tensor.numel() > 1 else 1.0
         if not math.isfinite(std):
             raise InputError("the tensor has infinite or NaN elements; mend or skip it before fitting codebooks")
-        with torch.device("meta"):
-            weight = cls(spec, layout, std=std, plan=plan, dtype=tensor.dtype)
+        weight = cls(spec, layout, std=std, plan=plan, device="meta", dtype=tensor.dtype)
         fit = fit_codebooks(layout.to_vectors(tensor.detach()), spec, steps=steps, seed=seed)
         weight.codebooks = nn.Parameter(fit.codebooks, requires_grad=tensor.requires_grad)
         weight.codes = fit.codes

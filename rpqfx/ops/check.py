@@ -15,6 +15,7 @@ from rpqfx.tiles import to_tiles
 # Rows of every path: a few, fewer than a table is wide, more, and several blocks with a rest.
 ROWS = (1, 3, 7, 20, 70)
 CODES = {torch.uint8: 40, torch.int16: 300, torch.uint16: 300}
+DTYPES = {torch.float32: 1e-4, torch.bfloat16: 4e-2}  # and how far off a result may be
 
 
 def against_reference(backend: Any, device: torch.device) -> None:
@@ -29,7 +30,7 @@ def against_reference(backend: Any, device: torch.device) -> None:
     """
     with torch.no_grad(), torch.device("cpu"), torch.autocast(device.type, enabled=False):  # wherever the first use is
         generator = torch.Generator().manual_seed(0)
-        for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 4e-2)):
+        for dtype, tolerance in DTYPES.items():
             for code_dtype, entries in CODES.items():
                 for with_signs in (False, True):
                     _check(backend, device, dtype, tolerance, code_dtype, entries, with_signs, generator)

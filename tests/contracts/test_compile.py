@@ -50,8 +50,14 @@ def test_compiled_equals_eager(name: str) -> None:
     assert_compiles(name, "aot_eager", 1e-9)
 
 
-@pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("name", ["linear row", "linear column", "conv2d", "embedding"])
+def planned() -> list[Any]:
+    """Some kinds with every plan, of which the first has all by default and the others one each, in turn."""
+    names = ("linear row", "linear column", "conv2d", "embedding")
+    pairs = [(name, plan, i and (i + j) % 3) for i, name in enumerate(names) for j, plan in enumerate(PLANS)]
+    return [pytest.param(name, plan, marks=[pytest.mark.slow] * bool(other)) for name, plan, other in pairs]
+
+
+@pytest.mark.parametrize(("name", "plan"), planned())
 def test_compiled_with_all_options_equals_eager(name: str, plan: Plan) -> None:
     options = {"signs": True, "scale": True, "dim_scale": True, "stages": 2, "sharing": "layer", "grad_scale": "sqrt"}
     assert_compiles(name, "aot_eager", 1e-9, **options, plan=plan)

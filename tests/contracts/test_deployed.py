@@ -134,7 +134,7 @@ def test_a_decoder_generates_with_one_graph_for_prompts_and_one_for_steps(name: 
     assert isinstance(model, DecoderLM)
     compiled = torch.compile(model, fullgraph=True, backend=counting(counts))
     with torch.no_grad():
-        for batch, length in zip(BATCHES, (5, 9, 4, 6, 2), strict=True):
+        for batch, length in zip(BATCHES[:3], (5, 9, 4), strict=True):
             ids, _ = EVERY[name].inputs(batch, length, 0)
             found, cache = generate(compiled, ids, model.empty_cache(batch), 4)
             wanted, kept = generate(model, ids, model.empty_cache(batch), 4)
@@ -172,7 +172,7 @@ def test_an_exported_model_serves_every_size(name: str, programs: Callable[[str]
             assert_close(program(*case.inputs(**sizes)), model(*case.inputs(**sizes)))
 
 
-@pytest.mark.parametrize("plan", ["expand", "contract"])
+@pytest.mark.parametrize("plan", [pytest.param("expand", marks=pytest.mark.slow), "contract"])
 def test_an_exported_model_serves_every_size_either_way(plan: str, monkeypatch: pytest.MonkeyPatch):
     run_as(plan, monkeypatch)
     case, model, program = DEPLOYED["vit"], DEPLOYED["vit"].model(), exported("vit")

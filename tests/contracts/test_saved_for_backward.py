@@ -114,8 +114,13 @@ def test_no_layer_keeps_its_weight_for_a_second_backward(name: str) -> None:
     assert_keeps_no_weight(layer, run)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("plan", ["expand", "contract"])
+def ways() -> list[Any]:
+    """Every kind with both plans; by default each with one of them, in turn."""
+    pairs = [(name, plan, (i + j) % 2) for i, name in enumerate(NAMES) for j, plan in enumerate(("expand", "contract"))]
+    return [pytest.param(name, plan, marks=[pytest.mark.slow] * other) for name, plan, other in pairs]
+
+
+@pytest.mark.parametrize(("name", "plan"), ways())
 def test_no_compiled_layer_keeps_its_weight(name: str, plan: Plan) -> None:
     """A compiler that sees a weight in the forward and again in the backward must not merge the two."""
     torch.compiler.reset()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import rpqfx
+from tests.figures import record
 
 THREADS = 8
 POLICY = rpqfx.Policy.from_scratch(codebook_dim=8, bits=4)
@@ -101,9 +102,13 @@ def ids_of(thread: int) -> Tensor:
     return torch.randint(64, (2, 5 + thread), generator=torch.Generator().manual_seed(thread))
 
 
+def everything_rewritten() -> nn.Module:
+    return rpqfx.rpqify(everything(), rpqfx.Policy(**{**vars(POLICY), "min_size": 64, "allow_growth": True}))
+
+
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 def test_one_model_serves_many_threads() -> None:
-    small = rpqfx.rpqify(everything(), rpqfx.Policy(**{**vars(POLICY), "min_size": 64, "allow_growth": True}))
+    small = everything_rewritten()
     kinds = {record.kind for record in rpqfx.report(small).rewritten}
     assert kinds >= {"embedding", "conv", "linear", "recurrent", "attention", "bilinear", "experts"}
     served(small, [(ids_of(thread),) for thread in range(THREADS)], 6)
@@ -138,6 +143,28 @@ def test_many_threads_rewrite_models_of_their_own() -> None:
         want, found = alone.state_dict(), small.state_dict()
         assert want.keys() == found.keys() and all(torch.equal(want[key], found[key]) for key in want)
         assert rpqfx.report(small).rewritten == rpqfx.report(alone).rewritten
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_many_threads_rewrite_and_serve_many_times() -> None:
+    rewrites, calls = 25, 50
+
+    def rewritten(seed: int, times: int) -> Callable[[], list[dict[str, Tensor]]]:
+        return lambda: [rpqfx.rpqify(Own(seed).eval(), FITTED).state_dict() for _ in range(times)]
+
+    for seed, found in enumerate(at_once(*[rewritten(seed, rewrites) for seed in range(THREADS)])):
+        [want] = rewritten(seed, 1)()
+        assert all(torch.equal(want[key], state[key]) for state in found for key in want)
+    served(everything_rewritten(), [(ids_of(thread),) for thread in range(THREADS)], calls)
+    record(
+        "reliability/threads",
+        "pytest -m slow tests/contracts/test_threads.py",
+        attack=f"{THREADS} threads that take turns every microsecond: each rewrites models, then all call one model",
+        tried=THREADS * (rewrites + calls),
+        outcome=f"{THREADS * rewrites} models and {THREADS * calls} outputs, to the last bit those of one thread",
+        seeds=list(range(THREADS)),
+    )
 
 
 def test_a_model_is_served_while_others_copy_and_rewrite_it() -> None:

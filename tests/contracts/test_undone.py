@@ -17,7 +17,7 @@ from tests.figures import record
 from tests.helpers import generator
 from tests.interrupts import Interrupt, around, chosen, contents, traced
 
-FEW = 5  # points of each call in a default run
+FEW = 3  # points of each call in a default run
 
 
 class Block(nn.Module):

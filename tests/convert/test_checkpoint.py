@@ -42,10 +42,15 @@ def files(folder: pathlib.Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("refine", [0, 4])
-@pytest.mark.parametrize("done", range(1, WEIGHTS))
+@pytest.mark.parametrize(
+    ("refine", "done"),
+    [
+        *((0, done) for done in range(1, WEIGHTS)),
+        *(pytest.param(4, done, marks=[pytest.mark.slow] * (done != 2)) for done in range(1, WEIGHTS)),
+    ],
+)
 def test_an_interrupted_conversion_goes_on_to_the_same_result(
-    done: int, refine: int, tmp_path: pathlib.Path, fits: list[Any]
+    refine: int, done: int, tmp_path: pathlib.Path, fits: list[Any]
 ) -> None:
     def stop(at: int, total: int, name: str) -> None:
         if total == WEIGHTS and at == done:
@@ -80,6 +85,14 @@ def test_a_checkpoint_is_for_conversions() -> None:
     assert not os.path.exists("nowhere")
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A folder with the checkpoint of a conversion."""
+    folder = tmp_path_factory.mktemp("finished")
+    converted(folder)
+    return folder
+
+
 def _other(part: str) -> dict[str, Any]:
     model, batches = build(), images(0)
     if part == "weight":
@@ -102,12 +115,11 @@ def _other(part: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "part", ["weight", "bias", "buffer", "batch", "policy", "seed", "fewer batches", "no batches", "refine"]
 )
-def test_another_conversion_is_refused_and_leaves_the_folder(part: str, tmp_path: pathlib.Path) -> None:
-    converted(tmp_path)
-    before = files(tmp_path)
+def test_another_conversion_is_refused_and_leaves_the_folder(part: str, finished: pathlib.Path) -> None:
+    before = files(finished)
     with pytest.raises(FormatError, match="holds a conversion of another model, policy, seed or calibration"):
-        converted(tmp_path, **_other(part))
-    assert files(tmp_path) == before
+        converted(finished, **_other(part))
+    assert files(finished) == before
 
 
 def test_plain_values_in_batches_are_part_of_the_conversion(tmp_path: pathlib.Path) -> None:

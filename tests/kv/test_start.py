@@ -22,7 +22,7 @@ def error(quantizer: VectorQuantizer, x: torch.Tensor) -> float:
     return float((quantizer.decode(*quantizer.encode(x)).detach() - x).square().mean())
 
 
-@settings(max_examples=50)
+@settings(max_examples=25)
 @given(arguments(dtype=torch.float64), seeds)
 def test_each_group_is_served_by_its_own_stages(given: dict[str, Any], seed: int) -> None:
     """The start is no worse than zeros, codebooks that no group uses are zero, and it is the same again."""

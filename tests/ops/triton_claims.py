@@ -184,6 +184,7 @@ def test_the_check_before_the_first_use_passes_and_can_fail(monkeypatch: pytest.
     device = torch.device(DEVICE)
     monkeypatch.setattr(check, "ROWS", (3,))  # products of any number of rows are above
     monkeypatch.setattr(check, "CODES", {torch.uint8: 9})
+    monkeypatch.setattr(check, "DTYPES", {torch.float32: 1e-4})
     assert cuda._right.__wrapped__(device)
     right = cuda.contract
     monkeypatch.setattr(cuda, "contract", lambda *args: right(*args) * 1.2)

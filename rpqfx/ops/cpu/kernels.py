@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -117,8 +118,9 @@ def tiled(
     return torch.ops.rpqfx_cpu.tiled(x, codebooks, tiles, vectors, dims, scale, bias, _MOST_ROWS[plan])
 
 
+@functools.cache  # torch up to 2.11 refuses to be told twice
 def register() -> None:
-    """Tells compilers what the operators return that graphs call themselves; once, when the library is loaded.
+    """Tells compilers what the operators return that graphs call themselves, when the library has been loaded.
 
     Torch runs these as soon as anything is on the meta device, and their results would be memory without values.
     """

@@ -43,8 +43,8 @@ def operators(seed: int, dtype: torch.dtype) -> dict[str, list[Any]]:
         "grads": [x, y, books, codes, signs, 3, 5, 4],
         "matmul": [x, books, codes, signs, scale],
         "conv": [
-            randn(seed, 2, 4, 9, dtype=dtype), books, codes, signs, x[0, :4].clone(), scale, y[0].clone(), [21, 4, 3], [1],
-            [1], [1], False, [0], 1,
+            randn(seed, 2, 4, 9, dtype=dtype), books, codes, signs, x[0, :4].clone(), scale, y[0].clone(), [21, 4, 3],
+            [1], [1], [1], False, [0], 1,
         ],
         "tiled": [x, books[:, :1].clone(), tiles, 21, x[0].clone(), scale, y[0].clone(), -1],
         "expand": [books, codes, scale, signs, torch.tensor([0, 20, 7]), x[0].clone()],
