@@ -47,14 +47,16 @@ class CodebookCache:
         """A cache of the kind that the model takes: for one of transformers, also a ``transformers.Cache``.
 
         Args:
-            model: What ``quantize_kv`` returned.
+            model: What ``quantize_kv`` returned, or what wraps it: an adapter, a compiled model, a module that holds it.
             dtype: Of the sinks and the window; None for what keys and values come in.
         """
         transformers = sys.modules.get("transformers")
-        if transformers is not None and isinstance(model, transformers.PreTrainedModel):
+        kinds = () if transformers is None else (transformers.PreTrainedModel,)
+        inner = next((module for module in model.modules() if isinstance(module, kinds)), None)
+        if inner is not None and attentions(inner):
             from rpqfx.kv.hf import TransformersCache
 
-            return TransformersCache(model, dtype)
+            return TransformersCache(inner, dtype)
         return cls(model, dtype)
 
     @property

@@ -185,9 +185,10 @@ class TransformersCache(CodebookCache, Cache):
     def __init__(self, model: nn.Module, dtype: torch.dtype | None = None) -> None:
         CodebookCache.__init__(self, model, dtype)
         coded: dict[int, CodebookLayer] = {}
-        for name, core in self.cores.items():
-            module = model.get_submodule(name)
-            coded[getattr(module, "layer_idx", len(coded))] = CodebookLayer(core, self.stores[name])
+        for module in model.modules():  # not by name: the model may be within another one by now
+            core = module._modules.get("kv_codes")
+            if isinstance(core, KVAttention):
+                coded[getattr(module, "layer_idx", len(coded))] = CodebookLayer(core, self.stores[core.name])
         plain: list[Any] = list(DynamicCache(config=model.config).layers)
         number = max(len(plain), max(coded) + 1)
         layers = [coded.get(i) or (plain[i] if i < len(plain) else DynamicLayer()) for i in range(number)]

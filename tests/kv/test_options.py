@@ -202,3 +202,30 @@ def test_layers_that_share_codebooks_take_one_step_and_serving_none() -> None:
     for quantizer in quantizers:
         assert quantizer.codebooks is books and int(quantizer.ema_steps) == 1
         assert torch.equal(quantizer.ema_sums, quantizers[0].ema_sums)
+
+
+class Within(nn.Module):
+    """What holds a model, as adapters do."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.inner = model
+
+    def forward(self, x: Tensor, **options: Any) -> Any:
+        return self.inner(x, **options)
+
+
+@torch.no_grad()
+def test_a_cache_is_made_for_what_wraps_the_model() -> None:
+    small, x = small_of(llama()), ids(10, 1, 20)
+    found = in_parts(Within(small), x, [9, 1, 10])
+    torch.testing.assert_close(found, small(x, use_cache=False).logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_cache_of_several_embeddings_is_saved_and_restored() -> None:
+    small, x = small_of(MODELS["two rotary bases"]()), ids(11, 2, 30)
+    cache, other = CodebookCache.for_model(small), CodebookCache.for_model(small)
+    small(x[:, :24], past_key_values=cache)
+    other.restore(copy.deepcopy(cache.state()))
+    assert torch.equal(*(small(x[:, 24:], past_key_values=each).logits for each in (cache, other)))
