@@ -47,7 +47,7 @@ class CodebookCache:
         """A cache of the kind that the model takes: for one of transformers, also a ``transformers.Cache``.
 
         Args:
-            model: What ``quantize_kv`` returned, or what wraps it: an adapter, a compiled model, a module that holds it.
+            model: What ``quantize_kv`` returned, or what wraps it: an adapter, a module that holds it.
             dtype: Of the sinks and the window; None for what keys and values come in.
         """
         transformers = sys.modules.get("transformers")
