@@ -45,7 +45,9 @@ class Pending(Tensor):
         if getattr(func, "__name__", "") in _OF_THE_SHAPE:
             return super().__torch_function__(func, types, args, kwargs)
         raise InputError(
-            f"{getattr(func, '__name__', func)} works on keys or values themselves, which a cache of codes never makes"
+            f"{getattr(func, '__name__', func)} works on keys or values themselves, which a cache of codes "
+            "never makes; a model with an encoder takes EncoderDecoderCache(CodebookCache.for_model(model), "
+            "DynamicCache()) of transformers"
         )
 
     @classmethod

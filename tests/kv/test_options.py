@@ -229,3 +229,25 @@ def test_a_cache_of_several_embeddings_is_saved_and_restored() -> None:
     small(x[:, :24], past_key_values=cache)
     other.restore(copy.deepcopy(cache.state()))
     assert torch.equal(*(small(x[:, 24:], past_key_values=each).logits for each in (cache, other)))
+
+
+@torch.no_grad()
+def test_decoders_behind_an_encoder_are_served_and_the_encoder_is_left_alone() -> None:
+    torch.manual_seed(0)
+    sides = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in
+             (("layers", 1), ("attention_heads", 2), ("ffn_dim", 48))}  # fmt: skip
+    config = transformers.BartConfig(vocab_size=60, d_model=32, init_std=0.3, **sides)
+    dense, source, x = transformers.BartForConditionalGeneration(config).eval(), ids(12, 2, 20), ids(13, 2, 24)
+    batch = {"input_ids": source, "decoder_input_ids": x}
+    small = quantize_kv(dense, KVPolicy(**_POLICY), calibration=[batch], fit=False, progress=False).eval()
+    assert list(attentions(small)) == ["model.decoder.layers.0.self_attn"]
+    whole, encoded = small(**batch, use_cache=False).logits, small.get_encoder()(source)
+    assert not torch.allclose(whole, dense(**batch, use_cache=False).logits, atol=1e-3)
+    cache = transformers.EncoderDecoderCache(CodebookCache.for_model(small), transformers.DynamicCache())
+    steps = [small(encoder_outputs=encoded, decoder_input_ids=part, past_key_values=cache).logits
+             for part in x.split([3, 1, 12, 8], 1)]  # fmt: skip
+    torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-4, atol=1e-4)
+    with pytest.raises(InputError, match="EncoderDecoderCache"):
+        alone = CodebookCache.for_model(small)
+        for part in x.split(12, 1):
+            small(encoder_outputs=encoded, decoder_input_ids=part, past_key_values=alone)
