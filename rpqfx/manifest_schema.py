@@ -90,9 +90,10 @@ _CODER: dict[str, Check] = {
     "stages": _list_of(_whole(0, SLOTS), 1), "transform": _is_flag, "joint": _is_flag, "strided": _is_flag,
     "scaled": _is_flag, "cosine": _is_flag, "beam": _whole(1, 2**16), "decay": _or_none(_is_number), "fine": _whole(0),
 }  # fmt: skip
+_TURNINGS = [[angles, pairs] for angles in ("halves", "interleaved", "single") for pairs in ("halves", "interleaved")]
 _CACHE: dict[str, Check] = {
     "names": _list_of(_is_path, 1), "kind": _one_of("call", "torch", "transformers"), "outermost": _is_flag,
-    "policy": _is_text,
+    "policy": _is_text, "?turning": _or_none(lambda value: value in _TURNINGS),
     "keys": lambda value: _wrong(value, _CODER) is None, "values": lambda value: _wrong(value, _CODER) is None,
 }  # fmt: skip
 _WHOLE: dict[str, Check] = {

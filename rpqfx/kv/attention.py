@@ -5,16 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rpqfx.errors import InputError
 from rpqfx.graph.leaves import own
+from rpqfx.kv.averaged import Batch
+from rpqfx.kv.biased import Changes, biased_attention
 from rpqfx.kv.headcoder import HeadCoder
+from rpqfx.kv.pending import Pending
 from rpqfx.kv.policy import KVPolicy
-from rpqfx.kv.rotary import Rotary, turn, turn_back
-from rpqfx.kv.store import LayerStore
+from rpqfx.kv.rotary import HALVES, Rotary, Turning, turn, turn_back
+from rpqfx.kv.stepping import recomputed, step_after_backward
+from rpqfx.kv.store import Arrival, LayerStore
+from rpqfx.kv.trial import Trial
+from rpqfx.kv.underway import Underway
 from rpqfx.kv.watch import Watch
+
+# Not F.scaled_dot_product_attention: that may be on its way to another module's attention on codes.
+_SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
 
 @own
@@ -24,7 +32,7 @@ class KVAttention(nn.Module):
     Takes what ``torch.nn.functional.scaled_dot_product_attention`` takes. A query sees the first ``sinks`` tokens, and
     the last ``window`` before it, as they are; those between are coded and decoded. That is what a cache gives that
     was filled token by token, so whole sequences can be evaluated, and trained, as they will be generated: gradients
-    go straight through the codes, and ``loss`` holds the quantisers' loss of the last call in training.
+    go straight through the codes, and ``loss`` is the quantisers' loss of this thread's last call in training.
 
     Its coders, ``keys`` and ``values``, come with calibration.
 
@@ -35,19 +43,24 @@ class KVAttention(nn.Module):
 
     keys: HeadCoder
     values: HeadCoder
+    turning: Turning | None = HALVES  # of models that were pickled before there were others
 
     def __init__(self, policy: KVPolicy, name: str) -> None:
         super().__init__()
         self.policy, self.name = policy, name
-        self.rotary: Rotary | None = None
-        self.store: LayerStore | None = None
         self.watch: Watch | None = None
-        self.loss: Tensor | None = None
-        self.running = False  # inside its own call of attention
+        self.trial: Trial | None = None
+        self.turning = None
+        self.underway = Underway()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles take: nothing of a call."""
-        return {**self.__dict__, "rotary": None, "store": None, "watch": None, "loss": None}
+        """What copies and pickles take: nothing of calibration."""
+        return {**self.__dict__, "watch": None, "trial": None}
+
+    @property
+    def loss(self) -> Tensor | None:
+        """The quantisers' loss of this thread's last call in training, or None."""
+        return self.underway.loss
 
     def extra_repr(self) -> str:
         """What ``print`` shows."""
@@ -63,6 +76,7 @@ class KVAttention(nn.Module):
         is_causal: bool = False,
         scale: float | None = None,
         enable_gqa: bool = False,
+        changes: Changes | None = None,
     ) -> Tensor:
         """See ``torch.nn.functional.scaled_dot_product_attention``.
 
@@ -75,59 +89,109 @@ class KVAttention(nn.Module):
             is_causal: Whether a query sees no later keys.
             scale: Of scores.
             enable_gqa: Whether several query heads share one of keys.
+            changes: Of scores, besides.
 
         Raises:
-            InputError: If heads are not those of the coders.
+            InputError: If heads are not those of the coders, or keys come from another cache than ours.
         """
+        if isinstance(key, Pending):
+            if key.first is None:
+                return self.resume(key.store, key.arrival, query, attn_mask, scale, changes)
+            assert isinstance(value, Pending) and value.first is not None
+            key, value = key.first, value.first
         options = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": enable_gqa}
+        if self.trial is not None:
+            self.trial.see(query, key, value, attn_mask, is_causal)
+        angles, query, key = self._in_halves(query, key)
+        if self.trial is not None:
+            return _attend(query, key, value, changes, attn_mask=attn_mask, is_causal=is_causal, **options)
         if self.watch is not None:
-            key, value = self.watch.see(key, value, self._angles())
-            return self._attend(query, key, value, attn_mask=attn_mask, is_causal=is_causal, **options)
+            key, value = self.watch.see(key, value, angles)
+            return _attend(query, key, value, changes, attn_mask=attn_mask, is_causal=is_causal, **options)
         self._check(key, value)
-        if self.store is not None:
-            empty = self.store.total == 0
-            self.append(self.store, key, value)
-            if not empty:
-                return self.store.attend(query, scale, attn_mask)
+        store = self.underway.store
+        if store is not None:
+            arrival = store.append(key, value, angles)
+            if arrival.start:
+                return store.attend(query, scale, attn_mask, arrival, changes)
+        if angles is not None and angles.cos.shape[-2] != key.shape[-2]:
+            raise InputError(
+                f"{self.name}: {key.shape[-2]} keys came with the angles of {angles.cos.shape[-2]} tokens, so the "
+                "others are from a cache that holds no codes; pass CodebookCache.for_model(model) as the cache"
+            )
         near = self._near(query.shape[-2], key.shape[-2], query.device)
         near_mask, far_mask = _masks(near, attn_mask, is_causal, query)
-        old_keys, key_loss = self.recoded_keys(key)
-        old_values, value_loss = self.values(value)
-        self.loss = key_loss + value_loss if self.training else None
+        batches: list[Batch] = []
+        old_keys, key_loss = self._recoded(key, angles, batches)
+        old_values, value_loss = self.values(value, None, batches)
+        if not recomputed():
+            self.underway.loss = key_loss + value_loss if self.training else None
+            self.underway.recorded = torch.is_grad_enabled()
         keys, values = torch.cat([key, old_keys], -2), torch.cat([value, old_values], -2)
-        return self._attend(query, keys, values, attn_mask=torch.cat([near_mask, far_mask], -1), **options)
+        out = _attend(query, keys, values, changes, attn_mask=torch.cat([near_mask, far_mask], -1), **options)
+        return step_after_backward(out, batches) if batches and torch.is_grad_enabled() else out
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-        self.running = True
-        try:
-            return F.scaled_dot_product_attention(query, key, value, **options)
-        finally:
-            self.running = False
-
-    def append(self, store: LayerStore, key: Tensor, value: Tensor) -> None:
+    def append(self, store: LayerStore, key: Tensor, value: Tensor) -> Arrival:
         """Puts the next tokens into a cache.
 
         Args:
             store: Of this layer.
             key: ``[B, H, T, D]``.
             value: ``[B, H, T, D_v]``.
+
+        Returns:
+            What the tokens' queries need to find their own windows; ``resume`` takes it.
         """
-        store.append(key, value, self._angles())
+        angles, key, _ = self._in_halves(key, key)
+        return store.append(key, value, angles)
+
+    def resume(
+        self,
+        store: LayerStore,
+        arrival: Arrival,
+        query: Tensor,
+        attn_mask: Tensor | None = None,
+        scale: float | None = None,
+        changes: Changes | None = None,
+    ) -> Tensor:
+        """Attention of the tokens that ``append`` put into a cache, which held some before.
+
+        Args:
+            store: Of this layer.
+            arrival: What ``append`` returned.
+            query: ``[B, H_q, n, D]``, of the last of these tokens.
+            attn_mask: Over all tokens of the cache: boolean, or added to scores.
+            scale: Of scores.
+            changes: Of scores, besides.
+        """
+        return store.attend(self._in_halves(query, query)[1], scale, attn_mask, arrival, changes)
 
     def recoded_keys(self, key: Tensor) -> tuple[Tensor, Tensor]:
         """Keys after coding, and the loss; on the side of the rotary embedding that the policy names."""
-        angles = self._angles()
+        angles, key, _ = self._in_halves(key, key)
+        return self._recoded(key, angles, [])
+
+    def _recoded(self, key: Tensor, angles: Rotary | None, batches: list[Batch]) -> tuple[Tensor, Tensor]:
         if angles is None:
-            return self.keys(key)
-        coded, loss = self.keys(turn_back(key, angles))
+            coded, loss = self.keys(key, None, batches)
+            return coded, loss
+        coded, loss = self.keys(turn_back(key, angles), None, batches)
         return turn(coded, angles), loss
+
+    def _in_halves(self, query: Tensor, key: Tensor) -> tuple[Rotary | None, Tensor, Tensor]:
+        """Angles, and queries and keys in the order of channels in which a pair is one of each half."""
+        angles = self._angles()
+        if angles is None or self.turning is None:
+            return angles, query, key
+        width = angles.cos.shape[-1]
+        return angles, self.turning.in_halves(query, width), self.turning.in_halves(key, width)
 
     def _angles(self) -> Rotary | None:
         if self.policy.keys == "after":
             return None
-        if self.rotary is None and self.policy.keys == "before":
+        if self.underway.rotary is None and self.policy.keys == "before":
             raise InputError(f"{self.name} shows no rotary embedding; hold its keys after it (KVPolicy(keys='after'))")
-        return self.rotary
+        return self.underway.rotary
 
     def _check(self, key: Tensor, value: Tensor) -> None:
         for what, x, coder in (("keys", key, self.keys), ("values", value, self.values)):
@@ -149,6 +213,12 @@ class KVAttention(nn.Module):
 def attentions(model: nn.Module) -> dict[str, KVAttention]:
     """The attention on codes of a model, by the name of the module it serves."""
     return {core.name: core for core in model.modules() if isinstance(core, KVAttention)}
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, changes: Changes | None, **options: Any) -> Tensor:
+    if changes:
+        return biased_attention(query, key, value, changes, **options)
+    return _SDPA(query, key, value, **options)
 
 
 def _masks(near: Tensor, mask: Tensor | None, is_causal: bool, query: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rpqfx.errors import FormatError, InputError
 from rpqfx.kv.attention import KVAttention, attentions
-from rpqfx.kv.positions import Positions
+from rpqfx.kv.shared import SharedPositions
 from rpqfx.kv.store import LayerStore
 
 
@@ -33,13 +33,13 @@ class CodebookCache:
         self.cores = attentions(model)
         if not self.cores:
             raise InputError("this model has no attention on codes; give it some with rpqfx.quantize_kv")
-        self.positions = Positions(dtype)
+        self.positions = SharedPositions(dtype)
         self.stores: dict[str, LayerStore] = {}
         for name, core in self.cores.items():
             policy = core.policy
             self.stores[name] = LayerStore(
                 core.keys, core.values, sinks=policy.sinks, window=policy.window, chunk=policy.chunk, dtype=dtype,
-                positions=self.positions, name=name,
+                positions=self.positions.of(name), name=name,
             )  # fmt: skip
 
     @classmethod
@@ -47,14 +47,16 @@ class CodebookCache:
         """A cache of the kind that the model takes: for one of transformers, also a ``transformers.Cache``.
 
         Args:
-            model: What ``quantize_kv`` returned.
+            model: What ``quantize_kv`` returned, or what wraps it: an adapter, a module that holds it.
             dtype: Of the sinks and the window; None for what keys and values come in.
         """
         transformers = sys.modules.get("transformers")
-        if transformers is not None and isinstance(model, transformers.PreTrainedModel):
+        kinds = () if transformers is None else (transformers.PreTrainedModel,)
+        inner = next((module for module in model.modules() if isinstance(module, kinds)), None)
+        if inner is not None and attentions(inner):
             from rpqfx.kv.hf import TransformersCache
 
-            return TransformersCache(model, dtype)
+            return TransformersCache(inner, dtype)
         return cls(model, dtype)
 
     @property
@@ -64,14 +66,15 @@ class CodebookCache:
 
     @contextmanager
     def attended(self) -> Iterator[None]:
-        """While it lasts, the model's attention takes what it is called with as the next tokens of this cache."""
+        """While it lasts, this thread's calls of the model are the next tokens of this cache to its attention."""
+        before = {name: core.underway.store for name, core in self.cores.items()}
         for name, core in self.cores.items():
-            core.store = self.stores[name]
+            core.underway.store = self.stores[name]
         try:
             yield
         finally:
-            for core in self.cores.values():
-                core.store = None
+            for name, core in self.cores.items():
+                core.underway.store = before[name]
 
     def nbytes(self) -> dict[str, int]:
         """Bytes of ``codes``, ``scales``, ``window`` (with the sinks), ``positions``, and ``codebooks`` (with maps).
@@ -131,7 +134,7 @@ class CodebookCache:
         try:
             for name, store in self.stores.items():
                 store.restore(state[name])
-            self.positions.restore(state[""], "the cache")
+            self.positions.restore(state[""], [name for name, store in self.stores.items() if store.turned])
         except FormatError:
             self.reset()
             raise

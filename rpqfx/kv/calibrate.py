@@ -116,6 +116,7 @@ def fit_coders(
         if count != _POINTS[-1]:
             left = _measure(spaces, books, energy)
     codebooks = nn.Parameter(books[:, None].to(coders[0].books.dtype), coders[0].quantizer.codebooks.requires_grad)
+    used = _used(points, books) if coders[0].quantizer.decay is not None else None
     start = 0
     for coder, space in zip(coders, spaces, strict=True):
         size = space.energy.numel()
@@ -126,7 +127,7 @@ def fit_coders(
         fine = int((space.energy[:, :kept] > _FINE * space.energy[:, kept - 1 : kept]).sum(1).max())
         coder.set_transform(
             space.analysis[:, :, : kept * d], space.synthesis[:, : kept * d], space.mean,
-            own.flatten().tolist(), codebooks, fine * d,
+            own.flatten().tolist(), codebooks, fine * d, used,
         )  # fmt: skip
 
 
@@ -143,7 +144,7 @@ def share_codebooks(coders: Sequence[HeadCoder], stages: int) -> None:
     drawn = torch.randn(stages, books, entries, d, device=own.device) * deviation[:, None, None, None]
     codebooks = nn.Parameter(drawn.to(own.dtype), own.requires_grad)
     for coder in coders:
-        coder.quantizer.codebooks = codebooks
+        coder.quantizer.adopt(codebooks)
 
 
 def allocate(left: Tensor, budget: int) -> Tensor:
@@ -189,6 +190,13 @@ def _points(spaces: Sequence[Space], counts: Tensor, most: int, seed: int) -> Te
         return points
     generator = torch.Generator(points.device).manual_seed(seed)
     return points[torch.randint(len(points), (most,), generator=generator, device=points.device)]
+
+
+def _used(points: Tensor, books: Tensor) -> Tensor:
+    """``[R, 1, K]``: how many points chose each entry, at least one."""
+    codes = encode(points, books, beam=_BEAM, passes=0)
+    counts = [torch.bincount(code, minlength=books.shape[1]) for code in codes.t()]
+    return torch.stack(counts).clamp_min(1).float()[:, None]
 
 
 def _measure(spaces: Sequence[Space], books: Tensor, energy: Tensor) -> Tensor:

@@ -10,9 +10,11 @@ from torch import nn
 
 from rpqfx.errors import FormatError, RPQError
 from rpqfx.graph.attention import AttentionSite
+from rpqfx.graph.nested import without_nested_tensors
 from rpqfx.kv.attention import KVAttention
 from rpqfx.kv.headcoder import HeadCoder
 from rpqfx.kv.policy import KVPolicy
+from rpqfx.kv.rotary import HALVES, Turning
 from rpqfx.kv.wrap import CORE, kind_of, wrap
 from rpqfx.wrapped import modules_within
 
@@ -47,7 +49,8 @@ def describe_kv(model: nn.Module) -> list[dict[str, Any]]:
             continue
         found[id(module)] = {
             "names": [name], "kind": kind, "outermost": "_kv_base" in vars(type(module)),
-            "policy": core.policy.to_json(), **{side: _values(getattr(core, side)) for side in _SIDES},
+            "policy": core.policy.to_json(), "turning": None if core.turning is None else list(core.turning),
+            **{side: _values(getattr(core, side)) for side in _SIDES},
         }  # fmt: skip
     loose = next((core for core in model.modules() if isinstance(core, KVAttention) and id(core) not in wrapped), None)
     if loose is not None:
@@ -80,6 +83,7 @@ def put_back_kv(model: nn.Module, described: Sequence[Mapping[str, Any]], names:
                 core = KVAttention(KVPolicy.from_json(one["policy"]), name)
                 wrap(AttentionSite(name, module, one["kind"]), core)
             core.policy = KVPolicy.from_json(one["policy"])
+            core.turning = _turning(one)
             core.keys, core.values = (_coder(one[side]) for side in _SIDES)
         except KeyError:
             raise FormatError(
@@ -87,6 +91,13 @@ def put_back_kv(model: nn.Module, described: Sequence[Mapping[str, Any]], names:
             ) from None
         except RPQError as error:
             raise FormatError(f"{path} holds attention on codes at {name!r}, where build() made {error}") from error
+    without_nested_tensors(model, [model.get_submodule(names[one["names"][0]]) for one in described])
+
+
+def _turning(one: Mapping[str, Any]) -> Turning | None:
+    """The convention of a module's rotary embedding; that of halves in files from before there were others."""
+    said = one.get("turning", list(HALVES) if one["kind"] == "transformers" else None)
+    return None if said is None else Turning(*said)
 
 
 def _is_usual(coder: Any) -> bool:

@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from rpqfx.errors import SpecError
+from rpqfx.kv.averaged import Batch
 from rpqfx.kv.maps import Map
 from rpqfx.kv.quantizer import VectorQuantizer
 
@@ -155,6 +156,7 @@ class HeadCoder(nn.Module):
         stages: Sequence[int],
         codebooks: nn.Parameter,
         fine: int = 0,
+        counts: Tensor | None = None,
     ) -> None:
         """Takes on what calibration found.
 
@@ -165,6 +167,7 @@ class HeadCoder(nn.Module):
             stages: ``[P * G]``.
             codebooks: ``[R, 1, K, d]``, which other coders may hold as well.
             fine: Coordinates of each part, the first, whose rows of the maps have sixteen bits.
+            counts: ``[R, 1, K]``, points that chose each entry, from which moving averages go on.
         """
         assert self.mean is not None
         self._size_maps(len(stages), fine)
@@ -173,7 +176,7 @@ class HeadCoder(nn.Module):
         self.synthesis.set(synthesis)
         self.mean.copy_(mean)
         self._size_quantizer(stages)
-        self.quantizer.codebooks = codebooks
+        self.quantizer.adopt(codebooks, counts)
 
     def fit(self, x: Tensor, *, seed: int = 0) -> None:
         """Fits codebooks to vectors, the maps as they are.
@@ -237,7 +240,9 @@ class HeadCoder(nn.Module):
         """
         return self.from_code_space(self.quantizer.decode(codes.transpose(1, 2)), scale)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, batches: list[Batch] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Vectors after coding, straight through for gradients, and the quantiser's loss.
 
         What coding loses reaches the gradient of ``x`` as if nothing were lost (Bengio et al., 1308.3432).
@@ -245,9 +250,10 @@ class HeadCoder(nn.Module):
         Args:
             x: ``[B, H, T, D]``.
             mask: ``[B, T]``, true for tokens that count (others are padding), or None.
+            batches: As in ``VectorQuantizer.forward``.
         """
         y, scale = self.to_code_space(x)
-        made = self.quantizer(y, mask)
+        made = self.quantizer(y, mask, batches)
         decoded = self.from_code_space(made.values.detach(), scale)
         return decoded + (x - x.detach()), made.loss
 
@@ -277,8 +283,8 @@ class HeadCoder(nn.Module):
         """
         if [fine, *stages] == self.get_extra_state().tolist():
             return
-        shared = self.quantizer.codebooks
+        before = self.quantizer
         if self.analysis is not None:
             self._size_maps(len(stages), fine)
         self._size_quantizer(tuple(stages))
-        self.quantizer.codebooks = shared
+        self.quantizer.adopt(before.codebooks, before.ema_counts)

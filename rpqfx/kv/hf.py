@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, NamedTuple
+import inspect
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rpqfx.errors import InputError
 from rpqfx.kv.attention import KVAttention
+from rpqfx.kv.biased import Changes
 from rpqfx.kv.cache import CodebookCache
+from rpqfx.kv.pending import Pending
 from rpqfx.kv.store import LayerStore
+from rpqfx.nn.backed import READ_AS
 
 _NAME = "rpqfx_kv"
 
@@ -33,42 +38,90 @@ def route(config: Any) -> Any:
     return own
 
 
+_USUAL = ("dropout", "scaling", "is_causal", "sliding_window")
+# Arguments that change nothing here: masks say what they say, or they are of other kernels, or not of attention.
+_IDLE = frozenset({
+    "sliding_window", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "cu_seqlens", "max_seqlen",
+    "position_ids", "cache_position", "position_embeddings", "seq_idx", "token_type_ids", "mm_token_type_ids",
+    "deterministic", "use_cache", "output_hidden_states", "output_router_logits", "return_dict", "num_items_in_batch",
+    "logits_to_keep", "input_ids", "labels", "padding_mask", "is_first_iteration", "next_sequence_length",
+})  # fmt: skip
+
+
 def _attend(
+    module: nn.Module, query: Tensor, key: Any, value: Any, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """What transformers calls; see its ``sdpa_attention_forward``."""
+    core: KVAttention = module.kv_codes  # type: ignore[assignment]
+    out = _on_codes(core, module, query, key, value, attention_mask, **options).transpose(1, 2).contiguous()
+    if core.trial is not None and (theirs := _own_function(module)) is not None:
+        more = [name for name, given in options.items() if given is not None and name not in _USUAL]
+        core.trial.compare(out, theirs(module, query, key, value, attention_mask, **options)[0], more)
+    return out, None
+
+
+def _on_codes(
+    core: KVAttention,
     module: nn.Module,
     query: Tensor,
     key: Any,
     value: Any,
-    attention_mask: Tensor | None,
+    mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **options: Any,
-) -> tuple[Tensor, None]:
-    """What transformers calls; see its ``sdpa_attention_forward``."""
-    core: Any = module.kv_codes
-    if isinstance(key, Pending):
-        if key.first is None:
-            return key.store.attend(query, scaling, attention_mask).transpose(1, 2).contiguous(), None
-        key, value = key.first, value.first
+) -> Tensor:
+    """``[B, H_q, T_q, D_v]``."""
+    _check_options(core, mask, options)
+    changes = Changes(softcap, s_aux) if softcap is not None or s_aux is not None else None
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    causal = causal and attention_mask is None and query.shape[2] > 1
-    gqa = query.shape[1] != key.shape[1]
-    out = core(query, key, value, attention_mask, dropout, causal, scaling, gqa)
-    return out.transpose(1, 2).contiguous(), None
+    causal = causal and mask is None and query.shape[2] > 1 and query.shape[2] == key.shape[2]
+    if position_bias is not None:
+        mask, causal = _with_bias(position_bias, mask, causal), False
+    return core(query, key, value, mask, dropout, causal, scaling, query.shape[1] != key.shape[1], changes)
 
 
-class Pending(NamedTuple):
-    """What a layer of the cache returns in the place of keys and of values, which are never made.
+def _own_function(module: nn.Module) -> Callable[..., Any] | None:
+    """What the module would call if its configuration were the one that it came with, where that is known."""
+    implementation = module.__dict__["_kv_config"]._attn_implementation
+    forward = inspect.unwrap(getattr(type(module), READ_AS, type(module)).forward)
+    names = [name for name in forward.__code__.co_names if name.startswith("eager_attention")]
+    eager = forward.__globals__.get(names[0]) if names else None
+    return ALL_ATTENTION_FUNCTIONS.get(implementation or "eager", eager)
 
-    Args:
-        store: Of the layer.
-        shape: That they would have.
-        first: They themselves, where they are the first of all.
-    """
 
-    store: LayerStore
-    shape: torch.Size
-    first: Tensor | None
+def _with_bias(bias: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """A bias of scores and a mask in one, added to scores."""
+    if mask is None and causal:
+        mask = torch.ones(bias.shape[-2:], dtype=torch.bool, device=bias.device).tril()
+    if mask is None:
+        return bias
+    return torch.where(mask, bias, torch.finfo(bias.dtype).min) if mask.dtype == torch.bool else bias + mask
+
+
+def _check_options(core: KVAttention, mask: Any, options: dict[str, Any]) -> None:
+    """Refuses what changes attention in a way that is not computed on codes."""
+    if options.get("output_attentions"):
+        raise InputError(
+            f"{core.name}: attention weights are not made where keys are codes; call the model without "
+            "output_attentions, or skip the module with a KVRule"
+        )
+    for name, value in options.items():
+        if value is not None and value is not False and name not in _IDLE and name != "output_attentions":
+            raise InputError(
+                f"{core.name} hands {name}= to its attention, which is not computed on codes; skip it with a KVRule, "
+                "or leave the argument out of the call"
+            )
+    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 4):
+        shown = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise InputError(
+            f"{core.name}: masks are [B, heads or 1, T_q, T], got {shown}; load the model with "
+            "attn_implementation='sdpa' or 'eager'"
+        )
 
 
 class CodebookLayer(CacheLayerMixin):
@@ -100,13 +153,8 @@ class CodebookLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Takes the next tokens."""
-        first = self._store.total == 0
-        self._core.append(self._store, key_states, value_states)
-        keys, values = (
-            Pending(self._store, torch.Size((*x.shape[:2], self._store.total, x.shape[3])), x if first else None)
-            for x in (key_states, value_states)
-        )
-        return keys, values
+        store, arrival = self._store, self._core.append(self._store, key_states, value_states)
+        return Pending.of(store, arrival, key_states), Pending.of(store, arrival, value_states)
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
         """Tokens that a mask is over, and its first."""
@@ -129,24 +177,34 @@ class CodebookLayer(CacheLayerMixin):
 
 
 class TransformersCache(CodebookCache, Cache):
-    """See [`CodebookCache`][rpqfx.kv.cache.CodebookCache]; ``past_key_values`` of a model of transformers."""
+    """See [`CodebookCache`][rpqfx.kv.cache.CodebookCache]; what a model of transformers takes as its cache.
+
+    Layers that a rule skips keep their keys and values as the model's own cache does.
+    """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None = None) -> None:
         CodebookCache.__init__(self, model, dtype)
-        by_index: dict[int, CodebookLayer] = {}
-        for name, core in self.cores.items():
-            module = model.get_submodule(name)
-            by_index[getattr(module, "layer_idx", len(by_index))] = CodebookLayer(core, self.stores[name])
-        if sorted(by_index) != list(range(len(by_index))):
-            raise InputError(
-                f"layers {sorted(by_index)} hold codes and others do not; generate needs all or none: "
-                "give those that matter more bits (KVRule(bits=8)) rather than skipping them"
-            )
-        Cache.__init__(self, layers=[by_index[index] for index in sorted(by_index)])
+        coded: dict[int, CodebookLayer] = {}
+        for module in model.modules():  # not by name: the model may be within another one by now
+            core = module._modules.get("kv_codes")
+            if isinstance(core, KVAttention):
+                coded[getattr(module, "layer_idx", len(coded))] = CodebookLayer(core, self.stores[core.name])
+        plain: list[Any] = list(DynamicCache(config=model.config).layers)
+        number = max(len(plain), max(coded) + 1)
+        layers = [coded.get(i) or (plain[i] if i < len(plain) else DynamicLayer()) for i in range(number)]
+        self._plain = [layer for layer in layers if not isinstance(layer, CodebookLayer)]
+        Cache.__init__(self, layers=layers)
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether there are tokens."""
+        return self.total > 0
 
     def reset(self) -> None:
         """Forgets all tokens."""
         CodebookCache.reset(self)
+        for layer in self._plain:
+            layer.reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows in the order of the beams."""
@@ -160,7 +218,44 @@ class TransformersCache(CodebookCache, Cache):
         """Some rows."""
         self.select(indices)
 
+    def select(self, indices: Tensor) -> None:
+        """See ``CodebookCache.select``."""
+        CodebookCache.select(self, indices)
+        for layer in self._plain:
+            layer.batch_select_indices(indices)
+
+    def repeat(self, times: int) -> None:
+        """See ``CodebookCache.repeat``."""
+        CodebookCache.repeat(self, times)
+        for layer in self._plain:
+            layer.batch_repeat_interleave(times)
+
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the newest tokens; see ``CodebookCache.crop``."""
         if tokens_to_remove:
+            going = self.total - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
             CodebookCache.crop(self, tokens_to_remove)
+            for layer in self._plain if going > 0 else ():
+                layer.crop(-going)
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """See ``CodebookCache.state``.
+
+        Raises:
+            InputError: If layers are skipped, since what transformers keeps of them has no state.
+        """
+        self._all_in_codes("state")
+        return CodebookCache.state(self)
+
+    def restore(self, state: dict[str, dict[str, Tensor]]) -> None:
+        """See ``CodebookCache.restore``.
+
+        Raises:
+            InputError: If layers are skipped.
+        """
+        self._all_in_codes("restore")
+        CodebookCache.restore(self, state)
+
+    def _all_in_codes(self, what: str) -> None:
+        if self._plain:
+            raise InputError(f"{what} takes a cache whose layers are all in codes; {len(self._plain)} of them are not")

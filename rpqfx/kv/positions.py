@@ -1,4 +1,4 @@
-"""The rotary embedding of a cache's tokens, kept once for all layers that share it."""
+"""The rotary embedding of a cache's tokens."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Positions:
             left, right = part.chunk(2, -1) if part.shape[-1] % 2 == 0 else (part, part[..., :0])
             if left.shape != right.shape or not torch.equal(left, right):
                 raise InputError(f"{name}: the halves of cos and sin are expected to be the same")
-            new.append(left[:1] if bool((left == left[:1]).all()) else left)
+            new.append(_agreed(left))
         batch = max(part.shape[0] for part in new)
         if start > self.length:
             raise InputError(f"{name}: positions of {self.length} tokens are there, the next put are from {start} on")
@@ -59,6 +59,29 @@ class Positions:
         """``cos, sin``, each ``[1 or B, stop - start, R / 2]``."""
         cos, sin = (part[:, start:stop] for part in self._tensors)
         return cos, sin
+
+    def holds(self, start: int, cos: Tensor, sin: Tensor) -> bool:
+        """Whether these are kept already from a place on, as ``put`` would keep them."""
+        for kept, part in zip(self._tensors, (cos, sin), strict=False):
+            part = part if part.dim() == 3 else part[None]
+            part = _agreed(part[..., : part.shape[-1] // 2]).to(kept.dtype)
+            mine = kept[:, start : min(start + part.shape[1], self.length)]
+            if part.shape[0] not in (1, mine.shape[0]) or part.shape[1:] != mine.shape[1:]:
+                return False
+            if not torch.equal(mine, part.expand_as(mine)):
+                return False
+        return bool(self._tensors)
+
+    def agrees(self, other: Positions, length: int) -> bool:
+        """Whether another one keeps the same of the first so many tokens."""
+        pairs = zip(self._tensors, other._tensors, strict=True)
+        return all(torch.equal(own[:, :length], part[:, :length]) for own, part in pairs)
+
+    def copied(self, length: int) -> Positions:
+        """Returns one of its own with the first so many tokens."""
+        twin = Positions(self.dtype)
+        twin._tensors, twin.length = [part[:, :length].clone() for part in self._tensors], length
+        return twin
 
     def nbytes(self) -> int:
         """Bytes of what is kept."""
@@ -106,6 +129,11 @@ class Positions:
                 more[:, : part.shape[1]] = part
                 part = more
             self._tensors[i] = part
+
+
+def _agreed(part: Tensor) -> Tensor:
+    """``[1, ...]`` where all rows of the batch are the same."""
+    return part[:1] if bool((part == part[:1]).all()) else part
 
 
 def grown(length: int) -> int:

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from rpqfx.errors import InputError, SpecError
-from rpqfx.kv.averaged import Averaged
+from rpqfx.kv.averaged import Averaged, Batch, take_step
 from rpqfx.kv.checks import check_points, check_vectors, counted_tokens
 from rpqfx.kv.groups import Groups
 from rpqfx.kv.lookup import assign, decode, exact, walk
 from rpqfx.kv.losses import stage_losses
 from rpqfx.kv.start import start
+from rpqfx.kv.stepping import recomputed
 from rpqfx.spec import code_dtype
 
 
@@ -223,18 +224,20 @@ class VectorQuantizer(Averaged):
         values = self.layout.join(parts).view(*codes.shape[:-1], self.dim)
         return values if scale is None else (values * scale[..., None]).to(values.dtype)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Quantized:
+    def forward(self, x: Tensor, mask: Tensor | None = None, batches: list[Batch] | None = None) -> Quantized:
         """Vectors as their codes say, with gradients as if they were the vectors themselves.
 
         The loss adds up all stages. Of each it is the squared distance of what is left to the entry, averaged over
         tokens and groups: ``commitment`` times that, with gradients to the input alone, and where codebooks train by
         gradient once more, with gradients to the entries alone. In training mode with a ``decay``, the moving
-        averages take a step (twice, if activation checkpointing runs this twice).
+        averages take a step, at once; what activation checkpointing runs again in a backward pass takes none.
 
         Args:
             x: ``[..., dim]``, floating.
             mask: ``[...]`` bool or what expands to that, False for tokens that count neither in the loss nor in
                 averages: padding. Their values are quantised like others.
+            batches: Gets, in training mode with a ``decay``, what the averages are to take a step by, which they then
+                do not take by themselves: ``rpqfx.kv.averaged.take_step`` does.
 
         Raises:
             InputError: If x is not floating or not ``dim`` wide, or the mask does not go with it.
@@ -250,7 +253,10 @@ class VectorQuantizer(Averaged):
             values = self.layout.join(decode(codes, books.detach(), self.layout))
             values = (values if scale is None else values * scale[:, None]).view(x.shape).to(x.dtype)
             if self.training and self.decay is not None:
-                self._average(steps, counted)
+                if batches is not None:
+                    batches.append(self._batch(steps, counted))
+                elif not recomputed():
+                    take_step([self._batch(steps, counted)])
         # Not x + (values - x): that would round the values. What is added is zero, with the gradient of x.
         return Quantized(values + (x - x.detach()), self._narrow(codes, x), loss)
 

@@ -18,6 +18,7 @@ from rpqfx.errors import InputError, PolicyError, RewriteError
 from rpqfx.graph.attention import AttentionSite, find_attention
 from rpqfx.graph.capture import capture, evaluating
 from rpqfx.graph.copying import copy_model
+from rpqfx.graph.nested import without_nested_tensors
 from rpqfx.graph.pretrained import adapt_pretrained
 from rpqfx.graph.rewrite import Progress
 from rpqfx.graph.snapshot import Snapshot, small_tensors
@@ -25,6 +26,7 @@ from rpqfx.kv.attention import KVAttention, attentions
 from rpqfx.kv.calibrate import find_space, fit_coders, share_codebooks
 from rpqfx.kv.headcoder import HeadCoder
 from rpqfx.kv.policy import KVPolicy
+from rpqfx.kv.tried import tried
 from rpqfx.kv.watch import Moments, Watch
 from rpqfx.kv.wrap import unwrap, wrap
 from rpqfx.progress import shown
@@ -106,11 +108,20 @@ def commitment(model: nn.Module) -> torch.Tensor:
         model: What ``quantize_kv`` returned, or a model that holds it.
 
     Raises:
-        InputError: If no attention on codes has run in training mode.
+        InputError: If no attention on codes has run in training mode in this thread, or one ran without recording
+            gradients though they are wanted now.
     """
-    losses = [core.loss for core in attentions(model).values() if core.loss is not None]
+    ran = [core for core in attentions(model).values() if core.loss is not None]
+    losses = [core.loss for core in ran if core.loss is not None]
     if not losses:
         raise InputError("no attention on codes has run in training mode; call model.train() and run it first")
+    blind = next((core.name for core in ran if not core.underway.recorded), None)
+    if blind is not None and torch.is_grad_enabled():
+        raise InputError(
+            f"{blind} ran without recording gradients, so its loss has none; where checkpointing did that, give it "
+            "use_reentrant=False (gradient_checkpointing_kwargs of transformers), and for the number alone call "
+            "commitment under torch.no_grad()"
+        )
     return torch.stack(losses).sum()
 
 
@@ -127,9 +138,10 @@ def _rewrite(
     policies = _decide(sites, policy)
     cores = {site: KVAttention(own, site.name) for site, own in policies.items()}
     for site, core in cores.items():
-        policy = core.policy
-        core.watch = Watch(bool(policy.joint), _STEP if policy.transform else _STEP_OWN)
         wrap(site, core)
+    cores, sharing = tried(model, cores, batches)
+    for core in cores.values():
+        core.watch = Watch(bool(core.policy.joint), _STEP if core.policy.transform else _STEP_OWN)
     try:
         with evaluating(model):
             _look(model, batches, fit, seed or 0, progress)
@@ -141,19 +153,22 @@ def _rewrite(
     for site, core in cores.items():
         watch = watched[core]
         assert watch is not None
-        if watch.keys.count:
+        if watch.keys.count and core not in sharing:
             with drawn_from(None if fit else seed, core.name, [watch.keys.device or torch.device("cpu")]):
                 core.keys, core.values = _coder(core, watch.keys, keys=True), _coder(core, watch.values, keys=False)
             seen[core] = watch
-        else:
+        elif core not in sharing:
             unwrap(site)
     if not seen:
         raise RewriteError("no attention module ran on the calibration batches; skip none, or calibrate with others")
     for bits in dict.fromkeys(core.policy.bits for core in seen):
         with drawn_from(None if fit else seed, f"{bits} bits", {t.device for t in model.parameters()}):
             _fit({core: watch for core, watch in seen.items() if core.policy.bits == bits}, fit, seed or 0)
+    for core, source in sharing.items():
+        core.keys, core.values = source.keys, source.values
     for site, core in cores.items():
         core.train(site.module.training)
+    without_nested_tensors(model, [site.module for site in cores])
     adapt_pretrained(model)
 
 

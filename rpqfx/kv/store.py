@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,12 +11,28 @@ from torch import Tensor
 from rpqfx.errors import FormatError, InputError
 from rpqfx.kv import attend
 from rpqfx.kv.attend import Rope
+from rpqfx.kv.biased import Changes
 from rpqfx.kv.coder import Coder
 from rpqfx.kv.mixed import Parts, attention
 from rpqfx.kv.positions import Positions
 from rpqfx.kv.rotary import turned_back
+from rpqfx.kv.shared import LayerPositions
 from rpqfx.kv.side import Side
 from rpqfx.ops.slots import UNIT
+
+
+class Arrival(NamedTuple):
+    """What an append took in, for its own queries: each finds the last ``window`` tokens before it as they are.
+
+    Args:
+        start: Tokens that were there before.
+        encoded: Of those, in codes.
+        left: Keys ``[B, H, m, D]`` and values of the tokens that went from the window, or past it, into codes since.
+    """
+
+    start: int
+    encoded: int
+    left: tuple[Tensor, ...]
 
 
 class LayerStore:
@@ -41,7 +58,7 @@ class LayerStore:
 
     def __init__(
         self, keys: Coder, values: Coder, *, sinks: int = 4, window: int = 128, chunk: int = 32,
-        dtype: torch.dtype | None = None, positions: Positions | None = None, name: str = "cache",
+        dtype: torch.dtype | None = None, positions: Positions | LayerPositions | None = None, name: str = "cache",
     ) -> None:  # fmt: skip
         if sinks < 0 or window < 0 or chunk < UNIT or chunk % UNIT:
             raise InputError(
@@ -52,8 +69,8 @@ class LayerStore:
             raise InputError(f"{name}: the coders are of {keys.heads} heads of keys and {values.heads} of values")
         self.name, self.sinks, self.window, self.chunk, self.dtype = name, sinks, window, chunk, dtype
         self.keys, self.values = Side(keys, f"{name}, keys"), Side(values, f"{name}, values")
-        self.positions = Positions() if positions is None else positions
-        self._own_positions = positions is None
+        self._own = Positions() if positions is None else None
+        self.positions: Positions | LayerPositions = positions or self._own  # type: ignore[assignment]
         self.total = 0
         self._plain: list[Tensor] = []  # keys and values [B, H, sinks + window + chunk, D]: sinks, then the window
         self._turned: bool | None = None  # whether keys come with a rotary embedding
@@ -64,11 +81,16 @@ class LayerStore:
         return self.keys.length
 
     @property
+    def turned(self) -> bool:
+        """Whether keys came with a rotary embedding, before which they are coded."""
+        return bool(self._turned)
+
+    @property
     def _filled(self) -> int:
         return self.total - self.encoded
 
     @torch.no_grad()
-    def append(self, k: Tensor, v: Tensor, rope: Rope | None = None) -> None:
+    def append(self, k: Tensor, v: Tensor, rope: Rope | None = None) -> Arrival:
         """Takes the next tokens.
 
         Args:
@@ -76,10 +98,15 @@ class LayerStore:
             v: ``[B, H, T, D_v]``.
             rope: ``cos`` and ``sin`` of these tokens, ``[T, R]`` or ``[B, T, R]``, for keys that are coded before them.
 
+        Returns:
+            What these tokens' queries need, if each is to find its own window: ``attend`` takes it.
+
         Raises:
             InputError: If shapes, or rotary embeddings, are others than before, or if something is not finite.
         """
         self._check(k, v, rope)
+        before = self.total, self.encoded
+        left: tuple[Tensor, ...] = ()
         if rope is not None:
             self.positions.put(self.total, *rope, self.name)
         if not self._plain:
@@ -92,11 +119,19 @@ class LayerStore:
             for plain, new in zip(self._plain, (k, v), strict=True):
                 plain[:, :, self._filled : self._filled + k.shape[2]] = new
         else:
-            self._encode(due, k, v)
+            left = self._encode(due, k, v)
         self.total = total
+        return Arrival(*before, left)
 
     @torch.no_grad()
-    def attend(self, q: Tensor, scale: float | None = None, mask: Tensor | None = None) -> Tensor:
+    def attend(
+        self,
+        q: Tensor,
+        scale: float | None = None,
+        mask: Tensor | None = None,
+        arrival: Arrival | None = None,
+        changes: Changes | None = None,
+    ) -> Tensor:
         """Attention of the newest tokens to all: each sees those before it, and itself.
 
         Args:
@@ -104,6 +139,10 @@ class LayerStore:
             scale: Of the scores; None for ``1 / sqrt(D)``.
             mask: Broadcastable to ``[B, H_q, n, total]``, over all tokens in order: True where one may be seen, or
                 added to the scores.
+            arrival: What ``append`` gave for these tokens, the last that were appended: each query then sees as they
+                are those that were so when it came, as though tokens came one by one. Left out, all see what is held
+                now.
+            changes: Of the scores.
 
         Returns:
             ``[B, H_q, n, D_v]`` of the queries' dtype; zeros for a query that sees nothing.
@@ -114,21 +153,22 @@ class LayerStore:
         self._check_queries(q)
         mask = None if mask is None else self._full_mask(mask, (*q.shape[:3], self.total))
         dtype = torch.promote_types(*(attend.compute_dtype(q, side.coder) for side in (self.keys, self.values)))
-        y = attention(q.to(dtype) * (q.shape[3] ** -0.5 if scale is None else scale), self._parts(dtype), mask)
+        rows = q.to(dtype) * (q.shape[3] ** -0.5 if scale is None else scale)
+        y = attention(rows, self._parts(dtype, arrival), mask, changes, self._coded(q, arrival))
         return y.to(q.dtype)
 
     def nbytes(self) -> dict[str, int]:
         """Bytes that tokens take: ``codes``, ``scales``, ``window`` (with the sinks), ``positions`` (of its own)."""
         sides = [side.nbytes() for side in (self.keys, self.values)]
         window = sum(plain[:, :, : self._filled].numel() * plain.element_size() for plain in self._plain)
-        own = self.positions.nbytes() if self._own_positions else 0
+        own = 0 if self._own is None else self._own.nbytes()
         codes, scales = (sum(side[i] for side in sides) for i in range(2))
         return {"codes": codes, "scales": scales, "window": window, "positions": own}
 
     def allocated(self) -> int:
         """Bytes of all tensors, with the room for tokens to come, but for positions that are shared."""
         plain = sum(x.numel() * x.element_size() for x in self._plain)
-        own = self.positions.nbytes() if self._own_positions else 0
+        own = 0 if self._own is None else self._own.nbytes()
         return self.keys.allocated() + self.values.allocated() + plain + own
 
     def reset(self) -> None:
@@ -136,8 +176,8 @@ class LayerStore:
         self.total, self._plain, self._turned = 0, [], None
         for side in (self.keys, self.values):
             side.reset()
-        if self._own_positions:
-            self.positions.reset()
+        if self._own is not None:
+            self._own.reset()
 
     def reorder(self, beams: Tensor) -> None:
         """Rows of the batch in another order, some more than once: ``beams`` ``[B]``, an integer, on any device."""
@@ -170,8 +210,8 @@ class LayerStore:
                 f"codes, but {left} were asked for; a larger window lets more go"
             )
         self.total = left
-        if self._own_positions:
-            self.positions.crop(left)
+        if self._own is not None:
+            self._own.crop(left)
 
     def state(self) -> dict[str, Tensor]:
         """All that ``restore`` needs but the coders, as tensors of their own."""
@@ -179,7 +219,7 @@ class LayerStore:
         for name, plain in zip(("k", "v"), self._plain, strict=False):
             state[f"window.{name}"] = plain[:, :, : self._filled].clone()
         parts = {"keys": self.keys.state(), "values": self.values.state()}
-        parts["positions"] = self.positions.state() if self._own_positions else {}
+        parts["positions"] = {} if self._own is None else self._own.state()
         return {**state, **{f"{name}.{key}": x for name, part in parts.items() for key, x in part.items()}}
 
     def restore(self, state: dict[str, Tensor]) -> None:
@@ -200,13 +240,14 @@ class LayerStore:
 
     # ------------------------------------------------------------------------------------------------- steps
 
-    def _encode(self, due: int, k: Tensor, v: Tensor) -> None:
-        """Encodes the oldest of the window and of new tokens, and keeps the others as they are."""
+    def _encode(self, due: int, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        """Encodes the oldest of the window and of new tokens, which it returns, and keeps the others as they are."""
         joined = [
             torch.cat([plain[:, :, : self._filled], new.to(plain.dtype)], 2)
             for plain, new in zip(self._plain, (k, v), strict=True)
         ]
-        keys, values = (x[:, :, self.sinks : self.sinks + due] for x in joined)
+        going = tuple(x[:, :, self.sinks : self.sinks + due] for x in joined)
+        keys, values = going
         if self._turned:
             start = self.sinks + self.encoded
             keys = turned_back(keys, *self.positions.get(start, start + due))
@@ -217,22 +258,38 @@ class LayerStore:
         for plain, x in zip(self._plain, joined, strict=True):
             plain[:, :, : self.sinks] = x[:, :, : self.sinks]
             plain[:, :, self.sinks : left] = x[:, :, self.sinks + due :]
+        return going
 
-    def _parts(self, dtype: torch.dtype) -> Parts:
+    def _coded(self, q: Tensor, arrival: Arrival | None) -> Tensor | None:
+        """``[n]``: of the tokens in codes, how many were so when each query's token came; None where all were."""
+        if arrival is None or not arrival.left:
+            return None
+        seen = torch.arange(self.total - q.shape[2] + 1, self.total + 1, device=q.device)
+        coded = (seen - self.sinks - self.window).clamp_min(0) // self.chunk * self.chunk
+        return coded.clamp_min(self.encoded - arrival.left[0].shape[2])  # more, where tokens were taken back
+
+    def _parts(self, dtype: torch.dtype, arrival: Arrival | None = None) -> Parts:
         keys, values = (plain[:, :, : self._filled] for plain in self._plain)
         if not self.encoded:
             return Parts(keys, values, self._filled, None, None, None)
+        twice = 0
+        if arrival is not None and arrival.left:
+            twice = arrival.left[0].shape[2]
+            keys, values = (
+                torch.cat([plain[:, :, : self.sinks], left, plain[:, :, self.sinks :]], 2)
+                for plain, left in zip((keys, values), arrival.left, strict=True)
+            )
         held_keys = attend.hold(self.keys.coder, self.keys.codes(), self.keys.scale(), dtype)
         held_values = attend.hold(self.values.coder, self.values.codes(), self.values.scale(), dtype)
         turns = self.positions.get(self.sinks, self.sinks + self.encoded) if self._turned else None
-        return Parts(keys, values, self.sinks, held_keys, held_values, turns)
+        return Parts(keys, values, self.sinks, held_keys, held_values, turns, twice)
 
     def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         self._plain = [change(plain) for plain in self._plain]
         for side in (self.keys, self.values):
             side.map_rows(change)
-        if self._own_positions:
-            self.positions.map_rows(change)
+        if self._own is not None:
+            self._own.map_rows(change)
 
     def _restore(self, state: dict[str, Tensor]) -> None:
         total, encoded, turned, sinks = state["tokens"].tolist()
@@ -251,9 +308,9 @@ class LayerStore:
         self._plain = [torch.cat([x, x.new_empty(*x.shape[:2], room - x.shape[2], x.shape[3])], 2) for x in plain]
         for name, side in (("keys", self.keys), ("values", self.values)):
             side.restore(parts[name], encoded, batch)
-        if self._own_positions:
-            self.positions.restore(parts["positions"], self.name)
-            if turned and self.positions.length != total:
+        if self._own is not None:
+            self._own.restore(parts["positions"], self.name)
+            if turned and self._own.length != total:
                 raise FormatError(f"{self.name}: the positions saved are not of {total} tokens")
         self.total, self._turned = total, bool(turned) if total else None
 

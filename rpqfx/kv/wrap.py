@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from rpqfx.errors import InputError, RewriteError
 from rpqfx.graph.attention import AttentionSite
 from rpqfx.kv.attention import KVAttention
+from rpqfx.kv.conventions import turning_of
 from rpqfx.kv.rotary import Rotary
 from rpqfx.nn.attention import Attends
 from rpqfx.nn.backed import READ_AS, class_of, named_class
@@ -31,7 +32,7 @@ class _Through(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and not self._core.running:
+        if func is F.scaled_dot_product_attention:
             return self._core(*args, **kwargs)
         return func(*args, **kwargs)
 
@@ -80,25 +81,29 @@ class _Turning(_Wrapped):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """See the class this extends."""
-        with _angles(getattr(self, CORE), _found(args, kwargs)):
+        core = getattr(self, CORE)
+        with _angles(core, _found(core, args, kwargs)):
             return super().forward(*args, **kwargs)
 
 
 @contextmanager
 def _angles(core: KVAttention, rotary: Rotary | None) -> Iterator[None]:
-    core.rotary = rotary
+    underway, before = core.underway, core.underway.rotary
+    underway.rotary = rotary
     try:
         yield
     finally:
-        core.rotary = None
+        underway.rotary = before
 
 
-def _found(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rotary | None:
-    """Cosines and sines, ``[B, T, D']`` each, among a call's arguments."""
+def _found(core: KVAttention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rotary | None:
+    """Cosines and sines, ``[B, T, R]`` each, among a call's arguments, where it is known how they turn keys."""
+    if core.turning is None:
+        return None
     for value in (kwargs.get("position_embeddings"), *args):
         pair = isinstance(value, tuple) and len(value) == 2 and all(isinstance(x, Tensor) for x in value)
-        if pair and value[0].dim() == 3 and value[0].shape == value[1].shape:
-            return Rotary(*value)
+        if pair and value[0].dim() == 3 and value[0].shape == value[1].shape and not value[0].is_complex():
+            return core.turning.read(*value)
     return None
 
 
@@ -127,6 +132,7 @@ def wrap(site: AttentionSite, core: KVAttention) -> None:
 
         module.__dict__["_kv_config"] = module.config
         module.config = route(module.config)
+        core.turning = turning_of(module)
 
 
 def kind_of(module: nn.Module) -> str | None:

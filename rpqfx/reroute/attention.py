@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from rpqfx.routing.router import Choice
 _CACHES = ("past_key_values", "past_key_value", "layer_past", "cache")
 _OTHERS = ("encoder_hidden_states", "key_value_states", "context", "memory")
 _MASKS = ("mask", "bias")
+_PLAIN = (Tensor, bool, int, float, complex, str, torch.dtype, torch.device)
 
 
 class AttentionRoute(nn.Module):
@@ -91,8 +93,15 @@ class AttentionRoute(nn.Module):
 
     def _chosen(self, name: str, value: Any, x: Tensor, choice: Choice) -> Any:
         """An argument, of the chosen tokens only."""
-        if isinstance(value, tuple):
-            return tuple(self._chosen(name, each, x, choice) for each in value)
+        if isinstance(value, (tuple, list)):
+            return type(value)(self._chosen(name, each, x, choice) for each in value)
+        if isinstance(value, Mapping):
+            return {key: self._chosen(name, each, x, choice) for key, each in value.items()}
+        if value is not None and not isinstance(value, _PLAIN):
+            raise InputError(
+                f"{self.name}: it is unclear what {name}={type(value).__name__}(...) means for chosen tokens; "
+                "leave it out of the call, or skip the block with a RouteRule"
+            )
         if not isinstance(value, Tensor) or x.shape[1] not in value.shape:
             return value
         n = x.shape[1]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rpqfx.graph.leaves import own
 from rpqfx.reroute.underway import Padding
 from rpqfx.routing.causal import choose_by_the_past
+from rpqfx.routing.leading import moved, padding_in_front, places
 from rpqfx.routing.router import Choice, Router
 
 
@@ -62,14 +63,23 @@ class Chooser(nn.Module):
             A choice in the order of tokens; or, where every token is chosen, one without indices, whose scores are
             all 1 whatever the mask.
         """
-        if self._all(x.shape[1]):
+        if self._all(x.shape[1]) or not x.numel():
             return _everyone(x)
         mask = self.padding.of(x) if mask is None else mask
         if self.window is None:
             return _in_order(self.router(x, self.number, mask=mask))
-        slots = self._slots(self.window)
-        choice = choose_by_the_past(self.router, x, slots, self.window, mask, fill=True)
-        return _with_first(choice, self.window, mask)
+        if mask is None:
+            return self._by_window(x, None, self.window)
+        at = places(padding_in_front(mask), x.shape[1])  # windows count from the first token
+        choice = self._by_window(moved(x, at), moved(mask, at), self.window)
+        assert choice.indices is not None
+        return choice._replace(indices=at[:, None].gather(-1, choice.indices))
+
+    def _by_window(self, x: Tensor, mask: Tensor | None, window: int) -> Choice:
+        """As ``forward``, of a sequence without padding in front."""
+        slots = self._slots(window)
+        choice = choose_by_the_past(self.router, x, slots, window, mask, fill=True)
+        return _with_first(choice, window, mask)
 
     def _all(self, n: int) -> bool:
         """Whether all of ``n`` tokens are chosen."""

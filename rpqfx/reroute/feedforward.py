@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from einops import rearrange
 from torch import Tensor, nn
 
 from rpqfx.errors import InputError
@@ -79,4 +78,6 @@ class FeedForwardRoute(nn.Module):
         """``[B, n, d]``; ``[B, d]`` are samples of one token each."""
         if self._turned(x):
             return x.transpose(0, 1)
-        return rearrange(x, "d -> 1 1 d") if x.dim() == 1 else x.reshape(x.shape[0], -1, x.shape[-1])
+        if x.dim() < 3:
+            return x[None, None] if x.dim() == 1 else x[:, None]
+        return x.flatten(1, -2)

@@ -14,6 +14,7 @@ from rpqfx.checks import check_seed, flag
 from rpqfx.errors import InputError, PolicyError, RewriteError
 from rpqfx.graph.capture import capture
 from rpqfx.graph.copying import copy_model
+from rpqfx.graph.nested import without_nested_tensors
 from rpqfx.graph.snapshot import Snapshot
 from rpqfx.reroute.attention import AttentionRoute, TorchAttentionRoute, named
 from rpqfx.reroute.chooser import Chooser
@@ -80,6 +81,7 @@ def _route(small: nn.Module, policy: RoutePolicy, seed: int) -> nn.Module:
         made = [(block, _make(block, number, policy, padding)) for block, number in blocks]
     for block, new in made:
         _install(block, new)
+    without_nested_tensors(small, [block.last for block, _ in made])
     small.register_forward_pre_hook(_Note(padding), with_kwargs=True)
     small.register_forward_hook(_Forget(padding), always_call=True)
     if any(block.kind == "attention" for block, _ in blocks):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rpqfx.errors import SpecError
 from rpqfx.routing.branch import RoutedBranch
 from rpqfx.routing.exact import exact_offset
+from rpqfx.routing.leading import moved, moved_back, padding_in_front, places
 from rpqfx.routing.moving import put, take
 from rpqfx.routing.router import Choice, Router
 from rpqfx.routing.topk import straight_through
@@ -103,6 +104,8 @@ class RoutedAutoregressiveAttention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Both branches.
 
+        Windows begin at a sample's first token that may be seen, wherever padding puts it.
+
         Args:
             x: ``[B, n, d]``.
             mask: ``[B, n]`` bool, False for tokens that none may see and that are never chosen.
@@ -113,8 +116,16 @@ class RoutedAutoregressiveAttention(nn.Module):
         Raises:
             InputError: As ``Router.forward``.
         """
-        out, plus = self.light(x, mask), x if self.residual else None
-        past = (x.shape[1] - 1) // self.window * self.window  # whole windows that have another after them
+        light = self.light(x, mask)
+        if mask is None:
+            return self._with_heavy(light, x, None)
+        at = places(padding_in_front(mask), x.shape[1])
+        return moved_back(self._with_heavy(moved(light, at), moved(x, at), moved(mask, at)), at)
+
+    def _with_heavy(self, out: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
+        plus = x if self.residual else None
+        whole = (x.shape[1] - 1) // self.window  # windows that have another after them
+        past = whole * self.window if len(x) else 0
         if past <= 0:
             out = out if plus is None else out + plus
             return out if self.heavy.stand_in is None else out + self.heavy.stand_in.to(out.dtype)

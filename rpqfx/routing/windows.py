@@ -8,6 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from rpqfx.errors import SpecError
+from rpqfx.routing.leading import moved, moved_back, padding_in_front, places
 
 # Tokens of one call of scaled_dot_product_attention on a CPU. Gradients of the keys and values that blocks share are
 # made apart before they are added up; in segments these come from memory that is there already.
@@ -110,7 +111,21 @@ class LocalAttention(nn.Module):
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """``[B, n, d]`` to ``[B, n, d]``; the mask ``[B, n]`` is False for tokens that none may see."""
+        """``[B, n, d]`` to ``[B, n, d]``; the mask ``[B, n]`` is False for tokens that none may see.
+
+        If causal, blocks begin at a sample's first token that may be seen, wherever padding puts it.
+        """
+        if not x.numel():
+            return self.to_out(x.new_zeros(*x.shape[:2], self.to_out.in_features))
+        if self.causal and mask is not None:
+            lead = padding_in_front(mask)
+            at = places(lead, x.shape[1])
+            out = moved_back(self._attend(moved(x, at), moved(mask, at)), at)
+            alone = self.to_out(self.to_qkv(self.norm(x)).chunk(3, -1)[2])  # as what comes first sees itself
+            return torch.where((torch.arange(x.shape[1], device=x.device) < lead[:, None])[..., None], alone, out)
+        return self._attend(x, mask)
+
+    def _attend(self, x: Tensor, mask: Tensor | None) -> Tensor:
         qkv = rearrange(self.to_qkv(self.norm(x)), "b n (s h e) -> b n s h e", s=3, h=self.heads)
         out = local_attention(qkv, self.block, causal=self.causal, mask=mask)
         return self.to_out(rearrange(out, "b n h e -> b n (h e)"))
