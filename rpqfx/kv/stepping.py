@@ -18,7 +18,6 @@ def recomputed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-@torch.compiler.disable
 def step_after_backward(out: Tensor, batches: Sequence[Batch]) -> Tensor:
     """Returns a tensor through which a backward pass learns that averages are to take a step.
 
@@ -31,6 +30,10 @@ def step_after_backward(out: Tensor, batches: Sequence[Batch]) -> Tensor:
     """
     anchor = torch.zeros((), requires_grad=True)  # so that this is passed where nothing before it has a gradient
     return _Noted.apply(out, anchor, tuple(batches), _task() if recomputed() else None)
+
+
+# What torch.compiler.disable sets; to call it would import the compiler.
+step_after_backward._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 class _Task:

@@ -227,6 +227,11 @@ class RPQWeight(Loaded):
             return True
         return bool(found["_backward_hooks"] or found["_backward_pre_hooks"])
 
+    @property
+    def _alone(self) -> bool:
+        """Whether nobody wants to know of calls: no hook, and no subclass with parts of its own."""
+        return type(self).part is RPQWeight.part and not self._hooked
+
     def forward(self, ids: Tensor | None = None, *operands: Any, use: Callable[..., Tensor] | None = None) -> Tensor:
         """The tensor, or rows of it.
 
@@ -275,7 +280,7 @@ class RPQWeight(Loaded):
             InputError: If width or dtype of ``x`` do not fit.
         """
         if rows is None:
-            if self.spec.tiled and not self._hooked and not self.layout.transposed and self.layout.zero_vector is None:
+            if self.spec.tiled and self._alone and not self.layout.transposed and self.layout.zero_vector is None:
                 y = linear_at_once(x, self.tensors, bias, self._plan)
                 if y is not None:
                     return y
@@ -333,7 +338,7 @@ class RPQWeight(Loaded):
         """
         geometry = (stride, padding, dilation, groups, transposed, output_padding)
         layout = self.layout
-        if not self._hooked and not layout.transposed and layout.lead == 1 and not layout.experts:
+        if self._alone and not layout.transposed and layout.lead == 1 and not layout.experts:
             y = conv_at_once(x, self.tensors, layout.shape, bias, *geometry, self._plan)
             if y is not None:
                 return y

@@ -125,7 +125,7 @@ class RoutedAutoregressiveAttention(nn.Module):
     def _with_heavy(self, out: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
         plus = x if self.residual else None
         whole = (x.shape[1] - 1) // self.window  # windows that have another after them
-        past = whole * self.window if len(x) else 0
+        past = whole * self.window if x.shape[0] else 0
         if past <= 0:
             out = out if plus is None else out + plus
             return out if self.heavy.stand_in is None else out + self.heavy.stand_in.to(out.dtype)

@@ -21,11 +21,15 @@ KEPT = {
     "nn/backed.py: _FOREIGN": "the class made for another, so that equal modules are of one class (dict.setdefault)",
     "kv/wrap.py: _MADE": "the same of attention on codes",
     "graph/code.py: _KNOWN": "what the code of a class says, gone with the class",
+    "kv/conventions.py: _of_class": "how a class turns its keys by angles",
+    "ops/cpu/kernels.py: register": "that compilers were told of the kernels",
     "ops/cpu/build.py: ready": "whether the kernels are built",
     "ops/cpu/build.py: reason": "why they are not",
     "ops/cuda.py: _installed": "whether Triton is there",
     "ops/cuda.py: _right": "whether a device's kernels are right",
     "ops/cuda.py: _capability": "of a device",
+    # Of a backward pass, by its number, which torch makes unique; gone with the pass.
+    "kv/stepping.py: _TASKS": "the steps that a pass takes at its end",
     # What threads need of each other.
     "graph/tracer.py: ONE_AT_A_TIME": "a lock: torch's tracers keep their state in globals",
     "ops/cpu/build.py: _first_use": "a lock: one thread compiles",
