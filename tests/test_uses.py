@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import rpqfx
+from rpqfx import CodebookSpec
 from rpqfx.errors import RewriteError
 from rpqfx.nn import RPQConv2d, RPQLinear, RPQMultiheadAttention, RPQWeight
 from rpqfx.nn.part import Part
 from rpqfx.uses import Trial, Use, observe
-from tests.helpers import forms_run
+from tests.helpers import forms_run, randn
 from tests.kinds import KINDS, NAMES
 from tests.models import CASES, MLP, SMALL, Case
 
@@ -73,6 +74,20 @@ def test_every_product_of_a_model_is_noted(case: Case, training: bool) -> None:
     assert told == wanted
     assert calls or case.name in ("experts", "subclassed", "recurrent")  # which compute with the tensor
     assert {use.gradients for uses in found.values() for use in uses} <= {training}
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_products_of_codes_in_tiles_are_noted(gradients: bool) -> None:
+    class Held(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.held = RPQWeight(CodebookSpec(64, 32, 8, 16, 3, 1, tiled=True))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.held.linear(x)
+
+    [(_, uses)] = observe(Held(), (randn(0, 5, 32, dtype=torch.float32),), {}, gradients=gradients).items()
+    assert [use.product for use in uses.elements()] == ["linear"]
 
 
 def test_products_are_noted_with_what_their_time_depends_on() -> None:

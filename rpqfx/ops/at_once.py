@@ -77,6 +77,8 @@ def _open(x: Tensor, weight: Tensors, bias: Tensor | None) -> bool:
     books, codes = weight.codebooks, weight.codes
     if type(x) is not Tensor or x.dtype is not books.dtype or not kernels.take(x.dtype, codes.dtype):
         return False  # whatever is traced, mapped over samples or of another kind is of a class of its own
+    if type(books) not in (Tensor, nn.Parameter) or type(codes) is not Tensor:
+        return False  # as those that are split over processes
     if not (x.is_cpu and books.is_cpu and codes.is_cpu):
         return False
     if bias is not None and (bias.dtype is not x.dtype or type(bias) not in (Tensor, nn.Parameter)):
