@@ -126,6 +126,8 @@ class Step(nn.Module):
                     self.register_buffer(f"{name}_{number}", value, persistent=False)
 
     def forward(self, ids: Tensor, position: Tensor) -> Tensor:
+        for layer in self.cache.layers:  # where tokens go is given: a package of AOTInductor counts on wrongly itself
+            layer.cumulative_length.copy_(position[0, 0])
         made = self.model(ids, position_ids=position, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         return made.logits
 
@@ -338,10 +340,10 @@ def main() -> None:
         row = json.loads(last[0]) if run.returncode == 0 else {"failed": run.stderr.strip().splitlines()[-1][:200]}
         found.append({"kind": kind, "which": which, **row})
         print(json.dumps(found[-1]), flush=True)
-    results.write(
-        f"decode-{args.model.lower()}", " ".join(["python examples/bench/decode.py", *_shown(sys.argv[1:])]),
-        {"model": args.model, "rows": found},
-    )  # fmt: skip
+        results.write(  # what there is so far, for a run that is cut short
+            f"decode-{args.model.lower()}", " ".join(["python examples/bench/decode.py", *_shown(sys.argv[1:])]),
+            {"model": args.model, "rows": found},
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -35,20 +35,21 @@ def decoding(name: str) -> str:
     first = rows[0]["eager_s"]
     lines = []
     for row in rows:
-        compiled = f"{1 / row['compiled_s']:.1f}" if row.get("compiled_s") else "-"
-        times = min(row["eager_s"], row.get("compiled_s") or row["eager_s"])
+        compiled, packaged = (f"{1 / row[way]:.1f}" if row.get(way) else "-" for way in ("compiled_s", "packaged_s"))
+        times = min(row[way] for way in ("eager_s", "compiled_s", "packaged_s") if row.get(way))
         perplexity = f"{row['perplexity']:.2f}" if row.get("perplexity") else "-"
         grown = f"{row['grown_bytes'] / 1e6:.0f}" if row.get("grown_bytes") else "-"
         lines.append(
             f"| {row['kind']} {row['which']} | {row['file_bytes'] / 1e6:.1f} | {grown} | {perplexity} | "
-            f"{1 / row['eager_s']:.1f} | {compiled} | {first / times:.2f} | {512 / row['prompt_s']:.0f} |"
+            f"{1 / row['eager_s']:.1f} | {compiled} | {packaged} | {first / times:.2f} | {512 / row['prompt_s']:.0f} |"
         )
     head = (
-        "| | MB | process grown by, MB | perplexity | tokens/s | compiled | best over dense eager | prompt, tokens/s |"
+        "| | MB | process grown by, MB | perplexity | tokens/s | compiled | packaged | best over dense eager | "
+        "prompt, tokens/s |"
     )
     said = found["machine"]
     where = f"{said['processor']} ({said['capability']}), {said['threads']} threads, torch {said['versions']['torch']}"
-    return "\n".join([f"Measured on {where}: `{found['command']}`.", "", head, "|---" * 8 + "|", *lines]) + "\n"
+    return "\n".join([f"Measured on {where}: `{found['command']}`.", "", head, "|---" * 9 + "|", *lines]) + "\n"
 
 
 TABLES: dict[str, Callable[[], str]] = {
