@@ -54,7 +54,7 @@ class KVAttention(nn.Module):
         self.underway = Underway()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles take: nothing of calibration."""
+        """Returns the state for copies and pickles, without the observers of a calibration under way."""
         return {**self.__dict__, "watch": None, "trial": None}
 
     @property
@@ -89,7 +89,7 @@ class KVAttention(nn.Module):
             is_causal: Whether a query sees no later keys.
             scale: Of scores.
             enable_gqa: Whether several query heads share one of keys.
-            changes: Of scores, besides.
+            changes: A soft cap or sinks that the scores get besides.
 
         Raises:
             InputError: If heads are not those of the coders, or keys come from another cache than ours.
@@ -135,7 +135,7 @@ class KVAttention(nn.Module):
         """Puts the next tokens into a cache.
 
         Args:
-            store: Of this layer.
+            store: The part of the cache that belongs to this layer.
             key: ``[B, H, T, D]``.
             value: ``[B, H, T, D_v]``.
 
@@ -157,12 +157,12 @@ class KVAttention(nn.Module):
         """Attention of the tokens that ``append`` put into a cache, which held some before.
 
         Args:
-            store: Of this layer.
+            store: The part of the cache that belongs to this layer.
             arrival: What ``append`` returned.
             query: ``[B, H_q, n, D]``, of the last of these tokens.
             attn_mask: Over all tokens of the cache: boolean, or added to scores.
-            scale: Of scores.
-            changes: Of scores, besides.
+            scale: The factor of the scores; ``1 / sqrt(D)`` if left out.
+            changes: A soft cap or sinks that the scores get besides.
         """
         return store.attend(self._in_halves(query, query)[1], scale, attn_mask, arrival, changes)
 

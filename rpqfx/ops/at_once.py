@@ -12,11 +12,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from rpqfx.ops.conv_contract import ConvContract
 from rpqfx.ops.cpu import build, kernels
 from rpqfx.ops.mapped import differentiated
-from rpqfx.ops.plan import Plan, cheaper_conv
-from rpqfx.ops.products import Tensors
+from rpqfx.ops.plan import Plan
+from rpqfx.ops.products import Tensors, conv_plan
 
 
 def linear_at_once(x: Tensor, weight: Tensors, bias: Tensor | None, plan: Plan) -> Tensor | None:
@@ -57,18 +56,13 @@ def conv_at_once(
     channels = weight_shape[0] if transposed else weight_shape[1] * groups
     if not _open(x, weight, bias) or x.dim() != len(stride) + 2 or x.shape[1] != channels or not x.is_contiguous():
         return None
-    books, taps = weight.codebooks, math.prod(weight_shape[2:])
-    if weight.tiled or weight.share % taps:
+    if weight.tiled or weight.share % math.prod(weight_shape[2:]):
         return None
-    if plan != "expand" and ConvContract.fits(books.shape[3], weight_shape, groups):
-        positions = x.numel() // channels // (1 if transposed else math.prod(stride))
-        if plan == "contract":
-            return None
-        if cheaper_conv(books.shape, weight.codes.shape, positions, x.device, x.dtype) == "contract":
-            return None
+    if conv_plan(x, weight, weight_shape, stride, groups, transposed, plan) == "contract":
+        return None
     return kernels.conv(
-        x, books, weight.codes, weight.signs, weight.dim_scale, weight.scale, bias, weight_shape, stride, padding,
-        dilation, transposed, output_padding or (0,) * len(stride), groups,
+        x, weight.codebooks, weight.codes, weight.signs, weight.dim_scale, weight.scale, bias, weight_shape, stride,
+        padding, dilation, transposed, output_padding or (0,) * len(stride), groups,
     )  # fmt: skip
 
 

@@ -194,11 +194,7 @@ def conv(
     per_channel = None if dims is None else _channels(dims, weight.share, weight_shape, groups)
     before, after = (per_vector, per_channel) if transposed else (per_channel, per_vector)
     x = x if before is None else x * before
-    if not ConvContract.fits(books.shape[3], weight_shape, groups):
-        plan = "expand"
-    elif plan == "auto":
-        positions = x.numel() // channels // (1 if transposed else math.prod(stride))  # of the vectors' maps, about
-        plan = cheaper_conv(books.shape, weight.codes.shape, positions, x.device, x.dtype)
+    plan = conv_plan(x, weight, weight_shape, stride, groups, transposed, plan)
     form = (ConvContract if plan == "contract" else Conv)(
         books.shape[1], books.shape[2], weight_shape, tuple(x.shape[2:]), stride, padding, dilation, transposed,
         output_padding or (0,) * len(stride), groups,
@@ -209,6 +205,29 @@ def conv(
     if after is None:
         return y
     return _scaled(y, after, None if bias is None else bias.view(after.shape))
+
+
+def conv_plan(
+    x: Tensor, weight: Tensors, weight_shape: tuple[int, ...], stride: tuple[int, ...], groups: int, transposed: bool,
+    plan: Plan,
+) -> Plan:  # fmt: skip
+    """Returns the way that a convolution runs: ``"expand"`` where entries are not filters of whole channels.
+
+    Args:
+        x: ``[B, C, *spatial]``.
+        weight: Its tensors, codes ``[R, M, N]``.
+        weight_shape: The shape of the dense weight.
+        stride: Steps along the spatial axes.
+        groups: The number of channel groups.
+        transposed: Whether it is a transposed convolution.
+        plan: The plan that was asked for; ``"auto"`` asks the cost model.
+    """
+    if not ConvContract.fits(weight.codebooks.shape[3], weight_shape, groups):
+        return "expand"
+    if plan != "auto":
+        return plan
+    positions = x.numel() // x.shape[1] // (1 if transposed else math.prod(stride))  # of the vectors' maps, about
+    return cheaper_conv(weight.codebooks.shape, weight.codes.shape, positions, x.device, x.dtype)
 
 
 def scale_grad(x: Tensor, factor: Tensor | float) -> Tensor:

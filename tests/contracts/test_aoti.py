@@ -15,6 +15,7 @@ from rpqfx.compile_kernels import load
 from rpqfx.report import dense_bytes
 from tests.deployed import assert_close
 from tests.fresh import run_without_rpqfx
+from tests.ops.test_in_graphs import Whole
 
 # To build, not to run.
 QUICK = {"aot_inductor.compile_wrapper_opt_level": "O0", "cpp_cache_precompile_headers": False}
@@ -44,16 +45,14 @@ def test_a_package_runs_where_this_library_is_not(tmp_path: Path):
 
 @pytest.mark.slow
 def test_a_package_of_a_strict_program_calls_the_kernels_and_needs_their_library_alone(tmp_path: Path):
-    torch.manual_seed(0)
-    dense = nn.Sequential(nn.Embedding(512, 64), nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
-    model = rpqfx.rpqify(dense, Policy.pretrained(3.5))
+    model = Whole().eval()
     with torch.no_grad():
-        program = export(model, (torch.zeros(1, dtype=torch.int64),), strict=True)
+        program = export(model, (torch.zeros(3, 4, dtype=torch.int64),), strict=True)
     called = {str(node.target) for node in program.graph.nodes}
-    assert called >= {"rpqfx_cpu.tiled.default"}
+    assert called >= {f"rpqfx_cpu.{name}.default" for name in ("contract", "conv", "expand", "matmul", "tiled")}
     where = str(tmp_path / "model.pt2")
     package = torch._inductor.aoti_compile_and_package(program, package_path=where, inductor_configs=QUICK)
-    calls = [(torch.tensor([at]),) for at in (0, 200, 511)]
+    calls = [(torch.arange(12).view(3, 4) * step,) for step in (0, 1, 8)]
     [(_, outputs)] = run_without_rpqfx("aoti", {package: calls}, tmp_path, load())
     with torch.no_grad():
         assert_close(outputs, [model(*call) for call in calls])

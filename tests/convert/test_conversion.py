@@ -421,7 +421,8 @@ def test_embeddings_have_a_budget_of_their_own() -> None:
     dense = rpqfx.rpqify(model, Policy.pretrained(bits_per_weight=3, embedding_bits=None), calibration=ids(0))
     assert "tok.weight" not in held_weights(dense)
     default = rpqfx.rpqify(model, Policy.pretrained(bits_per_weight=3), calibration=ids(0))
-    assert "tok.weight" in held_weights(default)  # the policy's own share for them, 8.5 bits
+    shares = {site.name: site.bits_per_weight for site in rpqfx.report(default).rewritten}
+    assert 4 < shares["tok.weight"] <= 8.5  # the policy's own share for them
     small = rpqfx.rpqify(model, Policy.pretrained(bits_per_weight=3, embedding_bits=4), calibration=ids(0))
     sites = {site.name: site for site in rpqfx.report(small).rewritten}
     table = sites.pop("tok.weight")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rpqfx.errors import InputError, RewriteError
 from rpqfx.kv import CodebookCache, KVPolicy, KVRule, attentions, commitment, quantize_kv
+from tests.kv.parts import in_parts
 
 transformers = pytest.importorskip("transformers")
 
@@ -46,14 +47,6 @@ def ids(seed: int, batch: int = 2, length: int = 32) -> Tensor:
 def small_of(model: nn.Module, **values: Any) -> Any:
     policy = KVPolicy(**{**_POLICY, **values})
     return quantize_kv(model, policy, calibration=[ids(9, 2, 32)], fit=False, progress=False).eval()
-
-
-def in_parts(model: Any, x: Tensor, sizes: list[int]) -> Tensor:
-    cache, found, start = CodebookCache.for_model(model), [], 0
-    for size in sizes:
-        found.append(model(x[:, start : start + size], past_key_values=cache).logits)
-        start += size
-    return torch.cat(found, 1)
 
 
 _LAYERS = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}

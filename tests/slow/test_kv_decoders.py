@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from rpqfx.errors import RewriteError
-from rpqfx.kv import CodebookCache, KVPolicy, quantize_kv
+from rpqfx.kv import KVPolicy, quantize_kv
+from tests.kv.parts import in_parts
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.slow
@@ -82,14 +83,6 @@ def ids(seed: int, batch: int = 2, length: int = 40) -> Tensor:
 def small_of(model: Any, **values: Any) -> Any:
     policy = KVPolicy(sinks=2, entries=16, chunk=8, **values)
     return quantize_kv(model, policy, calibration=[ids(9, 4, 48)], fit=False, progress=False).eval()
-
-
-def in_parts(model: Any, x: Tensor, sizes: list[int]) -> Tensor:
-    cache, found, start = CodebookCache.for_model(model), [], 0
-    for size in sizes:
-        found.append(model(x[:, start : start + size], past_key_values=cache).logits)
-        start += size
-    return torch.cat(found, 1)
 
 
 @pytest.mark.parametrize("name", SERVED)
