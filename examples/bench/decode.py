@@ -119,7 +119,8 @@ class Step(nn.Module):
 
         self.model = model
         self.cache = StaticCache(config=model.config, max_cache_len=length)
-        model(tokens()[:, :BEFORE], past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        ids = tokens()[:, :BEFORE].to(next(model.parameters()).device)
+        model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         for number, layer in enumerate(self.cache.layers):  # so that an exported graph has them as its state
             for name, value in vars(layer).items():
                 if isinstance(value, Tensor):

@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from rpqfx.ops import cuda
+from rpqfx.ops.autocast import autocast_dtype
 from rpqfx.ops.cpu import build, kernels
 from rpqfx.ops.mapped import differentiated
 from rpqfx.ops.plan import Plan
@@ -27,10 +29,13 @@ def linear_at_once(x: Tensor, weight: Tensors, bias: Tensor | None, plan: Plan) 
         bias: ``[N]`` or None.
         plan: Which way it runs.
     """
-    if not _open(x, weight, bias) or x.dim() == 0 or x.shape[-1] != weight.codes.shape[1] * weight.codebooks.shape[3]:
+    if not _plain(x, weight, bias) or x.dim() == 0 or x.shape[-1] != weight.codes.shape[1] * weight.codebooks.shape[3]:
         return None  # what does not fit is refused in the library's own words
+    if not _on_cpu(x, weight) and not _on_gpu(x, weight, bias):
+        return None
+    tiled = kernels.tiled if x.is_cpu else cuda.tiled
     dims = weight.dim_scale if weight.share == 1 else weight.dims
-    return kernels.tiled(x, weight.codebooks, weight.codes, weight.tiled, bias, plan, dims, weight.scale)
+    return tiled(x, weight.codebooks, weight.codes, weight.tiled, bias, plan, dims, weight.scale)
 
 
 def conv_at_once(
@@ -54,7 +59,9 @@ def conv_at_once(
         plan: Which way it runs.
     """
     channels = weight_shape[0] if transposed else weight_shape[1] * groups
-    if not _open(x, weight, bias) or x.dim() != len(stride) + 2 or x.shape[1] != channels or not x.is_contiguous():
+    if not _plain(x, weight, bias) or x.dim() != len(stride) + 2 or x.shape[1] != channels or not x.is_contiguous():
+        return None
+    if not _on_cpu(x, weight):
         return None
     if weight.tiled or weight.share % math.prod(weight_shape[2:]):
         return None
@@ -66,17 +73,32 @@ def conv_at_once(
     )  # fmt: skip
 
 
-def _open(x: Tensor, weight: Tensors, bias: Tensor | None) -> bool:
-    """Whether kernels take these tensors, and nobody else wants to see them."""
+def _plain(x: Tensor, weight: Tensors, bias: Tensor | None) -> bool:
+    """Whether nobody else wants to see these tensors, and they are of one dtype."""
     books, codes = weight.codebooks, weight.codes
-    if type(x) is not Tensor or x.dtype is not books.dtype or not kernels.take(x.dtype, codes.dtype):
+    if type(x) is not Tensor or x.dtype is not books.dtype:
         return False  # whatever is traced, mapped over samples or of another kind is of a class of its own
     if type(books) not in (Tensor, nn.Parameter) or type(codes) is not Tensor:
         return False  # as those that are split over processes
-    if not (x.is_cpu and books.is_cpu and codes.is_cpu):
-        return False
     if bias is not None and (bias.dtype is not x.dtype or type(bias) not in (Tensor, nn.Parameter)):
         return False
-    if differentiated(x, books, weight.scale, weight.dim_scale, bias) or torch.is_autocast_enabled("cpu"):
+    if differentiated(x, books, weight.scale, weight.dim_scale, bias) or autocast_dtype(x.device) is not None:
         return False
-    return not torch.jit.is_tracing() and build.ready()  # type: ignore[attr-defined]
+    return not torch.jit.is_tracing()  # type: ignore[attr-defined]
+
+
+def _on_cpu(x: Tensor, weight: Tensors) -> bool:
+    """Whether the compiled kernels take tensors, which look for themselves where the others are."""
+    return (
+        x.is_cpu
+        and weight.codebooks.is_cpu
+        and weight.codes.is_cpu
+        and kernels.take(x.dtype, weight.codes.dtype)
+        and build.ready()
+    )
+
+
+def _on_gpu(x: Tensor, weight: Tensors, bias: Tensor | None) -> bool:
+    """Whether Triton's kernels take tensors."""
+    others = [t for t in (*weight[:5], bias) if t is not None]
+    return x.is_cuda and all(t.device == x.device for t in others) and cuda.usable(x)

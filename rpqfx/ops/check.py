@@ -16,6 +16,8 @@ from rpqfx.tiles import to_tiles
 ROWS = (1, 3, 7, 20, 70)
 CODES = {torch.uint8: 40, torch.int16: 300, torch.uint16: 300}
 DTYPES = {torch.float32: 1e-4, torch.bfloat16: 4e-2}  # and how far off a result may be
+# Stages, codebooks, sub-vectors for each, their length, vectors: odd numbers of uses, several blocks, a tile's rest.
+TILES = ((3, 1, 95, 8, 91), (5, 3, 2, 3, 64), (2, 1, 1, 16, 200))
 
 
 def against_reference(backend: Any, device: torch.device) -> None:
@@ -40,7 +42,7 @@ def against_reference(backend: Any, device: torch.device) -> None:
             _check_greedy(backend, device, generator)
         if hasattr(backend, "tiled"):
             for dtype, tolerance in ((torch.float32, 1e-3), (torch.bfloat16, 4e-2)):
-                _check_tiled(backend, dtype, tolerance, generator)
+                _check_tiled(backend, device, dtype, tolerance, generator)
         if hasattr(backend, "pick_sum"):
             for rows in (1, 7, 16):
                 for entries, width in ((40, 8), (40, 6), (300, 9)):
@@ -91,18 +93,19 @@ def _check(
     same("bin_sum", run("bin_sum", maps_of, codes, entries), maps.bin_sum(maps_of.double(), codes, entries))
 
 
-def _check_tiled(backend: Any, dtype: torch.dtype, tolerance: float, g: torch.Generator) -> None:
-    """Of codes in tiles, which some backends have: uses of odd number, several blocks of them, a tile with a rest."""
-    for stages, books, share, d, vectors in ((3, 1, 95, 8, 91), (5, 3, 2, 3, 64), (2, 1, 1, 16, 200)):
+def _check_tiled(backend: Any, device: torch.device, dtype: torch.dtype, tolerance: float, g: torch.Generator) -> None:
+    """Of codes in tiles, which some backends have."""
+    for stages, books, share, d, vectors in TILES:
         codebooks = torch.randn(stages, books, 16, d, generator=g).to(dtype)
         codes = torch.randint(16, (stages, books * share, vectors), generator=g).to(torch.uint8)
         weight = codebook.expand(codebooks.double(), codes)
         for rows in ROWS:
             x = torch.randn(rows, weight.shape[1], generator=g).to(dtype)
             for plan in ("contract", "expand"):
-                ours = backend.tiled(x, codebooks, to_tiles(codes), vectors, None, plan)
+                held = x.to(device), codebooks.to(device), to_tiles(codes).to(device)
+                ours = backend.tiled(*held, vectors, None, plan)
                 exact = x.double() @ weight.t()
-                error = (ours.double() - exact).abs().max() / exact.abs().max()
+                error = (ours.cpu().double() - exact).abs().max() / exact.abs().max()
                 if not error <= tolerance:
                     raise RPQError(f"the kernel of tiles is wrong by {float(error):.1e} in {dtype}; others are not")
 

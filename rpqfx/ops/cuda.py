@@ -19,12 +19,14 @@ from collections.abc import Iterator
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rpqfx import codebook
 from rpqfx.errors import InputError
 from rpqfx.ops import check
 from rpqfx.ops.reference import bin_sum, collect, gather_sum, lookup
+from rpqfx.tiles import MOST_ENTRIES, tiles_shape
 
 __all__ = [
     "accumulate",
@@ -38,6 +40,7 @@ __all__ = [
     "gather_sum",
     "lookup",
     "residual_search",
+    "tiled",
     "usable",
 ]
 
@@ -51,6 +54,8 @@ MOST_SEARCHED = 128
 TABLE_ELEMENTS = 2**23
 # Rows of a block of the batch at least: matrix units multiply 16 at a time.
 BLOCK_ROWS = 16
+# Rows up to which codes in tiles are multiplied through a table, and in registers: measured on an H200.
+TABLE_ROWS, REGISTER_ROWS = 8, 64
 
 
 def usable(x: Tensor) -> bool:
@@ -152,6 +157,56 @@ def bins(y: Tensor, codes: Tensor, signs: Tensor | None, books: int, entries: in
     sums = _launch().Bins(codes, signs, books, entries)
     for part in _slices(rows, codes, entries):
         yield part, sums(rows[part])
+
+
+def tiled(
+    x: Tensor, codebooks: Tensor, tiles: Tensor, vectors: int, bias: Tensor | None = None, plan: str = "auto",
+    dims: Tensor | None = None, scale: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """``(x * dims) @ W.T * scale + bias`` of codes in tiles (``rpqfx.tiles``).
+
+    Args:
+        x: ``[..., D]``, float32, float16 or bfloat16.
+        codebooks: ``[R, G, K, d]``, of ``x``'s dtype; ``K`` up to 16.
+        tiles: ``[T, M, R * 32]`` uint8.
+        vectors: ``N``.
+        bias: ``[N]`` or None.
+        plan: ``"contract"`` goes through a table of dot products; ``"expand"`` makes the matrix, in registers for few
+            rows; ``"auto"`` chooses by the number of rows.
+        dims: ``[D]`` or None.
+        scale: ``[N]`` or None.
+
+    Returns:
+        ``[..., N]`` of ``x``'s dtype.
+
+    Raises:
+        InputError: If a shape or a dtype does not fit.
+    """
+    if codebooks.dtype != x.dtype:
+        raise InputError(f"x is {x.dtype} and the codebooks are {codebooks.dtype}; convert one of them")
+    stages, books, entries, d = codebooks.shape
+    if tiles.dtype is not torch.uint8 or entries > MOST_ENTRIES or tiles.shape[1] % books:
+        raise InputError(
+            f"tiles {tuple(tiles.shape)} of {tiles.dtype} do not go with codebooks {tuple(codebooks.shape)}"
+        )
+    _check_shape("tiles", tiles, tiles_shape(stages, tiles.shape[1], vectors))
+    width = tiles.shape[1] * d
+    for name, factors, count in (("dims", dims, width), ("scale", scale, vectors), ("bias", bias, vectors)):
+        if factors is not None:
+            _check_shape(name, factors, (count,))
+    rows, codebooks, tiles = _rows("x", x, width), codebooks.contiguous(), tiles.contiguous()
+    dims, scale, bias = (t if t is None else t.contiguous() for t in (dims, scale, bias))
+    from rpqfx.ops import triton_tiles
+
+    if plan == "contract" or (plan == "auto" and len(rows) <= TABLE_ROWS):
+        y = triton_tiles.by_table(rows, codebooks, tiles, vectors, dims, scale, bias)
+    elif len(rows) <= REGISTER_ROWS:
+        y = triton_tiles.in_registers(rows, codebooks, tiles, vectors, dims, scale, bias)
+    else:
+        y = F.linear(rows if dims is None else rows * dims, triton_tiles.expanded(codebooks, tiles, vectors))
+        y = y if scale is None else y * scale
+        y = y if bias is None else y + bias
+    return y.view(*x.shape[:-1], vectors)
 
 
 def residual_search(points: Tensor, books: Tensor, cosine: bool = False) -> tuple[Tensor, Tensor]:

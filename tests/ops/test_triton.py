@@ -17,6 +17,7 @@ from rpqfx import codebook
 from rpqfx.codebook import CodebookSpec
 from rpqfx.errors import InputError
 from rpqfx.ops import cuda
+from rpqfx.tiles import tiles_shape, to_tiles
 from tests import forks
 from tests.helpers import randn, stored
 
@@ -65,7 +66,7 @@ class Compiled:
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return self.launch
 
-    def launch(self, *args: Any, enable_fp_fusion: bool, **constants: Any) -> None:
+    def launch(self, *args: Any, enable_fp_fusion: bool, num_warps: int = 4, **constants: Any) -> None:
         import triton
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
@@ -78,7 +79,8 @@ class Compiled:
                 signature[param.name] = f"*{NAMES[value.dtype]}" if isinstance(value, Tensor) else "i32"
         source = ASTSource(self.kernel, signature, constants)
         target = GPUTarget("cuda", self.capability, 32)
-        compiled = triton.compile(source, target, options={"enable_fp_fusion": enable_fp_fusion})
+        options = {"enable_fp_fusion": enable_fp_fusion, "num_warps": num_warps}
+        compiled = triton.compile(source, target, options=options)
         self.binaries.append(compiled.asm["cubin"])
 
 
@@ -130,6 +132,39 @@ def test_every_kernel_compiles_for_a_gpu(
         assert [binary[:4] for binary in kernel.binaries] == [b"\x7fELF"], name
 
 
+@needs_triton
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter has taken the compiler's place")
+@pytest.mark.parametrize(
+    ("shape", "rows", "dtype", "capability"),
+    for_gpus(
+        ((6, 1, 16, 8, 300, 200), 5, torch.bfloat16),
+        ((2, 4, 10, 3, 64, 64), 300, torch.float32),
+    ),
+)
+def test_every_kernel_of_tiles_compiles_for_a_gpu(
+    shape: tuple[int, ...], rows: int, dtype: torch.dtype, capability: int, monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    from rpqfx.ops import triton_tiles
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    names = ("table", "pick_sum", "multiply", "add_up", "expand")
+    kernels = {name: Compiled(getattr(triton_tiles, name), capability) for name in names}
+    for name, kernel in kernels.items():
+        monkeypatch.setattr(triton_tiles, name, kernel)
+    stages, books, entries, d, sub_vectors, vectors = shape
+    codebooks = torch.zeros(stages, books, entries, d, dtype=dtype)
+    tiles = torch.zeros(tiles_shape(stages, sub_vectors, vectors), dtype=torch.uint8)
+    dims, scale = torch.ones(sub_vectors * d, dtype=dtype), torch.ones(vectors, dtype=dtype)
+    x = torch.zeros(rows, sub_vectors * d, dtype=dtype)
+    for plan in ("contract", "expand"):
+        cuda.tiled(x[:20], codebooks, tiles, vectors, scale, plan, dims, scale)
+    cuda.tiled(x, codebooks, tiles, vectors)
+    triton_tiles.expanded(codebooks, tiles, vectors)
+    for name, kernel in kernels.items():
+        assert {binary[:4] for binary in kernel.binaries} == {b"\x7fELF"}, name
+
+
 # ------------------------------------------------------------------------------------------- what is refused
 
 
@@ -174,6 +209,30 @@ def test_other_dtypes_and_widths_are_refused_everywhere() -> None:
         cuda.accumulate(x, y[:, :8], *numbers)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"codebooks": torch.zeros(2, 1, 16, 3).double()}, "x is torch.float32 and the codebooks are"),
+        ({"codebooks": torch.zeros(3, 1, 16, 3)}, "tiles has the shape"),
+        ({"codebooks": torch.zeros(2, 1, 17, 3)}, "do not go with codebooks"),
+        ({"codebooks": torch.zeros(2, 3, 16, 3)}, "do not go with codebooks"),
+        ({"codebooks": torch.zeros(2, 1, 16, 2)}, "x is 12 wide"),
+        ({"tiles": torch.zeros(2, 4, 64)}, "do not go with codebooks"),
+        ({"vectors": 129}, "tiles has the shape"),
+        ({"dims": torch.ones(4)}, "dims has the shape"),
+        ({"scale": torch.ones(4)}, "scale has the shape"),
+        ({"bias": torch.ones(4)}, "bias has the shape"),
+    ],
+)
+def test_tiles_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
+    given = {
+        "codebooks": torch.zeros(2, 1, 16, 3), "tiles": torch.zeros(2, 4, 64, dtype=torch.uint8), "vectors": 100,
+        **changes,
+    }  # fmt: skip
+    with pytest.raises(InputError, match=message):
+        cuda.tiled(torch.zeros(2, 12), **given)
+
+
 def test_usable_asks_for_a_gpu_that_triton_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU tensor is not for the kernels, nor is an old GPU, nor any without Triton."""
 
@@ -197,6 +256,26 @@ def test_usable_asks_for_a_gpu_that_triton_serves(monkeypatch: pytest.MonkeyPatc
 
 
 # ---------------------------------------------------------------------------------------------- sizes of layers
+
+
+@pytest.mark.gpu
+@needs_gpu
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 16, 64, 130])
+@pytest.mark.parametrize(("d", "stages"), [(8, 6), (6, 5), (4, 4), (2, 3), (16, 6)])
+def test_sizes_of_layers_with_tiles(d: int, stages: int, rows: int, dtype: torch.dtype) -> None:
+    """At the sizes of a model's layers every way agrees with float64, and twice the same call gives the same bits."""
+    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+    spec = CodebookSpec(3000, 192 * 16, d, entries=16, stages=stages, books=1)
+    codebooks, codes = (t.cuda() for t in stored(spec, 0, dtype)[:2])
+    matrix, tiles = codebook.expand(codebooks.double(), codes), to_tiles(codes.byte())
+    x = randn(1, rows, spec.dim, dtype=dtype).cuda()
+    exact = x.double() @ matrix.t()
+    for plan in ("auto", "contract", "expand"):
+        ours = cuda.tiled(x, codebooks, tiles, spec.num_vectors, None, plan)
+        torch.testing.assert_close(ours.double(), exact, rtol=0, atol=tolerance * float(exact.abs().max()))
+        assert cuda.tiled(x, codebooks, tiles, spec.num_vectors, None, plan).equal(ours)
 
 
 @pytest.mark.gpu
@@ -230,6 +309,6 @@ def test_sizes_of_layers(spec: CodebookSpec, rows: int, dtype: torch.dtype) -> N
         (lambda: cuda.accumulate(x, y, codes, spec.books, spec.entries, signs), folded),
     ]:
         ours = run()
-        assert ours.dtype == dtype
+        assert ours.dtype == (torch.float32 if exact is folded else dtype)  # gradients come as they were summed
         torch.testing.assert_close(ours.double(), exact, rtol=0, atol=tolerance * float(exact.abs().max()))
         assert run().equal(ours)

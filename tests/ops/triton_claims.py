@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rpqfx.codebook import CodebookSpec
-from rpqfx.ops import check, cuda, triton_kernels, triton_launch
+from rpqfx.ops import check, cuda, triton_kernels, triton_launch, triton_tiles
+from rpqfx.tiles import to_tiles
 from tests.helpers import naive_expand, randn, seeds, specs, stored
 
 DEVICE = "cpu" if triton_kernels.INTERPRETED else "cuda"
@@ -111,6 +112,62 @@ def test_gradients_are_those_of_autograd_through_the_dense_matrix(
     close(both[1], grad_codebooks, torch.float32)
 
 
+@settings(max_examples=8)  # several kernels each
+@given(
+    seed=seeds, dtype=dtypes, rows=st.sampled_from([1, 2, 5, 17]), d=st.sampled_from([1, 2, 3, 6, 16]),
+    stages=st.integers(1, 5), books=st.sampled_from([1, 2]), share=st.integers(1, 9), entries=st.integers(2, 16),
+    vectors=st.sampled_from([1, 64, 100]), factors=st.booleans(), small=st.booleans(),
+)  # fmt: skip
+def test_products_with_tiles_are_the_dense_product(
+    seed: int, dtype: torch.dtype, rows: int, d: int, stages: int, books: int, share: int, entries: int, vectors: int,
+    factors: bool, small: bool,
+) -> None:  # fmt: skip
+    """All three ways, with factors of rows and columns and a bias or without, whatever the blocks."""
+    spec = CodebookSpec(vectors, d * books * share, d, entries=entries, stages=stages, books=books)
+    codebooks, codes, _, _ = stored(spec, seed, dtype)
+    tiles = to_tiles(codes.byte()).to(DEVICE)
+    dims, scale, bias = (
+        randn(seed + i, n, dtype=dtype) if factors else None for i, n in ((1, spec.dim), (2, vectors), (3, vectors))
+    )
+    x = randn(seed + 4, rows, spec.dim, dtype=dtype)
+    matrix = dense(codebooks, codes, scale, None)
+    exact = (x.double() if dims is None else x.double() * dims.double()) @ matrix.T
+    exact = exact if bias is None else exact + bias.double()
+    books_, x_, dims_, scale_, bias_ = (None if t is None else t.to(DEVICE) for t in (codebooks, x, dims, scale, bias))
+    sizes = {"UNDER_WAY": 16}
+    if small:
+        sizes = {"WARPS": 3, "PROGRAMS": 2, "COLUMNS": 2 * d, "WRITTEN_COLUMNS": d, "UNDER_WAY": 2}
+    with patch.multiple(triton_tiles, **sizes):
+        for plan, registers in (("contract", 0), ("expand", 64), ("expand", 0)):
+            with patch.object(cuda, "REGISTER_ROWS", registers):
+                ours = cuda.tiled(x_, books_, tiles, vectors, bias_, plan, dims_, scale_)
+            assert ours.shape == exact.shape and ours.dtype == dtype
+            # the matrix, the factors of the columns and the product are rounded in turn
+            error = float((ours.double().cpu() - exact).abs().max())
+            assert error <= 4 * TOLERANCE[dtype] * max(1.0, float(exact.abs().max()))
+
+
+def test_a_code_in_tiles_that_points_to_nothing_is_nan() -> None:
+    """Where a codebook has fewer than 16 entries; other vectors are as before."""
+    codebooks, codes = randn(0, 2, 1, 10, 3, dtype=torch.float32), torch.zeros(2, 4, 70, dtype=torch.uint8)
+    codes[1, 2, 69] = 12
+    x = randn(1, 3, 12, dtype=torch.float32).to(DEVICE)
+    for plan, registers in (("contract", 0), ("expand", 64), ("expand", 0)):
+        with patch.object(cuda, "REGISTER_ROWS", registers):
+            found = cuda.tiled(x, codebooks.to(DEVICE), to_tiles(codes).to(DEVICE), 70, None, plan)
+        assert found[:, 69].isnan().all() and int(found.isnan().sum()) == 3
+
+
+def test_no_rows_and_strided_rows_go_with_tiles() -> None:
+    codebooks, codes = randn(0, 2, 1, 16, 3, dtype=torch.float32), torch.zeros(2, 4, 70, dtype=torch.uint8)
+    held = codebooks.to(DEVICE), to_tiles(codes).to(DEVICE), 70
+    x = randn(1, 2, 3, 12, dtype=torch.float32).to(DEVICE)
+    for plan in ("auto", "contract", "expand"):
+        assert cuda.tiled(x[:0], *held, None, plan).shape == (0, 3, 70)
+        turned = x.transpose(0, 2).contiguous().transpose(0, 2)
+        assert cuda.tiled(turned, *held, None, plan).equal(cuda.tiled(x, *held, None, plan))
+
+
 @pytest.mark.parametrize(
     ("spec", "rows", "slices"),
     [
@@ -185,6 +242,7 @@ def test_the_check_before_the_first_use_passes_and_can_fail(monkeypatch: pytest.
     monkeypatch.setattr(check, "ROWS", (3,))  # products of any number of rows are above
     monkeypatch.setattr(check, "CODES", {torch.uint8: 9})
     monkeypatch.setattr(check, "DTYPES", {torch.float32: 1e-4})
+    monkeypatch.setattr(check, "TILES", ((2, 1, 5, 3, 70),))
     assert cuda._right.__wrapped__(device)
     right = cuda.contract
     monkeypatch.setattr(cuda, "contract", lambda *args: right(*args) * 1.2)

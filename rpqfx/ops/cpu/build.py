@@ -120,6 +120,7 @@ def _compile(command: list[str], library: Path) -> Path:
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             built = Path(folder) / library.name
             _run([*command, "-o", str(built)])
+            check_standard_library(built)
             library.with_suffix(".checked").unlink(missing_ok=True)
             cache.seal(built, library)
         _LOG.info("compiled CPU kernels into %s in %.0f s", library, time.perf_counter() - start)
@@ -175,5 +176,24 @@ def _command() -> list[str]:
     libraries = [item for path in cpp_extension.library_paths("cpu") for item in (f"-L{path}", f"-Wl,-rpath,{path}")]
     return [
         cpp_extension.get_cxx_compiler(), "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-shared", "-fopenmp",
-        "-w", *flags, *includes, str(_SOURCE), *libraries, "-ltorch_cpu", "-lc10",
+        "-w", *flags, *includes, str(_SOURCE), *standard_library(), *libraries, "-ltorch_cpu", "-lc10",
     ]  # fmt: skip
+
+
+def standard_library() -> list[str]:
+    """Returns the file of the C++ library that this process has loaded, where it has one.
+
+    A compiler that links its own into what it builds would put a second one beside it. Then an error's message is
+    written to a stream of the one with facets of the other, which ends the process.
+    """
+    loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libstdc++.so" in line}
+    return sorted(loaded)
+
+
+def check_standard_library(library: Path) -> None:
+    """Raises RPQError where a library has a C++ library of its own, and not that of the process."""
+    if standard_library() and b"libstdc++.so" not in library.read_bytes():
+        raise RPQError(
+            "the compiler links a C++ library of its own into what it builds, which does not go with the one that "
+            "torch has loaded; set CXX to the system's compiler"
+        )

@@ -147,7 +147,7 @@ def test_half_a_library_does_not_end_the_process(tmp_path: Path) -> None:
     for path in (library, library.with_suffix(".sha256"), library.with_suffix(".checked")):
         shutil.copy(path, tmp_path)
     (tmp_path / library.name).write_bytes(library.read_bytes()[: library.stat().st_size // 2])
-    done = attempt(RPQFX_CACHE=str(tmp_path), PATH="/nowhere")
+    done = attempt(RPQFX_CACHE=str(tmp_path), PATH="/nowhere", CXX="c++")
     assert done.stdout.split() == ["ready", "False"] and "no C++ compiler" in done.stderr
 
 
@@ -339,7 +339,7 @@ def test_the_compiler_is_told_the_instructions_that_torch_uses(
 @needs_kernels
 def test_a_compiled_library_is_found_again_without_a_compiler() -> None:
     """The second process neither compiles nor checks."""
-    done = attempt(PATH="/nowhere")
+    done = attempt(PATH="/nowhere", CXX="c++")
     assert done.stdout.split() == ["ready", "True"]
     assert "compil" not in done.stderr
 
