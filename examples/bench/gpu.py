@@ -173,17 +173,8 @@ def of_layer(
         yield row
 
 
-def through_memory(x: Tensor, weight: Any) -> Tensor:
-    """The product with a matrix that is made in memory."""
-    from rpqfx.ops import triton_tiles
-
-    return F.linear(x, triton_tiles.expanded(weight.codebooks, weight.codes, weight.tiled))
-
-
 def ways_of_tiles(device: Device) -> Iterator[Row]:
-    """The three ways of a product with codes in tiles, by rows: where one becomes faster than the next."""
-    from rpqfx.ops import triton_tiles
-
+    """The two ways of a product with codes in tiles, by rows: where one becomes faster than the other."""
     spec = converted_spec(64, 32, 8, 6) if device.small else converted_spec(8192, 2048, 8, 6)
     weights = [filled(spec, device, torch.bfloat16).tensors for _ in range(8)]
     for rows in (1, 2, 4, 8, 16, 64, 128, 512):
@@ -191,10 +182,10 @@ def ways_of_tiles(device: Device) -> Iterator[Row]:
             continue
         x = torch.randn(rows, spec.dim, device=device.name, dtype=torch.bfloat16)
         row: Row = {"rows": rows}
-        for way in (triton_tiles.by_table, triton_tiles.in_registers):
-            runs: list[Run] = [partial(way, x, w.codebooks, w.codes, w.tiled, w.dims, w.scale, None) for w in weights]
-            row[way.__name__] = device.graph_us(runs)
-        row["expanded"] = device.graph_us([partial(through_memory, x, w) for w in weights])
+        for way, plan in (("by_table", "contract"), ("expanded", "expand")):
+            row[way] = device.graph_us([
+                partial(cuda.tiled, x, w.codebooks, w.codes, w.tiled, None, plan) for w in weights
+            ])  # fmt: skip
         yield row
 
 
@@ -316,10 +307,10 @@ def kv(device: Device) -> Iterator[Row]:
         runs: list[Run] = [partial(F.scaled_dot_product_attention, turn, k, v, enable_gqa=True) for k, v in some]
         bytes_ = some[0][0].nbytes * 2
         yield {"attention": "dense", "dtype": str(dtype), "bytes": bytes_, **device.times(runs)}
-    calibration = [(tokens(128, 4 * heads), tokens(128, heads), tokens(128, heads)) for _ in range(2)]
+    calibration = [tuple(tokens(256, some).cpu() for some in (4 * heads, heads, heads)) for _ in range(2)]
     for bits in (4, 2):
-        policy = KVPolicy(bits=bits, window=128, keys="after")
-        small = rpqfx.quantize_kv(Attention(), policy, calibration=calibration, progress=False)
+        policy = KVPolicy(bits=bits, window=128, keys="after")  # fitted on the CPU: it is thousands of small steps
+        small = rpqfx.quantize_kv(Attention(), policy, calibration=calibration, progress=False).to(device.name)
         store, (k, v) = next(iter(CodebookCache(small).stores.values())), held[0]
         taken: list[float] = []
         while store.total < long and sum(taken) < ENCODING:

@@ -54,8 +54,8 @@ MOST_SEARCHED = 128
 TABLE_ELEMENTS = 2**23
 # Rows of a block of the batch at least: matrix units multiply 16 at a time.
 BLOCK_ROWS = 16
-# Rows up to which codes in tiles are multiplied through a table, and in registers: measured on an H200.
-TABLE_ROWS, REGISTER_ROWS = 8, 64
+# Rows up to which codes in tiles are multiplied through a table, measured on an H200; in float32, and otherwise.
+TABLE_ROWS = (32, 8)
 
 
 def usable(x: Tensor) -> bool:
@@ -171,8 +171,8 @@ def tiled(
         tiles: ``[T, M, R * 32]`` uint8.
         vectors: ``N``.
         bias: ``[N]`` or None.
-        plan: ``"contract"`` goes through a table of dot products; ``"expand"`` makes the matrix, in registers for few
-            rows; ``"auto"`` chooses by the number of rows.
+        plan: ``"contract"`` goes through a table of dot products, ``"expand"`` makes the matrix for the length of the
+            call, and ``"auto"`` chooses by the number of rows.
         dims: ``[D]`` or None.
         scale: ``[N]`` or None.
 
@@ -198,10 +198,8 @@ def tiled(
     dims, scale, bias = (t if t is None else t.contiguous() for t in (dims, scale, bias))
     from rpqfx.ops import triton_tiles
 
-    if plan == "contract" or (plan == "auto" and len(rows) <= TABLE_ROWS):
+    if plan == "contract" or (plan == "auto" and len(rows) <= TABLE_ROWS[x.dtype is not torch.float32]):
         y = triton_tiles.by_table(rows, codebooks, tiles, vectors, dims, scale, bias)
-    elif len(rows) <= REGISTER_ROWS:
-        y = triton_tiles.in_registers(rows, codebooks, tiles, vectors, dims, scale, bias)
     else:
         y = F.linear(rows if dims is None else rows * dims, triton_tiles.expanded(codebooks, tiles, vectors))
         y = y if scale is None else y * scale

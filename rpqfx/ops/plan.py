@@ -36,12 +36,13 @@ class Costs:
 
 # What examples/bench/plans.py is checked against: two cores with AVX-512, torch 2.13, 160 G multiply-adds a second in
 # float32 and 900 G in bfloat16 (AMX). With the compiled kernels an addition takes 0.025 ns, with torch's own operators
-# 0.17 ns; products of the table run as fast in bfloat16 as in float32. cuda: bfloat16 on an H200, 400 T multiply-adds a
-# second (examples/bench/gpu.py); what concerns convolutions is an estimate.
+# 0.17 ns; products of the table run as fast in bfloat16 as in float32. cuda: an H200, 400 T multiply-adds a second in
+# bfloat16 and 25 T in float32 (examples/bench/gpu.py); what concerns convolutions is an estimate.
 COSTS = {
     "cpu float32": Costs(dot=1.0, gather=5.0, output=15.0, expand=40.0, table=150.0, add=6.0),
     "cpu bfloat16": Costs(dot=5.5, gather=24.0, output=80.0, expand=150.0, table=600.0, add=30.0),
     "cpu plain": Costs(dot=1.0, gather=28.0, output=146.0, expand=150.0, table=250.0, add=8.0),
+    "cuda float32": Costs(dot=1.0, gather=28.0, output=0.0, expand=28.0, table=50.0, add=28.0),
     "cuda": Costs(dot=1.0, gather=220.0, output=0.0, expand=210.0, table=200.0, add=100.0),
 }
 
@@ -49,7 +50,7 @@ COSTS = {
 def costs_of(device: torch.device, dtype: torch.dtype) -> Costs:
     """The row of the table for what a product runs on; exported graphs run on torch's own operators."""
     if device.type != "cpu":
-        return COSTS["cuda"]
+        return COSTS["cuda float32" if dtype is torch.float32 else "cuda"]
     name = f"cpu {str(dtype).removeprefix('torch.')}"
     if name not in COSTS or torch.compiler.is_dynamo_compiling():
         return COSTS.get(name, COSTS["cpu plain"])

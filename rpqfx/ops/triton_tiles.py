@@ -1,8 +1,9 @@
 """Products on a GPU with a matrix whose codes lie in tiles (``rpqfx.tiles``), in Triton: kernels and their launches.
 
-There are three ways. With few rows, dot products of all sub-vectors with all entries are a small table, and a sum of
-its elements reads each code once. With more rows, a program makes a tile's part of the matrix in registers and
-multiplies it there. With many, the matrix is made in memory and torch multiplies. All sum in float32, without atomics.
+There are two ways. With few rows, dot products of all sub-vectors with all entries are a small table, and a sum of its
+elements reads each code once. With more, the matrix is made for the length of the call and torch multiplies. Both sum
+in float32, without atomics. A third way, a tile's part of the matrix made in registers and multiplied there, was slower
+on an H200 at every number of rows (docs/design/execution.md).
 
 Triton is imported here; ``rpqfx.ops.cuda`` imports this file when it first launches the kernels.
 """
@@ -20,15 +21,14 @@ from rpqfx.ops.triton_launch import OPTIONS, _blocks, _power
 from rpqfx.tiles import MOST_ENTRIES, TILE
 
 HALF = TILE // 2
-# Rows of a table's block, and of a block that is multiplied: as many as a matrix instruction takes, or as registers.
-TABLE_ROWS, LEAST_ROWS, MOST_ROWS = 4, 16, 64
-# Columns of the matrix that a program makes at a time to multiply them, and to write them.
-COLUMNS, WRITTEN_COLUMNS = 64, 32
+# Rows of a table's block.
+TABLE_ROWS = 4
+# Columns of the matrix that a program makes.
+COLUMNS = 32
 # Uses whose codes a program has under way at a time.
 UNDER_WAY = 16
-# Programs that keep a large GPU busy, where one is a warp and where it is several. Constants, so that results do not
-# depend on the size of the GPU. All these numbers were chosen on an H200.
-WARPS, PROGRAMS = 2048, 1024
+# Programs of one warp that keep a large GPU busy; a constant, so that results do not depend on the size of the GPU.
+WARPS = 2048
 
 
 @triton.jit
@@ -118,48 +118,6 @@ def made(
 
 
 @triton.jit
-def multiply(
-    parts: tl.tensor, x: tl.tensor, padded: tl.tensor, tiles: tl.tensor, dims: tl.tensor, rows: tl.tensor,
-    sub_vectors: tl.tensor, books: tl.tensor, num_vectors: tl.tensor, share: tl.tensor,
-    stages: tl.constexpr, d: tl.constexpr, ENTRIES: tl.constexpr, HALF: tl.constexpr, WIDEN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_B: tl.constexpr,
-) -> None:  # fmt: skip
-    """``parts[s, b, n]``: rows times the vectors of a tile, over the sub-vectors of split ``s``."""
-    tile = tl.program_id(0)
-    b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
-    start = tl.program_id(2) * share
-    stop = tl.minimum(start + share, sub_vectors)
-    i, j = tl.arange(0, HALF), tl.arange(0, BLOCK_D)
-    low = tl.zeros((BLOCK_B, HALF), tl.float32)
-    high = tl.zeros((BLOCK_B, HALF), tl.float32)
-    codes = tiles + tile.to(tl.int64) * sub_vectors * (stages * HALF)
-    row = x + b.to(tl.int64)[:, None, None] * (sub_vectors * d)
-    for first in tl.range(start, stop, BLOCK_M, num_stages=1):  # a pipeline would copy what is read into shared memory
-        m = first + tl.arange(0, BLOCK_M)
-        here = m < stop
-        column = m[:, None] * d + j[None, :]
-        inside = here[:, None] & (j < d)[None, :]
-        part = tl.load(row + column[None, :, :], mask=(b < rows)[:, None, None] & inside[None, :, :], other=0.0)
-        if dims is not None:
-            factor = tl.load(dims + column, mask=inside, other=0.0).to(tl.float32)
-            part = (part.to(tl.float32) * factor[None, :, :]).to(part.dtype)
-        left, right = made(
-            codes, padded, m, here, i, sub_vectors // books, books, stages, ENTRIES, HALF, BLOCK_M, BLOCK_D
-        )
-        part = tl.reshape(part, (BLOCK_B, BLOCK_M * BLOCK_D))
-        left = tl.reshape(tl.permute(left.to(part.dtype), (0, 2, 1)), (BLOCK_M * BLOCK_D, HALF))
-        right = tl.reshape(tl.permute(right.to(part.dtype), (0, 2, 1)), (BLOCK_M * BLOCK_D, HALF))
-        if WIDEN:  # the interpreter multiplies the bit patterns of bfloat16
-            part, left, right = part.to(tl.float32), left.to(tl.float32), right.to(tl.float32)
-        low = tl.dot(part, left, low, input_precision="ieee")
-        high = tl.dot(part, right, high, input_precision="ieee")
-    n = tile * (2 * HALF) + i
-    to = parts + (tl.program_id(2) * rows + b).to(tl.int64)[:, None] * num_vectors + n[None, :]
-    tl.store(to, low, mask=(b < rows)[:, None] & (n < num_vectors)[None, :])
-    tl.store(to + HALF, high, mask=(b < rows)[:, None] & (n + HALF < num_vectors)[None, :])
-
-
-@triton.jit
 def add_up(
     y: tl.tensor, parts: tl.tensor, scale: tl.tensor, bias: tl.tensor, splits: tl.tensor, rows: tl.tensor,
     num_vectors: tl.tensor, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -210,7 +168,7 @@ def by_table(
     (count, sub_vectors, _), rows = tiles.shape, x.shape[0]
     uses, block_b = sub_vectors * stages, _power(rows, 1, TABLE_ROWS)
     blocks = _blocks(rows, block_b)
-    splits, share = _splits(WARPS, count * blocks, uses, UNDER_WAY)
+    splits, share = _splits(count * blocks, uses)
     padded = splits * share
     dots = x.new_empty(blocks, padded, MOST_ENTRIES, block_b, dtype=torch.float32)
     parts = x.new_empty(splits, rows, num_vectors, dtype=torch.float32)
@@ -227,33 +185,13 @@ def by_table(
     return _added_up(parts, x.dtype, scale, bias)
 
 
-def in_registers(
-    x: Tensor, codebooks: Tensor, tiles: Tensor, num_vectors: int, dims: Tensor | None, scale: Tensor | None,
-    bias: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """The same, with parts of the matrix made where they are multiplied."""
-    stages, books, _, d = codebooks.shape
-    (count, sub_vectors, _), rows = tiles.shape, x.shape[0]
-    padded = _padded(codebooks)
-    block_b, block_m = LEAST_ROWS if rows <= LEAST_ROWS else MOST_ROWS, max(1, COLUMNS // padded.shape[3])
-    splits, share = _splits(PROGRAMS, count * _blocks(rows, block_b), sub_vectors, block_m)
-    parts = x.new_empty(splits, rows, num_vectors, dtype=torch.float32)
-    with torch.cuda.device_of(x):
-        multiply[(count, _blocks(rows, block_b), splits)](
-            parts, x, padded, tiles, dims, rows, sub_vectors, books, num_vectors, share, stages, d,
-            ENTRIES=MOST_ENTRIES, HALF=HALF, WIDEN=triton_launch.kernels.INTERPRETED and x.dtype is torch.bfloat16,
-            BLOCK_M=block_m, BLOCK_D=padded.shape[3], BLOCK_B=block_b, **OPTIONS,
-        )  # fmt: skip
-    return _added_up(parts, x.dtype, scale, bias)
-
-
 def expanded(codebooks: Tensor, tiles: Tensor, num_vectors: int) -> Tensor:
     """The matrix ``[N, D]``."""
     stages, books, _, d = codebooks.shape
     count, sub_vectors, _ = tiles.shape
     padded = _padded(codebooks)
     out = codebooks.new_empty(num_vectors, sub_vectors * d)
-    block_m = max(1, WRITTEN_COLUMNS // padded.shape[3])
+    block_m = max(1, COLUMNS // padded.shape[3])
     with torch.cuda.device_of(out):
         expand[(count, _blocks(sub_vectors, block_m))](
             out, padded, tiles, sub_vectors, books, num_vectors, stages, d,
@@ -269,11 +207,11 @@ def _padded(codebooks: Tensor) -> Tensor:
     return F.pad(whole, (0, _power(d, 1, d * 2) - d)).contiguous()
 
 
-def _splits(most: int, programs: int, work: int, step: int) -> tuple[int, int]:
-    """How many programs share the sum for one result, and what each of them adds up, in whole steps."""
-    splits = max(1, most // max(1, programs))
-    share = _blocks(_blocks(work, splits), step) * step
-    return _blocks(work, share), share
+def _splits(programs: int, uses: int) -> tuple[int, int]:
+    """How many programs share the sum for one result, and the uses that each of them adds up."""
+    splits = max(1, WARPS // max(1, programs))
+    share = _blocks(_blocks(uses, splits), UNDER_WAY) * UNDER_WAY
+    return _blocks(uses, share), share
 
 
 def _added_up(parts: Tensor, dtype: torch.dtype, scale: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -122,7 +122,7 @@ def test_products_with_tiles_are_the_dense_product(
     seed: int, dtype: torch.dtype, rows: int, d: int, stages: int, books: int, share: int, entries: int, vectors: int,
     factors: bool, small: bool,
 ) -> None:  # fmt: skip
-    """All three ways, with factors of rows and columns and a bias or without, whatever the blocks."""
+    """Both ways, with factors of rows and columns and a bias or without, whatever the blocks."""
     spec = CodebookSpec(vectors, d * books * share, d, entries=entries, stages=stages, books=books)
     codebooks, codes, _, _ = stored(spec, seed, dtype)
     tiles = to_tiles(codes.byte()).to(DEVICE)
@@ -134,13 +134,10 @@ def test_products_with_tiles_are_the_dense_product(
     exact = (x.double() if dims is None else x.double() * dims.double()) @ matrix.T
     exact = exact if bias is None else exact + bias.double()
     books_, x_, dims_, scale_, bias_ = (None if t is None else t.to(DEVICE) for t in (codebooks, x, dims, scale, bias))
-    sizes = {"UNDER_WAY": 16}
-    if small:
-        sizes = {"WARPS": 3, "PROGRAMS": 2, "COLUMNS": 2 * d, "WRITTEN_COLUMNS": d, "UNDER_WAY": 2}
+    sizes = {"WARPS": 3, "COLUMNS": d, "UNDER_WAY": 2} if small else {"UNDER_WAY": 16}
     with patch.multiple(triton_tiles, **sizes):
-        for plan, registers in (("contract", 0), ("expand", 64), ("expand", 0)):
-            with patch.object(cuda, "REGISTER_ROWS", registers):
-                ours = cuda.tiled(x_, books_, tiles, vectors, bias_, plan, dims_, scale_)
+        for plan in ("contract", "expand"):
+            ours = cuda.tiled(x_, books_, tiles, vectors, bias_, plan, dims_, scale_)
             assert ours.shape == exact.shape and ours.dtype == dtype
             # the matrix, the factors of the columns and the product are rounded in turn
             error = float((ours.double().cpu() - exact).abs().max())
@@ -152,9 +149,8 @@ def test_a_code_in_tiles_that_points_to_nothing_is_nan() -> None:
     codebooks, codes = randn(0, 2, 1, 10, 3, dtype=torch.float32), torch.zeros(2, 4, 70, dtype=torch.uint8)
     codes[1, 2, 69] = 12
     x = randn(1, 3, 12, dtype=torch.float32).to(DEVICE)
-    for plan, registers in (("contract", 0), ("expand", 64), ("expand", 0)):
-        with patch.object(cuda, "REGISTER_ROWS", registers):
-            found = cuda.tiled(x, codebooks.to(DEVICE), to_tiles(codes).to(DEVICE), 70, None, plan)
+    for plan in ("contract", "expand"):
+        found = cuda.tiled(x, codebooks.to(DEVICE), to_tiles(codes).to(DEVICE), 70, None, plan)
         assert found[:, 69].isnan().all() and int(found.isnan().sum()) == 3
 
 
