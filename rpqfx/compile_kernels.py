@@ -1,6 +1,6 @@
 """Compiles the CPU kernels before they are first used: ``python -m rpqfx.compile_kernels``.
 
-The first product on a CPU compiles them otherwise, which takes about a minute. In the image of a container, or before
+The first product on a CPU compiles them otherwise, which takes up to a minute. In the image of a container, or before
 jobs of many processes, that is better done once, beforehand.
 """
 

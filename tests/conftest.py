@@ -41,7 +41,12 @@ NUMERICAL = (
     "test_suite.py",
     "test_tiles.py",
 )
-_OTHERS = ("ops/cpu/test_build.py", "ops/test_triton.py", "ops/test_triton_search.py")  # a compiler's, and a GPU's
+_OTHERS = (  # a compiler's, and a GPU's
+    "ops/cpu/test_build.py",
+    "ops/cpu/test_compiler.py",
+    "ops/test_triton.py",
+    "ops/test_triton_search.py",
+)
 
 
 def is_numerical(path: Path) -> bool:
@@ -56,10 +61,24 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if only and collection_path.match("test_*.py") and not is_numerical(collection_path) else None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks the numerical tests; and those with the marker "few" as slow ones in a run of these, with all examples.
+
+    Settings are a function's, which several items share: they are made once for each.
+    """
+    markers, few = config.getoption("markexpr"), dict[Any, int]()
     for item in items:
         if is_numerical(item.path) and not item.get_closest_marker("traced"):
             item.add_marker(pytest.mark.numerical)
+        marker = item.get_closest_marker("few")
+        if marker is None:
+            continue
+        if "slow" in markers and "not slow" not in markers:
+            item.add_marker(pytest.mark.slow)
+        elif settings.get_current_profile_name() != "thorough":
+            few[item.function] = marker.args[0]  # type: ignore[attr-defined]
+    for function, count in few.items():
+        settings(max_examples=count)(function)
 
 
 def pytest_collection_finish() -> None:

@@ -11,10 +11,20 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from packaging.requirements import Requirement
 
 from rpqfx.ops.cpu import build
-from tests.conftest import HERE, NUMERICAL, LeftOut, is_numerical, left_out, pytest_ignore_collect
+from tests.conftest import (
+    HERE,
+    NUMERICAL,
+    LeftOut,
+    is_numerical,
+    left_out,
+    pytest_collection_modifyitems,
+    pytest_ignore_collect,
+)
 
 ROOT = HERE.parent
 PINS = ROOT / ".ci" / "constraints.txt"
@@ -51,6 +61,46 @@ def test_every_tool_that_ci_uses_is_pinned_to_a_version_that_the_project_allows(
 def test_names_in_the_constraints_are_normal() -> None:
     """.ci/run compares them as text with what pip has installed."""
     assert [name for name in pins() if name != normal(name)] == []
+
+
+@pytest.mark.parametrize(
+    ("markers", "profile", "count", "slow"),
+    [
+        ("not slow and not gpu", "default", 7, False),
+        ("numerical and not slow and not gpu", "default", 7, False),
+        ("", "default", 7, False),
+        ("not slow and not gpu", "thorough", 500, False),
+        ("slow", "default", 100, True),
+        ("slow and numerical", "thorough", 500, True),
+    ],
+)
+def test_claims_with_few_examples_draw_all_of_them_as_slow_tests(
+    markers: str, profile: str, count: int, slow: bool
+) -> None:
+    """The function of two items, as of two parameters, whose settings cannot be made twice."""
+    drawn: list[int] = []
+    added: list[str] = []
+    before = settings.get_current_profile_name()
+    settings.load_profile(profile)
+    try:
+
+        @given(st.integers())
+        def claim(value: int) -> None:
+            drawn.append(value)
+
+        few = {"few": pytest.mark.few(7).mark}
+        item = SimpleNamespace(
+            path=HERE / "nn" / "test_conv.py",
+            function=claim,
+            get_closest_marker=few.get,
+            add_marker=lambda marker: added.append(marker.name),
+        )
+        config = SimpleNamespace(getoption=lambda name: markers)
+        pytest_collection_modifyitems(config, [item, item])  # type: ignore[arg-type, list-item]
+        claim()
+    finally:
+        settings.load_profile(before)
+    assert len(drawn) == count and added == ["slow"] * 2 * slow
 
 
 def test_numerical_tests_are_those_of_the_list() -> None:

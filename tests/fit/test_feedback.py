@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -67,7 +67,7 @@ def test_feedback_comes_nearer_to_what_inputs_see(d: int) -> None:
     assert nearer == 30 and sum(ratios) / 30 < 0.6
 
 
-@settings(max_examples=25)
+@pytest.mark.few(25)
 @given(seeds, st.sampled_from([40, 128, 136, 260]))
 def test_columns_are_corrected_across_blocks(seed: int, dim: int) -> None:
     """The same as one column after the other, with every correction applied at once."""

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rpqfx.codebook import CodebookSpec, expand
@@ -32,7 +32,7 @@ def test_the_tensors_are_those_of_the_spec(spec: CodebookSpec, seed: int, dtype:
     assert expand(*fit).isfinite().all()
 
 
-@settings(max_examples=40)
+@pytest.mark.few(40)
 @given(specs(scale=False), seeds)
 def test_more_stages_never_fit_worse(spec: CodebookSpec, seed: int) -> None:
     matrix = randn(seed, spec.num_vectors, spec.dim)
@@ -124,7 +124,7 @@ def test_beams_and_refits_never_fit_worse_than_stages_as_they_start(spec: Codebo
     assert errors[1] <= errors[0] * (1 + 1e-9) + 1e-9
 
 
-@settings(max_examples=40)  # each fits four times
+@pytest.mark.few(40)  # each fits four times
 @given(specs(signs=False, scale=False), seeds)
 def test_weights_broadcast_and_count_by_the_mean_of_a_sub_vector(spec: CodebookSpec, seed: int) -> None:
     matrix = randn(seed, spec.num_vectors, spec.dim)

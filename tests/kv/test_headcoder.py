@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -68,7 +68,7 @@ def test_the_result_is_what_codes_stand_for_and_gradients_pass_straight(seed: in
     assert coder.quantizer.codebooks.grad is not None
 
 
-@settings(max_examples=25)
+@pytest.mark.few(25)
 @given(st.integers(0, 2**31))
 def test_a_state_makes_any_coder_the_same(seed: int) -> None:
     coder, other, x = random_coder(seed), HeadCoder(3, 8, sub_vector=4, entries=6, stages=2), vectors(seed)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 
 from rpqfx.errors import InputError
 from rpqfx.fit import train
@@ -22,7 +22,7 @@ def error(quantizer: VectorQuantizer, x: torch.Tensor) -> float:
     return float((quantizer.decode(*quantizer.encode(x)).detach() - x).square().mean())
 
 
-@settings(max_examples=25)
+@pytest.mark.few(25)
 @given(arguments(dtype=torch.float64), seeds)
 def test_each_group_is_served_by_its_own_stages(given: dict[str, Any], seed: int) -> None:
     """The start is no worse than zeros, codebooks that no group uses are zero, and it is the same again."""

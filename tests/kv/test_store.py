@@ -225,7 +225,7 @@ def test_a_decode_step_makes_nothing_of_the_size_of_the_cache(dtype: torch.dtype
 
 
 @given(seeds, st.integers(2, 700), st.integers(20, 300))
-@settings(max_examples=15)
+@pytest.mark.few(15)
 def test_bytes_are_those_of_true_widths(seed: int, entries: int, total: int) -> None:
     """11 bits take 11 bits; room for more is an eighth and a little."""
     keys, values = plain_coder(seed, [3, 1], 4, 2, entries), plain_coder(seed, [2, 2], 4, 2, 2048, scaled=False)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -25,7 +25,7 @@ def some_mask(data: st.DataObject, seed: int, *shape: int) -> Tensor:
     return randn(seed, *shape).masked_fill(hidden, float("-inf"))
 
 
-@settings(max_examples=50)
+@pytest.mark.few(50)
 @given(st.data(), seeds, st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(1, 4))
 def test_equals_the_dense_layer(
     data: st.DataObject, seed: int, heads: int, head_dim: int, length: int, source: int

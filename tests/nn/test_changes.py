@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -41,7 +41,7 @@ def nearest_by_hand(weight: RPQWeight, row: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-@settings(max_examples=50)
+@pytest.mark.few(50)
 @given(spec=specs(dim_scale=True), rows=st.integers(1, 30), seed=SEEDS)
 def test_rows_that_stay_keep_their_codes_and_new_ones_are_the_nearest(spec: CodebookSpec, rows: int, seed: int):
     weight = held(spec, seed)

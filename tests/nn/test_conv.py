@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -56,7 +56,7 @@ def assert_contracts_to_the_dense_layer(layer: nn.Module, dense: nn.Module, x: T
 
 
 @pytest.mark.parametrize("spatial", [1, 2, 3])
-@settings(max_examples=40)  # each of two layers, forward and backward
+@pytest.mark.few(40)  # each of two layers, forward and backward
 @given(data=st.data(), seed=seeds, batch=st.sampled_from([(), (1,), (2,)]))
 def test_equals_the_dense_layer(spatial: int, data: st.DataObject, seed: int, batch: tuple[int, ...]) -> None:
     """Same outputs and gradients: groups, dilation, stride, all padding modes, named padding, no batch."""
@@ -83,7 +83,7 @@ def test_equals_the_dense_layer(spatial: int, data: st.DataObject, seed: int, ba
 
 
 @pytest.mark.parametrize("spatial", [1, 2, 3])
-@settings(max_examples=40)
+@pytest.mark.few(40)
 @given(data=st.data(), seed=seeds, batch=st.sampled_from([(), (1,), (2,)]), ask_size=st.booleans())
 def test_transposed_equals_the_dense_layer(
     spatial: int, data: st.DataObject, seed: int, batch: tuple[int, ...], ask_size: bool

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -102,7 +102,7 @@ def test_experts_one_by_one_and_some_of_them(weight: RPQWeight, data: st.DataObj
     assert_equal_with_gradients(weight, weight.part().take(ids).dense(), tensor_of(weight)[ids])
 
 
-@settings(max_examples=50)
+@pytest.mark.few(50)
 @given(held(expert_layouts()), st.integers(1, 3), seeds)
 def test_products_with_one_expert(weight: RPQWeight, rows: int, seed: int) -> None:
     tensor, (experts, a, b) = tensor_of(weight), weight.layout.shape

@@ -137,8 +137,9 @@ def excess(backend: Any, dtype: torch.dtype, spec: CodebookSpec, seed: int, oper
 
 @each_of(PAIRS)
 @pytest.mark.parametrize("operation", (*BOUNDS.OPERATIONS, "collect"))
-def test_errors_are_within_their_bounds(backend: Any, dtype: torch.dtype, operation: str) -> None:
-    @settings(max_examples=20 if dtype is torch.float64 else 50)  # rational numbers take long
+@pytest.mark.parametrize("most", [None, pytest.param(100, marks=pytest.mark.slow)], ids=["some", "many"])
+def test_errors_are_within_their_bounds(backend: Any, dtype: torch.dtype, operation: str, most: int | None) -> None:
+    @settings(max_examples=most or (20 if dtype is torch.float64 else 50))  # rational numbers take long
     @given(specs(), seeds)
     def check(spec: CodebookSpec, seed: int) -> None:
         assert excess(backend, dtype, spec, seed, operation) <= 1

@@ -10,8 +10,8 @@
 
 namespace rpqfx {
 
-constexpr int64_t SMALL_BOOK = 64;  // entries up to which all scores of a stage are made before the best are taken
-constexpr int64_t BLOCKS = 4;  // of centres whose lowest scores are compared with the worst of the beam at once
+inline constexpr int64_t SMALL_BOOK = 64;  // entries up to which all scores of a stage are made before the best are taken
+inline constexpr int64_t BLOCKS = 4;  // of centres whose lowest scores are compared with the worst of the beam at once
 
 // A partial sum that a stage may keep; of sums with the same score, the one of the first parent and the first code.
 struct Step {
@@ -108,14 +108,11 @@ inline int32_t bound_of(const int32_t* keys, int64_t count, int64_t most) {
   return static_cast<int32_t>(high);
 }
 
-// As extend for every parent, where codebooks are small: all scores first, then a search for the worst that stays. The
-// same steps, but without a comparison for each that is in the beam.
+// The scores of every parent's sums with each entry, blocks * LANES for each parent.
 template <int64_t D>
-void extend_all(int64_t parents, const Centres& centres, Paths& paths) {
-  const int64_t d = D ? D : centres.d, size = (d + 1) * LANES, entries = centres.count;
-  const int64_t width = centres.blocks * LANES, count = parents * width;
-  paths.scores.resize(count);
-  paths.keys.resize(count);
+void score_all(int64_t parents, const Centres& centres, Paths& paths) {
+  const int64_t d = D ? D : centres.d, size = (d + 1) * LANES, width = centres.blocks * LANES;
+  paths.scores.resize(parents * width);
   for (int64_t parent = 0; parent < parents; ++parent) {
     float error = 0;
     float* turned = paths.turned.data();
@@ -131,6 +128,13 @@ void extend_all(int64_t parents, const Centres& centres, Paths& paths) {
       __builtin_memcpy(&paths.scores[parent * width + b * LANES], &score, sizeof(score));
     }
   }
+}
+
+// As extend for every parent, where codebooks are small: all scores first, then a search for the worst that stays. The
+// same steps, but without a comparison for each that is in the beam.
+inline void keep_best(int64_t parents, const Centres& centres, Paths& paths) {
+  const int64_t entries = centres.count, width = centres.blocks * LANES, count = parents * width;
+  paths.keys.resize(count);
   for (int64_t i = 0; i < count; ++i) paths.keys[i] = key_of(paths.scores[i]);
   for (int64_t parent = 0; parent < parents; ++parent)  // lanes behind the last entry
     for (int64_t k = entries; k < width; ++k) paths.keys[parent * width + k] = std::numeric_limits<int32_t>::max();
@@ -163,7 +167,10 @@ void beam_of(const float* point, const std::vector<Centres>& stages, int64_t mos
     beam.count = beam.worst = 0;
     beam.most = r + 1 < count ? most : 1;
     const bool small = centres.blocks * LANES <= SMALL_BOOK;
-    if (small) extend_all<D>(parents, centres, paths);
+    if (small) {
+      score_all<D>(parents, centres, paths);
+      keep_best(parents, centres, paths);
+    }
     for (int64_t parent = 0; parent < parents && !small; ++parent) {
       float error = 0;
       for (int64_t i = 0; i < d; ++i) {
@@ -210,13 +217,13 @@ inline std::tuple<Tensor, Tensor> beam_search(const Tensor& given, const Tensor&
   for (const Tensor& book : books.unbind(0)) centres.emplace_back(book);
   Tensor codes = at::empty({count, stages}, points.options().dtype(at::kLong));
   Tensor distances = at::empty({count}, points.options());
-  by_length(d, [&](auto length) {
-    at::parallel_for(0, count, 64, [&](int64_t begin, int64_t end) {
-      Paths paths(most, stages, d);
-      for (int64_t n = begin; n < end; ++n)
-        beam_of<length.value>(points.const_data_ptr<float>() + n * d, centres, most, paths,
-                              codes.data_ptr<int64_t>() + n * stages, distances.data_ptr<float>() + n);
-    });
+  decltype(&beam_of<0>) search = nullptr;
+  by_length(d, [&](auto length) { search = beam_of<length.value>; });
+  at::parallel_for(0, count, 64, [&](int64_t begin, int64_t end) {
+    Paths paths(most, stages, d);
+    for (int64_t n = begin; n < end; ++n)
+      search(points.const_data_ptr<float>() + n * d, centres, most, paths, codes.data_ptr<int64_t>() + n * stages,
+             distances.data_ptr<float>() + n);
   });
   return {codes, distances};
 }

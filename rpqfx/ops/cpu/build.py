@@ -11,7 +11,6 @@ import functools
 import hashlib
 import logging
 import os
-import subprocess
 import sys
 import tempfile
 import threading
@@ -23,18 +22,12 @@ import torch
 
 from rpqfx.errors import RPQError
 from rpqfx.ops import check
-from rpqfx.ops.cpu import cache, kernels
+from rpqfx.ops.cpu import cache, compiler, kernels
+from rpqfx.ops.cpu.compiler import COMMAND
 
 SWITCH = "RPQFX_KERNELS"  # "0" in the environment: never compile, never load
-COMMAND = "python -m rpqfx.compile_kernels"
-LONGEST = 600.0  # seconds that a compiler gets
 
 _LOG = logging.getLogger("rpqfx")
-_SOURCE = Path(__file__).with_name("kernels.cpp")
-_CAPABILITIES = {
-    "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
-    "AVX2": ["-mavx2", "-mfma", "-mf16c"],
-}
 # Threads whose first use is the same moment: one compiles, the others wait. A child that is forked meanwhile must not.
 _first_use = threading.Lock()
 
@@ -91,8 +84,8 @@ def compiled() -> Path:
         raise _NotMeant(f"{SWITCH}=0 in the environment")
     if sys.platform != "linux":
         raise _NotMeant(f"they are built on Linux only, this is {sys.platform}")
-    command = _command()
-    name = f"kernels-{_key(command)}.so"
+    tools = compiler.found()
+    name = f"kernels-{_key(tools)}.so"
     places = cache.folders()
     for folder in places:
         if cache.intact(folder / name):
@@ -100,18 +93,19 @@ def compiled() -> Path:
     refused: list[str] = []
     for folder in places:
         try:
-            return _compile(command, cache.made(folder) / name)
+            return _compile(tools, cache.made(folder) / name)
         except OSError as error:
             refused.append(f"{folder} ({error.strerror or error})")
     raise RPQError(f"they cannot be kept in {', nor in '.join(refused)}; set {cache.VARIABLE} to a folder of yours")
 
 
-def _compile(command: list[str], library: Path) -> Path:
-    with cache.turn(library.with_suffix(".lock"), 2 * LONGEST):
+def _compile(tools: compiler.Compiler, library: Path) -> Path:
+    longest = (len(compiler.UNITS) + 1) * compiler.LONGEST  # one after the other, and the linker
+    with cache.turn(library.with_suffix(".lock"), longest):
         if cache.intact(library):  # another process has had its turn
             return library
         print(
-            "rpqfx: compiling its CPU kernels for this machine, about a minute, once; they are kept in "
+            "rpqfx: compiling its CPU kernels for this machine, up to a minute, once; they are kept in "
             f"{library.parent}. {COMMAND} does it beforehand.",
             file=sys.stderr,
             flush=True,
@@ -119,26 +113,12 @@ def _compile(command: list[str], library: Path) -> Path:
         start = time.perf_counter()
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             built = Path(folder) / library.name
-            _run([*command, "-o", str(built)])
-            check_standard_library(built)
+            compiler.build(tools, built)
+            compiler.check_standard_library(tools, built)
             library.with_suffix(".checked").unlink(missing_ok=True)
             cache.seal(built, library)
         _LOG.info("compiled CPU kernels into %s in %.0f s", library, time.perf_counter() - start)
     return library
-
-
-def _run(command: list[str]) -> None:
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=LONGEST)
-    except OSError as error:
-        raise RPQError(f"no C++ compiler could be run ({error}); set CXX to one, or install g++") from None
-    except subprocess.TimeoutExpired:
-        raise RPQError(
-            f"{command[0]} was stopped after {LONGEST:.0f} s; {COMMAND} beforehand, while nothing else runs, may do"
-        ) from None
-    if result.returncode:
-        lines = [line for line in result.stderr.splitlines() if "error" in line] or result.stderr.splitlines()
-        raise RPQError(f"{command[0]} failed: {' | '.join(lines[:3])}")
 
 
 def _check(library: Path) -> None:
@@ -153,47 +133,9 @@ def _check(library: Path) -> None:
         _LOG.info("the next process checks the kernels again: %s", error)
 
 
-def _key(command: list[str]) -> str:
+def _key(tools: compiler.Compiler) -> str:
     """A name for all that the library depends on."""
-    parts = [path.read_bytes() for path in sorted(_SOURCE.parent.glob("*.[hc]*")) if path.suffix in (".h", ".cpp")]
-    parts.append("\0".join([torch.__version__, *command]).encode())
+    folder = Path(__file__).parent
+    parts = [path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix in (".h", ".cpp")]
+    parts.append("\0".join([torch.__version__, tools.name, *tools.flags, *tools.libraries]).encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-
-
-def _command() -> list[str]:
-    """The compiler's command line, but for where the result goes."""
-    level = logging.getLogger("torch.utils.cpp_extension")
-    before, level.level = level.level, logging.ERROR  # it warns of missing GPU tools, which are not needed here
-    try:
-        from torch.utils import cpp_extension
-    except ImportError as error:
-        raise RPQError(f"torch's extension tools cannot be imported ({error})") from None
-    finally:
-        level.level = before
-    capability = torch.backends.cpu.get_cpu_capability()
-    flags = [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}", *_CAPABILITIES.get(capability, [])]
-    includes = [f"-I{path}" for path in cpp_extension.include_paths("cpu")]
-    libraries = [item for path in cpp_extension.library_paths("cpu") for item in (f"-L{path}", f"-Wl,-rpath,{path}")]
-    return [
-        cpp_extension.get_cxx_compiler(), "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-shared", "-fopenmp",
-        "-w", *flags, *includes, str(_SOURCE), *standard_library(), *libraries, "-ltorch_cpu", "-lc10",
-    ]  # fmt: skip
-
-
-def standard_library() -> list[str]:
-    """Returns the file of the C++ library that this process has loaded, where it has one.
-
-    A compiler that links its own into what it builds would put a second one beside it. Then an error's message is
-    written to a stream of the one with facets of the other, which ends the process.
-    """
-    loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libstdc++.so" in line}
-    return sorted(loaded)
-
-
-def check_standard_library(library: Path) -> None:
-    """Raises RPQError where a library has a C++ library of its own, and not that of the process."""
-    if standard_library() and b"libstdc++.so" not in library.read_bytes():
-        raise RPQError(
-            "the compiler links a C++ library of its own into what it builds, which does not go with the one that "
-            "torch has loaded; set CXX to the system's compiler"
-        )

@@ -19,15 +19,15 @@ namespace rpqfx {
 using at::Tensor;
 using Maybe = std::optional<Tensor>;
 using Vec = at::vec::Vectorized<float>;
-constexpr int64_t LANES = Vec::size();
-constexpr int64_t WIDE = 2 * LANES;                       // rows of the batch that a table serves at most
-constexpr int64_t TILE = LANES >= 8 ? LANES / 2 : LANES;  // vectors whose sums are held in registers
-constexpr int64_t FEW = 4;                                // up to so many rows, lanes run along the vectors
-constexpr int64_t MOST_GROUPS = 8;                        // of threads that each keep a sum of all vectors
-constexpr int64_t GRAIN = 1 << 15;                        // elements that are worth another thread
-constexpr int64_t BIN_ELEMENTS = 1 << 20;                 // of bins at a time
-constexpr int64_t BIN_BLOCKS = 2;                         // of WIDE rows that fill them at least
-constexpr int64_t TABLE_BYTES = 1 << 20;                  // of a table that stays in a core's second-level cache
+inline constexpr int64_t LANES = Vec::size();
+inline constexpr int64_t WIDE = 2 * LANES;                       // rows of the batch that a table serves at most
+inline constexpr int64_t TILE = LANES >= 8 ? LANES / 2 : LANES;  // vectors whose sums are held in registers
+inline constexpr int64_t FEW = 4;                                // up to so many rows, lanes run along the vectors
+inline constexpr int64_t MOST_GROUPS = 8;                        // of threads that each keep a sum of all vectors
+inline constexpr int64_t GRAIN = 1 << 15;                        // elements that are worth another thread
+inline constexpr int64_t BIN_ELEMENTS = 1 << 20;                 // of bins at a time
+inline constexpr int64_t BIN_BLOCKS = 2;                         // of WIDE rows that fill them at least
+inline constexpr int64_t TABLE_BYTES = 1 << 20;                  // of a table that stays in a core's second-level cache
 
 // ------------------------------------------------------------------------------------------------ loads and stores
 
@@ -46,7 +46,7 @@ inline void store(c10::BFloat16* p, const Vec& x, int64_t count) {
 }
 
 // The signs of eight vectors as factors, for every byte.
-constexpr int64_t SIGNS_AT_ONCE = std::min<int64_t>(8, LANES);
+inline constexpr int64_t SIGNS_AT_ONCE = std::min<int64_t>(8, LANES);
 struct Signs {
   float factors[256][8];
   constexpr Signs() : factors() {
@@ -54,7 +54,7 @@ struct Signs {
       for (int bit = 0; bit < 8; ++bit) factors[byte][bit] = byte >> bit & 1 ? -1.0f : 1.0f;
   }
 };
-constexpr Signs SIGNS;
+inline constexpr Signs SIGNS;
 
 template <typename Code>
 struct Codes {
@@ -67,7 +67,6 @@ struct Codes {
   const float* factors(int64_t p, int64_t n) const { return SIGNS.factors[signs[p * bytes + (n >> 3)]] + (n & 7); }
 };
 
-// Kernels read and write where codes point, so those that could point outside are looked at first.
 template <typename Code>
 void check_range(const Code* codes, int64_t count, int64_t entries) {
   if (std::is_unsigned_v<Code> && entries > std::numeric_limits<Code>::max()) return;
@@ -78,6 +77,18 @@ void check_range(const Code* codes, int64_t count, int64_t entries) {
   }
   TORCH_CHECK_INDEX(low >= 0 && high < entries, "codes hold ", int64_t(low), " to ", int64_t(high), ", but there are ",
                     entries, " entries");
+}
+
+// Kernels read and write where codes point, so those that could point outside are looked at first.
+inline void check_range(const Tensor& codes, int64_t entries) {
+  const int64_t count = codes.numel();
+  switch (codes.scalar_type()) {
+    case at::kByte: return check_range(codes.const_data_ptr<uint8_t>(), count, entries);
+    case at::kShort: return check_range(codes.const_data_ptr<int16_t>(), count, entries);
+    case at::kUInt16: return check_range(codes.const_data_ptr<uint16_t>(), count, entries);
+    case at::kInt: return check_range(codes.const_data_ptr<int32_t>(), count, entries);
+    default: TORCH_CHECK_TYPE(false, "codes are uint8, int16, uint16 or int32, got ", codes.scalar_type());
+  }
 }
 
 // Kernels read memory: a tensor of another device, or one without memory, is refused before anything is read.
@@ -99,26 +110,24 @@ inline void check_codes(const Tensor& codes, const Maybe& signs) {
                     "signs do not go with codes ", codes.sizes());
 }
 
-// Runs with the codes [R, M, N] as what they are stored as.
+// Runs with the codes [R, M, N] as what they are stored as. Those of int16, none of which is below zero, are read as
+// uint16: the bits are the same, and kernels are not compiled for both.
 template <typename Run>
 void by_code(const Tensor& given, const Maybe& given_signs, int64_t entries, const Run& run) {
   check_codes(given, given_signs);
   const Tensor codes = given.contiguous();
+  check_range(codes, entries);
   const Maybe signs = given_signs ? Maybe(given_signs->contiguous()) : std::nullopt;
   const int64_t uses = codes.size(0) * codes.size(1), vectors = codes.size(2), bytes = (vectors + 7) / 8;
   const uint8_t* bits = signs ? signs->const_data_ptr<uint8_t>() : nullptr;
   const auto as = [&](auto code) {
     using Code = decltype(code);
-    const Code* data = static_cast<const Code*>(codes.const_data_ptr());
-    check_range(data, codes.numel(), entries);
-    run(Codes<Code>{data, bits, uses, vectors, bytes});
+    run(Codes<Code>{static_cast<const Code*>(codes.const_data_ptr()), bits, uses, vectors, bytes});
   };
-  switch (codes.scalar_type()) {
-    case at::kByte: return as(uint8_t{});
-    case at::kShort: return as(int16_t{});
-    case at::kUInt16: return as(uint16_t{});
-    case at::kInt: return as(int32_t{});
-    default: TORCH_CHECK_TYPE(false, "codes are uint8, int16, uint16 or int32, got ", codes.scalar_type());
+  switch (codes.element_size()) {
+    case 1: return as(uint8_t{});
+    case 2: return as(uint16_t{});
+    default: as(int32_t{});
   }
 }
 

@@ -19,10 +19,10 @@ namespace rpqfx {
 // Vectors in the compiler's own terms: a comparison that selects is then two instructions, not a detour by memory.
 typedef float Floats __attribute__((vector_size(sizeof(float) * LANES)));
 typedef int32_t Ints __attribute__((vector_size(sizeof(int32_t) * LANES)));
-constexpr int64_t POINTS = LANES >= 16 ? 8 : 4;  // whose sums, lowest and their places are held in registers
-constexpr int64_t BATCH = 64;                    // points that meet a chunk of centres while it is in the cache
-constexpr int64_t CHUNK_BYTES = 1 << 14;         // of centres, half a first-level cache
-constexpr int64_t MOST_UNROLLED = 16;            // dimensions that inner loops are compiled for
+inline constexpr int64_t POINTS = LANES >= 16 ? 8 : 4;  // whose sums, lowest and their places are held in registers
+inline constexpr int64_t BATCH = 64;                    // points that meet a chunk of centres while it is in the cache
+inline constexpr int64_t CHUNK_BYTES = 1 << 14;         // of centres, half a first-level cache
+inline constexpr int64_t MOST_UNROLLED = 16;            // dimensions that inner loops are compiled for
 
 template <typename V>
 V load_as(const float* p) {
@@ -161,11 +161,10 @@ inline std::tuple<Tensor, Tensor> nearest(const Tensor& given, const Tensor& giv
   Tensor codes = at::empty({count}, points.options().dtype(at::kLong));
   Tensor distances = at::empty({count}, points.options());
   const int64_t grain = std::max<int64_t>(BATCH, 8 * GRAIN / centres.kept.numel());
-  by_length(d, [&](auto length) {
-    at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-      nearest_of<length.value>(points.const_data_ptr<float>(), begin, end, centres, codes.data_ptr<int64_t>(),
-                               distances.data_ptr<float>());
-    });
+  decltype(&nearest_of<0>) search = nullptr;
+  by_length(d, [&](auto length) { search = nearest_of<length.value>; });
+  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    search(points.const_data_ptr<float>(), begin, end, centres, codes.data_ptr<int64_t>(), distances.data_ptr<float>());
   });
   return {codes, distances};
 }

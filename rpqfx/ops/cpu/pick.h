@@ -11,11 +11,11 @@
 
 namespace rpqfx {
 
-constexpr int64_t BIN_TOKENS = 8 * TOKENS;      // whose masses are turned at a time: they stay in the first-level cache
-constexpr int64_t BIN_PART = 4096;              // tokens that are worth bins of their own, where slots are few
-constexpr int64_t SLOTS_TOGETHER = 4;           // whose bins are filled in turns
-constexpr int64_t SMALL = 1 << 20;              // multiplications that are worth another thread
-constexpr int64_t BIN_TASKS = 4;                // for each thread at least
+inline constexpr int64_t BIN_TOKENS = 8 * TOKENS;      // whose masses are turned at a time: they stay in the first-level cache
+inline constexpr int64_t BIN_PART = 4096;              // tokens that are worth bins of their own, where slots are few
+inline constexpr int64_t SLOTS_TOGETHER = 4;           // whose bins are filled in turns
+inline constexpr int64_t SMALL = 1 << 20;              // multiplications that are worth another thread
+inline constexpr int64_t BIN_TASKS = 4;                // for each thread at least
 
 // sums[j] = sum over slots of table[slot, code(slot, j)], for N tokens.
 template <int W, int N, typename Code>

@@ -13,7 +13,7 @@
 
 namespace rpqfx {
 
-constexpr int64_t KEYS = 32;  // that are alive at a time
+inline constexpr int64_t KEYS = 32;  // that are alive at a time
 
 // The slots of a head in the order of their groups, so that each sub-vector is summed in registers. `some` leaves out
 // groups without slots, and y is the others, one after the other: what is zero need not be multiplied.
@@ -135,6 +135,17 @@ void dot_rows(const float* x, int64_t wide, const float* q, Row<W>* sums) {
   }
 }
 
+// out[row, t] = x[t, :] . q[row, :] for up to KEYS tokens of a head; q has its rows beside each other, out lines apart.
+template <int W>
+void score_keys(const float* x, int64_t wide, int64_t tokens, const float* q, int64_t rows, float* out, int64_t line) {
+  Row<W> sums[TOGETHER];
+  for (int64_t t = 0; t < tokens; t += TOGETHER) {
+    dot_rows<W, TOGETHER>(x + t * wide, wide, q, sums);
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < std::min(TOGETHER, tokens - t); ++j) out[i * line + t + j] = sums[j][i];
+  }
+}
+
 struct Keys {
   const float *books, *basis, *mean;  // [P, K, d]; [H, length, wide] or null; [H, wide] or null
   int64_t entries, d, length, dim, wide, half;
@@ -224,41 +235,35 @@ inline Tensor rotated_scores(const Tensor& q, const Tensor& books, c10::IntArray
   const Tensor queries = at::constant_pad_nd(q.transpose(2, 3), {0, lanes - rows, 0, wide - dim}).contiguous();
   Tensor scores = at::empty({batch, count, rows, tokens}, q.options());
   const int64_t blocks = (tokens + TOKENS - 1) / TOKENS, turns = cos.size(0) == 1 ? 0 : cos.stride(0);
-  const auto run = [&](auto some_lanes, auto code, auto angle) {
-    constexpr int W = decltype(some_lanes)::value;
+  decltype(&score_keys<4>) score = nullptr;  // chosen here, so that all around it is compiled for any number of rows
+  by_rows(rows, [&](auto width) { score = score_keys<decltype(width)::value>; });
+  const auto run = [&](auto code, auto angle) {
     using Code = decltype(code);
     using T = decltype(angle);
     const T *cosines = cos.const_data_ptr<T>(), *sines = sin.const_data_ptr<T>();
     at::parallel_for(0, batch * count * blocks, 1, [&](int64_t begin, int64_t end) {
       std::vector<Code> room;
       std::vector<float> y(KEYS * length, 0.0f), x(KEYS * wide, 0.0f);
-      Row<W> sums[TOGETHER];
       for (int64_t task = begin; task < end; ++task) {  // heads of the same tokens, which share their angles, in a row
         const int64_t b = task / (count * blocks), h = task % count, from = task / count % blocks * TOKENS;
         const int64_t left = std::min(TOKENS, tokens - from), own = heads[h + 1] - heads[h];
         int64_t stride;
         packed.prefetch(b, heads[h], own, from + TOKENS);
         const Code* held = packed.unpack(b, heads[h], own, from, left, room, stride);
-        const float* asked = queries.const_data_ptr<float>() + (b * count + h) * wide * W;
+        const float* asked = queries.const_data_ptr<float>() + (b * count + h) * wide * lanes;
         float* out = scores.data_ptr<float>() + (b * count + h) * rows * tokens + from;
         for (int64_t t = 0; t < left; t += KEYS) {
           const int64_t some = std::min(KEYS, left - t), angles = b * turns + (from + t) * half;
           make_keys(keys, h, which.data() + heads[h], sorted[h], held + t, stride, some,
                     scales.at(b, h, from + t), cosines + angles, sines + angles, y.data(), x.data());
-          for (int64_t j = 0; j < some; j += TOGETHER) {
-            dot_rows<W, TOGETHER>(x.data() + j * wide, wide, asked, sums);
-            for (int64_t i = 0; i < rows; ++i)
-              for (int64_t k = 0; k < std::min(TOGETHER, some - j); ++k) out[i * tokens + t + j + k] = sums[k][i];
-          }
+          score(x.data(), wide, some, asked, rows, out + t, tokens);
         }
       }
     });
   };
-  by_rows(rows, [&](auto some_lanes) {
-    by_width(width, [&](auto code) {
-      if (cos.scalar_type() == at::kHalf) run(some_lanes, code, c10::Half{});
-      else by_float(cos, [&](auto angle) { run(some_lanes, code, angle); });
-    });
+  by_width(width, [&](auto code) {
+    if (cos.scalar_type() == at::kHalf) run(code, c10::Half{});
+    else by_float(cos, [&](auto angle) { run(code, angle); });
   });
   return scores;
 }

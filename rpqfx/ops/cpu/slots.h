@@ -12,9 +12,9 @@
 
 namespace rpqfx {
 
-constexpr int64_t MOST_ROWS = 16;
-constexpr int64_t TOKENS = 128;  // whose codes are unpacked at a time; fills whole bytes at every width
-constexpr int64_t TOGETHER = 8;  // tokens whose sums are held in registers
+inline constexpr int64_t MOST_ROWS = 16;
+inline constexpr int64_t TOKENS = 128;  // whose codes are unpacked at a time; fills whole bytes at every width
+inline constexpr int64_t TOGETHER = 8;  // tokens whose sums are held in registers
 
 // Unaligned vectors of W floats; the compiler makes them of what the machine has.
 template <int W>

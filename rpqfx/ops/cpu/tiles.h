@@ -26,15 +26,15 @@
 
 namespace rpqfx {
 
-constexpr int64_t TILE_VECTORS = 64;
-constexpr int64_t TILE_BYTES = TILE_VECTORS / 2;
-constexpr int64_t NIBBLE = 16;       // entries of a table
-constexpr int64_t BLOCK_USES = 128;  // whose tables share a scale; their sums of bytes fit in 16 bits
-constexpr int64_t TABLE_ROWS = 32;   // of the input up to which tables are faster than an expanded tile
-constexpr int64_t TABLE_GRAIN = 1 << 17;  // multiply-adds of tables that are worth another thread
-constexpr int64_t AHEAD = 2048;  // bytes of codes that are asked for before they are needed
-constexpr int64_t PANEL_BYTES = 1 << 19;  // of expanded tiles at a time: half of a second-level cache
-constexpr int32_t MIDDLE = 1 << 15;  // what tables are shifted by, so that their halves are unsigned bytes
+inline constexpr int64_t TILE_VECTORS = 64;
+inline constexpr int64_t TILE_BYTES = TILE_VECTORS / 2;
+inline constexpr int64_t NIBBLE = 16;       // entries of a table
+inline constexpr int64_t BLOCK_USES = 128;  // whose tables share a scale; their sums of bytes fit in 16 bits
+inline constexpr int64_t TABLE_ROWS = 32;   // of the input up to which tables are faster than an expanded tile
+inline constexpr int64_t TABLE_GRAIN = 1 << 17;  // multiply-adds of tables that are worth another thread
+inline constexpr int64_t AHEAD = 2048;  // bytes of codes that are asked for before they are needed
+inline constexpr int64_t PANEL_BYTES = 1 << 19;  // of expanded tiles at a time: half of a second-level cache
+inline constexpr int32_t MIDDLE = 1 << 15;  // what tables are shifted by, so that their halves are unsigned bytes
 
 // ----------------------------------------------------------------------------------- sums of one block for one tile
 

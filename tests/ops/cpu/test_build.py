@@ -21,7 +21,7 @@ import torch
 from rpqfx import nn
 from rpqfx.errors import RPQError
 from rpqfx.ops import check
-from rpqfx.ops.cpu import build, cache, kernels
+from rpqfx.ops.cpu import build, cache, compiler, kernels
 from tests import forks
 
 needs_kernels = pytest.mark.skipif(not build.ready(), reason="no compiled kernels on this machine")
@@ -37,6 +37,9 @@ TRY = (
 )
 
 
+LIBRARY = b"a library that names libstdc++.so.6"
+
+
 def attempt(anew: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:
     """A fresh process that runs a layer, with all that it logs."""
     inherited = {name: value for name, value in os.environ.items() if name != build.SWITCH}
@@ -50,8 +53,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of its own; what is not compiled yet is compiled at once, into a few bytes."""
     monkeypatch.delenv(build.SWITCH, raising=False)
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache"))
-    monkeypatch.setattr(build, "_command", lambda: ["compiler", "-x"])
-    monkeypatch.setattr(build, "_run", lambda command: Path(command[-1]).write_bytes(b"a library"))
+    monkeypatch.setattr(compiler, "found", lambda: compiler.Compiler("compiler", ("-x",)))
+    monkeypatch.setattr(compiler, "build", lambda tools, library: library.write_bytes(LIBRARY))
     return tmp_path / "cache"
 
 
@@ -88,13 +91,13 @@ def test_compiling_is_announced_once_before_it_begins(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     said: list[str] = []
-    run = build._run
-    monkeypatch.setattr(build, "_run", lambda command: said.append(capfd.readouterr().err) or run(command))
+    run = compiler.build
+    monkeypatch.setattr(compiler, "build", lambda *args: said.append(capfd.readouterr().err) or run(*args))
     library = build.compiled()
     assert len(said) == 1 and said[0].count("\n") == 1
     for part in ("compiling", "a minute", "once", str(folder), build.COMMAND):
         assert part in said[0]
-    assert build.compiled() == library and library.read_bytes() == b"a library"
+    assert build.compiled() == library and library.read_bytes() == LIBRARY
     assert capfd.readouterr() == ("", "") and len(said) == 1
 
 
@@ -106,12 +109,6 @@ def test_nothing_is_said_where_kernels_are_turned_off(
         warnings.simplefilter("error")
         assert "RPQFX_KERNELS=0" in str(build.reason.__wrapped__())
     assert capfd.readouterr() == ("", "") and not folder.exists()
-
-
-def test_a_compiler_that_takes_too_long_is_named_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "LONGEST", 0.2)
-    with pytest.raises(RPQError, match="sleep was stopped after 0 s"):
-        build._run(["sleep", "30"])
 
 
 @needs_kernels
@@ -243,8 +240,8 @@ def test_processes_take_turns_and_a_dead_one_holds_nothing(folder: Path, monkeyp
 
 def test_who_waited_finds_what_the_other_made(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[str] = []
-    run = build._run
-    monkeypatch.setattr(build, "_run", lambda command: (runs.append(""), time.sleep(0.3), run(command)))
+    run = compiler.build
+    monkeypatch.setattr(compiler, "build", lambda *args: (runs.append(""), time.sleep(0.3), run(*args)))
     made: list[Path] = []
     threads = [threading.Thread(target=lambda: made.append(build.compiled())) for _ in range(4)]
     for thread in threads:
@@ -313,27 +310,6 @@ def test_a_forked_worker_does_not_hang() -> None:
 
 
 # ------------------------------------------------------------------------------------------------- the machine
-
-
-@pytest.mark.parametrize(
-    ("capability", "flags"),
-    [
-        ("DEFAULT", []),
-        ("AVX2", ["-mavx2", "-mfma", "-mf16c"]),
-        ("AVX512", ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"]),
-    ],
-)
-def test_the_compiler_is_told_the_instructions_that_torch_uses(
-    capability: str, flags: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each set of them is kept under another name; torch obeys ATEN_CPU_CAPABILITY, and so do the kernels."""
-    here = build._key(build._command())
-    own = torch.backends.cpu.get_cpu_capability()
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    command = build._command()
-    assert [part for part in command if part.startswith("-m")] == flags
-    assert f"-DCPU_CAPABILITY={capability}" in command and f"-DCPU_CAPABILITY_{capability}" in command
-    assert (build._key(command) == here) == (capability == own)
 
 
 @needs_kernels

@@ -1,14 +1,15 @@
-// The operators of rpqfx's compiled CPU backend (see rpqfx/ops/cpu/kernels.py, which calls them).
+// The operators that work on weights in codebooks (see rpqfx/ops/cpu/kernels.py, which calls them).
+//
+// The library has two translation units, which take about as long to compile and are compiled side by side (see
+// rpqfx/ops/cpu/compiler.py): this one, and caches.cpp.
 
 #include <torch/library.h>
 
-#include "beam.h"
 #include "bins.h"
 #include "contract.h"
 #include "contract_t.h"
-#include "nearest.h"
-#include "pick.h"
-#include "rotated.h"
+#include "gathers.h"
+#include "grads.h"
 #include "rows.h"
 #include "tiles.h"
 #include "whole.h"
@@ -32,18 +33,6 @@ TORCH_LIBRARY_FRAGMENT(rpqfx_cpu, m) {
   m.def(
       "tiled(Tensor x, Tensor codebooks, Tensor tiles, int vectors, Tensor? dims, Tensor? scale, Tensor? bias, int most)"
       " -> Tensor");
-  m.def("nearest(Tensor points, Tensor centres) -> (Tensor, Tensor)", rpqfx::nearest);
-  m.def("beam_search(Tensor points, Tensor books, int beam) -> (Tensor, Tensor)", rpqfx::beam_search);
-  m.def("slot_tables(Tensor parts, Tensor books, int[] which) -> Tensor", rpqfx::slot_tables);
-  m.def("slot_sums(Tensor bins, int rows, Tensor books, int[] which) -> Tensor", rpqfx::slot_sums);
-  m.def(
-      "pick_sum(Tensor table, Tensor codes, int width, Tensor? scale, Tensor? shift, int[] heads, Tensor(a!) y) -> ()",
-      rpqfx::pick_sum);
-  m.def("bin_masses(Tensor p, Tensor codes, int width, Tensor? scale, int[] heads, int entries) -> Tensor", rpqfx::bin_masses);
-  m.def(
-      "rotated_scores(Tensor q, Tensor books, int[] which, int[] groups, int[] heads, Tensor codes, int width,"
-      " int tokens, Tensor? scale, Tensor? basis, Tensor? mean, Tensor cos, Tensor sin) -> Tensor",
-      rpqfx::rotated_scores);
 }
 
 // Of one device, so that compilers keep each as one step of a graph (see rpqfx/ops/cpu/kernels.py).
