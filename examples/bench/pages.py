@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import results
 
@@ -52,9 +53,61 @@ def decoding(name: str) -> str:
     return "\n".join([f"Measured on {where}: `{found['command']}`.", "", head, "|---" * 9 + "|", *lines]) + "\n"
 
 
+def gpu_layers() -> str:
+    """Returns products on a GPU by rows: microseconds in a graph of CUDA, and as called from Python."""
+    found = results.read(GPU)
+    lines = [
+        f"| {row['layer']} | {row['dtype']} | {row['rows']} | "
+        + " | ".join(f"{row[way]['graph_us']:.1f}" for way in ("dense", "contract", "expand", "auto"))
+        + f" | {row['dense']['graph_us'] / row['auto']['graph_us']:.2f} | {row['dense']['eager_us']:.0f} | "
+        f"{row['auto']['eager_us']:.0f} | {row['auto']['error']:.0e} |"
+        for row in found["layers"]["rows"]
+    ]
+    head = (
+        "| layer | dtype | rows | dense | contract | expand | auto | dense over auto | dense as called | "
+        "auto as called | error |"
+    )
+    return "\n".join([_on_gpu(found), "", head, "|---" * 11 + "|", *lines]) + "\n"
+
+
+def gpu_models() -> str:
+    """Returns what else was timed on a GPU: models, searches, routing, training."""
+    found = results.read(GPU)
+    lines = []
+    for row in found["decoding"]["rows"]:
+        name = f"1B shapes, bfloat16, {row['model']}, {row['tensor_bytes'] / 1e6:.0f} MB"
+        lines += [f"| {name}: a token, {way} | {1e3 * row[f'{way}_s']:.2f} ms |" for way in ("eager", "compiled")]
+        lines.append(f"| {name}: a prompt of 512 | {1e3 * row['prompt_s']:.2f} ms |")
+    for row in found["search"]["rows"]:
+        name = f"search of {row['points']} points, {row['stages']} stages of {row['entries']} entries, d = {row['d']}"
+        lines += [f"| {name}: {way} | {row[way]['eager_us'] / 1e3:.2f} ms |" for way in ("kernel", "operators")]
+    for row in found["routing"]["rows"]:
+        what, name = next(iter(row.items()))
+        lines.append(f"| {what}: {name} | {row['eager_us'] / 1e3:.2f} ms |")
+    for row in found["training"]["rows"]:
+        name = f"{row['layer']}, {row['rows']} rows, forwards and backwards"
+        lines += [
+            f"| {name}: {who} | {row[who]['eager_us'] / 1e3:.2f} ms, {row[who]['peak_bytes'] / 1e6:.0f} MB at most |"
+            for who in ("dense", "ours")
+        ]
+    return "\n".join([_on_gpu(found), "", "| | |", "|---|---|", *lines]) + "\n"
+
+
+def _on_gpu(found: Any) -> str:
+    moved = found["ceilings"]["rows"][0]
+    return (
+        f"Measured on {found['machine']['device']}, torch {found['machine']['versions']['torch']} "
+        f"(copies {moved['copied_gb_s'] / 1e3:.1f} TB/s, multiplies {moved['bfloat16_tflops']:.0f} TFLOP/s in "
+        f"bfloat16): `{found['command']}`."
+    )
+
+
+GPU = "gpu-nvidia-h200"
 TABLES: dict[str, Callable[[], str]] = {
     "reliability": reliability,
     "decode-smollm2": lambda: decoding("decode-smollm2"),
+    "gpu-layers": gpu_layers,
+    "gpu-models": gpu_models,
 }
 
 

@@ -1,8 +1,8 @@
 """The products of ``rpqfx.codebook`` on a CUDA device: rules of shapes and dtypes. Forward only.
 
 Each function has the signature and the meaning of its namesake there, for float32, float16 and bfloat16. Sums are in
-float32 (of float32 products too: no tf32) and without atomics, so that the same call gives the same bits. Not measured
-on a GPU: block sizes are estimates, and what tests the kernels by default is Triton's interpreter.
+float32 (of float32 products too: no tf32) and without atomics, so that the same call gives the same bits. What
+tests the kernels by default is Triton's interpreter.
 
 Rows that are looked up, and sums of maps, run on torch's own operators. CUDA builds of torch bring Triton along;
 importing this module does not import it.

@@ -1,4 +1,4 @@
-"""The CUDA kernels of a codebook-held matrix, in Triton. Not measured on a GPU: block sizes are estimates.
+"""The CUDA kernels of a codebook-held matrix, in Triton. Block sizes are estimates.
 
 Axes as in ``rpqfx.codebook``; ``p = r * M + m`` is a use of a codebook (uses: ``R * M``), ``b`` a row of the batch.
 Tensors are contiguous, terms are summed in float32, and every element of a result is written by one program in one

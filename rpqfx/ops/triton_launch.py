@@ -1,4 +1,4 @@
-"""Launch grids and block sizes of the CUDA kernels. Not measured on a GPU: they are estimates.
+"""Launch grids and block sizes of the CUDA kernels. They are estimates, which no measurement has chosen.
 
 Importing this imports Triton. Arguments have been checked (``rpqfx.ops.cuda``): contiguous, of shapes that fit.
 """

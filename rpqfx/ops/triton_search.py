@@ -1,6 +1,6 @@
 """Greedy residual search on a GPU, in Triton: all stages in one kernel.
 
-Not measured on a GPU: block sizes are estimates. A program holds what is left of a block of points in registers, from
+Block sizes are estimates. A program holds what is left of a block of points in registers, from
 the first stage to the last, and meets the entries of a stage tile by tile: neither the distances nor what is left is
 ever in memory. Which entry is best is found by ``|k|^2 - 2 (x - s).k``, where keys ``k`` are the entries less their
 mean ``s`` (distances far from the origin would cancel), or for the cosine the entries' directions with norms and ``s``
