@@ -5,6 +5,7 @@ from rpqfx._api import rpqify
 from rpqfx.codebook import CodebookSpec
 from rpqfx.errors import RPQError
 from rpqfx.finetune import finetune
+from rpqfx.inductor import inductor_options
 from rpqfx.kv.policy import KVPolicy, KVRule
 from rpqfx.kv.rewrite import quantize_kv
 from rpqfx.materialize import materialize
@@ -34,6 +35,7 @@ __all__ = [
     "errors",
     "finetune",
     "graph",
+    "inductor_options",
     "kv",
     "load",
     "materialize",

@@ -110,13 +110,34 @@ def load(model: str, path: Path) -> nn.Module:
 # --------------------------------------------------------------------------------------------------- timing
 
 
+def attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """Attention whose heads of queries stay beside the head of keys that they share, where there is one token.
+
+    Transformers does the same with one token, but not in compiled code, where it copies keys and values for each head.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    batch, heads, tokens_, dim = query.shape
+    if tokens_ > 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    packed = query.reshape(batch, key.shape[1], -1, dim)
+    y = nn.functional.scaled_dot_product_attention(packed, key, value, attention_mask, scale=options["scaling"])
+    return y.reshape(batch, 1, heads, dim), None
+
+
 class Step(nn.Module):
     """One token of a model with a static cache, as a function of tensors alone."""
 
     def __init__(self, model: nn.Module, length: int) -> None:
         super().__init__()
-        from transformers import StaticCache
+        from transformers import AttentionInterface, AttentionMaskInterface, StaticCache
+        from transformers.masking_utils import sdpa_mask
 
+        AttentionInterface.register("one token", attention)
+        AttentionMaskInterface.register("one token", sdpa_mask)
+        model.set_attn_implementation("one token")
         self.model = model
         self.cache = StaticCache(config=model.config, max_cache_len=length)
         ids = tokens()[:, :BEFORE].to(next(model.parameters()).device)
@@ -156,6 +177,7 @@ def compiled(model: nn.Module) -> float:
     """The same of one graph a token, with a static cache."""
     step = Step(model, 256)
     options: Any = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}  # which take milliseconds a token
+    options |= rpqfx.inductor_options()
     return by_steps(torch.compile(step, fullgraph=True, dynamic=False, options=options))[0]
 
 
@@ -164,7 +186,9 @@ def packaged(model: nn.Module) -> tuple[float, float]:
     step = Step(model, 256)
     program = torch.export.export(step, (tokens()[:, :1], torch.tensor([[BEFORE]])), strict=True)
     with tempfile.TemporaryDirectory() as folder:
-        path = torch._inductor.aoti_compile_and_package(program, package_path=f"{folder}/step.pt2")
+        path = torch._inductor.aoti_compile_and_package(
+            program, package_path=f"{folder}/step.pt2", inductor_configs=rpqfx.inductor_options()
+        )
         taken, logits = by_steps(torch._inductor.aoti_load_package(path))
     whole = model(tokens()[:, : BEFORE + STEPS], use_cache=False, logits_to_keep=1).logits
     return taken, float((logits - whole).norm() / whole.norm())

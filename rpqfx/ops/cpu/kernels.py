@@ -148,6 +148,14 @@ def register() -> None:
         check_devices(x, codebooks, tiles, dims, scale, bias)
         return x.new_empty(*x.shape[:-1], vectors)
 
+    @torch.library.register_fake("rpqfx_cpu::tiled_many")
+    def _(
+        xs: list[Tensor], codebooks: list[Tensor], tiles: list[Tensor], vectors: list[int], biases: list[Tensor | None],
+        most: int,
+    ) -> list[Tensor]:  # fmt: skip
+        check_devices(*xs, *codebooks, *tiles, *biases)
+        return [x.new_empty(*x.shape[:-1], count) for x, count in zip(xs, vectors, strict=True)]
+
     @torch.library.register_fake("rpqfx_cpu::expand")
     def _(
         codebooks: Tensor, codes: Tensor, scale: Tensor | None, signs: Tensor | None, ids: Tensor | None,

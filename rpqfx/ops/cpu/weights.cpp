@@ -33,6 +33,9 @@ TORCH_LIBRARY_FRAGMENT(rpqfx_cpu, m) {
   m.def(
       "tiled(Tensor x, Tensor codebooks, Tensor tiles, int vectors, Tensor? dims, Tensor? scale, Tensor? bias, int most)"
       " -> Tensor");
+  m.def(
+      "tiled_many(Tensor[] xs, Tensor[] codebooks, Tensor[] tiles, int[] vectors, Tensor?[] biases, int most)"
+      " -> Tensor[]");
 }
 
 // Of one device, so that compilers keep each as one step of a graph (see rpqfx/ops/cpu/kernels.py).
@@ -42,4 +45,5 @@ TORCH_LIBRARY_IMPL(rpqfx_cpu, CPU, m) {
   m.impl("conv", rpqfx::conv);
   m.impl("expand", rpqfx::expand);
   m.impl("tiled", rpqfx::tiled_product);
+  m.impl("tiled_many", rpqfx::tiled_products);
 }
