@@ -29,6 +29,7 @@ from rpqfx.container import FORMAT, Container, open_container, without_doubles, 
 from rpqfx.errors import FormatError, InputError, RPQError
 from rpqfx.files import draft, place, take_in
 from rpqfx.graph.match import is_rewritten
+from rpqfx.graph.snapshot import Ambient
 from rpqfx.kv.attention import attentions
 from rpqfx.manifest import codes_of, describe, put_back, unpacked
 from rpqfx.manifest_check import as_unsavable, check_manifest
@@ -122,21 +123,31 @@ def load(
             manifest, tensors = _read(open_container(file, name), device)
         except FormatError as error:
             raise FormatError(f"{name} {error}") from error
-    with torch.device(build_device):
-        try:
-            model = build()
-        except (NotImplementedError, RuntimeError) as error:
-            if "meta" not in str(error):  # build's own trouble
-                raise
-            raise FormatError(
-                f"build() computes with tensor values, which the meta device has not ({error}); pass build_device='cpu'"
-            ) from error
+    model = _built(build, build_device)
     if not isinstance(model, nn.Module):
         raise FormatError(f"build() must return a torch.nn.Module, got {type(model).__name__}")
     if is_rewritten(model):
         raise FormatError("build() must return the dense model, as it was before rpqify; it is already rewritten")
     put_back(model, manifest, tensors, name)
     return model
+
+
+def _built(build: Callable[[], nn.Module], device: torch.device | str) -> nn.Module:
+    """What ``build`` makes on a device; where this raises, torch's state is as before."""
+    ambient = Ambient(None)
+    try:
+        with torch.device(device):
+            return build()
+    except (NotImplementedError, RuntimeError) as error:
+        ambient.restore()
+        if "meta" not in str(error):  # build's own trouble
+            raise
+        raise FormatError(
+            f"build() computes with tensor values, which the meta device has not ({error}); pass build_device='cpu'"
+        ) from error
+    except BaseException:
+        ambient.restore()
+        raise
 
 
 def _check_build(build: Any) -> None:
