@@ -118,36 +118,36 @@ def load(
     assert build is not None
     for asked in (device, build_device):
         _check_device(asked)
+    ambient = Ambient(None)
+    try:
+        return _loaded(path, build, device, build_device)
+    except BaseException:
+        ambient.restore()
+        raise
+
+
+def _loaded(path: Any, build: Callable[[], nn.Module], device: Any, build_device: Any) -> nn.Module:
+    """Loads a model; where this raises, function modes of torch may be on that were not."""
     with _opened(path) as (file, name):
         try:
             manifest, tensors = _read(open_container(file, name), device)
         except FormatError as error:
             raise FormatError(f"{name} {error}") from error
-    model = _built(build, build_device)
+    with torch.device(build_device):
+        try:
+            model = build()
+        except (NotImplementedError, RuntimeError) as error:
+            if "meta" not in str(error):  # build's own trouble
+                raise
+            raise FormatError(
+                f"build() computes with tensor values, which the meta device has not ({error}); pass build_device='cpu'"
+            ) from error
     if not isinstance(model, nn.Module):
         raise FormatError(f"build() must return a torch.nn.Module, got {type(model).__name__}")
     if is_rewritten(model):
         raise FormatError("build() must return the dense model, as it was before rpqify; it is already rewritten")
     put_back(model, manifest, tensors, name)
     return model
-
-
-def _built(build: Callable[[], nn.Module], device: torch.device | str) -> nn.Module:
-    """What ``build`` makes on a device; where this raises, torch's state is as before."""
-    ambient = Ambient(None)
-    try:
-        with torch.device(device):
-            return build()
-    except (NotImplementedError, RuntimeError) as error:
-        ambient.restore()
-        if "meta" not in str(error):  # build's own trouble
-            raise
-        raise FormatError(
-            f"build() computes with tensor values, which the meta device has not ({error}); pass build_device='cpu'"
-        ) from error
-    except BaseException:
-        ambient.restore()
-        raise
 
 
 def _check_build(build: Any) -> None:

@@ -113,8 +113,16 @@ def _checkpointed(model: nn.Module, folder: pathlib.Path) -> Any:
     return rpqfx.rpqify(model, POLICY, calibration=batches(), checkpoint=folder, inplace=True)
 
 
-def _load(model: nn.Module, folder: pathlib.Path) -> Any:
-    return rpqfx.load(folder.parent / "small.pt", net, build_device="cpu")
+def _load(make: Callable[[], nn.Module]) -> Call:
+    """Loads what its first run has saved."""
+
+    def run(model: nn.Module, folder: pathlib.Path) -> Any:
+        path = folder.parent / "small.pt"
+        if not path.exists():
+            rpqfx.save(make(), path)
+        return rpqfx.load(path, net, build_device="cpu")
+
+    return Call(net, run)
 
 
 def _drawn(module: nn.Module) -> None:
@@ -142,16 +150,16 @@ CALLS = {
     "route": Call(net, lambda model, _: rpqfx.route(model, RoutePolicy(0.5))),
     "route, in place": Call(rewritten, lambda model, _: rpqfx.route(model, RoutePolicy(0.5), inplace=True)),
     "materialize": Call(on_meta, lambda model, _: rpqfx.materialize(model, init=_drawn)),
-    "load": Call(rewritten, _load),
+    "load": _load(rewritten),
+    "load, with a cache": _load(lambda: rpqfx.quantize_kv(rewritten(), KV, calibration=batches())),
 }
 
 
 def swept(call: Call, folder: pathlib.Path, choose: Callable[[list[tuple[str, int]]], list[int]]) -> int:
     """Interrupts a call at many lines, and fails where anything is not as it was; returns how often it did so."""
     torch.manual_seed(0)
-    rpqfx.save(rewritten(), folder / "small.pt")
     lines: list[tuple[str, int]] = []
-    for name in ("first", "second"):  # of which the first fills caches
+    for name in ("first", "second"):  # of which the first fills caches, of this process and on disk
         model = call.build()  # not traced, as it is not below: the points are those of the call
         lines = traced(lambda model=model, name=name: call.run(model, folder / name))
     points, wrong, interrupted = choose(lines), [], 0
@@ -181,7 +189,7 @@ def test_an_interrupt_at_some_lines_undoes_all(name: str, tmp_path: pathlib.Path
     swept(CALLS[name], tmp_path, lambda lines: chosen(lines, FEW))
 
 
-@pytest.mark.parametrize("name", ["route", "load"])
+@pytest.mark.parametrize("name", ["route", "load", "load, with a cache"])
 def test_an_interrupt_at_the_end_of_any_with_undoes_all(name: str, tmp_path: pathlib.Path) -> None:
     """Its managers have not been left, and never will be."""
     assert swept(CALLS[name], tmp_path, ends_of_with) > 3
