@@ -29,6 +29,7 @@ from rpqfx.container import FORMAT, Container, open_container, without_doubles, 
 from rpqfx.errors import FormatError, InputError, RPQError
 from rpqfx.files import draft, place, take_in
 from rpqfx.graph.match import is_rewritten
+from rpqfx.graph.snapshot import Ambient
 from rpqfx.kv.attention import attentions
 from rpqfx.manifest import codes_of, describe, put_back, unpacked
 from rpqfx.manifest_check import as_unsavable, check_manifest
@@ -117,6 +118,16 @@ def load(
     assert build is not None
     for asked in (device, build_device):
         _check_device(asked)
+    ambient = Ambient(None)
+    try:
+        return _loaded(path, build, device, build_device)
+    except BaseException:
+        ambient.restore()
+        raise
+
+
+def _loaded(path: Any, build: Callable[[], nn.Module], device: Any, build_device: Any) -> nn.Module:
+    """Loads a model; where this raises, function modes of torch may be on that were not."""
     with _opened(path) as (file, name):
         try:
             manifest, tensors = _read(open_container(file, name), device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 import pathlib
 import random
 import sys
@@ -71,6 +72,16 @@ def chosen(lines: list[tuple[str, int]], number: int | None) -> list[int]:
     if number is None:
         return points
     return sorted({*random.Random(len(points)).sample(points, min(number, len(points))), points[0], points[-1]})
+
+
+def ends_of_with(lines: list[tuple[str, int]]) -> list[int]:
+    """Where each ``with`` statement ends, which is when its line is come to again: before any ``__exit__``.
+
+    Args:
+        lines: What ``traced`` returned.
+    """
+    last = {line: at for at, line in enumerate(lines)}
+    return sorted(at for line, at in last.items() if linecache.getline(*line).lstrip().startswith("with "))
 
 
 def contents(model: nn.Module) -> list[Any]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
 
 from rpqfx.generators import generator_states, set_generator_states
 from rpqfx.nn.views import TRACING
@@ -50,20 +51,25 @@ class Flags:
 
 
 class Ambient:
-    """The state of torch and of this library that is no model's: gradient mode, random generators, filters of warnings.
+    """The state of torch and of this library that is no model's: gradient mode, function modes, generators, filters.
+
+    Function modes are what ``with torch.device(...)`` and the like put on torch's stack. One whose ``__exit__`` an
+    interrupt forestalls would stay there, in every later call of this thread.
 
     Args:
         devices: Whose random generators count besides the CPU's. None leaves all of them alone.
     """
 
     def __init__(self, devices: Iterable[torch.device] | None = ()) -> None:
-        self._grad = torch.is_grad_enabled()
+        self._grad, self._depth = torch.is_grad_enabled(), torch._C._len_torch_function_stack()
         self._generators = {} if devices is None else generator_states(devices)
         self._filters, self._listed = warnings.filters, list(warnings.filters)
         self._modes = [(mode, mode.get()) for mode in (TRACING, INITIALISING)]
 
     def restore(self) -> None:
         """Makes it what it was; may be called again."""
+        while torch._C._len_torch_function_stack() > self._depth:
+            TorchFunctionMode().__exit__(None, None, None)  # takes off the one on top, whichever it is
         torch.set_grad_enabled(self._grad)
         set_generator_states(self._generators)
         if warnings.filters is not self._filters or list(self._filters) != self._listed:

@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
-
 from rpqfx import byname
 from rpqfx.checks import closest, flag, number, shown, whole
 from rpqfx.errors import PolicyError, SpecError
@@ -174,8 +172,7 @@ def _router(options: Any) -> dict[str, Any]:
             whole(said, options[name], 1, _MOST)
     try:
         held: dict[str, Any] = json.loads(json.dumps(dict(options), allow_nan=False))
-        with torch.device("meta"):  # draws no numbers
-            Router(1, **held)
+        Router(1, device="meta", **held)  # draws no numbers
     except (TypeError, ValueError, RecursionError, SpecError) as error:
         raise PolicyError(f"router cannot be made of {shown(dict(options))}: {error}") from error
     if "cosine_scale" in held and not held.get("cosine"):
