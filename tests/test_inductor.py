@@ -139,16 +139,17 @@ class Heads(nn.Module):
         return torch.cat([self.q(x).relu(), self.k(x), self.v(x)], -1)
 
 
+def in_tiles(site: rpqfx.Site) -> rpqfx.Hold:
+    """A policy: two stages of 16 entries for four numbers."""
+    layout = site.layout("row")
+    return rpqfx.Hold(rpqfx.CodebookSpec(layout.num_vectors, layout.dim, 4, 16, 2, 1, tiled=True), "row")
+
+
 @needs_kernels
 def test_a_compiled_model_calls_a_kernel_once_for_queries_keys_and_values() -> None:
     """With Inductor's options from here; without them it gives the same to the last bit, in three calls."""
     torch.manual_seed(0)
-
-    def tiled(site: rpqfx.Site) -> rpqfx.Hold:
-        layout = site.layout("row")
-        return rpqfx.Hold(rpqfx.CodebookSpec(layout.num_vectors, layout.dim, 4, 16, 2, 1, tiled=True), "row")
-
-    small = rpqfx.rpqify(Heads().eval(), tiled)
+    small = rpqfx.rpqify(Heads().eval(), in_tiles)
     x, found = torch.randn(1, 64), {}
     for name, options in (("plain", {}), ("merged", rpqfx.inductor_options())):
         torch.compiler.reset()

@@ -123,7 +123,7 @@ def contract(
     launch = _launch()
     parts = [
         launch.gather_sum(launch.table(rows[part], codebooks, codes.shape[1]), codes, signs, x.dtype)
-        for part in _slices(rows, codes, codebooks.shape[2])
+        for part in _slices(rows, codes.shape[0] * codes.shape[1] * codebooks.shape[2])
     ]
     y = _join(parts).reshape(*x.shape[:-1], codes.shape[2])
     return y if bias is None else y + bias
@@ -155,7 +155,7 @@ def bins(y: Tensor, codes: Tensor, signs: Tensor | None, books: int, entries: in
     codes, signs = _check_codes(codes, signs, (codes.shape[0], books))
     rows = _rows("y", y, codes.shape[2])
     sums = _launch().Bins(codes, signs, books, entries)
-    for part in _slices(rows, codes, entries):
+    for part in _slices(rows, codes.shape[0] * codes.shape[1] * entries):
         yield part, sums(rows[part])
 
 
@@ -199,7 +199,8 @@ def tiled(
     from rpqfx.ops import triton_tiles
 
     if plan == "contract" or (plan == "auto" and len(rows) <= TABLE_ROWS[x.dtype is not torch.float32]):
-        y = triton_tiles.by_table(rows, codebooks, tiles, vectors, dims, scale, bias)
+        slices = _slices(rows, stages * tiles.shape[1] * MOST_ENTRIES)
+        y = _join([triton_tiles.by_table(rows[s], codebooks, tiles, vectors, dims, scale, bias) for s in slices])
     else:
         y = F.linear(rows if dims is None else rows * dims, triton_tiles.expanded(codebooks, tiles, vectors))
         y = y if scale is None else y * scale
@@ -239,9 +240,9 @@ def residual_search(points: Tensor, books: Tensor, cosine: bool = False) -> tupl
 # ------------------------------------------------------------------------------------------ what they are made of
 
 
-def _slices(rows: Tensor, codes: Tensor, entries: int) -> list[slice]:
-    """Slices of a batch whose tables (or bins) stay small; one, if empty, where there are no rows."""
-    size = TABLE_ELEMENTS // (codes.shape[0] * codes.shape[1] * entries)
+def _slices(rows: Tensor, elements: int) -> list[slice]:
+    """Slices of a batch whose tables (or bins), of so many elements a row, stay small; one, if empty, of no rows."""
+    size = TABLE_ELEMENTS // elements
     size = max(BLOCK_ROWS, size // BLOCK_ROWS * BLOCK_ROWS)
     return [slice(first, first + size) for first in range(0, max(1, rows.shape[0]), size)]
 

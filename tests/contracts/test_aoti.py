@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from rpqfx.report import dense_bytes
 from tests.deployed import assert_close
 from tests.fresh import run_without_rpqfx
 from tests.ops.test_in_graphs import Whole
+from tests.test_inductor import Heads, in_tiles
 
 # To build, not to run.
 QUICK = {"aot_inductor.compile_wrapper_opt_level": "O0", "cpp_cache_precompile_headers": False}
@@ -56,3 +58,20 @@ def test_a_package_of_a_strict_program_calls_the_kernels_and_needs_their_library
     [(_, outputs)] = run_without_rpqfx("aoti", {package: calls}, tmp_path, load())
     with torch.no_grad():
         assert_close(outputs, [model(*call) for call in calls])
+
+
+@pytest.mark.slow
+def test_a_package_calls_products_that_do_not_need_each_other_at_once(tmp_path: Path):
+    """And needs the kernels' library alone for that, too."""
+    small = rpqfx.rpqify(Heads().eval(), in_tiles)
+    x = torch.randn(1, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        program = export(small, (x,), strict=True)
+    where, options = str(tmp_path / "model.pt2"), {**QUICK, **rpqfx.inductor_options()}
+    package = torch._inductor.aoti_compile_and_package(program, package_path=where, inductor_configs=options)
+    with zipfile.ZipFile(package) as held:
+        text = "".join(held.read(name).decode() for name in held.namelist() if name.endswith(".wrapper.json"))
+    assert text.count("rpqfx_cpu::tiled_many") == 1 and 'rpqfx_cpu::tiled"' not in text
+    [(_, outputs)] = run_without_rpqfx("aoti", {package: [(x,), (2 * x,)]}, tmp_path, load())
+    with torch.no_grad():
+        assert_close(outputs, [small(x), small(2 * x)])

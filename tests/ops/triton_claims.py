@@ -135,7 +135,8 @@ def test_products_with_tiles_are_the_dense_product(
     exact = exact if bias is None else exact + bias.double()
     books_, x_, dims_, scale_, bias_ = (None if t is None else t.to(DEVICE) for t in (codebooks, x, dims, scale, bias))
     sizes = {"WARPS": 3, "COLUMNS": d, "UNDER_WAY": 2} if small else {"UNDER_WAY": 16}
-    with patch.multiple(triton_tiles, **sizes):
+    elements = 16 if small else 2**23  # of a table: a slice of the batch, or all of it
+    with patch.multiple(triton_tiles, **sizes), patch.multiple(cuda, TABLE_ELEMENTS=elements, BLOCK_ROWS=2):
         for plan in ("contract", "expand"):
             ours = cuda.tiled(x_, books_, tiles, vectors, bias_, plan, dims_, scale_)
             assert ours.shape == exact.shape and ours.dtype == dtype
@@ -177,7 +178,7 @@ def test_sizes_past_a_block(spec: CodebookSpec, rows: int, slices: int, monkeypa
     if slices > 1:
         monkeypatch.setattr(cuda, "TABLE_ELEMENTS", 64)
     codebooks, codes, _, signs = tensors(spec, 0, torch.float32, torch.uint8)
-    assert len(cuda._slices(torch.empty(rows, 1), codes, spec.entries)) == slices
+    assert len(cuda._slices(torch.empty(rows, 1), spec.stages * spec.sub_vectors * spec.entries)) == slices
     x, y = randn(1, rows, spec.dim), randn(2, rows, spec.num_vectors)
     leaves = x.requires_grad_(), codebooks.double().cpu().requires_grad_()
     matrix = dense(leaves[1], codes, None, signs)
