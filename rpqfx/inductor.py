@@ -7,7 +7,6 @@ call, whose work the threads share out evenly.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import operator
 from pathlib import Path
@@ -129,7 +128,6 @@ def _merge(graph: fx.Graph, group: list[_Node], later: list[_Node]) -> None:
         place = node
 
 
-@functools.cache
 def _make_pass() -> Any:
     """The pass, of a class that is made here: importing Inductor takes seconds, and not every model is compiled."""
     from torch._inductor.custom_graph_pass import CustomGraphPass

@@ -136,10 +136,10 @@ def test_every_kernel_compiles_for_a_gpu(
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter has taken the compiler's place")
 @pytest.mark.parametrize(
     ("shape", "rows", "dtype", "capability"),
-    for_gpus(
-        ((6, 1, 16, 8, 300, 200), 5, torch.bfloat16),
-        ((2, 4, 10, 3, 64, 64), 300, torch.float32),
-    ),
+    [
+        *for_gpus(((6, 1, 16, 8, 300, 200), 5, torch.bfloat16)),
+        *[pytest.param((2, 4, 10, 3, 64, 64), 300, torch.float32, each, marks=pytest.mark.slow) for each in (80, 90)],
+    ],
 )
 def test_every_kernel_of_tiles_compiles_for_a_gpu(
     shape: tuple[int, ...], rows: int, dtype: torch.dtype, capability: int, monkeypatch: pytest.MonkeyPatch,
