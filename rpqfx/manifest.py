@@ -20,6 +20,7 @@ from rpqfx.graph.pretrained import adapt_pretrained
 from rpqfx.graph.rewrite import install_all, parameter_at
 from rpqfx.kv.described import coder_tensors, describe_kv, put_back_kv
 from rpqfx.nn.backed import SUFFIX, backed_weights
+from rpqfx.nn.codebytes import to_bytes
 from rpqfx.nn.computed import hooked, refresh
 from rpqfx.nn.layout import Layout
 from rpqfx.nn.offloaded import check_not_offloaded, offloaded
@@ -170,13 +171,14 @@ def _record_values(record: SiteRecord) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------- putting it back
 
 
-def unpacked(entry: dict[str, Any], stored: Tensor, entries: int | None = None) -> Tensor:
+def unpacked(entry: dict[str, Any], stored: Tensor, entries: int | None = None, tiled: bool = False) -> Tensor:
     """A tensor as it was in the model.
 
     Args:
         entry: What the manifest says of it.
         stored: As it is in the file.
         entries: Of the codebook that it holds codes of, if it does.
+        tiled: Whether these codes lie in tiles in the model; as such they are returned, before others are unpacked.
 
     Raises:
         FormatError: If it cannot be what the manifest says.
@@ -184,7 +186,8 @@ def unpacked(entry: dict[str, Any], stored: Tensor, entries: int | None = None) 
     dtype = DTYPES[entry["dtype"]]
     try:
         if "packed" in entry:
-            return unpack_codes(stored, entry["packed"]["entries"], entry["shape"], dtype)
+            codes = unpack_codes(stored, entry["packed"]["entries"], entry["shape"], dtype)
+            return to_bytes(codes, tiled=True) if tiled else codes
         if entries is not None:
             check_codes(stored, entries)
     except RPQError as error:
@@ -192,13 +195,17 @@ def unpacked(entry: dict[str, Any], stored: Tensor, entries: int | None = None) 
     return stored.to(dtype) if "stored" in entry else stored
 
 
-def codes_of(manifest: dict[str, Any]) -> dict[str, int]:
-    """Entries of the codebooks that tensors hold codes of, by their names.
+def codes_of(manifest: dict[str, Any]) -> dict[str, tuple[int, bool]]:
+    """Entries of the codebooks that tensors hold codes of, and whether these lie in tiles, by the tensors' names.
 
     Args:
         manifest: What ``describe`` said.
     """
-    return {f"{name}{SUFFIX}.codes": s["spec"]["entries"] for s in manifest["sites"] for name in s["names"]}
+    return {
+        f"{name}{SUFFIX}.codes": (s["spec"]["entries"], s["spec"].get("tiled", False))
+        for s in manifest["sites"]
+        for name in s["names"]
+    }
 
 
 def put_back(model: nn.Module, manifest: dict[str, Any], tensors: dict[str, Tensor], path: str) -> None:

@@ -295,5 +295,5 @@ def _read(held: Container, device: torch.device | str) -> tuple[dict[str, Any], 
     codes = codes_of(manifest)
     first = {entry["names"][0]: entry for entry in manifest["tensors"]}
     return manifest, {
-        name: unpacked(entry, tensors.pop(name), codes.get(name)).to(device) for name, entry in first.items()
+        name: unpacked(entry, tensors.pop(name), *codes.get(name, ())).to(device) for name, entry in first.items()
     }

@@ -16,6 +16,7 @@ from torch import Tensor
 TILE = 64
 MOST_ENTRIES = 16
 _HALF = TILE // 2
+_AT_ONCE = 64  # tiles that are made at a time
 
 
 def to_tiles(codes: Tensor) -> Tensor:
@@ -28,10 +29,13 @@ def to_tiles(codes: Tensor) -> Tensor:
         ``[T, M, R * 32]`` uint8.
     """
     stages, sub_vectors, vectors = codes.shape
-    tiles = -(-vectors // TILE)
-    halves = F.pad(codes, (0, tiles * TILE - vectors)).view(stages, sub_vectors, tiles, 2, _HALF)
-    both = halves[..., 0, :] | (halves[..., 1, :] << 4)
-    return both.permute(2, 1, 0, 3).reshape(tiles, sub_vectors, stages * _HALF)
+    made = codes.new_empty(tiles_shape(stages, sub_vectors, vectors))
+    for first in range(0, len(made), _AT_ONCE):  # a table's codes are tens of megabytes, and so would all in between be
+        part = codes[..., first * TILE : (first + _AT_ONCE) * TILE]
+        halves = F.pad(part, (0, -part.shape[2] % TILE)).unflatten(2, (-1, 2, _HALF))
+        both = halves[..., 0, :] | (halves[..., 1, :] << 4)
+        made[first : first + _AT_ONCE] = both.permute(2, 1, 0, 3).flatten(2)
+    return made
 
 
 def from_tiles(tiles: Tensor, vectors: int) -> Tensor:
