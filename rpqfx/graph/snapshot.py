@@ -118,8 +118,9 @@ class Snapshot:
         for thing, kind, attributes in self._objects:
             if type(thing) is not kind:
                 thing.__class__ = kind
-            if not _is_same(thing.__dict__, attributes):
-                thing.__dict__.clear()
+            if not _is_same(thing.__dict__, attributes):  # one by one: at no time does another thread miss an attribute
+                for name in [name for name in thing.__dict__ if name not in attributes]:
+                    del thing.__dict__[name]
                 thing.__dict__.update(attributes)
         for container, held in self._containers.values():
             if not _is_same(container, held):

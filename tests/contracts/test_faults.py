@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.fx.experimental.symbolic_shapes  # imports sympy, which adds a filter of warnings when it is first imported
 from torch import Tensor, nn
 
 import rpqfx
