@@ -54,8 +54,8 @@ MOST_SEARCHED = 128
 TABLE_ELEMENTS = 2**23
 # Rows of a block of the batch at least: matrix units multiply 16 at a time.
 BLOCK_ROWS = 16
-# Rows up to which codes in tiles are multiplied through a table, measured on an H200; in float32, and otherwise.
-TABLE_ROWS = (32, 8)
+# Rows up to which codes in tiles are multiplied through a table, measured on an H200.
+TABLE_ROWS = {torch.float32: 32, torch.float16: 8, torch.bfloat16: 8}
 
 
 def usable(x: Tensor) -> bool:
@@ -198,7 +198,7 @@ def tiled(
     dims, scale, bias = (t if t is None else t.contiguous() for t in (dims, scale, bias))
     from rpqfx.ops import triton_tiles
 
-    if plan == "contract" or (plan == "auto" and len(rows) <= TABLE_ROWS[x.dtype is not torch.float32]):
+    if plan == "contract" or (plan == "auto" and len(rows) <= TABLE_ROWS[x.dtype]):
         slices = _slices(rows, stages * tiles.shape[1] * MOST_ENTRIES)
         y = _join([triton_tiles.by_table(rows[s], codebooks, tiles, vectors, dims, scale, bias) for s in slices])
     else:
