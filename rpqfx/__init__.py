@@ -1,21 +1,22 @@
 """Rewrite a PyTorch model so that its weights live in codebooks, and use them straight from there."""
 
-from rpqfx import errors, graph, kv, nn, reroute
-from rpqfx._api import rpqify
+from rpqfx import errors, graph, kv, nn, routing
 from rpqfx.codebook import CodebookSpec
+from rpqfx.conversion.rpqify import rpqify
 from rpqfx.errors import RPQError
-from rpqfx.finetune import finetune
-from rpqfx.inductor import inductor_options
 from rpqfx.kv.policy import KVPolicy, KVRule
 from rpqfx.kv.rewrite import quantize_kv
-from rpqfx.materialize import materialize
-from rpqfx.policy import Hold, Policy, Rule, Skip
-from rpqfx.report import Report, report
-from rpqfx.reroute.policy import RoutePolicy, RouteRule
-from rpqfx.reroute.rewrite import route
-from rpqfx.serialize import load, save
-from rpqfx.site import Site
-from rpqfx.tune import tune
+from rpqfx.ops.cpu.prepare import load_kernels
+from rpqfx.ops.inductor import inductor_options
+from rpqfx.policies.policy import Hold, Policy, Rule, Skip
+from rpqfx.policies.site import Site
+from rpqfx.reporting.report import Report, report
+from rpqfx.routing.rewrite.policy import RoutePolicy, RouteRule
+from rpqfx.routing.rewrite.rewrite import route
+from rpqfx.storage.materialize import materialize
+from rpqfx.storage.serialize import load, save
+from rpqfx.timing.tune import tune
+from rpqfx.training.finetune import finetune
 
 __version__ = "0.1.0"
 
@@ -38,12 +39,13 @@ __all__ = [
     "inductor_options",
     "kv",
     "load",
+    "load_kernels",
     "materialize",
     "nn",
     "quantize_kv",
     "report",
-    "reroute",
     "route",
+    "routing",
     "rpqify",
     "save",
     "tune",

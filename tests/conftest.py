@@ -32,27 +32,31 @@ HERE = Path(__file__).parent
 # The tests whose numbers depend on the processor and on whether the compiled kernels run: folders and files. They have
 # the marker "numerical", by which .ci/run runs them again, but for those with the marker "traced".
 NUMERICAL = (
+    "codebook/test_matrix.py",
+    "codebook/test_tiles.py",
     "contracts/test_gradient_sums.py",
     "fit",
     "kv",
     "nn/test_weight.py",
     "ops",
-    "test_codebook.py",
     "test_suite.py",
-    "test_tiles.py",
 )
 _OTHERS = (  # a compiler's, and a GPU's
     "ops/cpu/test_build.py",
     "ops/cpu/test_compiler.py",
-    "ops/test_triton.py",
-    "ops/test_triton_search.py",
+    "ops/cuda",
+    "ops/test_inductor.py",
 )
+
+
+def _within(name: str, known: tuple[str, ...]) -> bool:
+    return any(name == one or name.startswith(f"{one}/") for one in known)
 
 
 def is_numerical(path: Path) -> bool:
     """Whether the tests of a file are numerical."""
     name = path.relative_to(HERE).as_posix() if path.is_relative_to(HERE) else ""
-    return name not in _OTHERS and any(name == known or name.startswith(f"{known}/") for known in NUMERICAL)
+    return _within(name, NUMERICAL) and not _within(name, _OTHERS)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -20,10 +20,10 @@ from torch.utils._pytree import tree_leaves
 
 import rpqfx
 from rpqfx import Hold, Policy, Rule, Skip
-from rpqfx.container import open_container
-from rpqfx.convert.checkpoint import Checkpoint
+from rpqfx.conversion.checkpoint import Checkpoint
 from rpqfx.errors import FormatError
-from rpqfx.serialize import _checksum, _seal
+from rpqfx.storage.container import open_container
+from rpqfx.storage.serialize import _checksum, _seal
 from tests.kv.kv_models import LM, tokens
 
 LARGEST = 64  # bytes that a byte of a file may become: codes of a bit in a tensor of int64

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 import rpqfx
-from rpqfx.nn.views import TRACING
-from rpqfx.nn.virtual import INITIALISING
+from rpqfx.nn.tensor.views import TRACING
+from rpqfx.nn.tensor.virtual import INITIALISING
 
 _LIBRARY = str(pathlib.Path(rpqfx.__file__).parent)
 

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 import rpqfx
 from rpqfx import Policy
-from rpqfx.files import take_in
-from rpqfx.tuning import Rates
+from rpqfx.storage.files import take_in
+from rpqfx.training import Rates
 from tests import forks
 
 _EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.listdir", "os.scandir")

@@ -106,8 +106,13 @@ def test_claims_with_few_examples_draw_all_of_them_as_slow_tests(
 def test_numerical_tests_are_those_of_the_list() -> None:
     assert [name for name in NUMERICAL if not (HERE / name).exists()] == []
     chosen = {path.relative_to(HERE).as_posix() for path in HERE.rglob("test_*.py") if is_numerical(path)}
-    assert {"ops/test_search.py", "ops/cpu/test_kernels.py", "fit/test_kmeans.py", "kv/test_attend.py"} <= chosen
-    assert not {"ops/test_triton.py", "test_api.py", "kv.py"} & chosen
+    assert {
+        "ops/test_search.py",
+        "ops/cpu/test_kernels.py",
+        "fit/test_k_means.py",
+        "kv/attention/test_attend.py",
+    } <= chosen
+    assert not {"ops/cuda/test_triton_kernels.py", "test_api.py", "kv.py"} & chosen
     assert not is_numerical(Path("/elsewhere/ops/test_search.py"))
 
 

@@ -20,8 +20,8 @@ from convert_models import SUBJECTS, Batch, Loaded, Subject, augmented, reestima
 from convert_peers import PEERS, Converted, Peer
 
 import rpqfx
-from rpqfx.tuning.losses import Distillation
-from rpqfx.tuning.trained import Rates
+from rpqfx.training.distillation import Distillation
+from rpqfx.training.parameters import Rates
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from rpqfx.codebook import CodebookSpec
+from rpqfx.codebook.steps import sum_dtype
 from rpqfx.ops import reference
 from rpqfx.ops.cpu import build, kernels
-from rpqfx.steps import sum_dtype
 
 SPEC = CodebookSpec(1024, 512, 64, entries=256, stages=2)
 ROWS = 128

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 import rpqfx
 from rpqfx.codebook import CodebookSpec
 from rpqfx.nn import RPQWeight
-from rpqfx.ops import cuda
+from rpqfx.ops.cuda import kernels as cuda
 from rpqfx.routing import RoutedTransformerBlock, coordinate_descent, exact_scores
 
 BY_DTYPE = ("from scratch 9216 x 9216", "converted 3 bits 8192 x 2048")  # layers that are measured in every dtype

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from rpqfx import codebook
 from rpqfx.nn import RPQEmbedding, RPQLinear
-from rpqfx.ops import operators, reference
+from rpqfx.ops import library, reference
 
 WARM_UP, RUNS = 2, 15
 Layer = Callable[[Tensor], Tensor]
@@ -146,7 +146,7 @@ def dtype_of(layer: Layer, x: Tensor) -> torch.dtype:
 
 
 def torch_operators() -> AbstractContextManager[object]:
-    return patch.object(operators, "choose", lambda *_: reference)
+    return patch.object(library, "choose", lambda *_: reference)
 
 
 def gather_and_multiply(layer: RPQLinear) -> tuple[str, Layer]:

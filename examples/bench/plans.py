@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rpqfx import CodebookSpec, ops
 from rpqfx.ops.plan import cheaper, cheaper_conv
-from rpqfx.timing import in_turns
+from rpqfx.timing.clock import in_turns
 
 REPEATS = 7
 

@@ -13,21 +13,21 @@ import math
 import results
 import torch
 
-from rpqfx import shapes
-from rpqfx.fit.refit import left_over
+from rpqfx.fit.refitting import left_over
 from rpqfx.fit.residual import improve, train
 from rpqfx.ops.search import beam_search
+from rpqfx.policies import fast_shapes
 
 BEAMS = (8, 16, 32, 64)
 POINTS = 20_000
 
 
-def measure(shape: shapes.Shape, seed: int = 0) -> dict[str, float]:
+def measure(shape: fast_shapes.Shape, seed: int = 0) -> dict[str, float]:
     """Returns the mean squared error of a shape with each beam."""
     d, stages = shape
     g = torch.Generator().manual_seed(seed)
     points = torch.randn(2**15, d, generator=g)
-    books = improve(points, train(points, stages, shapes.ENTRIES, seed=seed)[0], beam=16)
+    books = improve(points, train(points, stages, fast_shapes.ENTRIES, seed=seed)[0], beam=16)
     test = torch.randn(POINTS, d, generator=g)
     return {
         str(beam): float(left_over(test, beam_search(test, books, beam)[0], books).square().mean()) for beam in BEAMS
@@ -37,8 +37,8 @@ def measure(shape: shapes.Shape, seed: int = 0) -> dict[str, float]:
 def main() -> None:
     torch.set_num_threads(2)
     rows = []
-    for shape in sorted(shapes.LEFT, key=shapes.rate):
-        left, bits = measure(shape), shapes.rate(shape)
+    for shape in sorted(fast_shapes.LEFT, key=fast_shapes.rate):
+        left, bits = measure(shape), fast_shapes.rate(shape)
         excess = 0.5 * math.log2(left["32"] * 4**bits)
         rows.append({"d": shape[0], "stages": shape[1], "bits": bits, "left": left, "excess": excess})
         print(rows[-1], flush=True)

@@ -7,8 +7,8 @@ import itertools
 import torch
 from torch import Tensor
 
-from rpqfx.fit.kmeans import checked_weights, kmeans
-from rpqfx.fit.refit import left_over, refit
+from rpqfx.fit.k_means import checked_weights, kmeans
+from rpqfx.fit.refitting import left_over, refit
 from rpqfx.ops.search import beam_search, nearest
 
 # Points an entry that training looks at; the codes of all points are found once, at the end.

@@ -9,8 +9,8 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import fx, nn
 
-from rpqfx.graph.capture import Captured
-from rpqfx.nn.backed import READ_AS
+from rpqfx.graph.module_graphs import Captured
+from rpqfx.nn.hosting.host import READ_AS
 
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 

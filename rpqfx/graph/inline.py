@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from rpqfx.graph.capture import Captured
+from rpqfx.graph.module_graphs import Captured
 
 _STARS = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}
 

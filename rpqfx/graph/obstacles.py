@@ -11,10 +11,10 @@ import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
-from rpqfx.graph.code import is_torchs, names_of
+from rpqfx.graph.bytecode import is_torchs, names_of
 from rpqfx.graph.functions import functions_of, referred
-from rpqfx.nn.backed import obstacle_to
-from rpqfx.site import Site
+from rpqfx.nn.hosting.host import obstacle_to
+from rpqfx.policies.site import Site
 
 
 class Obstacles:

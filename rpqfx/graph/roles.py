@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from rpqfx.graph.capture import Captured
-from rpqfx.nn.computed import parametrised_at
-from rpqfx.site import Kind
+from rpqfx.graph.module_graphs import Captured
+from rpqfx.nn.hosting.reparametrised import parametrised_at
+from rpqfx.policies.site import Kind
 
 _CONVS = (F.conv1d, F.conv2d, F.conv3d)
 _TRANSPOSED_CONVS = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
-from rpqfx.generators import generator_states, set_generator_states
-from rpqfx.nn.views import TRACING
-from rpqfx.nn.virtual import INITIALISING
+from rpqfx.graph.generators import generator_states, set_generator_states
+from rpqfx.nn.tensor.views import TRACING
+from rpqfx.nn.tensor.virtual import INITIALISING
 
 _CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
 

@@ -17,9 +17,9 @@ import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
-from rpqfx.nn.backed import READ_AS
-from rpqfx.nn.views import tracing
-from rpqfx.nn.virtual import VirtualWeight
+from rpqfx.nn.hosting.host import READ_AS
+from rpqfx.nn.tensor.views import tracing
+from rpqfx.nn.tensor.virtual import VirtualWeight
 
 ONE_AT_A_TIME = threading.RLock()
 """Held by whoever traces, scripts or exports with torch's tracers, which keep their state in globals."""

@@ -1,12 +1,12 @@
 """The KV cache in codebooks."""
 
-from rpqfx.kv.attention import KVAttention, attentions
-from rpqfx.kv.cache import CodebookCache
-from rpqfx.kv.headcoder import HeadCoder
+from rpqfx.kv.cache.layer import LayerStore
+from rpqfx.kv.coder.head_coder import HeadCoder
+from rpqfx.kv.model_cache import CodebookCache
+from rpqfx.kv.module import KVAttention, attentions
 from rpqfx.kv.policy import KVPolicy, KVRule
-from rpqfx.kv.quantizer import VectorQuantizer
+from rpqfx.kv.quantizer.quantizer import VectorQuantizer
 from rpqfx.kv.rewrite import commitment, quantize_kv
-from rpqfx.kv.store import LayerStore
 
 __all__ = [
     "CodebookCache",

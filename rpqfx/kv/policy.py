@@ -8,10 +8,10 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from rpqfx import byname
-from rpqfx.checks import flag, number, one_of, shown, whole
 from rpqfx.errors import PolicyError
-from rpqfx.spelled import spelled
+from rpqfx.policies import name_rules
+from rpqfx.validation.spelling import spelled
+from rpqfx.validation.values import flag, number, one_of, shown, whole
 
 _MOST_BITS = 8.0
 _STAGES, _BEAM = 6, 8
@@ -36,8 +36,8 @@ class KVRule:
     bits: float | None = None
 
     def __post_init__(self) -> None:
-        byname.check_match(self.match, "KVRule")
-        byname.check_skip(self.skip)
+        name_rules.check_match(self.match, "KVRule")
+        name_rules.check_skip(self.skip)
         if (self.skip is None) == (self.bits is None):
             raise PolicyError(
                 f"a KVRule either skips layers or sets bits for them; {shown(self.match)} has both or neither"
@@ -124,7 +124,7 @@ class KVPolicy:
             raise PolicyError(
                 f"chunk is a multiple of {_UNIT}, so that codes fill whole bytes, got {self.chunk}; give {near}"
             )
-        object.__setattr__(self, "rules", byname.rules_of(self.rules, KVRule))
+        object.__setattr__(self, "rules", name_rules.rules_of(self.rules, KVRule))
         self._check_idle()
         defaults = {"joint": self.transform and not self.scaled, "beam": 1 if self.cosine else _BEAM}
         if self.transform:
@@ -174,7 +174,7 @@ class KVPolicy:
 
     def to_json(self) -> str:
         """The policy as JSON; ``from_json`` reads it."""
-        return byname.to_json(self)
+        return name_rules.to_json(self)
 
     @classmethod
     def from_json(cls, text: str) -> KVPolicy:
@@ -183,7 +183,7 @@ class KVPolicy:
         Raises:
             PolicyError: If the text says something else.
         """
-        return byname.from_json(lambda **values: cls(**_without_idle(values)), KVRule, text, cls.__name__)
+        return name_rules.from_json(lambda **values: cls(**_without_idle(values)), KVRule, text, cls.__name__)
 
 
 def _without_idle(values: dict[str, Any]) -> dict[str, Any]:

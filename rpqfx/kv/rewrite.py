@@ -8,28 +8,27 @@ from typing import Any
 import torch
 from torch import nn
 
-from rpqfx.arguments import check_model, check_policy, check_progress
-from rpqfx.byname import check_rules
-from rpqfx.checks import check_seed, flag
-from rpqfx.convert.batches import Batches, calibration_of
-from rpqfx.convert.probe import probe
-from rpqfx.draws import drawn_from
+from rpqfx.calibration.batches import Batches, calibration_of
+from rpqfx.calibration.probe import probe
 from rpqfx.errors import InputError, PolicyError, RewriteError
 from rpqfx.graph.attention import AttentionSite, find_attention
-from rpqfx.graph.capture import capture, evaluating
 from rpqfx.graph.copying import copy_model
-from rpqfx.graph.nested import without_nested_tensors
-from rpqfx.graph.pretrained import adapt_pretrained
-from rpqfx.graph.rewrite import Progress
+from rpqfx.graph.module_graphs import capture, evaluating
+from rpqfx.graph.nested_tensors import without_nested_tensors
+from rpqfx.graph.seeds import drawn_from
 from rpqfx.graph.snapshot import Snapshot, small_tensors
-from rpqfx.kv.attention import KVAttention, attentions
-from rpqfx.kv.calibrate import find_space, fit_coders, share_codebooks
-from rpqfx.kv.headcoder import HeadCoder
+from rpqfx.graph.transformers_models import adapt_pretrained
+from rpqfx.kv.coder.calibrate import find_space, fit_coders, share_codebooks
+from rpqfx.kv.coder.head_coder import HeadCoder
+from rpqfx.kv.coder.statistics import Moments, Watch
+from rpqfx.kv.dense_check import tried
+from rpqfx.kv.module import KVAttention, attentions
 from rpqfx.kv.policy import KVPolicy
-from rpqfx.kv.tried import tried
-from rpqfx.kv.watch import Moments, Watch
 from rpqfx.kv.wrap import unwrap, wrap
-from rpqfx.progress import shown
+from rpqfx.policies.arguments import check_model, check_policy, check_progress
+from rpqfx.policies.name_rules import check_rules
+from rpqfx.reporting.progress import Progress, shown
+from rpqfx.validation.values import check_seed, flag
 
 # Every so many vectors one is kept to fit codebooks to: a set that serves the whole model needs few of each layer.
 _STEP, _STEP_OWN = 8, 2
@@ -49,8 +48,9 @@ def quantize_kv(
 
     Attention modules are found as ``rpqify`` finds weights: those whose forward calls
     ``scaled_dot_product_attention``, ``torch.nn.MultiheadAttention``, and those of transformers. Each gets a
-    [`KVAttention`][rpqfx.kv.attention.KVAttention], fitted to what the batches show. The result is called as the model
-    was, and gives what it would give with a [`CodebookCache`][rpqfx.kv.cache.CodebookCache] filled token by token.
+    [`KVAttention`][rpqfx.kv.module.KVAttention], fitted to what the batches show. The result is called as the model
+    was, and gives what it would give with a [`CodebookCache`][rpqfx.kv.model_cache.CodebookCache] filled token by
+    token.
 
     Args:
         model: Any model; left alone. The result has copies of its Parameters and buffers and shares none.

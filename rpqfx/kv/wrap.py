@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,11 +13,11 @@ from torch.overrides import TorchFunctionMode
 
 from rpqfx.errors import InputError, RewriteError
 from rpqfx.graph.attention import AttentionSite
-from rpqfx.kv.attention import KVAttention
-from rpqfx.kv.conventions import turning_of
-from rpqfx.kv.rotary import Rotary
+from rpqfx.kv.attention.rotary import Rotary
+from rpqfx.kv.attention.rotary_conventions import turning_of
+from rpqfx.kv.module import KVAttention
 from rpqfx.nn.attention import Attends
-from rpqfx.nn.backed import READ_AS, class_of, named_class
+from rpqfx.nn.hosting.host import READ_AS, class_of, named_class
 
 CORE = "kv_codes"  # the attribute under which a module holds its KVAttention
 
@@ -128,7 +129,7 @@ def wrap(site: AttentionSite, core: KVAttention) -> None:
     if site.kind == "torch":  # torch's fused layers pass by the module, but not where it has hooks
         module.__dict__["_kv_hook"] = module.register_forward_pre_hook(_stay)
     if site.kind == "transformers":
-        from rpqfx.kv.hf import route  # transformers is there, since the module is
+        from rpqfx.kv.transformers import route  # transformers is there, since the module is
 
         module.__dict__["_kv_config"] = module.config
         module.config = route(module.config)
@@ -172,6 +173,8 @@ _MADE: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}
 def _class_of(base: type[nn.Module], kind: str) -> type[nn.Module]:
     if (made := _MADE.get((base, kind))) is not None:
         return made
+    if kind == "transformers":  # also where a model is unpickled that another process has wrapped
+        importlib.import_module("rpqfx.kv.transformers")  # gives transformers the attention function
     bases = (*_BASES[kind], *((Attends,) if base is nn.MultiheadAttention else ()), base)
     made = type(base.__name__, bases, {"_kv_base": base, "_kv_kind": kind, READ_AS: base})
     return _MADE.setdefault((base, kind), made)  # of several threads', the first

@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from rpqfx.errors import InputError
-from rpqfx.nn.backed import held, register_layer
+from rpqfx.nn.hosting.host import held, register_layer
 from rpqfx.nn.layer import RPQLayer, Split, apply_linear
 from rpqfx.nn.linear import RPQLinear
 from rpqfx.ops import Plan

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from rpqfx.errors import InputError
-from rpqfx.nn.backed import held, register_layer
+from rpqfx.nn.hosting.host import held, register_layer
 from rpqfx.nn.layer import RPQLayer, Split, apply_linear
 from rpqfx.nn.layout import Layout
 from rpqfx.ops.autocast import autocast_dtype

@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rpqfx.nn.backed import held, register_layer, weight_of
+from rpqfx.nn.hosting.host import held, register_layer, weight_of
 from rpqfx.nn.layer import RPQLayer
 from rpqfx.nn.weight import RPQWeight
 

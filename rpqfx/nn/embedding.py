@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rpqfx.nn.backed import held, register_layer, weight_of
 from rpqfx.nn.bags import bags
+from rpqfx.nn.hosting.host import held, register_layer, weight_of
 from rpqfx.nn.layer import CodebookOptions, RPQLayer
 from rpqfx.ops import scale_grad
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rpqfx.codebook import CodebookSpec, GradScale
 from rpqfx.errors import InputError, SpecError
-from rpqfx.nn.backed import Backed, back, backed_weights, weight_of
+from rpqfx.nn.hosting.host import Backed, back, backed_weights, weight_of
 from rpqfx.nn.layout import Layout
 from rpqfx.nn.weight import RPQWeight
 from rpqfx.ops import Plan

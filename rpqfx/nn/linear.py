@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from rpqfx.nn.backed import held, register_layer
+from rpqfx.nn.hosting.host import held, register_layer
 from rpqfx.nn.layer import RPQLayer, apply_linear
 
 

@@ -16,9 +16,9 @@ from rpqfx.codebook import CodebookSpec, pack_signs, range_of
 from rpqfx.errors import InputError, SpecError
 from rpqfx.fit import fit_codebooks
 from rpqfx.nn.layout import Layout
-from rpqfx.nn.loaded import Loaded
-from rpqfx.nn.part import Part
-from rpqfx.nn.recorded import CalledPart
+from rpqfx.nn.loading import Loaded
+from rpqfx.nn.recorded_slice import CalledPart
+from rpqfx.nn.weight_slice import Part
 from rpqfx.ops.at_once import conv_at_once, linear_at_once
 
 ReadAs = Literal["expanded", "virtual", "tensor"]
@@ -28,7 +28,7 @@ class RPQWeight(Loaded):
     """A tensor held in codebooks; calling it gives the tensor, or some of its rows.
 
     Tensors: ``codebooks [R, G, K, d]`` (Parameter), ``codes [R, M, N]`` (buffer, the narrowest integer; one of two
-    bytes lies there as bytes, and codes of a tiled spec as tiles (``rpqfx.nn.codebytes``)), and where the spec has
+    bytes lies there as bytes, and codes of a tiled spec as tiles (``rpqfx.nn.code_bytes``)), and where the spec has
     them ``scale [N]`` (Parameter),
     ``dim_scale [D / share]`` (Parameter) and ``signs [R, M, ceil(N/8)]`` (buffer, uint8, eight signs a byte).
 
@@ -210,7 +210,7 @@ class RPQWeight(Loaded):
         return ops.Tensors(self.codebooks, self.codes, self.scale, self.signs, self.dim_scale)  # one is computed
 
     def part(self) -> Part:
-        """The whole tensor as a [`Part`][rpqfx.nn.part.Part], of which parts may be taken."""
+        """The whole tensor as a [`Part`][rpqfx.nn.weight_slice.Part], of which parts may be taken."""
         if self._hooked:
             return CalledPart(self, self.tensors, self.layout, self.spec.grad_factor, self._plan)
         return self.whole()
@@ -241,7 +241,7 @@ class RPQWeight(Loaded):
         Args:
             ids: Integer rows of any shape, or None for all; with ``use`` the first operand.
             *operands: Further ones, with ``use``.
-            use: Called with the whole [`Part`][rpqfx.nn.part.Part] and the operands that were given.
+            use: Called with the whole [`Part`][rpqfx.nn.weight_slice.Part] and the operands that were given.
 
         Returns:
             The tensor in its layout's shape, or ``[*ids.shape, cols]``, or what ``use`` returns.

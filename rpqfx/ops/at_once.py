@@ -12,9 +12,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from rpqfx.ops import cuda
 from rpqfx.ops.autocast import autocast_dtype
 from rpqfx.ops.cpu import build, kernels
+from rpqfx.ops.cuda import kernels as cuda
 from rpqfx.ops.mapped import differentiated
 from rpqfx.ops.plan import Plan
 from rpqfx.ops.products import Tensors, conv_plan

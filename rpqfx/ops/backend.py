@@ -1,7 +1,7 @@
 """Which implementation of the operations runs: compiled for the CPU, Triton's on a GPU, or torch's own operators.
 
-A backend is a module with the functions below, which mean what ``rpqfx.codebook`` and ``rpqfx.maps`` say, without
-gradients. All take every shape; ``choose`` sees to device and dtype.
+A backend is a module with the functions below, which mean what ``rpqfx.codebook`` and ``rpqfx.codebook.feature_maps``
+say, without gradients. All take every shape; ``choose`` sees to device and dtype.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from rpqfx.ops import cuda, reference
+from rpqfx.ops import reference
 from rpqfx.ops.cpu import build, kernels
+from rpqfx.ops.cuda import kernels as cuda
 from rpqfx.ops.devices import check_devices
 
 

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rpqfx import codebook, maps
+from rpqfx import codebook
+from rpqfx.codebook import feature_maps
+from rpqfx.codebook.packing import pack_codes
+from rpqfx.codebook.tiles import to_tiles
 from rpqfx.errors import RPQError
-from rpqfx.packing import pack_codes
-from rpqfx.tiles import to_tiles
 
 # Rows of every path: a few, fewer than a table is wide, more, and several blocks with a rest.
 ROWS = (1, 3, 7, 20, 70)
@@ -88,9 +89,9 @@ def _check(
     exact = codebook.collect(grad.double(), codes, books, entries, signs)
     same("collect", run("collect", grad, codes, books, entries, signs), exact)
     table = torch.randn(2, stages, sub_vectors, entries, 50, generator=g).to(dtype)
-    same("gather_sum", run("gather_sum", table, codes), maps.gather_sum(table.double(), codes))
+    same("gather_sum", run("gather_sum", table, codes), feature_maps.gather_sum(table.double(), codes))
     maps_of = torch.randn(2, vectors, 50, generator=g).to(dtype)
-    same("bin_sum", run("bin_sum", maps_of, codes, entries), maps.bin_sum(maps_of.double(), codes, entries))
+    same("bin_sum", run("bin_sum", maps_of, codes, entries), feature_maps.bin_sum(maps_of.double(), codes, entries))
 
 
 def _check_tiled(backend: Any, device: torch.device, dtype: torch.dtype, tolerance: float, g: torch.Generator) -> None:

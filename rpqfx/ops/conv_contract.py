@@ -16,10 +16,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from rpqfx import steps
-from rpqfx.ops import operators
+from rpqfx.codebook import steps
+from rpqfx.codebook.signs import fold_codebooks, fold_codes, unfold_codebooks
+from rpqfx.ops import library
 from rpqfx.ops.conv_forms import Geometry, add_channels
-from rpqfx.signs import fold_codebooks, fold_codes, unfold_codebooks
 
 # Numbers of a table of maps (or of bins) that are alive at a time: few enough that memory freed by one block serves the
 # next (new memory costs more than the sums in it), and enough that several samples share an index of the codes.
@@ -86,7 +86,7 @@ class ConvContract(Geometry):
             for axis, length in enumerate(size, 2):  # an output padding past the stride leaves more than there were
                 maps = maps.narrow(axis, 0, length)
             table = rearrange(maps.flatten(2), "(b s) (g r k) l -> b r (g s) k l", **axes)
-            parts.append(operators.gather_sum(table, codes).unflatten(2, size))
+            parts.append(library.gather_sum(table, codes).unflatten(2, size))
         return _join(parts)
 
     def _to_image(self, vectors: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
@@ -106,7 +106,7 @@ class ConvContract(Geometry):
         runs = (steps.runs(codes, entries),) if len(blocks) > 1 else ()  # sorted once for all
         for part in blocks:
             yield part, rearrange(
-                operators.bin_sum(vectors[part].flatten(2), codes, entries, *runs),
+                library.bin_sum(vectors[part].flatten(2), codes, entries, *runs),
                 "b r (g s) k l -> (b s) (g r k) l", s=share,
             ).unflatten(2, size)  # fmt: skip
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rpqfx.ops import operators
+from rpqfx.ops import library
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,14 @@ class Conv(Geometry):
     def out(
         self, x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None, bias: Tensor | None = None
     ) -> Tensor:
-        y = operators.conv(
+        y = library.conv(
             x, codebooks, codes, signs, self.weight_shape, self.stride, self.padding, self.dilation, self.transposed,
             self.output_padding, self.groups,
         )  # fmt: skip
         return add_channels(y, bias)
 
     def left(self, y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
-        x = operators.conv(
+        x = library.conv(
             y, codebooks, codes, signs, self.weight_shape, self.stride, self.padding, self.dilation,
             not self.transposed, self._adjoint_padding(y.shape[2:]), self.groups,
         )  # fmt: skip
@@ -71,7 +71,7 @@ class Conv(Geometry):
         return x
 
     def book(self, x: Tensor, y: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
-        return operators.conv_book(
+        return library.conv_book(
             x, y, codes, signs, self.weight_shape, self.stride, self.padding, self.dilation, self.transposed,
             self.output_padding, self.groups, self.books, self.entries,
         )  # fmt: skip

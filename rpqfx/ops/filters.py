@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rpqfx import steps
+from rpqfx.codebook import steps
 
 # Torch's ways of running a convolution whose sums are float32 where its numbers are float16 or bfloat16. The others,
 # its own loops, add the samples up in the numbers' dtype: with eight bits such a sum stops growing at some 256 terms.

@@ -1,7 +1,7 @@
 """Products that are linear in an input, in an output and in the codebooks.
 
 A form is ``sum y * out(x, W(codebooks))``. Its three partial derivatives are the three methods here: ``out`` (in
-``y``), ``left`` (in ``x``) and ``book`` (in the codebooks). ``rpqfx.ops.functions`` makes them differentiable
+``y``), ``left`` (in ``x``) and ``book`` (in the codebooks). ``rpqfx.ops.autograd`` makes them differentiable
 any number of times from nothing else. Forms hold plain numbers only: tensors are always passed. Products run in the
 dtype of the input, whatever the codebooks' dtype is; gradients of codebooks come as they were summed, in float32 at
 least.
@@ -14,13 +14,13 @@ from typing import Protocol
 
 from torch import Tensor
 
-from rpqfx.ops import operators
+from rpqfx.codebook.tiles import from_tiles
+from rpqfx.ops import library
 from rpqfx.ops.plan import Plan
-from rpqfx.tiles import from_tiles
 
 
 class Form(Protocol):
-    """What ``rpqfx.ops.functions`` needs of a product."""
+    """What ``rpqfx.ops.autograd`` needs of a product."""
 
     @property
     def batched(self) -> bool:
@@ -54,18 +54,18 @@ class Contract:
     def out(
         self, x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None, bias: Tensor | None = None
     ) -> Tensor:
-        return operators.contract(x, codebooks, codes, signs, bias)
+        return library.contract(x, codebooks, codes, signs, bias)
 
     def left(self, y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
-        return operators.contract_t(y, codebooks, codes, signs)
+        return library.contract_t(y, codebooks, codes, signs)
 
     def book(self, x: Tensor, y: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
-        return operators.accumulate(x, y, codes, signs, self.books, self.entries)
+        return library.accumulate(x, y, codes, signs, self.books, self.entries)
 
     def grads(
         self, x: Tensor, y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        return operators.contract_grads(x, y, codebooks, codes, signs)
+        return library.contract_grads(x, y, codebooks, codes, signs)
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,13 @@ class Matmul:
     def out(
         self, x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None, bias: Tensor | None = None
     ) -> Tensor:
-        return operators.matmul(x, codebooks, codes, signs, bias)
+        return library.matmul(x, codebooks, codes, signs, bias)
 
     def left(self, y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
-        return operators.matmul_t(y, codebooks, codes, signs)
+        return library.matmul_t(y, codebooks, codes, signs)
 
     def book(self, x: Tensor, y: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
-        return operators.matmul_book(x, y, codes, signs, self.books, self.entries)
+        return library.matmul_book(x, y, codes, signs, self.books, self.entries)
 
     def grads(
         self, x: Tensor, y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None
@@ -110,14 +110,14 @@ class Tiled:
     def out(
         self, x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None, bias: Tensor | None = None
     ) -> Tensor:
-        return operators.tiled(x, codebooks, codes, signs, bias, self.vectors, self.plan)
+        return library.tiled(x, codebooks, codes, signs, bias, self.vectors, self.plan)
 
     def left(self, y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
-        return operators.matmul_t(y, codebooks, from_tiles(codes, self.vectors), signs)
+        return library.matmul_t(y, codebooks, from_tiles(codes, self.vectors), signs)
 
     def book(self, x: Tensor, y: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
         plain = from_tiles(codes, self.vectors)
-        return operators.matmul_book(x, y, plain, signs, self.books, self.entries)
+        return library.matmul_book(x, y, plain, signs, self.books, self.entries)
 
     def grads(
         self, x: Tensor, y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None

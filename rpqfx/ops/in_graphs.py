@@ -1,6 +1,6 @@
 """Products and rows as operators of the compiled CPU kernels, for graphs that call them with no Python in between.
 
-Each function is that of ``rpqfx.ops.operators`` with its name, or returns None where kernels do not take the tensors;
+Each function is that of ``rpqfx.ops.library`` with its name, or returns None where kernels do not take the tensors;
 graphs call an operator that Python runs then. Each is one step: a compiler that saw a part of it alone would keep that
 for the backward pass.
 """

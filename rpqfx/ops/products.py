@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 from rpqfx import codebook
+from rpqfx.codebook.tiles import TILE, from_tiles, pick
 from rpqfx.errors import InputError, SpecError
 from rpqfx.ops.autocast import autocast_dtype
+from rpqfx.ops.autograd import product, product_t
 from rpqfx.ops.conv_contract import ConvContract
 from rpqfx.ops.conv_forms import Conv
 from rpqfx.ops.forms import Contract, Form, Matmul, Tiled
-from rpqfx.ops.functions import product, product_t
+from rpqfx.ops.library import memory_format
 from rpqfx.ops.mapped import Slow
-from rpqfx.ops.operators import memory_format
 from rpqfx.ops.plan import Plan, cheaper, cheaper_conv
 from rpqfx.ops.rows import Expand, look_up
-from rpqfx.tiles import TILE, from_tiles, pick
 
 
 class Tensors(NamedTuple):
@@ -35,7 +35,7 @@ class Tensors(NamedTuple):
         scale: ``[N]`` or None.
         signs: ``[R, M, ceil(N/8)]`` or None.
         dim_scale: ``[D / share]``, a factor for each ``share`` columns in a row, or None.
-        tiled: ``N`` where the codes lie in tiles (``rpqfx.tiles``), else 0.
+        tiled: ``N`` where the codes lie in tiles (``rpqfx.codebook.tiles``), else 0.
     """
 
     codebooks: Tensor

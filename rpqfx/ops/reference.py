@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from rpqfx import codebook, maps
+from rpqfx import codebook
+from rpqfx.codebook import feature_maps
 from rpqfx.errors import CodeError
 
 __all__ = [
@@ -77,15 +78,15 @@ def collect(grad: Tensor, codes: Tensor, books: int, entries: int, signs: Tensor
 
 
 def gather_sum(table: Tensor, codes: Tensor) -> Tensor:
-    """See ``rpqfx.maps.gather_sum``."""
+    """See ``rpqfx.codebook.feature_maps.gather_sum``."""
     check_codes(codes, table.shape[3])
-    return maps.gather_sum(table, codes)
+    return feature_maps.gather_sum(table, codes)
 
 
 def bin_sum(y: Tensor, codes: Tensor, entries: int, runs: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """See ``rpqfx.maps.bin_sum``."""
+    """See ``rpqfx.codebook.feature_maps.bin_sum``."""
     check_codes(codes, entries)
-    return maps.bin_sum(y, codes, entries, runs)
+    return feature_maps.bin_sum(y, codes, entries, runs)
 
 
 def check_codes(codes: Tensor, entries: int) -> None:

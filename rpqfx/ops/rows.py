@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rpqfx import codebook, steps
-from rpqfx.ops import operators
+from rpqfx import codebook
+from rpqfx.codebook import steps
+from rpqfx.ops import library
 from rpqfx.ops.mapped import Mapped, differentiated, like_codebooks, no_view
 
 
@@ -22,7 +23,7 @@ def look_up(
     """``Lookup``, or where nothing can ask for a gradient the rows themselves."""
     if differentiated(codebooks, scale, dims):
         return Lookup.apply(ids, codebooks, codes, scale, signs, dims, sparse)
-    return operators.lookup(ids, codebooks, codes, scale, signs, dims)
+    return library.lookup(ids, codebooks, codes, scale, signs, dims)
 
 
 class _Rows(Mapped):
@@ -60,7 +61,7 @@ class Expand(_Rows):
     def forward(
         codebooks: Tensor, codes: Tensor, scale: Tensor | None, signs: Tensor | None, dims: Tensor | None
     ) -> Tensor:
-        return operators.expand(codebooks, codes, scale, signs, dims)
+        return library.expand(codebooks, codes, scale, signs, dims)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -85,7 +86,7 @@ class Lookup(_Rows):
         ids: Tensor, codebooks: Tensor, codes: Tensor, scale: Tensor | None, signs: Tensor | None,
         dims: Tensor | None, sparse: bool,
     ) -> Tensor:  # fmt: skip
-        return no_view(operators.lookup(ids, codebooks, codes, scale, signs, dims))
+        return no_view(library.lookup(ids, codebooks, codes, scale, signs, dims))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -114,7 +115,7 @@ class Collect(Mapped):
 
     @staticmethod
     def forward(grad: Tensor, codes: Tensor, signs: Tensor | None, books: int, entries: int) -> Tensor:
-        return operators.collect(grad, codes, signs, books, entries)
+        return library.collect(grad, codes, signs, books, entries)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -1,6 +1,6 @@
 """What torch.library is told of the operators, for those who call ``torch.ops.rpqfx`` themselves: gradients, autocast.
 
-The library's own layers go through ``rpqfx.ops.functions``; an operator's gradient is that of the function that runs
+The library's own layers go through ``rpqfx.ops.autograd``; an operator's gradient is that of the function that runs
 it, so it is right to every order, and what it saves is the same.
 """
 
@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rpqfx.ops import operators
+from rpqfx.ops import library
+from rpqfx.ops.autograd import Book, Grads, Left, Out
 from rpqfx.ops.conv_forms import Conv
 from rpqfx.ops.forms import Contract, Form, Matmul, Tiled
-from rpqfx.ops.functions import Book, Grads, Left, Out
 from rpqfx.ops.rows import Collect, Expand, Lookup
 
 
 class _Shifted:
-    """A context whose inputs begin with the form, as a function of ``rpqfx.ops.functions`` expects."""
+    """A context whose inputs begin with the form, as a function of ``rpqfx.ops.autograd`` expects."""
 
     def __init__(self, ctx: Any) -> None:
         self._ctx = ctx
@@ -126,7 +126,7 @@ def _autocast(name: str) -> None:
             return operator(x.to(dtype), *args)
 
     for key in ("AutocastCPU", "AutocastCUDA"):
-        operators.LIBRARY.impl(name, cast, key)
+        library.LIBRARY.impl(name, cast, key)
 
 
 for _name in ("contract", "contract_t", "matmul", "matmul_t", "tiled", "conv"):

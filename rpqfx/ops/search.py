@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rpqfx.ops import cuda
 from rpqfx.ops.cpu import build, kernels
+from rpqfx.ops.cuda import kernels as cuda
 
 # Distances that are alive at a time: few enough to stay in cache.
 _BLOCK_ELEMENTS = 2**20

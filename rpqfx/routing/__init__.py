@@ -8,7 +8,7 @@ from rpqfx.routing.feedforward import RoutedFeedForward
 from rpqfx.routing.image import RoutedImageAttention
 from rpqfx.routing.iterative import coordinate_descent, cumulative_softmax, sinkhorn
 from rpqfx.routing.router import Choice, Router
-from rpqfx.routing.topk import TopK, topk
+from rpqfx.routing.top_k import TopK, topk
 from rpqfx.routing.vit import RoutedViT
 from rpqfx.routing.windows import LocalAttention, local_attention
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import repeat
 from torch import Tensor, nn
 
-from rpqfx.routing.branch import RoutedBranch, count
+from rpqfx.routing.heavy_branch import RoutedBranch, count
 from rpqfx.routing.router import Count
 from rpqfx.routing.windows import LocalAttention
 

@@ -11,12 +11,12 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from rpqfx.errors import SpecError
-from rpqfx.routing.branch import RoutedBranch
 from rpqfx.routing.exact import exact_offset
-from rpqfx.routing.leading import moved, moved_back, padding_in_front, places
-from rpqfx.routing.moving import put, take
+from rpqfx.routing.gather import put, take
+from rpqfx.routing.heavy_branch import RoutedBranch
+from rpqfx.routing.left_padding import moved, moved_back, padding_in_front, places
 from rpqfx.routing.router import Choice, Router
-from rpqfx.routing.topk import straight_through
+from rpqfx.routing.top_k import straight_through
 from rpqfx.routing.windows import LocalAttention
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from rpqfx.errors import InputError, SpecError
-from rpqfx.routing.branch import count
 from rpqfx.routing.causal import choose_by_the_past
-from rpqfx.routing.moving import put, take
+from rpqfx.routing.gather import put, take
+from rpqfx.routing.heavy_branch import count
 from rpqfx.routing.router import Count, Router
 
 

@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from rpqfx.errors import InputError, SpecError
-from rpqfx.routing.branch import RoutedBranch, count
+from rpqfx.routing.heavy_branch import RoutedBranch, count
 from rpqfx.routing.router import Count
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rpqfx.errors import InputError, SpecError
 from rpqfx.routing.exact import exact_scores
 from rpqfx.routing.iterative import coordinate_descent, cumulative_softmax, sinkhorn
-from rpqfx.routing.topk import check_ratio, straight_through
+from rpqfx.routing.top_k import check_ratio, straight_through
 
 Count = int | float | Tensor
 

@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from rpqfx.errors import SpecError
-from rpqfx.routing.leading import moved, moved_back, padding_in_front, places
+from rpqfx.routing.left_padding import moved, moved_back, padding_in_front, places
 
 # Tokens of one call of scaled_dot_product_attention on a CPU. Gradients of the keys and values that blocks share are
 # made apart before they are added up; in segments these come from memory that is there already.

@@ -12,12 +12,12 @@ from torch.export import Dim, export
 
 import rpqfx
 from rpqfx import Policy, Rule
-from rpqfx.compile_kernels import load
-from rpqfx.report import dense_bytes
+from rpqfx.ops.cpu.prepare import load_kernels
+from rpqfx.reporting.report import dense_bytes
 from tests.deployed import assert_close
 from tests.fresh import run_without_rpqfx
 from tests.ops.test_in_graphs import Whole
-from tests.test_inductor import Heads, in_tiles
+from tests.ops.test_inductor import Heads, in_tiles
 
 # To build, not to run.
 QUICK = {"aot_inductor.compile_wrapper_opt_level": "O0", "cpp_cache_precompile_headers": False}
@@ -55,7 +55,7 @@ def test_a_package_of_a_strict_program_calls_the_kernels_and_needs_their_library
     where = str(tmp_path / "model.pt2")
     package = torch._inductor.aoti_compile_and_package(program, package_path=where, inductor_configs=QUICK)
     calls = [(torch.arange(12).view(3, 4) * step,) for step in (0, 1, 8)]
-    [(_, outputs)] = run_without_rpqfx("aoti", {package: calls}, tmp_path, load())
+    [(_, outputs)] = run_without_rpqfx("aoti", {package: calls}, tmp_path, load_kernels())
     with torch.no_grad():
         assert_close(outputs, [model(*call) for call in calls])
 
@@ -72,6 +72,6 @@ def test_a_package_calls_products_that_do_not_need_each_other_at_once(tmp_path: 
     with zipfile.ZipFile(package) as held:
         text = "".join(held.read(name).decode() for name in held.namelist() if name.endswith(".wrapper.json"))
     assert text.count("rpqfx_cpu::tiled_many") == 1 and 'rpqfx_cpu::tiled"' not in text
-    [(_, outputs)] = run_without_rpqfx("aoti", {package: [(x,), (2 * x,)]}, tmp_path, load())
+    [(_, outputs)] = run_without_rpqfx("aoti", {package: [(x,), (2 * x,)]}, tmp_path, load_kernels())
     with torch.no_grad():
         assert_close(outputs, [small(x), small(2 * x)])

@@ -19,7 +19,7 @@ from torch.export import ExportedProgram, export
 from torch.utils._pytree import tree_leaves
 
 from rpqfx.nn import RPQLinear
-from rpqfx.report import dense_bytes
+from rpqfx.reporting.report import dense_bytes
 from tests.deployed import DEPLOYED, EVERY, SHALLOW, DecoderLM, assert_close, mark_dynamic, run_as
 from tests.fresh import run_without_rpqfx
 from tests.helpers import gradients

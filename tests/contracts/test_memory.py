@@ -83,7 +83,7 @@ def test_the_bins_of_one_block_are_gone_before_the_next(
     backend: Any, with_signs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Beside its results, a batch of many blocks takes what one of a few takes."""
-    monkeypatch.setattr("rpqfx.steps.TABLE_ELEMENTS", 2**18)
+    monkeypatch.setattr("rpqfx.codebook.steps.TABLE_ELEMENTS", 2**18)
     books = randn(0, 1, 4, 64, 4, dtype=torch.float32)
     codes = torch.arange(4 * 64).remainder(64).to(torch.uint8).view(1, 4, 64)
     signs = codebook.pack_signs(codes % 2 == 0) if with_signs else None
@@ -102,7 +102,7 @@ def test_the_bins_of_one_block_are_gone_before_the_next(
 def test_a_convolution_has_one_blocks_gradient_of_filters(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sixteen blocks of one sample take what two take."""
     monkeypatch.setattr("rpqfx.ops.conv_contract.MAP_ELEMENTS", 1)
-    monkeypatch.setattr("rpqfx.ops.operators.choose", lambda *args: backend)
+    monkeypatch.setattr("rpqfx.ops.library.choose", lambda *args: backend)
     layer = rpqfx.nn.RPQConv2d(64, 256, 3, padding=1, codebook_dim=72, bits=6, plan="contract")
     held, form = (
         layer.weight_rpq,

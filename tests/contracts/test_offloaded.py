@@ -19,7 +19,7 @@ import rpqfx
 from rpqfx import Policy, Rule
 from rpqfx.errors import RewriteError, RPQError
 from rpqfx.graph import capture, find_sites, rewrite
-from rpqfx.policy import Hold
+from rpqfx.policies.policy import Hold
 
 accelerate = pytest.importorskip("accelerate")
 

@@ -13,7 +13,7 @@ from torch.export import Dim
 from torch.utils._pytree import tree_leaves
 
 from rpqfx.nn import RPQLinear
-from rpqfx.report import dense_bytes
+from rpqfx.reporting.report import dense_bytes
 from tests.deployed import DEPLOYED, EVERY, SHALLOW, assert_close, run_as
 
 pytest.importorskip("onnx")

@@ -19,15 +19,16 @@ import torch
 from torch import Tensor, nn
 
 import rpqfx
-from rpqfx import KVPolicy, KVRule, Policy, RoutePolicy, RouteRule, Rule, Site, timing
-from rpqfx.convert.checkpoint import Checkpoint
+from rpqfx import KVPolicy, KVRule, Policy, RoutePolicy, RouteRule, Rule, Site
+from rpqfx.conversion.checkpoint import Checkpoint
 from rpqfx.errors import InputError, PolicyError, RPQError
-from rpqfx.kv.attention import attentions
-from rpqfx.options import Options
-from rpqfx.tuning.trained import Rates
+from rpqfx.kv.module import attentions
+from rpqfx.policies.options import Options
+from rpqfx.timing import clock
+from rpqfx.training.parameters import Rates
 from tests.kv.kv_models import LM, tokens
 from tests.models import MLP, Experts, held_weights
-from tests.reroute.models import Layer, Plain, encoder, jolted, x_of
+from tests.routing.rewrite.models import Layer, Plain, encoder, jolted, x_of
 
 SAME, OTHER, REFUSED = "the same", "another", "refused"
 
@@ -591,7 +592,7 @@ def _tune(folder: Path) -> None:
         return [1.0, 2.0]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(timing, "in_turns", count)
+        patch.setattr(clock, "in_turns", count)
         rpqfx.tune(model, x, repeats=5)
     assert set(counted) == {5}
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 import rpqfx
 from rpqfx.errors import RewriteError
-from rpqfx.kv.attention import attentions
-from rpqfx.nn.backed import backed_weights
-from rpqfx.reroute.attention import AttentionRoute, TorchAttentionRoute
-from rpqfx.reroute.feedforward import FeedForwardRoute
+from rpqfx.kv.module import attentions
+from rpqfx.nn.hosting.host import backed_weights
+from rpqfx.routing.rewrite.attention import AttentionRoute, TorchAttentionRoute
+from rpqfx.routing.rewrite.feedforward import FeedForwardRoute
 
 KV = rpqfx.KVPolicy(bits=2, window=8, sinks=2, chunk=8, entries=8)
 WEIGHTS = rpqfx.Policy.from_scratch(codebook_dim=4, bits=3, min_size=1, allow_growth=True, sharing="layer")

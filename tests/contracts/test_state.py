@@ -14,28 +14,28 @@ PACKAGE = Path(rpqfx.__file__).parent
 
 KEPT = {
     # Filled while the package is imported, only read afterwards.
-    "nn/virtual.py: SERVED": "which function serves a torch call; filled by nn/served.py",
-    "nn/backed.py: _LAYERS": "which layer stands for which class; filled by register_layer",
-    "nn/backed.py: _ADAPTERS": "what classes of torch.nn need besides; filled by register_adapter",
+    "nn/tensor/virtual.py: SERVED": "which function serves a torch call; filled by nn/tensor/served.py",
+    "nn/hosting/host.py: _LAYERS": "which layer stands for which class; filled by register_layer",
+    "nn/hosting/host.py: _ADAPTERS": "what classes of torch.nn need besides; filled by register_adapter",
     # Found once for a class or the machine; two threads that ask at once find the same.
-    "nn/backed.py: _FOREIGN": "the class made for another, so that equal modules are of one class (dict.setdefault)",
+    "nn/hosting/host.py: _FOREIGN": "the class made for another: equal modules are of one class (dict.setdefault)",
     "kv/wrap.py: _MADE": "the same of attention on codes",
-    "graph/code.py: _KNOWN": "what the code of a class says, gone with the class",
-    "kv/conventions.py: _of_class": "how a class turns its keys by angles",
+    "graph/bytecode.py: _KNOWN": "what the code of a class says, gone with the class",
+    "kv/attention/rotary_conventions.py: _of_class": "how a class turns its keys by angles",
     "ops/cpu/kernels.py: register": "that compilers were told of the kernels",
     "ops/cpu/build.py: ready": "whether the kernels are built",
     "ops/cpu/build.py: reason": "why they are not",
-    "ops/cuda.py: _installed": "whether Triton is there",
-    "ops/cuda.py: _right": "whether a device's kernels are right",
-    "ops/cuda.py: _capability": "of a device",
+    "ops/cuda/kernels.py: _installed": "whether Triton is there",
+    "ops/cuda/kernels.py: _right": "whether a device's kernels are right",
+    "ops/cuda/kernels.py: _capability": "of a device",
     # Of a backward pass, by its number, which torch makes unique; gone with the pass.
-    "kv/stepping.py: _TASKS": "the steps that a pass takes at its end",
+    "kv/quantizer/ema_steps.py: _TASKS": "the steps that a pass takes at its end",
     # What threads need of each other.
     "graph/tracer.py: ONE_AT_A_TIME": "a lock: torch's tracers keep their state in globals",
     "ops/cpu/build.py: _first_use": "a lock: one thread compiles",
     "ops/cpu/build.py: global _first_use": "a child that was forked meanwhile gets a lock of its own",
-    "nn/views.py: TRACING": "a context variable, each thread's own",
-    "nn/virtual.py: INITIALISING": "a context variable, each thread's own",
+    "nn/tensor/views.py: TRACING": "a context variable, each thread's own",
+    "nn/tensor/virtual.py: INITIALISING": "a context variable, each thread's own",
 }
 
 _MUTABLE = {

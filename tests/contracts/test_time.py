@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 import rpqfx
 from rpqfx import Policy, Rule
 from rpqfx.graph import capture, find_sites
-from rpqfx.nn import backed
+from rpqfx.nn.hosting import host
 
 RANDOM = Policy(bits=4, codebook_dim=16, init="random")
 
@@ -136,9 +136,9 @@ def test_calls_are_linear_in_the_number_of_modules(name: str, policy: Policy) ->
 def test_a_module_of_many_parameters_takes_on_one_class() -> None:
     """A class of its own for each would make every later trace slower: tracing patches nn.Module and so all heirs."""
     model = nn.ParameterList([torch.randn(64, 64) for _ in range(50)])
-    known = len(backed._FOREIGN)
+    known = len(host._FOREIGN)
     rpqfx.rpqify(nn.Sequential(model), RANDOM)
-    assert len(backed._FOREIGN) <= known + 1
+    assert len(host._FOREIGN) <= known + 1
 
 
 class Watched(nn.Module):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rpqfx.codebook import CodebookSpec, expand
 from rpqfx.fit import fit_codebooks
-from rpqfx.fit.refit import left_over
+from rpqfx.fit.refitting import left_over
 from rpqfx.fit.residual import encode
 from rpqfx.ops.cpu import build
 from tests.helpers import generator

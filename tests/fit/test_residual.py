@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rpqfx.fit import residual
-from rpqfx.fit.refit import left_over
+from rpqfx.fit.refitting import left_over
 from rpqfx.fit.residual import encode, train
 from rpqfx.ops.search import beam_search
 from tests.helpers import generator, randn, seeds

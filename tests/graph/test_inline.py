@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from rpqfx.graph.capture import capture
 from rpqfx.graph.inline import inlined
+from rpqfx.graph.module_graphs import capture
 
 
 class Pair(nn.Module):

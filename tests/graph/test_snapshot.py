@@ -7,7 +7,7 @@ import warnings
 import torch
 
 from rpqfx.graph.snapshot import Ambient
-from rpqfx.reroute.drawing import Drawing
+from rpqfx.routing.rewrite.seeds import Drawing
 from tests.interrupts import around
 
 

@@ -13,7 +13,7 @@ from tests.helpers import generator, randn, seeds
 
 @dataclass
 class PlainCoder:
-    """See ``rpqfx.kv.coder.Coder``; made by ``draw_coder`` and ``plain_coder``."""
+    """See ``rpqfx.kv.coder.protocol.Coder``; made by ``draw_coder`` and ``plain_coder``."""
 
     books: Tensor
     slot_books: tuple[int, ...]

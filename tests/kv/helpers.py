@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rpqfx.kv.quantizer import VectorQuantizer
+from rpqfx.kv.quantizer.quantizer import VectorQuantizer
 from tests.helpers import generator
 
 

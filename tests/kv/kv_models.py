@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from rpqfx.kv.rotary import Rotary, turn
+from rpqfx.kv.attention.rotary import Rotary, turn
 
 VOCABULARY, WIDTH, HEADS, KV_HEADS = 50, 32, 4, 2
 

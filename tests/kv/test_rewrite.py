@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rpqfx import Policy, rpqify
 from rpqfx.errors import InputError, PolicyError, RewriteError
 from rpqfx.kv import KVPolicy, KVRule, attentions, commitment, quantize_kv
-from rpqfx.kv.attention import KVAttention
+from rpqfx.kv.module import KVAttention
 from tests.kv.kv_models import LM, WIDTH, tokens
 
 POLICY = KVPolicy(bits=2, window=6, sinks=2, chunk=8, sub_vector=4, entries=16)

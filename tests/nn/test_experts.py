@@ -14,7 +14,7 @@ from torch import Tensor
 from rpqfx.codebook import CodebookSpec
 from rpqfx.errors import InputError
 from rpqfx.nn import Layout, RPQWeight, VirtualWeight
-from rpqfx.nn.part import Part
+from rpqfx.nn.weight_slice import Part
 from tests.helpers import assert_as_dense, assert_same, naive_tensor, randn, randomise
 
 E, A, B, T = 3, 8, 6, 5

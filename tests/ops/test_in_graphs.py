@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch.export import export
 
 from rpqfx import CodebookSpec, ops
-from rpqfx.compile_kernels import load
+from rpqfx.codebook.tiles import to_tiles
 from rpqfx.errors import InputError, RPQError
 from rpqfx.nn import RPQConv1d, RPQEmbedding, RPQLinear, RPQWeight
 from rpqfx.ops.cpu import build, kernels
-from rpqfx.tiles import to_tiles
+from rpqfx.ops.cpu.prepare import load_kernels
 
 usable = pytest.mark.skipif(not build.ready(), reason="needs compiled kernels")
 
@@ -105,10 +105,10 @@ def test_the_operators_follow_torchs_rules():
 
 def test_the_kernels_library_is_found_or_its_absence_explained():
     if build.ready():
-        assert load().suffix == ".so"
+        assert load_kernels().suffix == ".so"
     else:
         with pytest.raises(RPQError, match="cannot be used: "):
-            load()
+            load_kernels()
 
 
 @usable

@@ -23,7 +23,7 @@ from rpqfx.routing import (
     RoutedTransformerBlock,
     RoutedViT,
 )
-from rpqfx.routing.heavy import HeavyAttention, rotate
+from rpqfx.routing.heavy_attention import HeavyAttention, rotate
 from rpqfx.routing.vit import positions
 from tests.helpers import generator, randn
 

@@ -9,7 +9,7 @@ import torch
 
 from rpqfx.errors import InputError, SpecError
 from rpqfx.routing import Choice, Router, exact_scores
-from rpqfx.routing.moving import put, take
+from rpqfx.routing.gather import put, take
 from rpqfx.routing.router import METHODS
 from tests.helpers import generator, randn
 

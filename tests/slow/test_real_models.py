@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import rpqfx
 from rpqfx import Policy
-from rpqfx.report import dense_bytes
+from rpqfx.reporting.report import dense_bytes
 from tests.models import filled, held_weights
 
 pytestmark = pytest.mark.slow

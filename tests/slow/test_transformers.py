@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import rpqfx
 from rpqfx import Policy
 from rpqfx.errors import RewriteError
-from rpqfx.nn.part import Part
+from rpqfx.nn.weight_slice import Part
 from tests.models import filled, held_weights
 from tests.test_docs import ROOT, run
 

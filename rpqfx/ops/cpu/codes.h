@@ -1,6 +1,6 @@
 // What all kernels share: codes and signs as they are stored, loads and stores as float32, checks of arguments.
 //
-// Axes as in rpqfx/codebook.py; a use p = (r, m) is one codebook met by one sub-vector. A table [P, K, rows] holds the
+// Axes as in rpqfx/codebook/matrix.py; a use p = (r, m) is one codebook met by one sub-vector. A table [P, K, rows] holds the
 // dot products of entries with rows of the batch: adding up a gathered line of it is then one vector addition. Codes
 // are read as they are stored (uint8, int16 or uint16), signs as bits.
 #pragma once

@@ -17,7 +17,7 @@ import torch
 
 from rpqfx.errors import RPQError
 
-COMMAND = "python -m rpqfx.compile_kernels"
+COMMAND = "python -m rpqfx kernels"
 LONGEST = 600.0  # seconds that the compiler gets for each unit, and the linker for the library
 PAUSE = 0.05  # seconds between two looks at what runs
 

@@ -44,7 +44,7 @@ def conv(
     """A convolution whose filters are expanded, with ``dim_scale [D / share]``, ``scale [N]`` and bias; contiguous.
 
     ``geometry`` is ``weight_shape``, ``stride``, ``padding``, ``dilation``, ``transposed``, ``output_padding`` and
-    ``groups``, as ``rpqfx.ops.operators.conv`` takes them.
+    ``groups``, as ``rpqfx.ops.library.conv`` takes them.
     """
     return torch.ops.rpqfx_cpu.conv(x, codebooks, codes, signs, dim_scale, scale, bias, *geometry)
 
@@ -97,12 +97,12 @@ def collect(grad: Tensor, codes: Tensor, books: int, entries: int, signs: Tensor
 
 
 def gather_sum(table: Tensor, codes: Tensor) -> Tensor:
-    """See ``rpqfx.maps.gather_sum``."""
+    """See ``rpqfx.codebook.feature_maps.gather_sum``."""
     return torch.ops.rpqfx_cpu.gather_sum(table.contiguous(), codes, None)
 
 
 def bin_sum(y: Tensor, codes: Tensor, entries: int, runs: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """See ``rpqfx.maps.bin_sum``; the codes need no sorting here."""
+    """See ``rpqfx.codebook.feature_maps.bin_sum``; the codes need no sorting here."""
     return torch.ops.rpqfx_cpu.bin_sum(y.contiguous(), codes, None, entries)
 
 
@@ -110,10 +110,10 @@ def tiled(
     x: Tensor, codebooks: Tensor, tiles: Tensor, vectors: int, bias: Tensor | None = None, plan: str = "auto",
     dims: Tensor | None = None, scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """``x @ W.T + bias`` for codes in tiles (see ``rpqfx.tiles``), ``[..., N]``, times ``dims [D]`` and ``scale [N]``.
+    """Returns ``x @ W.T + bias``, ``[..., N]``, for codes in tiles, times ``dims [D]`` and ``scale [N]``.
 
-    Up to a number of rows it goes through tables of 16-bit integers, each rounded by half a unit of their scale, the
-    largest of 128 tables over 32,767 (see ``rpqfx/ops/cpu/tiles.h``).
+    ``rpqfx.codebook.tiles`` describes the tiles. Up to a number of rows it goes through tables of 16-bit integers, each
+    rounded by half a unit of their scale, the largest of 128 tables over 32,767 (see ``rpqfx/ops/cpu/tiles.h``).
     """
     return torch.ops.rpqfx_cpu.tiled(x, codebooks, tiles, vectors, dims, scale, bias, _MOST_ROWS[plan])
 
@@ -177,19 +177,19 @@ def beam_search(points: Tensor, books: Tensor, beam: int) -> tuple[Tensor, Tenso
 
 
 def slot_tables(parts: Tensor, books: Tensor, which: list[int]) -> Tensor:
-    """See ``rpqfx.ops.slots.tables``; 4, 8 or 16 wide."""
+    """See ``rpqfx.kv.attention.slots.tables``; 4, 8 or 16 wide."""
     return torch.ops.rpqfx_cpu.slot_tables(parts, books, which)
 
 
 def slot_sums(bins: Tensor, rows: int, books: Tensor, which: list[int]) -> Tensor:
-    """See ``rpqfx.ops.slots.sums``; the bins are 4, 8 or 16 wide, of which ``rows`` are meant."""
+    """See ``rpqfx.kv.attention.slots.sums``; the bins are 4, 8 or 16 wide, of which ``rows`` are meant."""
     return torch.ops.rpqfx_cpu.slot_sums(bins, rows, books, which)
 
 
 def pick_sum(
     table: Tensor, codes: Tensor, width: int, scale: Tensor | None, shift: Tensor | None, heads: list[int], y: Tensor
 ) -> None:
-    """See ``rpqfx.ops.slots.pick``; the table is 4, 8 or 16 wide, and the result is ``y [B, H, n, T]``."""
+    """See ``rpqfx.kv.attention.slots.pick``; the table is 4, 8 or 16 wide, and the result is ``y [B, H, n, T]``."""
     shift = None if shift is None else shift.contiguous()
     torch.ops.rpqfx_cpu.pick_sum(table.contiguous(), codes, width, scale, shift, heads, y)
 
@@ -197,7 +197,7 @@ def pick_sum(
 def bin_masses(
     p: Tensor, codes: Tensor, width: int, scale: Tensor | None, heads: list[int], entries: int
 ) -> Tensor:  # fmt: skip
-    """See ``rpqfx.ops.slots.bin_masses``; as wide as a table."""
+    """See ``rpqfx.kv.attention.slots.bin_masses``; as wide as a table."""
     return torch.ops.rpqfx_cpu.bin_masses(p, codes, width, scale, heads, entries)
 
 
@@ -205,6 +205,6 @@ def rotated_scores(
     q: Tensor, books: Tensor, which: list[int], groups: list[int], heads: list[int], codes: Tensor, width: int,
     tokens: int, scale: Tensor | None, basis: Tensor | None, mean: Tensor | None, cos: Tensor, sin: Tensor,
 ) -> Tensor:  # fmt: skip
-    """See ``rpqfx.ops.slots.rotated_scores``."""
+    """See ``rpqfx.kv.attention.slots.rotated_scores``."""
     rest = (codes, width, tokens, scale, basis, mean, cos, sin)
     return torch.ops.rpqfx_cpu.rotated_scores(q, books, which, groups, heads, *rest)

@@ -1,4 +1,4 @@
-// Codes of a cache: [B, S, bytes], slot after slot, each packed along its tokens (rpqfx/packing.py) at the same width.
+// Codes of a cache: [B, S, bytes], slot after slot, each packed along its tokens (rpqfx/codebook/packing.py) at the same width.
 //
 // A head has some slots that follow each other, and rows that meet it (queries, say): up to MOST_ROWS, which lie beside
 // each other, filled up to 4, 8 or 16, so that one vector instruction serves them all.

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rpqfx import codebook, maps
-from rpqfx.codebook import CodebookSpec
+from rpqfx import codebook
+from rpqfx.codebook import CodebookSpec, feature_maps
 from rpqfx.ops.backend import choose
 from rpqfx.ops.cpu import build, kernels
 from tests.helpers import divisors, randn, seeds, stored
@@ -92,9 +92,9 @@ def test_sums_of_maps(
 ) -> None:
     codes = torch.randint(6, (stages, sub_vectors, vectors), generator=torch.Generator().manual_seed(seed)).to(codes_in)
     table = randn(seed, 2, stages, sub_vectors, 6, positions, dtype=dtype)
-    close(kernels.gather_sum(table, codes), maps.gather_sum(table.double(), codes), dtype)
+    close(kernels.gather_sum(table, codes), feature_maps.gather_sum(table.double(), codes), dtype)
     y = randn(seed, 2, vectors, positions, dtype=dtype)
-    close(kernels.bin_sum(y, codes, 6), maps.bin_sum(y.double(), codes, 6), dtype)
+    close(kernels.bin_sum(y, codes, 6), feature_maps.bin_sum(y.double(), codes, 6), dtype)
 
 
 @pytest.mark.parametrize("entries", [2, 256, 300, 40_000])

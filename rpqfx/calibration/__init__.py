@@ -1,0 +1,1 @@
+"""Calibration batches, and what a model shows when it runs on them."""

@@ -1,0 +1,268 @@
+"""The shape of one codebook-held matrix, and the arithmetic of its sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from rpqfx.codebook.tiles import MOST_ENTRIES, tiles_shape
+from rpqfx.errors import SpecError
+from rpqfx.validation.values import shown
+
+MAX_ENTRIES = 65_536
+GradScale = Literal["sum", "sqrt", "mean"]
+
+
+@dataclass(frozen=True)
+class CodebookSpec:
+    """The shape of one codebook-held matrix.
+
+    Args:
+        num_vectors: ``N``, the number of vectors.
+        dim: ``D``, the length of a vector.
+        codebook_dim: ``d``, the length of a sub-vector. Divides ``dim``.
+        entries: ``K``, the entries of a codebook, 2 to 65,536.
+        stages: ``R``, residual stages that are summed.
+        books: ``G``, codebooks per stage. Divides the number of sub-vectors; ``None`` means one for each.
+        scale: Whether each vector has a trainable factor.
+        signs: Whether each use of an entry has a random, fixed sign (one bit).
+        grad_scale: How the gradients of the vectors that share an entry are gathered: their ``"sum"``, the sum
+            divided by the square root of their mean number (``"sqrt"``), or their ``"mean"``.
+        dim_scale: How many consecutive elements of a vector share a trainable factor, which all vectors have: 1 for a
+            factor each (a Linear's inputs), a filter's taps for one a channel, 0 for none. Divides ``dim``.
+        tiled: Whether codes lie in memory in tiles, two to a byte (``rpqfx.codebook.tiles``), which products with few
+            rows read fastest. Takes at most 16 entries, at least two stages, and no signs.
+
+    Raises:
+        SpecError: If a number is out of range or does not divide.
+    """
+
+    num_vectors: int
+    dim: int
+    codebook_dim: int
+    entries: int = 256
+    stages: int = 1
+    books: int | None = None
+    scale: bool = False
+    signs: bool = False
+    grad_scale: GradScale = "sum"
+    dim_scale: int = 0
+    tiled: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("num_vectors", "dim", "codebook_dim", "entries", "stages", "books", "dim_scale"):
+            value = getattr(self, name)
+            if not isinstance(value, int) and (value is not None or name != "books"):
+                raise SpecError(f"{name} is a whole number, got {shown(value)}")
+        for name in ("num_vectors", "dim", "codebook_dim", "stages"):
+            if getattr(self, name) < 1:
+                raise SpecError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 2 <= self.entries <= MAX_ENTRIES:
+            raise SpecError(f"a codebook has 2 to {MAX_ENTRIES} entries (1 to 16 bits), got {self.entries}")
+        if self.dim % self.codebook_dim:
+            near = nearest_divisor(self.dim, self.codebook_dim)
+            raise SpecError(
+                f"codebook_dim {self.codebook_dim} does not divide the vector length {self.dim}; "
+                f"the nearest that does is {near} ({self.dim // near} codebooks)"
+            )
+        if self.books is None:
+            object.__setattr__(self, "books", self.sub_vectors)
+        if self.books < 1 or self.sub_vectors % self.books:  # type: ignore[operator]
+            raise SpecError(f"{self.books} codebooks cannot be shared evenly by {self.sub_vectors} sub-vectors")
+        if self.grad_scale not in ("sum", "sqrt", "mean"):
+            raise SpecError(f"grad_scale is 'sum', 'sqrt' or 'mean', got {self.grad_scale!r}")
+        if self.dim_scale < 0 or (self.dim_scale and self.dim % self.dim_scale):
+            raise SpecError(
+                f"dim_scale is 0 or how many elements of a vector share a factor, which divides its length {self.dim}; "
+                f"got {self.dim_scale}"
+            )
+        if self.tiled and (self.entries > MOST_ENTRIES or self.stages < 2 or self.signs):
+            raise SpecError(
+                f"tiles hold codes of at most {MOST_ENTRIES} entries, of two stages or more, without signs; got "
+                f"{self.entries} entries, {self.stages} stages, signs={self.signs}: leave tiled out"
+            )
+
+    @classmethod
+    def make(
+        cls,
+        num_vectors: int,
+        dim: int,
+        *,
+        codebook_dim: int | None = None,
+        codebooks: int | None = None,
+        taps: int = 1,
+        bits: int | None = None,
+        stages: int = 1,
+        sharing: Literal["own", "layer"] = "own",
+        scale: bool = False,
+        signs: bool = False,
+        grad_scale: GradScale = "sum",
+        dim_scale: bool = False,
+    ) -> CodebookSpec:
+        """A spec from what a person says of a layer.
+
+        Args:
+            num_vectors: ``N``.
+            dim: ``D``.
+            codebook_dim: ``d``; left out, ``default_codebook_dim``.
+            codebooks: ``M`` instead of ``codebook_dim``.
+            taps: Positions of a filter, where the vectors are filters of a convolution.
+            bits: ``log2(K)``, 1 to 16; left out, 8 or as many as the layer has vectors for.
+            stages: ``R``.
+            sharing: One codebook for each sub-vector (``"own"``) or one for the layer (``"layer"``).
+            scale: As in the class.
+            signs: As in the class.
+            grad_scale: As in the class.
+            dim_scale: Whether each element of a vector, or each channel of a filter, has a trainable factor.
+
+        Raises:
+            SpecError: If both or neither of two exclusive numbers fit, something does not divide, or a codebook
+                would have more entries than sub-vectors to serve.
+        """
+        if codebook_dim is not None and codebooks is not None:
+            raise SpecError(f"give codebook_dim ({codebook_dim}) or codebooks ({codebooks}), not both")
+        if codebooks is not None:
+            if codebooks < 1 or dim % codebooks:
+                near = dim // nearest_divisor(dim, max(1, dim // max(1, codebooks)))
+                raise SpecError(
+                    f"{codebooks} codebooks do not divide the vector length {dim}; the nearest count that does: {near}"
+                )
+            codebook_dim = dim // codebooks
+        if codebook_dim is None:
+            codebook_dim = default_codebook_dim(dim, taps)
+        served = num_vectors if sharing == "own" else num_vectors * dim // max(1, codebook_dim)
+        if bits is None:
+            bits = max(1, min(8, served.bit_length() - 1))
+        if not 1 <= bits <= 16:
+            raise SpecError(f"bits is 1 to 16 (2 to {MAX_ENTRIES} entries), got {bits}")
+        if 2**bits > max(2, served):
+            raise SpecError(
+                f"{2**bits} entries ({bits} bits) for {served} sub-vectors: a codebook larger than what it serves; "
+                f"use at most {max(1, served.bit_length() - 1)} bits or leave the layer dense"
+            )
+        books = None if sharing == "own" else 1
+        shared = taps if dim_scale else 0
+        return cls(num_vectors, dim, codebook_dim, 2**bits, stages, books, scale, signs, grad_scale, shared)
+
+    @property
+    def sub_vectors(self) -> int:
+        """``M``, the number of sub-vectors of a vector."""
+        return self.dim // self.codebook_dim
+
+    @property
+    def bits(self) -> int:
+        """Bits that one code takes, ``ceil(log2(K))``."""
+        return (self.entries - 1).bit_length()
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """The narrowest torch integer that holds the codes."""
+        return code_dtype(self.entries)
+
+    @property
+    def codebooks_shape(self) -> tuple[int, int, int, int]:
+        """``(R, G, K, d)``."""
+        return (self.stages, self.books or self.sub_vectors, self.entries, self.codebook_dim)
+
+    @property
+    def codes_shape(self) -> tuple[int, int, int]:
+        """``(R, M, N)``."""
+        return (self.stages, self.sub_vectors, self.num_vectors)
+
+    @property
+    def stored_codes_shape(self) -> tuple[int, int, int]:
+        """Of codes as they lie in memory: ``codes_shape``, or that of their tiles."""
+        return tiles_shape(*self.codes_shape) if self.tiled else self.codes_shape
+
+    @property
+    def signs_shape(self) -> tuple[int, int, int]:
+        """``(R, M, ceil(N / 8))``."""
+        return (self.stages, self.sub_vectors, -(-self.num_vectors // 8))
+
+    @property
+    def dim_scales(self) -> int:
+        """How many factors the elements of a vector have (see ``dim_scale``); 0 for none."""
+        return self.dim // self.dim_scale if self.dim_scale else 0
+
+    @property
+    def users_per_entry(self) -> float:
+        """How many sub-vectors share one entry, on average: ``M * N / (G * K)``."""
+        return math.prod(self.codes_shape[1:]) / math.prod(self.codebooks_shape[1:3])
+
+    @property
+    def grad_factor(self) -> float:
+        """What the summed gradient of an entry is multiplied by (see ``grad_scale``)."""
+        if self.grad_scale == "sum":  # asked for at every call of a layer
+            return 1.0
+        power = 0.5 if self.grad_scale == "sqrt" else 1.0
+        return float(max(self.users_per_entry, 1.0) ** -power)
+
+    def stored_bytes(self, dtype: torch.dtype = torch.float32, *, codebooks: bool = True) -> int:
+        """Bytes of all stored tensors, with codebooks and factors in ``dtype``.
+
+        Args:
+            dtype: The floating dtype.
+            codebooks: Leave out the codebooks where False (they are counted with another layer that shares them).
+        """
+        total = math.prod(self.stored_codes_shape) * self.code_dtype.itemsize
+        total += math.prod(self.codebooks_shape) * dtype.itemsize if codebooks else 0
+        total += ((self.num_vectors if self.scale else 0) + self.dim_scales) * dtype.itemsize
+        return total + (math.prod(self.signs_shape) if self.signs else 0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> CodebookSpec:
+        """The inverse of ``to_dict``."""
+        return cls(**values)
+
+
+def code_dtype(entries: int) -> torch.dtype:
+    """The narrowest torch integer that holds the codes of ``entries`` entries.
+
+    Args:
+        entries: ``K``.
+
+    Returns:
+        uint8, int16 or uint16 (int16 before uint16: more torch operators take it).
+    """
+    if entries <= 256:
+        return torch.uint8
+    return torch.int16 if entries <= 32_768 else torch.uint16
+
+
+def nearest_divisor(dim: int, target: int) -> int:
+    """The divisor of ``dim`` nearest to ``target`` on a log scale, the smaller of two equally near.
+
+    Args:
+        dim: The number to divide, at least 1.
+        target: The divisor asked for, at least 1.
+
+    Returns:
+        A divisor of ``dim``; always exists, since 1 and ``dim`` are divisors.
+    """
+    divisors = {d for i in range(1, math.isqrt(dim) + 1) if dim % i == 0 for d in (i, dim // i)}
+    return min(divisors, key=lambda d: (max(d, target) / min(d, target), d))
+
+
+def default_codebook_dim(dim: int, taps: int = 1) -> int:
+    """The length of a sub-vector where none is asked for: the divisor of ``dim`` nearest to 64.
+
+    The sub-vectors of filters are blocks of whole channels, so that a convolution can contract, where such a divisor is
+    within a factor of two of 64.
+
+    Args:
+        dim: ``D``.
+        taps: Positions of a filter; divides ``dim``. 1 for what is no convolution.
+
+    Returns:
+        A divisor of ``dim``: 72 for 3 x 3 filters of 256 channels, 64 for 1 x 1 filters.
+    """
+    whole = [d for d in range(taps, min(dim, 128) + 1, taps) if dim % d == 0 and d >= 32]
+    return min(whole, key=lambda d: (max(d, 64) / min(d, 64), d), default=nearest_divisor(dim, 64))

@@ -1,0 +1,74 @@
+"""Decisions held against the sites that they are about, before anything is done."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from rpqfx.codebook import CodebookSpec
+from rpqfx.errors import RewriteError
+from rpqfx.nn.layout import Layout
+from rpqfx.policies.decision import Hold, Skip, as_decision
+from rpqfx.policies.site import Site
+
+
+def settle(decisions: Mapping[str, CodebookSpec | Hold | Skip], sites: Sequence[Site]) -> dict[str, Hold | Skip]:
+    """Decisions that can be carried out.
+
+    Args:
+        decisions: By site name; sites without one are left alone.
+        sites: All sites of the model.
+
+    Returns:
+        The same, specs made into decisions.
+
+    Raises:
+        RewriteError: If a decision names no site, or one that cannot be rewritten, or does not fit it.
+        PolicyError: If a spec fits neither side of its site.
+    """
+    by_name = {site.name: site for site in sites}
+    unknown = sorted(set(decisions) - set(by_name))
+    if unknown:
+        raise RewriteError(f"decisions for sites that the model does not have: {', '.join(unknown[:5])}")
+    settled = {name: as_decision(by_name[name], decision) for name, decision in decisions.items()}
+    for name, decision in settled.items():
+        if isinstance(decision, Hold) and by_name[name].blocked is not None:
+            raise RewriteError(f"{name} cannot be held in codebooks: {by_name[name].blocked}")
+    return settled
+
+
+def groups_of(held: Mapping[str, Hold]) -> dict[object, list[str]]:
+    """Names of sites that share codebooks, together; every other site alone.
+
+    Args:
+        held: By site name.
+    """
+    groups: dict[object, list[str]] = defaultdict(list)
+    for name, hold in held.items():
+        key = name if hold.group is None else (hold.group, *hold.shared)
+        groups[key].append(name)
+    return groups
+
+
+def layout_of(site: Site, hold: Hold) -> Layout:
+    """How a site's tensor is seen as vectors, by a decision.
+
+    Args:
+        site: The site.
+        hold: The decision.
+
+    Raises:
+        RewriteError: If the decision's vectors are not the site's.
+    """
+    layout = site.layout(hold.split, hold.experts)
+    if (layout.num_vectors, layout.dim) != (hold.spec.num_vectors, hold.spec.dim):
+        raise RewriteError(
+            f"{site.name}: the decision has {hold.spec.num_vectors} vectors of length {hold.spec.dim}, the site "
+            f"{layout.num_vectors} of length {layout.dim} with split={hold.split!r}"
+        )
+    if hold.spec.dim_scale % site.taps:
+        raise RewriteError(
+            f"{site.name}: {hold.spec.dim_scale} elements of a filter share a factor, which the {site.taps} taps of a "
+            f"channel must; give the spec dim_scale={site.taps}"
+        )
+    return layout

@@ -1,0 +1,34 @@
+"""What one attention module hands on within a call of it."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from torch import Tensor
+
+from rpqfx.kv.attention.rotary import Rotary
+from rpqfx.kv.cache.layer import LayerStore
+
+
+class Underway(threading.local):
+    """The call of an attention module that is under way in this thread, and the loss of this thread's last one.
+
+    Threads that share a model do not see each other's.
+    """
+
+    rotary: Rotary | None = None
+    """Angles of the call's tokens."""
+
+    store: LayerStore | None = None
+    """The cache that the call's tokens go to."""
+
+    loss: Tensor | None = None
+    """The quantisers' loss of the last call in training."""
+
+    recorded: bool = True
+    """Whether that call was one that gradients are recorded of."""
+
+    def __reduce__(self) -> Any:
+        """Copies and pickles take nothing of a call."""
+        return type(self), ()

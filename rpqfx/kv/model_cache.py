@@ -1,0 +1,154 @@
+"""The KV cache of a whole model, most of it in codes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from rpqfx.errors import FormatError, InputError
+from rpqfx.kv.cache.layer import LayerStore
+from rpqfx.kv.cache.shared_rotary import SharedPositions
+from rpqfx.kv.module import KVAttention, attentions
+
+
+class CodebookCache:
+    """Keys and values of a model that ``rpqfx.quantize_kv`` returned, as they are met token by token.
+
+    Models of transformers take it as ``past_key_values``. Any other model whose forward can be given the next tokens
+    alone attends to it inside ``with cache.attended(): model(...)``.
+
+    Args:
+        model: What ``quantize_kv`` returned.
+        dtype: Of the sinks, the window and the rotary embedding's angles; None for what they come in.
+
+    Raises:
+        InputError: If the model has no attention on codes.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None = None) -> None:
+        self.cores = attentions(model)
+        if not self.cores:
+            raise InputError("this model has no attention on codes; give it some with rpqfx.quantize_kv")
+        self.positions = SharedPositions(dtype)
+        self.stores: dict[str, LayerStore] = {}
+        for name, core in self.cores.items():
+            policy = core.policy
+            self.stores[name] = LayerStore(
+                core.keys, core.values, sinks=policy.sinks, window=policy.window, chunk=policy.chunk, dtype=dtype,
+                positions=self.positions.of(name), name=name,
+            )  # fmt: skip
+
+    @classmethod
+    def for_model(cls, model: nn.Module, dtype: torch.dtype | None = None) -> CodebookCache:
+        """A cache of the kind that the model takes: for one of transformers, also a ``transformers.Cache``.
+
+        Args:
+            model: What ``quantize_kv`` returned, or what wraps it: an adapter, a module that holds it.
+            dtype: Of the sinks and the window; None for what keys and values come in.
+        """
+        for kind in cls.__subclasses__():
+            inner = kind.fits(model)
+            if inner is not None and attentions(inner):
+                return kind(inner, dtype)
+        return cls(model, dtype)
+
+    @classmethod
+    def fits(cls, model: nn.Module) -> nn.Module | None:
+        """Returns the part of ``model`` whose own kind of cache this class is, None where there is none.
+
+        Args:
+            model: Any module.
+        """
+        return model
+
+    @property
+    def total(self) -> int:
+        """Tokens."""
+        return max(store.total for store in self.stores.values())
+
+    @contextmanager
+    def attended(self) -> Iterator[None]:
+        """While it lasts, this thread's calls of the model are the next tokens of this cache to its attention."""
+        before = {name: core.underway.store for name, core in self.cores.items()}
+        for name, core in self.cores.items():
+            core.underway.store = self.stores[name]
+        try:
+            yield
+        finally:
+            for name, core in self.cores.items():
+                core.underway.store = before[name]
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes of ``codes``, ``scales``, ``window`` (with the sinks), ``positions``, and ``codebooks`` (with maps).
+
+        The last are the model's, whatever the number of tokens and of caches.
+        """
+        found = {"codes": 0, "scales": 0, "window": 0, "positions": self.positions.nbytes()}
+        for store in self.stores.values():
+            for key, size in store.nbytes().items():
+                found[key] += size
+        return {**found, "codebooks": codebook_bytes(self.cores.values())}
+
+    def reset(self) -> None:
+        """Forgets all tokens."""
+        for store in self.stores.values():
+            store.reset()
+        self.positions.reset()
+
+    def select(self, indices: Tensor) -> None:
+        """Some rows of the batch, in any order: ``indices [B']``, an integer."""
+        for store in self.stores.values():
+            store.select(indices)
+        self.positions.map_rows(lambda x: x.index_select(0, indices.to(x.device)))
+
+    def repeat(self, times: int) -> None:
+        """Each row of the batch so many times, beside each other."""
+        for store in self.stores.values():
+            store.repeat(times)
+        self.positions.map_rows(lambda x: x.repeat_interleave(times, 0))
+
+    def crop(self, length: int) -> None:
+        """Forgets the newest tokens.
+
+        Args:
+            length: Tokens that stay; if negative, tokens that go.
+
+        Raises:
+            InputError: If some of those are in codes already.
+        """
+        for store in self.stores.values():
+            store.crop(length)
+        self.positions.crop(max((store.total for store in self.stores.values()), default=0))
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """All tokens, as tensors to be kept by ``torch.save``; ``restore`` takes them."""
+        return {"": self.positions.state(), **{name: store.state() for name, store in self.stores.items()}}
+
+    def restore(self, state: dict[str, dict[str, Tensor]]) -> None:
+        """Takes what ``state`` gave.
+
+        Raises:
+            FormatError: If it is of other layers or codebooks; the cache is empty then.
+        """
+        self.reset()
+        if set(state) != {"", *self.stores}:
+            raise FormatError(f"the cache saved is of other layers: {sorted(set(state) ^ {'', *self.stores})[:4]}")
+        try:
+            for name, store in self.stores.items():
+                store.restore(state[name])
+            self.positions.restore(state[""], [name for name, store in self.stores.items() if store.turned])
+        except FormatError:
+            self.reset()
+            raise
+
+
+def codebook_bytes(cores: Iterable[KVAttention]) -> int:
+    """Bytes of the codebooks, maps and means of attention layers, each tensor once."""
+    tensors = {}
+    for core in cores:
+        for tensor in (*core.parameters(), *core.buffers()):
+            tensors[id(tensor)] = tensor.numel() * tensor.element_size()
+    return sum(tensors.values())

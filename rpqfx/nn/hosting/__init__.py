@@ -1,0 +1,1 @@
+"""Modules whose own code reads a weight that lives in codebooks."""

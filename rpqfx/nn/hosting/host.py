@@ -1,0 +1,316 @@
+"""Modules whose Parameters are held in codebooks, under their own names.
+
+Backing a Parameter ``weight`` of a module moves it into a child ``RPQWeight`` named ``weight_rpq`` and gives
+the module a class on which ``weight`` is a property. Everything else of the module stays as it was: the object
+itself, hooks, flags, attributes, methods. For the torch.nn layers that class is the RPQ layer (``Linear`` becomes
+``RPQLinear``); for any other module it is a subclass made on the spot, on which reading the Parameter gives a
+``VirtualWeight``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from rpqfx.errors import RewriteError
+from rpqfx.nn.hosting.reparametrised import refresh
+from rpqfx.nn.tensor import served as _served  # noqa: F401 (fills the table of calls that virtual weights serve)
+from rpqfx.nn.tensor.expanded import ExpandedWeight, FixedWeight, with_notes
+from rpqfx.nn.tensor.virtual import VirtualWeight
+from rpqfx.nn.weight import RPQWeight
+
+SUFFIX = "_rpq"
+READ_AS = "_rpqfx_read_as"
+"""Attribute of a class made by a rewrite: the class whose forward tells what the module does."""
+
+
+class Backed(nn.Module):
+    """Base of every module that holds at least one Parameter in codebooks."""
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Refuses to lay a dense Parameter over one that is held in codebooks; one that is read so is tied."""
+        read: type = type(param)
+        if read in (ExpandedWeight, FixedWeight, VirtualWeight):  # Parameters are instances of these, too
+            if weight_of(self, name) is None:
+                raise RewriteError(
+                    f"{type(self).__name__} cannot register {name!r}: it was read from a weight that is held in "
+                    "codebooks and made anew at each read. Prune, normalise or parametrise a weight before the model "
+                    "is rewritten"
+                )
+            _tie(name)(self, param)
+            return
+        if name + SUFFIX in self.__dict__.get("_modules", {}):
+            raise _fixed(self, name)
+        super().register_parameter(name, param)
+
+    def _adopt(self) -> None:
+        """Called when Parameters have moved into codebooks, to drop what else kept them."""
+
+
+def _fixed(module: nn.Module, name: str) -> RewriteError:
+    return RewriteError(
+        f"{type(module).__name__}.{name} is held in codebooks and cannot be assigned or deleted; "
+        f"train or load {name}{SUFFIX}, change it before rewriting, or build the layer anew with from_dense"
+    )
+
+
+def weight_of(module: nn.Module, name: str) -> RPQWeight | None:
+    """The codebooks that hold a module's Parameter, or None where it is dense.
+
+    Args:
+        module: Any module.
+        name: Of the Parameter.
+    """
+    found = module._modules.get(name + SUFFIX)
+    return found if isinstance(found, RPQWeight) else None
+
+
+def backed_weights(module: nn.Module) -> dict[str, RPQWeight]:
+    """Every Parameter of a module itself that is held in codebooks, by the Parameter's name."""
+    return {
+        name.removesuffix(SUFFIX): child
+        for name, child in module._modules.items()
+        if name.endswith(SUFFIX) and isinstance(child, RPQWeight)
+    }
+
+
+def held(name: str, plain_when_compiled: bool = False) -> property:
+    """A property that reads a Parameter wherever it is held.
+
+    Args:
+        name: Of the Parameter.
+        plain_when_compiled: Whether compiled code is to read a plain tensor.
+
+    Returns:
+        The property. What it gives, made anew at each read, is as ``RPQWeight.read_as`` says.
+    """
+
+    def read(self: nn.Module) -> Any:
+        weight = weight_of(self, name)
+        if weight is None:
+            return self._parameters[name]
+        if weight.read_as == "expanded":
+            return ExpandedWeight.of(weight)
+        if weight.read_as == "tensor":
+            return FixedWeight.of(weight)
+        plain = plain_when_compiled or weight.plain_when_compiled
+        return with_notes(weight(), weight) if plain and torch.compiler.is_compiling() else VirtualWeight(weight)
+
+    def delete(self: nn.Module) -> None:
+        raise _fixed(self, name)
+
+    return property(read, _tie(name), delete, doc=f"``{name}``, held in codebooks and made anew at each read.")
+
+
+def _tie(name: str) -> Callable[[nn.Module, Any], None]:
+    """What assigning to such a property does: another module's codebook-held tensor is tied, anything else refused."""
+
+    def write(self: nn.Module, value: Any) -> None:
+        read = value._virtual if type(value) in (ExpandedWeight, FixedWeight) else value
+        if not isinstance(read, VirtualWeight) or not read.is_whole:
+            raise _fixed(self, name)
+        self._modules[name + SUFFIX] = read.held
+
+    return write
+
+
+def _is_computed_from(base: type[nn.Module], name: str) -> bool:
+    """Whether a Parameter is one that torch computes a weight from: compilers know its functions for plain tensors."""
+    layer = any(known.__module__.startswith("torch.nn.modules.") for known in base.__mro__ if known is not nn.Module)
+    return issubclass(base, parametrize.ParametrizationList) or (layer and name.endswith(("_v", "_orig")))
+
+
+_LAYERS: dict[type[nn.Module], type[Backed]] = {}
+
+
+def register_layer(dense: type[nn.Module], layer: type[Backed]) -> None:
+    """Makes ``layer`` what a module of exactly class ``dense`` becomes when it is backed."""
+    _LAYERS[dense] = layer
+
+
+def layer_for(dense: type[nn.Module]) -> type[Backed] | None:
+    """The RPQ layer that stands for exactly this class, if there is one."""
+    return _LAYERS.get(dense)
+
+
+def back(module: nn.Module, weights: Mapping[str, RPQWeight]) -> None:
+    """Moves Parameters of a module into codebooks, in place.
+
+    Args:
+        module: Any module.
+        weights: The codebooks by Parameter name.
+
+    Raises:
+        RewriteError: If the module has no such Parameter, or its class cannot be extended.
+    """
+    _become(module, backed_as(module, weights))
+    for name, weight in weights.items():
+        del module._parameters[name]
+        module._modules[name + SUFFIX] = weight.train(module.training)
+        if not isinstance(module, tuple(_LAYERS.values())):
+            weight.__dict__.setdefault("read_as", "virtual")
+    assert isinstance(module, Backed)
+    module._adopt()
+
+
+def backed_as(module: nn.Module, names: Iterable[str]) -> type[nn.Module]:
+    """The class that a module takes on when these Parameters of it are backed; the module stays as it is.
+
+    Args:
+        module: Any module.
+        names: Of Parameters of its own.
+
+    Raises:
+        RewriteError: If the module has no such Parameter, or its class cannot be extended.
+    """
+    for name in names:
+        if module._parameters.get(name) is None:
+            raise RewriteError(f"{type(module).__name__} has no Parameter {name!r} of its own to hold in codebooks")
+        if _has(module, name + SUFFIX):
+            raise RewriteError(f"{type(module).__name__} already has an attribute {name + SUFFIX!r}")
+    before = type(module)
+    if isinstance(module, tuple(_LAYERS.values())):
+        return before
+    try:
+        target = _extended(before, {*backed_weights(module), *names}, parametrize.is_parametrized(module))
+        _become(module, target)  # some classes only refuse when it comes to it
+        _become(module, before)
+    except Exception as error:  # extending a foreign class runs its own code
+        raise RewriteError(f"{before.__name__} cannot take on codebook-held Parameters: {error}") from error
+    return target
+
+
+def obstacle_to(module: nn.Module, name: str) -> str | None:
+    """Why a module cannot hold a Parameter of its own in codebooks, or None; the module stays as it is.
+
+    Args:
+        module: Any module.
+        name: Of the Parameter.
+    """
+    if _has(module, name + SUFFIX):
+        return f"its module has an attribute {name + SUFFIX!r} of its own, where the codebooks would be"
+    kind = type(module)
+    plain = "__init_subclass__" not in {key for base in kind.__mro__[:-1] for key in vars(base)}
+    if type(kind) is type and plain:
+        return None
+    try:
+        backed_as(module, [name])
+    except RewriteError as error:
+        return str(error)
+    return None
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    """Whether a module or its class has an attribute, without asking a ``__getattr__`` that may answer for others."""
+    held = (module.__dict__, module._parameters, module._buffers, module._modules)
+    return any(name in group for group in held) or hasattr(type(module), name)
+
+
+def _become(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Sets a module's class, whatever its own ``__setattr__`` does."""
+    object.__setattr__(module, "__class__", kind)
+
+
+def _extended(before: type[nn.Module], held: set[str], parametrised: bool) -> type[nn.Module]:
+    """The class of a module whose class is ``before`` once it holds these Parameters in codebooks."""
+    if parametrised and before.__module__ == parametrize.__name__:
+        # Parametrising made a class for this one module, and undoing it looks at that class and its first base.
+        body = {name: value for name, value in vars(before).items() if name not in ("__dict__", "__weakref__")}
+        return type(before.__name__, (_extended(before.__bases__[0], held, False),), body)
+    base = getattr(before, "_rpq_base", before)
+    layer = layer_for(base)
+    if layer is not None and all(isinstance(getattr(layer, name, None), property) for name in held):
+        return layer
+    return _backed_class(base, tuple(sorted(held)))  # a foreign class, or a Parameter added to a torch.nn layer
+
+
+# What a class of torch.nn needs besides properties to work with held Parameters, by that class.
+_ADAPTERS: dict[type[nn.Module], type[Backed]] = {}
+
+
+def register_adapter(dense: type[nn.Module], adapter: type[Backed]) -> None:
+    """Lays ``adapter`` over ``dense`` and its subclasses when they are backed.
+
+    Args:
+        dense: A class of torch.nn that cannot do with properties alone.
+        adapter: What comes before it in the order of bases.
+    """
+    _ADAPTERS[dense] = adapter
+
+
+_FOREIGN: dict[tuple[type[nn.Module], tuple[str, ...]], type[Backed]] = {}
+
+
+class _Foreign(Backed):
+    """Base of the classes made on the spot; pickles as the class it extends and the names it holds."""
+
+    _rpq_base: type[nn.Module]
+    _rpq_names: tuple[str, ...]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced = super().__reduce_ex__(protocol)
+        return (_new, (named_class(self._rpq_base), self._rpq_names), *reduced[2:])
+
+    @classmethod
+    def _rpq_recipe(cls) -> tuple[Any, ...]:
+        return _backed_class, named_class(cls._rpq_base), cls._rpq_names
+
+    def _adopt(self) -> None:
+        super()._adopt()
+        if not any(weight.codebooks.is_meta for weight in backed_weights(self).values()):
+            refresh(self)
+
+    def __delattr__(self, name: str) -> None:
+        """Refuses to drop what a hook computes from codebooks: torch then looks for the dense Parameter in vain."""
+        held = [name + ending for ending in ("_v", "_orig") if name + ending + SUFFIX in self._modules]
+        if held:
+            raise RewriteError(
+                f"{type(self).__name__}.{name} is computed from {held[0]}, which is held in codebooks and cannot take "
+                "its place as a dense Parameter; remove the weight norm, spectral norm or pruning before rewriting"
+            )
+        super().__delattr__(name)
+
+
+def _backed_class(base: type[nn.Module], names: tuple[str, ...]) -> type[Backed]:
+    """One class for each base and names, so that equal modules are of one class."""
+    if (made := _FOREIGN.get((base, names))) is not None:
+        return made
+    body: dict[str, Any] = {name: held(name, _is_computed_from(base, name)) for name in names}
+    body |= {"_rpq_base": base, "_rpq_names": names, "__module__": base.__module__, "__doc__": base.__doc__}
+    if (under := getattr(base, READ_AS, None)) is not None:
+        body[READ_AS] = _extended(under, set(names), False)
+    adapter = next((_ADAPTERS[known] for known in base.__mro__ if known in _ADAPTERS), None)
+    bases = (_Foreign, base) if adapter is None else (_Foreign, adapter, base)
+    return _FOREIGN.setdefault((base, names), type(base.__name__, bases, body))  # of several threads', the first
+
+
+def named_class(kind: type[nn.Module]) -> Any:
+    """What a pickle may hold of a class: itself, or of one that was made on the spot, how it is made.
+
+    Args:
+        kind: A class of modules.
+    """
+    recipe = getattr(kind, "_rpq_recipe", None)
+    return kind if recipe is None else recipe()
+
+
+def class_of(named: Any) -> type[nn.Module]:
+    """The class that ``named_class`` named.
+
+    Args:
+        named: What it returned.
+    """
+    if isinstance(named, type):
+        return named
+    make, base, *arguments = named
+    made: type[nn.Module] = make(class_of(base), *arguments)
+    return made
+
+
+def _new(base: Any, names: tuple[str, ...]) -> nn.Module:
+    made = _backed_class(class_of(base), names)
+    return made.__new__(made)

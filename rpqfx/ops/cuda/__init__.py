@@ -1,0 +1,1 @@
+"""The products and searches on a GPU, in Triton."""

@@ -1,0 +1,179 @@
+"""Checks of what the public calls are given: models, policies, batches' containers, callables."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from rpqfx.codebook import CodebookSpec
+from rpqfx.errors import InputError, PolicyError, RPQError
+from rpqfx.validation.values import shown
+
+
+def check_model(model: Any, call: str, error: type[RPQError] = InputError) -> None:
+    """Sees that a call was given a model.
+
+    Args:
+        model: What it was given.
+        call: Its name, for the message.
+        error: What to raise.
+
+    Raises:
+        RPQError: Of the class ``error``, if it is no ``torch.nn.Module``; says what to pass instead.
+    """
+    if isinstance(model, nn.Module):
+        return
+    said = f"{call} takes a torch.nn.Module, got "
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        raise error(f"{said}the class {model.__name__}; make one first: {call}({model.__name__}(...), ...)")
+    if isinstance(model, Mapping):
+        raise error(
+            f"{said}{type(model).__name__}; if it is a state dict, build the model, give it the values with "
+            "load_state_dict, and pass the model"
+        )
+    if isinstance(model, (str, os.PathLike)):
+        raise error(
+            f"{said}the path {shown(os.fspath(model))}; load the model first (rpqfx.load for what rpqfx.save wrote, "
+            "from_pretrained or torch.load for others) and pass that"
+        )
+    if getattr(model, "goes_with", None) is not None:
+        raise error(f"{said}a {type(model).__name__}; the model comes first: {call}(model, policy)")
+    raise error(f"{said}{type(model).__name__}")
+
+
+def check_policy(policy: Any, kind: type, *, any_callable: bool = False) -> None:
+    """Sees that a call was given a policy of its own kind.
+
+    Args:
+        policy: What it was given.
+        kind: ``Policy``, ``KVPolicy`` or ``RoutePolicy``.
+        any_callable: Whether it may be a function as well.
+
+    Raises:
+        PolicyError: If it is something else; says what to pass instead.
+    """
+    if isinstance(policy, kind):
+        return
+    call, name = kind.goes_with, kind.__name__  # type: ignore[attr-defined]
+    said = f"{call} takes a {name}, got "
+    if policy is None:
+        raise PolicyError(
+            f"{said}none; {call}(model, Policy()) fits codebooks to the weights that are there, Policy.from_scratch() "
+            "draws them for training, and Policy.pretrained(bits_per_weight=3), with calibration, converts a trained "
+            "model"
+        )
+    if isinstance(policy, type):
+        example = f"{name}()" if policy is kind else f"{name}(...)"
+        raise PolicyError(f"{said}the class {policy.__name__}; pass a value: {call}(model, {example})")
+    if isinstance(other := getattr(policy, "goes_with", None), str):
+        what = type(policy).__name__
+        hint = f"that is for {other}"
+        if what.endswith("Rule"):
+            hint = f"put it in a policy: {name}(rules=(rule,))" if other == name else f"it goes into a {other}"
+        raise PolicyError(f"{said}a {what}; {hint}")
+    if isinstance(policy, str):
+        raise PolicyError(f"{said}the text {shown(policy)}; if it is JSON, read it with {name}.from_json(text)")
+    if isinstance(policy, Mapping):
+        raise PolicyError(f"{said}a {type(policy).__name__}; make a policy of it: {name}(**options)")
+    if isinstance(policy, CodebookSpec):
+        raise PolicyError(f"{said}a CodebookSpec, which fits one shape; pass a function from a site to its spec")
+    if any_callable and callable(policy) and not isinstance(policy, nn.Module):
+        return
+    raise PolicyError(f"{said}{shown(policy)}")
+
+
+def positional(inputs: Any, name: str) -> tuple[Any, ...]:
+    """The positional inputs of one call.
+
+    Args:
+        inputs: A sequence of inputs, or the one tensor that a model takes; None for none.
+        name: Of the argument, for the message.
+
+    Raises:
+        InputError: If it is something else.
+    """
+    if inputs is None:
+        return ()
+    if isinstance(inputs, Mapping):
+        keyword = name.replace("inputs", "kwargs")
+        raise InputError(f"{name} are positional, got a mapping; pass it as {keyword}")
+    if isinstance(inputs, Tensor):
+        return (inputs,)
+    if not isinstance(inputs, Sequence) or isinstance(inputs, str):
+        raise InputError(f"{name} is a sequence of inputs or one tensor, got {type(inputs).__name__}")
+    return tuple(inputs)
+
+
+def keyword(inputs: Any, name: str) -> dict[str, Any]:
+    """The keyword inputs of one call.
+
+    Args:
+        inputs: A mapping from names to inputs; None for none.
+        name: Of the argument, for the message.
+
+    Raises:
+        InputError: If it is something else.
+    """
+    if inputs is None:
+        return {}
+    if not isinstance(inputs, Mapping) or not all(isinstance(key, str) for key in inputs):
+        raise InputError(f"{name} is a mapping from names to inputs, got {shown(inputs)}")
+    return dict(inputs)
+
+
+def check_call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Sees that inputs are those that a model's forward has arguments for.
+
+    Args:
+        model: The model.
+        args: Positional inputs.
+        kwargs: Keyword inputs.
+
+    Raises:
+        InputError: If one is missing, or there is one too many.
+    """
+    if model._forward_pre_hooks:  # which may give it others
+        return
+    try:
+        inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise InputError(
+            f"the example inputs are not those of one call of {type(model).__name__}: {error}; example_inputs are the "
+            "positional ones, example_kwargs those by keyword"
+        ) from error
+    except ValueError:  # a forward without a signature
+        return
+
+
+def check_progress(progress: Any, *, switches: bool = True) -> None:
+    """Sees that what is to be told of progress can be called.
+
+    Args:
+        progress: What was given.
+        switches: Whether True and False mean something.
+
+    Raises:
+        InputError: If it is something else.
+    """
+    if progress is None or callable(progress) or (switches and isinstance(progress, bool)):
+        return
+    forms = "a callable that is given (done, total, name), True, False or None" if switches else "a callable or None"
+    raise InputError(f"progress is {forms}, got {shown(progress)}")
+
+
+def check_path(path: Any, name: str) -> None:
+    """Sees that a path is one.
+
+    Args:
+        path: What was given.
+        name: Of the argument, for the message.
+
+    Raises:
+        InputError: If it is something else.
+    """
+    if not isinstance(path, (str, os.PathLike)) or isinstance(path, nn.Module):
+        raise InputError(f"{name} is a path, got {shown(path)}")

@@ -1,0 +1,226 @@
+"""Decisions about a site, and the ones that options leave open."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rpqfx.codebook import CodebookSpec, default_codebook_dim, nearest_divisor
+from rpqfx.errors import PolicyError, SpecError
+from rpqfx.nn.layer import Split
+from rpqfx.nn.layout import Experts
+from rpqfx.ops import Plan
+from rpqfx.policies.budget import Candidate
+from rpqfx.policies.options import Init, Options, Sharing
+from rpqfx.policies.site import Site
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A decision to leave a site as it is.
+
+    Args:
+        reason: Said in the report.
+    """
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Hold:
+    """A decision to hold a site's weight in codebooks.
+
+    Args:
+        spec: Shape of the codebooks.
+        split: Vectors along outputs (``"row"``) or inputs (``"column"``).
+        init: Codebooks fitted to the weight, or drawn anew with its standard deviation.
+        group: Sites of one group share codebooks where these have one shape and are fitted alike (``shared``).
+        plan: Which way its products run.
+        experts: Whether experts share codebooks, where it is a tensor of experts.
+    """
+
+    spec: CodebookSpec
+    split: Split = "row"
+    init: Init = "fit"
+    group: str | None = None
+    plan: Plan = "auto"
+    experts: Experts = "shared"
+
+    @property
+    def shared(self) -> tuple[object, ...]:
+        """What sites of one group must agree in to share codebooks: their shape, and how they are fitted."""
+        return (self.spec.codebooks_shape, self.spec.scale, self.spec.signs, self.init)
+
+
+def as_decision(site: Site, answer: CodebookSpec | Hold | Skip) -> Hold | Skip:
+    """A spec as a decision: its shape says along which side of the site its vectors lie.
+
+    Args:
+        site: The site.
+        answer: A spec, or a decision, which is returned as it is.
+
+    Raises:
+        PolicyError: If the spec fits neither side, or the answer is something else.
+    """
+    if isinstance(answer, (Hold, Skip)):
+        return answer
+    if not isinstance(answer, CodebookSpec):
+        raise PolicyError(f"{site.name}: a policy returns a CodebookSpec, a Hold or a Skip, got {answer!r}")
+    splits: tuple[Split, ...] = ("row", "column") if site.splits else ("row",)
+    sharings: tuple[Experts, ...] = ("shared", "own") if site.experts else ("shared",)
+    for experts, split in itertools.product(sharings, splits):
+        layout = site.layout(split, experts)
+        fits = (layout.num_vectors, layout.dim) == (answer.num_vectors, answer.dim)
+        if fits and layout.unit % answer.codebook_dim == 0:
+            return Hold(answer, split, experts=experts)
+    row = site.layout("row")
+    raise PolicyError(
+        f"{site.name}: the spec has {answer.num_vectors} vectors of length {answer.dim}, "
+        f"the site {row.num_vectors} of length {row.dim}"
+    )
+
+
+def smallest(site: Site, options: Options, bits: int) -> Hold:
+    """The site's spec at so many bits, with the smaller split where the options leave that open.
+
+    Raises:
+        PolicyError: If the options ask for what the site cannot give.
+    """
+    if options.split == "column" and not site.splits:
+        raise PolicyError(f"{site.name}: vectors of a {site.kind} lie along its outputs, split='column' cannot be")
+    splits: tuple[Split, ...] = ("row",) if not site.splits else ("row", "column")
+    splits = splits if options.split == "auto" else (options.split or "row",)
+    holds, errors = [], []
+    for split in splits:
+        try:
+            holds.append(_hold(site, options, split, bits))
+        except PolicyError as error:  # a count may divide one way and not the other
+            errors.append(error)
+    if not holds:
+        raise errors[0]
+    return min(holds, key=lambda hold: stored_bytes(site, hold))
+
+
+def together(members: Sequence[tuple[Site, Options]]) -> dict[str, Hold | Skip]:
+    """Decides sites that share one set of codebooks, or a single site, so that all of them together shrink.
+
+    A site takes part where its codes are smaller than its dense tensor; the codebooks are taken on where they are
+    smaller than what those sites gain. Otherwise fewer bits are tried, down to ``min_bits``, and then all are left, or
+    with ``allow_growth`` all are held with as many bits as were asked for.
+
+    Args:
+        members: Sites whose codebooks have one shape, with their options; none empty.
+
+    Returns:
+        A decision by site name.
+
+    Raises:
+        PolicyError: If the options ask for what a site cannot give.
+    """
+    options = members[0][1]
+    most, growing = options.bits or 8, bool(options.allow_growth)
+    tries = [(bits, False) for bits in range(most, min(options.min_bits or most, most) - 1, -1)]
+    for bits, grown in [*tries, (most, True)] if growing else tries:
+        if len(members) == 1:
+            holds = {site.name: smallest(site, own, bits) for site, own in members}
+        else:  # one shape for all: the split stays the one that made them a group
+            holds = {site.name: _with_bits(smallest(site, own, most), bits) for site, own in members}
+        gains = {s.name: s.dense_bytes - holds[s.name].spec.stored_bytes(s.dtype, codebooks=False) for s, _ in members}
+        taking = {name for name, gain in gains.items() if gain > 0 or grown}
+        first = members[0][0]
+        codebooks = stored_bytes(first, holds[first.name]) - (first.dense_bytes - gains[first.name])
+        shrinks = sum(gains[name] for name in taking) > codebooks and (not growing or len(taking) == len(members))
+        if grown or shrinks:
+            return {s.name: holds[s.name] if s.name in taking else _no_gain(s, own) for s, own in members}
+    return {site.name: _no_gain(site, own, len(members)) for site, own in members}
+
+
+def _with_bits(hold: Hold, bits: int) -> Hold:
+    return dataclasses.replace(hold, spec=dataclasses.replace(hold.spec, entries=2**bits))
+
+
+def _no_gain(site: Site, options: Options, sharers: int = 1) -> Skip:
+    bits = options.bits or 8
+    hold = smallest(site, options, bits)
+    others = f", and {sharers} sites that share codebooks would not either" if sharers > 1 else ""
+    return Skip(
+        f"would not shrink: {site.dense_bytes:,} bytes dense, {stored_bytes(site, hold):,} with {bits} bits "
+        f"for {hold.spec.num_vectors} vectors of length {hold.spec.dim}{others}"
+    )
+
+
+def candidates(site: Site, options: Options) -> list[Candidate[Hold | Skip]]:
+    """Every spec a budget may choose for a site, as its options leave that open, and leaving it dense."""
+    found = [Candidate[Hold | Skip](Skip("the budget affords it dense"), site.dense_bytes, 0.0)]
+    unit = site.layout("row", options.experts or "shared").unit
+    lengths = _LENGTHS if options.codebook_dim is None else (options.codebook_dim,)
+    dims = sorted({nearest_divisor(unit, d) for d in lengths})
+    fewest = options.min_bits or options.bits or _FEWEST_BITS
+    most = options.bits or max(_MOST_BITS, fewest)
+    sharings: tuple[Sharing, ...] = ("own", "layer") if options.sharing is None else (options.sharing,)
+    for d in dims if options.codebooks is None else (None,):
+        for bits in range(fewest, most + 1):
+            for sharing in sharings:
+                own = dataclasses.replace(options, sharing=sharing, bits=bits, min_bits=None)
+                own = own if d is None else dataclasses.replace(own, codebook_dim=d)
+                hold = smallest(site, own, bits)
+                size = stored_bytes(site, hold)
+                if size < site.dense_bytes and hold.spec.users_per_entry > 1:
+                    found.append(Candidate(hold, size, _distortion(hold.spec)))
+    return found
+
+
+_LENGTHS = (2, 4, 8, 16, 32, 64, 128)
+_FEWEST_BITS, _MOST_BITS = 2, 12
+
+
+def _hold(site: Site, options: Options, split: Split, bits: int) -> Hold:
+    experts = options.experts or "shared"
+    layout = site.layout(split, experts)
+    dim, count = layout.unit, options.codebooks
+    if count == "heads":
+        if site.heads is None:
+            raise PolicyError(f"{site.name}: the model names no number of heads; give codebooks as a number")
+        d = nearest_divisor(dim, max(1, dim // site.heads))
+    elif count is not None:
+        if count < 1 or dim % count:
+            near = dim // nearest_divisor(dim, max(1, dim // max(1, count)))
+            raise PolicyError(
+                f"{site.name}: {count} codebooks do not divide its vector length {dim}; the nearest count that does "
+                f"is {near}; give codebook_dim to let the policy choose"
+            )
+        d = dim // count
+    else:
+        asked = options.codebook_dim
+        d = default_codebook_dim(dim, site.taps) if asked is None else nearest_divisor(dim, asked)
+    books = layout.dim // dim if options.sharing == "layer" else None  # one, or one an expert
+    try:
+        spec = CodebookSpec(
+            layout.num_vectors, layout.dim, d, 2**bits, options.stages or 1, books, bool(options.scale),
+            bool(options.signs), options.grad_scale or "sum", site.taps if options.dim_scale else 0,
+        )  # fmt: skip
+    except SpecError as error:
+        raise PolicyError(f"{site.name}: {error}") from error
+    group = _group(site, options, layout.dim)
+    return Hold(spec, split, options.init or "fit", group, options.plan or "auto", experts)
+
+
+def _group(site: Site, options: Options, dim: int) -> str | None:
+    if options.sharing == "shape":
+        return f"shape {dim} {site.dtype}"
+    if options.sharing == "role":
+        return ".".join("*" if part.isdigit() else part for part in site.name.split("."))
+    return None
+
+
+def stored_bytes(site: Site, decision: Hold | Skip) -> int:
+    """Bytes of a site's tensors after a decision."""
+    return site.dense_bytes if isinstance(decision, Skip) else decision.spec.stored_bytes(site.dtype)
+
+
+def _distortion(spec: CodebookSpec) -> float:
+    """Expected squared error of holding unit-variance weights so, by rule of thumb: ``4**-rate`` an element."""
+    rate = spec.stages * spec.bits / spec.codebook_dim
+    return spec.num_vectors * spec.dim * (1 - 1 / spec.users_per_entry) * 4.0**-rate

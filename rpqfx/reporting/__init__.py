@@ -1,0 +1,1 @@
+"""Sizes, tables, reports and the progress of long calls."""

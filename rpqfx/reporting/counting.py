@@ -1,0 +1,88 @@
+"""Bytes that tensors take in memory, and bits that they take in a saved file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+from rpqfx.codebook.packing import stored_bits
+from rpqfx.nn.weight import RPQWeight
+
+
+class Counts(NamedTuple):
+    """What the tensors of a weight take, less those that were counted before.
+
+    Args:
+        floats: Bytes of codebooks and scales in memory.
+        codes: Bytes of codes and signs in memory.
+        shared: Bytes of codebooks and scales that were counted before.
+        code_bits: Bits of codes and signs in a saved file.
+        codebook_bits: Bits of codebooks in a saved file.
+        scale_bits: Bits of scales in a saved file.
+    """
+
+    floats: int
+    codes: int
+    shared: int
+    code_bits: int
+    codebook_bits: int
+    scale_bits: int
+
+
+def counted(weight: RPQWeight, seen: set[int]) -> Counts:
+    """Counts the tensors of a weight.
+
+    Args:
+        weight: Its floating Parameters besides the codebooks count as scales.
+        seen: ``id`` of the tensors that were counted before; those of this weight are added.
+    """
+    codebooks, codes, signs = weight.codebooks, weight.stored_codes, weight.signs
+    scales = [parameter for parameter in weight.parameters(recurse=False) if parameter is not codebooks]
+    floats, integers = [codebooks, *scales], [codes] if signs is None else [codes, signs]
+    new = {id(tensor) for tensor in (*floats, *integers)} - seen
+    code_bits, codebook_bits, scale_bits = (
+        sum(
+            stored_bits(weight.codes, weight.spec.entries) if tensor is codes else stored_bits(tensor)
+            for tensor in tensors
+            if id(tensor) in new
+        )
+        for tensors in (integers, [codebooks], scales)
+    )
+    new_floats, new_codes = unseen_bytes(floats, seen), unseen_bytes(integers, seen)
+    shared = sum(tensor.nbytes for tensor in floats) - new_floats
+    return Counts(new_floats, new_codes, shared, code_bits, codebook_bits, scale_bits)
+
+
+def unseen_bytes(tensors: Sequence[Tensor], seen: set[int]) -> int:
+    """Bytes of tensors in memory, each once; none of tensors that have no shape yet.
+
+    Args:
+        tensors: Of any layout.
+        seen: ``id`` of the tensors that were counted before; those given are added.
+    """
+    total = 0
+    for tensor in tensors:
+        if id(tensor) not in seen and not isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
+            seen.add(id(tensor))
+            total += _nbytes(tensor)
+    return total
+
+
+def _nbytes(tensor: Tensor) -> int:
+    """Bytes of a tensor's data; of a sparse one, of its indices and values."""
+    if tensor.layout == torch.strided:
+        return tensor.nbytes
+    names = {
+        torch.sparse_coo: ("_indices", "_values"),
+        torch.sparse_csr: ("crow_indices", "col_indices", "values"),
+        torch.sparse_bsr: ("crow_indices", "col_indices", "values"),
+        torch.sparse_csc: ("ccol_indices", "row_indices", "values"),
+        torch.sparse_bsc: ("ccol_indices", "row_indices", "values"),
+    }.get(tensor.layout)
+    if names is None:
+        return tensor.numel() * tensor.element_size()
+    return sum(getattr(tensor.detach(), name)().nbytes for name in names)

@@ -1,0 +1,302 @@
+"""What happened at each site, why, and how many bytes it took before, takes now, and takes in a saved file."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from rpqfx.codebook import CodebookSpec
+from rpqfx.errors import InputError, RPQError
+from rpqfx.nn.hosting.host import backed_weights
+from rpqfx.nn.weight import RPQWeight
+from rpqfx.nn.wrappers import modules_within, names_within, unwrapped
+from rpqfx.ops import Plan
+from rpqfx.policies.decision import Hold, Skip
+from rpqfx.policies.site import Site
+from rpqfx.reporting.counting import counted, unseen_bytes
+from rpqfx.reporting.tables import Table, size, to_html, to_markdown, to_text
+from rpqfx.validation.values import shown
+
+_ATTRIBUTE = "_rpqfx_records"
+_HEAD = ("site", "kind", "N x D", "M", "d", "K", "before", "after", "note")
+
+
+@dataclass(frozen=True)
+class SiteRecord:
+    """One line of a report.
+
+    Args:
+        name: Qualified name of the Parameter.
+        names: All its names, where it is tied.
+        kind: Of the site.
+        module_type: Class name of its owner.
+        shape: Of the dense tensor.
+        spec: How it is held, or None where it was left alone.
+        split: ``"row"`` or ``"column"``.
+        init: ``"fit"`` (codebooks fitted to the weight), ``"calibrated"`` (to what the model does with it, as
+            calibration showed) or ``"random"`` (drawn anew); None for layers that were built by hand.
+        reason: Why it was left alone, or None.
+        error: Relative error of the fit, ``|W - W'| / |W|``, when it was made; None where nothing was fitted.
+        before: Bytes of the dense tensor.
+        after: Bytes of the tensors that are there now.
+        shared: Bytes of codebooks that are counted with an earlier site.
+        plan: Which way its products run now.
+        code_bits: Bits of its codes and signs in a saved file.
+        codebook_bits: Bits of its codebooks in a saved file, less those counted with an earlier site.
+        scale_bits: Bits of its scales in a saved file.
+    """
+
+    name: str
+    names: tuple[str, ...]
+    kind: str
+    module_type: str
+    shape: tuple[int, ...]
+    spec: CodebookSpec | None = None
+    split: str | None = None
+    init: str | None = None
+    reason: str | None = None
+    error: float | None = None
+    before: int = 0
+    after: int = 0
+    shared: int = 0
+    plan: Plan = "auto"
+    code_bits: int = 0
+    codebook_bits: int = 0
+    scale_bits: int = 0
+
+    @property
+    def stored_bits(self) -> int:
+        """Bits of all its tensors in a saved file; 0 where it was left alone."""
+        return self.code_bits + self.codebook_bits + self.scale_bits
+
+    @property
+    def bits_per_weight(self) -> float:
+        """``stored_bits`` by the elements of the tensor that they stand for."""
+        return _ratio(self.stored_bits, math.prod(self.shape))
+
+    @classmethod
+    def of(cls, site: Site, decision: Hold | Skip, error: float | None = None, calibrated: bool = False) -> SiteRecord:
+        """Makes the record of a decision.
+
+        Args:
+            site: The site.
+            decision: What was decided.
+            error: Of the fit; None where nothing was fitted, as on the meta device.
+            calibrated: Whether it was fitted to what its inputs showed.
+        """
+        base = cls(
+            name=site.name, names=site.names, kind=site.kind, module_type=site.module_type.__name__, shape=site.shape,
+            before=site.dense_bytes, after=site.dense_bytes,
+        )  # fmt: skip
+        if isinstance(decision, Skip):
+            return dataclasses.replace(base, reason=decision.reason)
+        init = "random" if error is None else "calibrated" if calibrated else "fit"
+        return dataclasses.replace(base, spec=decision.spec, split=decision.split, init=init, error=error)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Sites and totals of a model; ``str``, ``to_markdown`` and ``to_html`` show the same data.
+
+    Args:
+        sites: Every site, in the model's order.
+        before: Bytes of the whole dense model.
+        codebooks: Bytes of codebooks and scales, shared ones once.
+        codes: Bytes of codes and signs.
+        other: Bytes of everything else: biases, norms, buffers, weights left dense.
+        notes: Remarks, such as rules that matched nothing.
+    """
+
+    sites: tuple[SiteRecord, ...]
+    before: int
+    codebooks: int
+    codes: int
+    other: int
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def after(self) -> int:
+        """Bytes of the whole model now."""
+        return self.codebooks + self.codes + self.other
+
+    @property
+    def stored_bits(self) -> int:
+        """Bits that all sites held in codebooks take in a saved file, shared codebooks once."""
+        return sum(site.stored_bits for site in self.rewritten)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """``stored_bits`` by ``weights``."""
+        return _ratio(self.stored_bits, self.weights)
+
+    @property
+    def weights(self) -> int:
+        """Elements of all tensors held in codebooks."""
+        return sum(math.prod(site.shape) for site in self.rewritten)
+
+    @property
+    def rewritten(self) -> tuple[SiteRecord, ...]:
+        """Sites that are held in codebooks."""
+        return tuple(site for site in self.sites if site.spec is not None)
+
+    @property
+    def skipped(self) -> tuple[SiteRecord, ...]:
+        """Sites that were left alone."""
+        return tuple(site for site in self.sites if site.spec is None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        values = dataclasses.asdict(self)
+        for site, record in zip(values["sites"], self.sites, strict=True):
+            site["bits_per_weight"] = record.bits_per_weight
+        totals = {name: getattr(self, name) for name in ("after", "weights", "stored_bits", "bits_per_weight")}
+        return {**values, **totals}
+
+    def table(self) -> Table:
+        """The rows and totals that every form shows."""
+        return Table(_HEAD, [_row(site) for site in self.sites], _totals(self))
+
+    def __str__(self) -> str:
+        return to_text(self.table())
+
+    def to_markdown(self) -> str:
+        """A Markdown table with totals."""
+        return to_markdown(self.table())
+
+    def to_html(self) -> str:
+        """A self-contained HTML page: a bar for each layer, before and after."""
+        return to_html(self.table(), [(site.before, site.after, site.spec is not None) for site in self.sites])
+
+
+def attach_records(model: nn.Module, records: Sequence[SiteRecord], notes: Sequence[str] = ()) -> None:
+    """Keeps what a rewrite did with the model it did it to (plain values, copied and pickled with it)."""
+    model.__dict__[_ATTRIBUTE] = (tuple(records), tuple(notes))
+
+
+def attached_records(model: nn.Module) -> tuple[tuple[SiteRecord, ...], tuple[str, ...]] | None:
+    """What ``attach_records`` kept, or None."""
+    return model.__dict__.get(_ATTRIBUTE)
+
+
+def detach_records(model: nn.Module) -> None:
+    """Forgets what ``attach_records`` kept."""
+    model.__dict__.pop(_ATTRIBUTE, None)
+
+
+def report(model: nn.Module) -> Report:
+    """What is held in codebooks in a model, what was left alone and why, and the bytes of it all.
+
+    Bytes are counted from the tensors that are in the model now; a tensor with several names counts once.
+
+    Args:
+        model: A model that ``rpqify`` returned, or any that has RPQ layers. What stands around it or parts of it
+            (``torch.compile``, ``DataParallel``, ...) is looked through.
+
+    Returns:
+        The report.
+
+    Raises:
+        RPQError: If nothing in the model is held in codebooks.
+        InputError: If it is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"report takes a torch.nn.Module, got {shown(model)}; pass the model that rpqify returned")
+    model = unwrapped(model)
+    held = {
+        f"{path}.{name}".lstrip("."): weight
+        for path, _, module in modules_within(model)
+        for name, weight in backed_weights(module).items()
+    }
+    if not held:
+        raise RPQError("nothing in this model is held in codebooks; pass the model that rpqify returned")
+    records, notes = attached_records(model) or (tuple(_found(model, held)), ())
+    seen: set[int] = set()
+    sites, codebooks, codes = [], 0, 0
+    for record in records:
+        weight = held.get(record.name)
+        if weight is None:
+            sites.append(record)
+            continue
+        now = counted(weight, seen)
+        codebooks += now.floats
+        codes += now.codes
+        shape = weight.layout.shape  # a table may have got more or fewer rows since
+        before = record.before // math.prod(record.shape) * math.prod(shape)
+        sites.append(
+            dataclasses.replace(
+                record, shape=shape, spec=weight.spec, before=before, after=now.floats + now.codes, shared=now.shared,
+                plan=weight.plan, code_bits=now.code_bits, codebook_bits=now.codebook_bits, scale_bits=now.scale_bits,
+            )
+        )  # fmt: skip
+    other = unseen_bytes([*model.parameters(), *model.buffers()], seen)
+    dense = sum(site.before for site in sites if site.spec is not None)
+    return Report(tuple(sites), dense + other, codebooks, codes, other, tuple(notes))
+
+
+def dense_bytes(model: nn.Module) -> int:
+    """Bytes of all Parameters and buffers of a model, each tensor once."""
+    return unseen_bytes([*model.parameters(), *model.buffers()], set())
+
+
+def _found(model: nn.Module, held: dict[str, RPQWeight]) -> Iterator[SiteRecord]:
+    """Records of RPQ layers that were built by hand."""
+    names: dict[int, list[str]] = {}
+    known = names_within(model)
+    for name, weight in held.items():
+        names.setdefault(id(weight), []).append(name)
+    for all_names in names.values():
+        weight = held[all_names[0]]
+        owner = model.get_submodule(known[all_names[0].rpartition(".")[0]])
+        shape = weight.layout.shape
+        yield SiteRecord(
+            name=all_names[0], names=tuple(all_names), kind="layer", module_type=type(owner).__name__, shape=shape,
+            spec=weight.spec, split="column" if weight.layout.transposed else "row",
+            before=weight.layout.rows * weight.layout.cols * weight.codebooks.element_size(),
+        )  # fmt: skip
+
+
+def _row(site: SiteRecord) -> tuple[str, ...]:
+    name = site.name if len(site.names) == 1 else f"{site.name} (= {', '.join(site.names[1:])})"
+    if site.spec is None:
+        shape = " x ".join(str(n) for n in site.shape)
+        return (name, site.kind, shape, "-", "-", "-", size(site.before), size(site.after), f"left: {site.reason}")
+    spec = site.spec
+    notes = [
+        "columns" if site.split == "column" else "",
+        f"{spec.stages} stages" if spec.stages > 1 else "",
+        f"{spec.books} shared codebook{'s' if spec.books != 1 else ''}" if spec.books != spec.sub_vectors else "",
+        f"{size(site.shared)} shared with earlier sites" if site.shared else "",
+        f"plan {site.plan}" if site.plan != "auto" else "",
+        "calibrated" if site.init == "calibrated" else "",
+        f"fit error {site.error:.3f}" if site.error is not None else "",
+    ]
+    shape = f"{spec.num_vectors} x {spec.dim}"
+    counts = (str(spec.sub_vectors), str(spec.codebook_dim), str(spec.entries))
+    return (name, site.kind, shape, *counts, size(site.before), size(site.after), ", ".join(n for n in notes if n))
+
+
+def _totals(report: Report) -> list[str]:
+    share = report.after / report.before if report.before else 1.0
+    bits = {
+        "codes": sum(site.code_bits for site in report.rewritten),
+        "codebooks": sum(site.codebook_bits for site in report.rewritten),
+        "scales": sum(site.scale_bits for site in report.rewritten),
+    }
+    parts = [f"{name} {_ratio(count, report.weights):.2f}" for name, count in bits.items() if count]
+    return [
+        f"{len(report.rewritten)} of {len(report.sites)} sites in codebooks; "
+        f"{size(report.before)} before, {size(report.after)} after ({share:.1%})",
+        f"codebooks and scales {size(report.codebooks)}, codes and signs {size(report.codes)}, "
+        f"everything else {size(report.other)}",
+        f"{report.bits_per_weight:.2f} bits a weight as saved: {', '.join(parts)}",
+        *report.notes,
+    ]
+
+
+def _ratio(bits: int, weights: int) -> float:
+    return bits / weights if weights else 0.0

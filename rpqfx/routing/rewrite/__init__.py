@@ -1,0 +1,7 @@
+"""The rewrite that makes a model's blocks conditionally routed."""
+
+from rpqfx.routing.rewrite.chooser import Chooser
+from rpqfx.routing.rewrite.policy import RoutePolicy, RouteRule
+from rpqfx.routing.rewrite.rewrite import route, routed
+
+__all__ = ["Chooser", "RoutePolicy", "RouteRule", "route", "routed"]

@@ -1,0 +1,1 @@
+"""Saved files: their containers, their manifests, and models in them."""

@@ -1,0 +1,147 @@
+"""What values a manifest has, by their keys: types and ranges, in plain code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, get_args
+
+from rpqfx.codebook.spec import MAX_ENTRIES
+from rpqfx.nn.weight import ReadAs
+from rpqfx.ops import PLANS
+from rpqfx.storage.pickle_reader import DTYPES
+
+_LARGEST = 2**48
+SLOTS = 2**20  # codes of a token in a cache, at most
+
+Check = Callable[[Any], bool]
+
+
+def _whole(least: int, most: int = _LARGEST) -> Check:
+    return lambda value: type(value) is int and least <= value <= most
+
+
+def _one_of(*values: Any) -> Check:
+    return lambda value: any(type(value) is type(known) and value == known for known in values)
+
+
+def _or_none(check: Check) -> Check:
+    return lambda value: value is None or check(value)
+
+
+def _list_of(check: Check, least: int = 0) -> Check:
+    return lambda value: type(value) is list and len(value) >= least and all(map(check, value))
+
+
+def _is_name(value: Any) -> bool:
+    """Whether something is a qualified name: parts with a dot between, none of them empty."""
+    return type(value) is str and all(value.split("."))
+
+
+def _is_path(value: Any) -> bool:
+    """Whether something is the name of a module; the model's own is empty."""
+    return value == "" or _is_name(value)
+
+
+def _is_text(value: Any) -> bool:
+    return type(value) is str
+
+
+def _is_flag(value: Any) -> bool:
+    return type(value) is bool
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) <= _LARGEST)
+
+
+_NAMES = _list_of(_is_name, 1)
+_SHAPE = _list_of(_whole(0))
+_ENTRIES = _whole(2, MAX_ENTRIES)
+_IS_DTYPE = _one_of(*DTYPES)
+
+_SPEC: dict[str, Check] = {
+    "num_vectors": _whole(1), "dim": _whole(1), "codebook_dim": _whole(1), "entries": _ENTRIES, "stages": _whole(1),
+    "books": _whole(1), "scale": _is_flag, "signs": _is_flag, "grad_scale": _one_of("sum", "sqrt", "mean"),
+    "?dim_scale": _whole(0), "?tiled": _is_flag,
+}  # fmt: skip
+_LAYOUT: dict[str, Check] = {
+    "shape": _list_of(_whole(1), 1), "lead": _whole(0), "transposed": _is_flag, "zero_vector": _or_none(_whole(0)),
+    "?experts": _one_of(None, "shared", "own"),
+}  # fmt: skip
+_PACKED: dict[str, Check] = {"bits": _whole(1, 16), "entries": _ENTRIES}
+_ENTRY: dict[str, Check] = {
+    "names": _NAMES, "kind": _one_of("parameter", "buffer", "attribute"), "shape": _SHAPE, "dtype": _IS_DTYPE,
+    "requires_grad": _is_flag, "?packed": lambda value: _wrong(value, _PACKED) is None, "?stored": _IS_DTYPE,
+}  # fmt: skip
+_SITE: dict[str, Check] = {
+    "names": _NAMES, "spec": lambda value: _wrong(value, _SPEC) is None,
+    "layout": lambda value: _wrong(value, _LAYOUT) is None, "std": _is_number, "?plan": _one_of(*PLANS),
+    "?read_as": _one_of(*get_args(ReadAs)), "?plain_when_compiled": _is_flag, "?shares_codebooks": _is_flag,
+}  # fmt: skip
+_RECORD: dict[str, Check] = {
+    "name": _is_name, "names": _NAMES, "kind": _is_text, "module_type": _is_text, "shape": _list_of(_whole(0)),
+    "spec": _or_none(lambda value: _wrong(value, _SPEC) is None), "?split": _one_of(None, "row", "column"),
+    "?init": _or_none(_is_text), "?reason": _or_none(_is_text), "?error": _or_none(_is_number), "?before": _whole(0),
+    "?after": _whole(0), "?shared": _whole(0), "?plan": _one_of(*PLANS), "?code_bits": _whole(0),
+    "?codebook_bits": _whole(0), "?scale_bits": _whole(0),
+}  # fmt: skip
+_CODER: dict[str, Check] = {
+    "heads": _whole(1), "dim": _whole(1), "sub_vector": _whole(1), "entries": _ENTRIES,
+    "stages": _list_of(_whole(0, SLOTS), 1), "transform": _is_flag, "joint": _is_flag, "strided": _is_flag,
+    "scaled": _is_flag, "cosine": _is_flag, "beam": _whole(1, 2**16), "decay": _or_none(_is_number), "fine": _whole(0),
+}  # fmt: skip
+_TURNINGS = [[angles, pairs] for angles in ("halves", "interleaved", "single") for pairs in ("halves", "interleaved")]
+_CACHE: dict[str, Check] = {
+    "names": _list_of(_is_path, 1), "kind": _one_of("call", "torch", "transformers"), "outermost": _is_flag,
+    "policy": _is_text, "?turning": _or_none(lambda value: value in _TURNINGS),
+    "keys": lambda value: _wrong(value, _CODER) is None, "values": lambda value: _wrong(value, _CODER) is None,
+}  # fmt: skip
+_WHOLE: dict[str, Check] = {
+    "version": _whole(1, 2**31), "tensors": _list_of(lambda value: _wrong(value, _ENTRY) is None),
+    "sites": _list_of(lambda value: _wrong(value, _SITE) is None),
+    "records": _list_of(lambda value: _wrong(value, _RECORD) is None), "notes": _list_of(_is_text),
+    "checksum": _is_text, "?kv": _list_of(lambda value: _wrong(value, _CACHE) is None), "?routed": _list_of(_is_text),
+}  # fmt: skip
+
+
+def _wrong(value: Any, known: Mapping[str, Check]) -> str | None:
+    """The key of a dict that is missing, not known or has no value that it may have; "" for what is no dict."""
+    if type(value) is not dict:
+        return ""
+    needed = {key for key in known if not key.startswith("?")}
+    checks = {key.lstrip("?"): check for key, check in known.items()}
+    for key in (*needed, *value):
+        if key not in value or key not in checks or not checks[key](value[key]):
+            return key
+    return None
+
+
+def wrong_at(manifest: Any) -> str | None:
+    """Returns what is wrong with a manifest by itself; None where each value is one that it may have.
+
+    Args:
+        manifest: What JSON gave.
+    """
+    wrong = _wrong(manifest, _WHOLE)
+    return None if wrong is None else _told(manifest, wrong)
+
+
+def _told(value: Any, key: str) -> str:
+    """Where in a manifest something is wrong, as a person would look for it."""
+    inner = {"tensors": _ENTRY, "sites": _SITE, "records": _RECORD, "kv": _CACHE, "spec": _SPEC, "layout": _LAYOUT,
+             "keys": _CODER, "values": _CODER}  # fmt: skip
+    path = []
+    while type(value) is dict and key:
+        path.append(key)
+        value, known = value.get(key), inner.get(key)
+        if type(value) is list and known is not None:
+            at = next((number for number, item in enumerate(value) if _wrong(item, known) is not None), None)
+            if at is None:
+                break
+            path.append(str(at))
+            value = value[at]
+        if known is None:
+            break
+        key = _wrong(value, known) or ""
+    seen = repr(value)
+    return f"its manifest has no right value at {' / '.join(path) or 'its top'}: {seen[:80]}"

@@ -1,0 +1,1 @@
+"""Which way of a product is fastest, measured."""

@@ -1,0 +1,1 @@
+"""Checks of values, names and arguments that callers give."""
