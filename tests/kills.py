@@ -54,11 +54,9 @@ def _alone(folder: pathlib.Path) -> dict[str, Tensor]:
     return rpqfx.rpqify(_model()[0], policy, checkpoint=folder).state_dict()
 
 
-def _converted(folder: pathlib.Path, refine: int = 0) -> dict[str, Tensor]:
+def _converted(folder: pathlib.Path) -> dict[str, Tensor]:
     batches = list(_numbers(2, 24, 16))
-    return rpqfx.rpqify(
-        _model(), _POLICY, calibration=batches, refine=refine, checkpoint=folder, progress=False
-    ).state_dict()
+    return rpqfx.rpqify(_model(), _POLICY, calibration=batches, checkpoint=folder, progress=False).state_dict()
 
 
 def _finetuned(folder: pathlib.Path) -> dict[str, Tensor]:
@@ -79,7 +77,6 @@ def _pair() -> tuple[nn.Module, nn.Module]:
 JOBS: dict[str, Callable[[pathlib.Path], dict[str, Tensor]]] = {
     "weights alone": _alone,
     "calibrated": _converted,
-    "refined": lambda folder: _converted(folder, refine=4),
     "fine-tuned": _finetuned,
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -30,12 +29,6 @@ class Batches:
         _check_container(batches)
         self.calls = [_call(batch, f"calibration batch {number}") for number, batch in enumerate(batches)]
         self.runs: list[Callable[[], Any]] = [self._run(model, number) for number in range(len(self.calls))]
-
-    def of(self, model: nn.Module) -> Batches:
-        """The same batches for another model."""
-        twin = copy.copy(self)
-        twin.runs = [twin._run(model, number) for number in range(len(self.calls))]
-        return twin
 
     def _run(self, model: nn.Module, number: int) -> Callable[[], Any]:
         args, kwargs = self.calls[number]

@@ -20,9 +20,7 @@ from rpqfx.conversion.fitting import fit_weight, train_codebooks
 from rpqfx.conversion.importance import importance
 from rpqfx.conversion.layerwise import Turns
 from rpqfx.conversion.observe import Observer, Seen
-from rpqfx.conversion.refine import Call, Watch, refinable, refine
 from rpqfx.errors import CodeError, InputError, RewriteError
-from rpqfx.graph.copying import copy_model
 from rpqfx.graph.module_graphs import evaluating
 from rpqfx.graph.replace import parameter_at, put, record
 from rpqfx.graph.snapshot import Snapshot, small_tensors
@@ -46,7 +44,6 @@ def convert(
     calibration: Iterable[Any] = (),
     *,
     weigh: bool = False,
-    refine_steps: int = 0,
     seed: int = 0,
     progress: Progress | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -56,8 +53,7 @@ def convert(
     First all batches run through the dense model, which shows the energy of each weight's inputs, and the decisions
     are made. Shared codebooks are trained on all weights that will use them. Then all batches run side by side and
     stop before each weight: it is fitted to the inputs that the weights before it, fitted already, let through.
-    Weights without such inputs (tables, mostly) are fitted first. A block whose weights are done is refined to give
-    what the dense block gave. Last, batch norms are estimated again.
+    Weights without such inputs (tables, mostly) are fitted first. Last, batch norms are estimated again.
 
     Args:
         model: The model.
@@ -66,7 +62,6 @@ def convert(
             is set and there is calibration.
         calibration: Batches (see ``Batches``).
         weigh: Whether to measure importance, by gradients of a few batches.
-        refine_steps: Steps that each block is refined for; 0 for none.
         seed: Of codebooks.
         progress: Called with (done, total, site name).
         checkpoint: Folder in which finished weights are kept.
@@ -82,9 +77,7 @@ def convert(
     """
     before = Snapshot(model, values=small_tensors(model))
     try:
-        _Conversion(
-            model, sites, decide, Batches(model, calibration), weigh, refine_steps, seed, progress, checkpoint
-        ).run()  # fmt: skip
+        _Conversion(model, sites, decide, Batches(model, calibration), weigh, seed, progress, checkpoint).run()
         return model
     except BaseException:
         before.restore()
@@ -94,20 +87,16 @@ def convert(
 class _Conversion:
     def __init__(
         self, model: nn.Module, sites: Sequence[Site], decide: Decide, batches: Batches, weigh: bool,
-        steps: int, seed: int, progress: Progress | None, folder: str | os.PathLike[str] | None,
+        seed: int, progress: Progress | None, folder: str | os.PathLike[str] | None,
     ) -> None:  # fmt: skip
         self._model, self._sites, self._decide, self._batches = model, sites, decide, batches
-        self._weigh, self._steps, self._seed, self._progress, self._folder = weigh, steps, seed, progress, folder
-        self._dense: nn.Module | None = None
+        self._weigh, self._seed, self._progress, self._folder = weigh, seed, progress, folder
         self._errors: dict[str, float | None] = {}
         self._calibrated: set[str] = set()
         self._by_name = {site.name: site for site in sites}
 
     def run(self) -> None:
         settled = settle(self._decide({}), self._sites)
-        if self._steps and self._batches.runs:
-            held = [parameter_at(self._model, name) for name, d in settled.items() if isinstance(d, Hold)]
-            self._dense = copy_model(self._model, held).eval()
         self._weights = self._stand_ins({n: d for n, d in settled.items() if isinstance(d, Hold)})
         put(self._model, self._sites, self._weights)
         with evaluating(self._model):
@@ -206,8 +195,7 @@ class _Conversion:
         inputs, shape = tree_flatten(self._batches.calls)
         plain = [repr(leaf) for leaf in inputs if isinstance(leaf, (bool, int, float, str))]
         words = [
-            repr(sorted((name, repr(hold)) for name, hold in self._holds.items())), str(self._seed), str(self._steps),
-            str(shape),
+            repr(sorted((name, repr(hold)) for name, hold in self._holds.items())), str(self._seed), str(shape),
         ]  # fmt: skip
         held = [
             *(w.vectors for w in self._weights.values()),
@@ -240,25 +228,10 @@ class _Conversion:
         names: dict[RPQWeight, str] = {w: name for name, w in self._weights.items() if seen[w].once}
         ranks = {weight: seen[weight].rank for weight in names}
         turns = Turns(self._batches, names, ranks, lambda weight, moment: self._fit(names[weight], moment))
-        if self._steps and self._dense is not None:
-            turns.refine(self._model, self._dense, self._batches.of(self._dense), self._refine)
         turns.run()
         for weight, name in names.items():
             if isinstance(weight, StandIn):  # batches no longer come here
                 self._fit(name, seen[weight].moments.mean)
-
-    def _refine(self, name: str, block: nn.Module, calls: list[Call], targets: list[Any], watch: Watch) -> None:
-        shapes = {str(number): tuple(p.shape) for number, p in enumerate(refinable(block))}
-        kept = None if self._store is None else self._store.load(f"block {name}", shapes)
-        if kept is None:
-            refine(block, calls, targets, self._steps, watch)
-            kept = {str(number): p.detach() for number, p in enumerate(refinable(block))}
-            if self._store is not None:
-                self._store.save(f"block {name}", kept)
-            return
-        with torch.no_grad():
-            for number, parameter in enumerate(refinable(block)):
-                parameter.copy_(kept[str(number)])
 
     def _fit(self, name: str, moment: Tensor | Callable[[], Tensor] | None) -> None:
         weight = self._weights[name]

@@ -38,7 +38,7 @@ from rpqfx.policies.policy import Decide, Hold, Policy
 from rpqfx.reporting.progress import Progress
 from rpqfx.reporting.progress import shown as shown_progress
 from rpqfx.reporting.report import attach_records, attached_records, dense_bytes
-from rpqfx.validation.values import check_seed, flag, whole
+from rpqfx.validation.values import check_seed, flag
 
 
 def rpqify(
@@ -52,7 +52,6 @@ def rpqify(
     seed: int | None = None,
     progress: Progress | bool | None = None,
     calibration: Iterable[Any] | None = None,
-    refine: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> nn.Module:
     """Rewrites a model so that its weights live in codebooks.
@@ -81,9 +80,6 @@ def rpqify(
             inputs. Codebooks are then fitted to what the model does with its weights
             ([`convert`][rpqfx.conversion.convert]), and batch-norm statistics estimated again. The report says which
             weights no batch reached.
-        refine: Steps for which each block (a module in a Sequential or ModuleList) is refined on the calibration
-            batches when its weights are done: its own codebooks, factors, norms and biases come nearer to what the
-            dense block returned. Needs calibration.
         checkpoint: Folder for finished weights of a conversion (a policy with ``bits_per_weight``, or calibration).
             The same call with the same folder goes on where it was interrupted, to the same result.
 
@@ -115,22 +111,18 @@ def rpqify(
     if (inner := unwrapped(model)) is not model:
         small = rpqify(
             inner, policy, example_inputs=example_inputs, example_kwargs=example_kwargs, inplace=inplace,
-            as_graph=as_graph, seed=seed, progress=progress, calibration=calibration, refine=refine,
-            checkpoint=checkpoint,
+            as_graph=as_graph, seed=seed, progress=progress, calibration=calibration, checkpoint=checkpoint,
         )  # fmt: skip
         return small if as_graph else rewrapped(model, small)
     if seed is not None:
         check_seed(seed)
     check_progress(progress)
-    whole("refine", refine, 0, what="of steps", error=InputError)
     runs = example_inputs is not None or example_kwargs is not None
     args = positional(example_inputs, "example_inputs") if runs else None
     kwargs = keyword(example_kwargs, "example_kwargs") if runs else None
     if args is not None and kwargs is not None:
         check_call(model, args, kwargs)
     converts = calibration is not None or (isinstance(policy, Policy) and policy.bits_per_weight is not None)
-    if refine and calibration is None:
-        raise InputError(f"refine={refine} needs calibration: blocks are refined on its batches; give some")
     if checkpoint is not None:
         check_path(checkpoint, "checkpoint")
         if not converts:
@@ -148,9 +140,7 @@ def rpqify(
     try:
         batches = [] if calibration is None else calibration_of(calibration)
         with torch.inference_mode(False):  # what is made in it could not be trained
-            return _rewritten(
-                model, policy, args, kwargs, inplace, as_graph, seed, progress, batches, refine, checkpoint
-            )
+            return _rewritten(model, policy, args, kwargs, inplace, as_graph, seed, progress, batches, checkpoint)
     except BaseException:
         before.restore()
         raise
@@ -159,7 +149,7 @@ def rpqify(
 def _rewritten(
     model: nn.Module, policy: Policy | Decide, args: tuple[Any, ...] | None, kwargs: dict[str, Any] | None,
     inplace: bool, as_graph: bool, seed: int | None, progress: Progress | bool | None, batches: list[Any],
-    refine: int, checkpoint: str | os.PathLike[str] | None,
+    checkpoint: str | os.PathLike[str] | None,
 ) -> nn.Module:  # fmt: skip
     """See ``rpqify``; where this raises, ``model`` may be anything."""
     runs = args is not None
@@ -183,7 +173,7 @@ def _rewritten(
             return decide_all(policy, sites, others, importance)[0] if importance else decisions
 
         small = convert(
-            captured.model, sites, decide, batches, weigh=weigh, refine_steps=refine, seed=seed or 0,
+            captured.model, sites, decide, batches, weigh=weigh, seed=seed or 0,
             progress=shown_progress(progress, quiet=not batches), checkpoint=checkpoint,
         )  # fmt: skip
     else:

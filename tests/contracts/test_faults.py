@@ -62,7 +62,7 @@ def iterated(at: int) -> Iterator[Tensor]:
 @pytest.mark.parametrize("at", [1, 2, 5])
 def test_a_progress_callback_raises(at: int, inplace: bool) -> None:
     model = net()
-    given: dict[str, Any] = {"calibration": batches(), "refine": 2, "inplace": inplace, "progress": Raising(at)}
+    given: dict[str, Any] = {"calibration": batches(), "inplace": inplace, "progress": Raising(at)}
     unchanged(model, lambda: rpqfx.rpqify(model, POLICY, **given))
     if at == 1:
         unchanged(model, lambda: rpqfx.rpqify(model, POLICY, inplace=inplace, progress=Raising()))
@@ -92,7 +92,7 @@ def test_a_hook_of_a_layer_raises(at: int, inplace: bool) -> None:
         model.blocks[0].down.register_forward_hook(lambda module, args, output: raising())
         return model
 
-    given: dict[str, Any] = {"calibration": batches(), "refine": 2}
+    given: dict[str, Any] = {"calibration": batches()}
     model = hooked()
     unchanged(model, lambda: rpqfx.rpqify(model, POLICY, inplace=inplace, **given), Exception)
     if at == 1:

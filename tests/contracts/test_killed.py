@@ -17,7 +17,6 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks processes
 JOBS_IN_WORDS = {
     "weights alone": "a conversion without calibration",
     "calibrated": "a calibrated conversion",
-    "refined": "a calibrated conversion with refined blocks",
     "fine-tuned": "`finetune` with changing codes",
 }
 

@@ -140,7 +140,7 @@ CALLS = {
     "with examples": _rpqify(example_inputs=batches(1)),
     "with examples, in place": _rpqify(example_inputs=batches(1), inplace=True),
     "calibrated": _rpqify(calibration=batches()),
-    "calibrated, in place": _rpqify(calibration=batches(), refine=2, inplace=True),
+    "calibrated, in place": _rpqify(calibration=batches(), inplace=True),
     "with a checkpoint": Call(net, _checkpointed),
     "as a graph": _rpqify(as_graph=True, inplace=True),
     "quantize_kv": Call(net, lambda model, _: rpqfx.quantize_kv(model, KV, calibration=batches())),

@@ -42,34 +42,26 @@ def files(folder: pathlib.Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize(
-    ("refine", "done"),
-    [
-        *((0, done) for done in range(1, WEIGHTS)),
-        *(pytest.param(4, done, marks=[pytest.mark.slow] * (done != 2)) for done in range(1, WEIGHTS)),
-    ],
-)
+@pytest.mark.parametrize("done", range(1, WEIGHTS))
 def test_an_interrupted_conversion_goes_on_to_the_same_result(
-    refine: int, done: int, tmp_path: pathlib.Path, fits: list[Any]
+    done: int, tmp_path: pathlib.Path, fits: list[Any]
 ) -> None:
     def stop(at: int, total: int, name: str) -> None:
         if total == WEIGHTS and at == done:
             raise KeyboardInterrupt
 
-    wanted = converted(None, refine=refine)
+    wanted = converted(None)
     fits.clear()
     with pytest.raises(KeyboardInterrupt):
-        converted(tmp_path, refine=refine, progress=stop)
+        converted(tmp_path, progress=stop)
     first = [shape for shape in fits if shape]
     assert len(first) == done
     fits.clear()
-    assert equal(converted(tmp_path, refine=refine), wanted)
+    assert equal(converted(tmp_path), wanted)
     assert len(fits) == WEIGHTS - done and not set(fits) & {()}
     fits.clear()
-    assert equal(converted(tmp_path, refine=refine), wanted) and not fits
-    assert [r.error for r in rpqfx.report(converted(tmp_path, refine=refine)).sites] == [
-        r.error for r in rpqfx.report(wanted).sites
-    ]
+    assert equal(converted(tmp_path), wanted) and not fits
+    assert [r.error for r in rpqfx.report(converted(tmp_path)).sites] == [r.error for r in rpqfx.report(wanted).sites]
 
 
 def test_without_calibration_too(tmp_path: pathlib.Path, fits: list[Any]) -> None:
@@ -108,13 +100,10 @@ def _other(part: str) -> dict[str, Any]:
         "seed": {"seed": 1},
         "fewer batches": {"calibration": batches[:2]},
         "no batches": {"calibration": None},
-        "refine": {"refine": 2},
     }.get(part, {"model": model, "calibration": batches})
 
 
-@pytest.mark.parametrize(
-    "part", ["weight", "bias", "buffer", "batch", "policy", "seed", "fewer batches", "no batches", "refine"]
-)
+@pytest.mark.parametrize("part", ["weight", "bias", "buffer", "batch", "policy", "seed", "fewer batches", "no batches"])
 def test_another_conversion_is_refused_and_leaves_the_folder(part: str, finished: pathlib.Path) -> None:
     before = files(finished)
     with pytest.raises(FormatError, match="holds a conversion of another model, policy, seed or calibration"):

@@ -166,7 +166,6 @@ def test_numbers_of_calls_are_refused_by_name(wrong: Any, tmp_path: Path) -> Non
     small = rpqfx.rpqify(MLP(), SMALL)
     calls = {
         "seed": lambda: rpqfx.rpqify(MLP(), SMALL, seed=wrong),
-        "refine": lambda: rpqfx.rpqify(MLP(), SMALL, calibration=batches, refine=wrong),
         "steps": lambda: rpqfx.finetune(small, teacher=MLP(), data=batches, steps=wrong),
         "accumulate": lambda: rpqfx.finetune(small, teacher=MLP(), data=batches, accumulate=wrong),
         "recode_every": lambda: rpqfx.finetune(small, teacher=MLP(), data=batches, recode_every=wrong),
