@@ -2,6 +2,7 @@
 
 from rpqfx import errors, graph, kv, nn, routing
 from rpqfx.codebook import CodebookSpec
+from rpqfx.conversion.dequantize import dequantize
 from rpqfx.conversion.rpqify import rpqify
 from rpqfx.errors import RPQError
 from rpqfx.kv.policy import KVPolicy, KVRule
@@ -33,6 +34,7 @@ __all__ = [
     "Rule",
     "Site",
     "Skip",
+    "dequantize",
     "errors",
     "finetune",
     "graph",

@@ -49,6 +49,31 @@ def adapt_pretrained(model: nn.Module) -> None:
         module.__dict__["_resize_token_embeddings"] = ResizeTokenEmbeddings(module)
 
 
+def restore_pretrained(model: nn.Module) -> None:
+    """Takes those attributes back from every transformers model within a model whose weights are dense again.
+
+    Ties of codebooks of keys and values, which stay, are told anew.
+
+    Args:
+        model: A model none of whose weights are in codebooks any more.
+    """
+    for module in model.modules():
+        if not is_pretrained(module):
+            continue
+        known = module.__dict__.get("all_tied_weights_keys")
+        for name in ATTRIBUTES:
+            module.__dict__.pop(name, None)
+        if isinstance(known, dict):
+            module.__dict__["all_tied_weights_keys"] = {_dense(a): _dense(b) for a, b in known.items()}
+    adapt_pretrained(model)
+
+
+def _dense(name: str) -> str:
+    """The name of a weight, given that of one of its stored tensors; other names stay."""
+    path, suffix, _ = name.rpartition(f"{SUFFIX}.")
+    return path if suffix else name
+
+
 def is_pretrained(module: nn.Module) -> bool:
     """Whether a module is a transformers model (by what it has; transformers need not be installed)."""
     return all(hasattr(type(module), name) for name in ("_tied_weights_keys", "tie_weights", *ATTRIBUTES[-1:]))

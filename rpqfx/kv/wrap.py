@@ -18,6 +18,7 @@ from rpqfx.kv.attention.rotary_conventions import turning_of
 from rpqfx.kv.module import KVAttention
 from rpqfx.nn.attention import Attends
 from rpqfx.nn.hosting.host import READ_AS, class_of, named_class
+from rpqfx.nn.hosting.release import unbacked
 
 CORE = "kv_codes"  # the attribute under which a module holds its KVAttention
 
@@ -143,6 +144,21 @@ def kind_of(module: nn.Module) -> str | None:
         module: Any module.
     """
     return getattr(type(module), "_kv_kind", None)
+
+
+def dense_kind(kind: type[nn.Module]) -> type[nn.Module] | None:
+    """Returns the class of a module whose weights are dense again; attention on codes stays.
+
+    Args:
+        kind: A class of modules.
+
+    Returns:
+        The class; None where no dense one is known (see ``rpqfx.nn.hosting.release.unbacked``).
+    """
+    if "_kv_base" not in vars(kind):
+        return unbacked(kind)
+    base = unbacked(kind._kv_base)  # type: ignore[attr-defined]
+    return None if base is None else _class_of(base, kind._kv_kind)  # type: ignore[attr-defined]
 
 
 def unwrap(site: AttentionSite) -> None:

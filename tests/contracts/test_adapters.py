@@ -101,3 +101,31 @@ def test_what_cannot_be_merged_says_what_to_do_and_changes_nothing():
         model.merge_and_unload()
     assert torch.equal(logits(model), before)
     assert torch.equal(logits(model.unload()), logits(small))
+
+
+def test_adapters_are_merged_into_weights_that_are_dense_again():
+    small, _ = pair()
+    model = adapted(small, CONFIGS["lora"]())
+    losses(model)
+    wanted = logits(model)
+    merged = rpqfx.dequantize(model, inplace=True).merge_and_unload()
+    assert type(merged) is transformers.LlamaForCausalLM
+    assert type(merged.model.layers[0].self_attn.q_proj) is nn.Linear
+    assert merged.state_dict().keys() == build().state_dict().keys()
+    torch.testing.assert_close(logits(merged), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_dense_model_again_is_saved_and_loaded_as_any_other(tied: bool, tmp_path: Path):
+    config = build().config
+    config.tie_word_embeddings = tied
+    dense = transformers.LlamaForCausalLM(config)
+    again = rpqfx.dequantize(rpqfx.rpqify(dense, Policy.pretrained(5.0, min_size=256)))
+    assert again.all_tied_weights_keys == dense.all_tied_weights_keys
+    assert again._tied_weights_keys == dense._tied_weights_keys
+    again.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), logits(again))
+    assert (again.lm_head.weight is again.model.embed_tokens.weight) is tied
+    again.resize_token_embeddings(310)
+    assert logits(again).shape[-1] == 310

@@ -407,7 +407,7 @@ CALLS = {
     call.__qualname__: call
     for call in (
         rpqfx.rpqify, rpqfx.quantize_kv, rpqfx.route, rpqfx.finetune, rpqfx.tune, rpqfx.save, rpqfx.load,
-        rpqfx.materialize, rpqfx.report, Policy.from_scratch, Policy.budget, Policy.pretrained,
+        rpqfx.materialize, rpqfx.dequantize, rpqfx.report, Policy.from_scratch, Policy.budget, Policy.pretrained,
     )
 }  # fmt: skip
 TRIED: dict[tuple[str, str], Callable[[Path], None]] = {}
@@ -446,6 +446,13 @@ def _kinds_of_result(folder: Path) -> None:
     model = stack()
     assert rpqfx.rpqify(model, FITTED) is not model and rpqfx.rpqify(model, FITTED, inplace=True) is model
     assert isinstance(small(as_graph=True), torch.fx.GraphModule) and not isinstance(small(), torch.fx.GraphModule)
+
+
+@tried("dequantize", "model", "inplace")
+def _dequantized(folder: Path) -> None:
+    model = small()
+    assert not held_weights(rpqfx.dequantize(model)) and held_weights(model)
+    assert rpqfx.dequantize(model, inplace=True) is model and not held_weights(model)
 
 
 @tried("rpqify", "seed")

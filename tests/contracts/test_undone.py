@@ -143,6 +143,8 @@ CALLS = {
     "calibrated, in place": _rpqify(calibration=batches(), inplace=True),
     "with a checkpoint": Call(net, _checkpointed),
     "as a graph": _rpqify(as_graph=True, inplace=True),
+    "dequantize": Call(rewritten, lambda model, _: rpqfx.dequantize(model)),
+    "dequantize, in place": Call(rewritten, lambda model, _: rpqfx.dequantize(model, inplace=True)),
     "quantize_kv": Call(net, lambda model, _: rpqfx.quantize_kv(model, KV, calibration=batches())),
     "quantize_kv, in place": Call(
         rewritten, lambda model, _: rpqfx.quantize_kv(model, KV, calibration=batches(), inplace=True)

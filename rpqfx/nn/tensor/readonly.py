@@ -31,7 +31,7 @@ def refused(what: str) -> RewriteError:
     """
     return RewriteError(
         f"{what} would change a weight that is held in codebooks and made anew at each read; "
-        "change its codebooks, keep the change apart (an adapter: do not merge it), "
+        "change its codebooks, keep the change apart (an adapter: do not merge it, or call rpqfx.dequantize first), "
         "or leave this layer dense with a Rule"
     )
 
