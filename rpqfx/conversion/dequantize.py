@@ -57,19 +57,19 @@ def dequantize(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     kinds = {module: _kind(inner, path) for path, module in inner.named_modules() if backed_weights(module)}
     if not inplace:
         kept = [tensor for weight in _weights(inner) for tensor in weight.parameters()]  # only the dense ones are new
-        inner_copy = copy_model(inner, kept)
-        by_name = dict(inner_copy.named_modules())
+        dense = copy_model(inner, kept)
+        by_name = dict(dense.named_modules())
         names = {module: path for path, module in inner.named_modules()}
         kinds = {by_name[names[module]]: kind for module, kind in kinds.items()}
     else:
-        inner_copy = inner
-    before = Snapshot(inner_copy)
+        dense = inner
+    before = Snapshot(dense)
     try:
-        _dequantized(inner_copy, kinds)
+        _dequantized(dense, kinds)
+        return rewrapped(model, dense)
     except BaseException:
         before.restore()
         raise
-    return rewrapped(model, inner_copy)
 
 
 @torch.no_grad()
@@ -78,7 +78,7 @@ def _dequantized(model: nn.Module, kinds: dict[nn.Module, type[nn.Module]]) -> N
     for module, kind in kinds.items():
         for weight in backed_weights(module).values():
             if weight not in dense:
-                parameter = nn.Parameter(weight().detach(), weight.codebooks.requires_grad)
+                parameter = nn.Parameter(weight().detach().contiguous(), weight.codebooks.requires_grad)
                 parameter.__dict__.update(weight.noted)
                 dense[weight] = parameter
         release(module, kind, dense)
