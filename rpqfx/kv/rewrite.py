@@ -217,6 +217,7 @@ def _coder(core: KVAttention, moments: Moments, *, keys: bool) -> HeadCoder:
             f"{core.name}: sub-vectors of {policy.sub_vector} do not divide {width} channels; "
             "take a sub_vector that does, or skip it with a KVRule"
         )
+    assert policy.beam is not None  # a policy sets it when it is made
     stages = max(1, round(policy.bits * policy.sub_vector / policy.code_bits))
     return HeadCoder(
         moments.heads, moments.dim, sub_vector=policy.sub_vector, entries=policy.entries, stages=stages,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from rpqfx.errors import InputError
 from rpqfx.nn.hosting.host import held, register_layer
-from rpqfx.nn.layer import RPQLayer, Split, apply_linear
+from rpqfx.nn.layer import DenseOptions, Device, LayerOptions, RPQLayer, Split, apply_linear
 from rpqfx.nn.linear import RPQLinear
 from rpqfx.ops import Plan
+from rpqfx.validation.spelling import defaults_of, show_options
 
 
 class Attends(nn.MultiheadAttention):
@@ -150,6 +151,16 @@ class RPQMultiheadAttention(RPQLayer, Attends):
     k_proj_weight = held("k_proj_weight")
     v_proj_weight = held("v_proj_weight")
 
+    def __init__(
+        self, embed_dim: int, num_heads: int, dropout: float = 0.0, bias: bool = True, add_bias_kv: bool = False,
+        add_zero_attn: bool = False, kdim: int | None = None, vdim: int | None = None, batch_first: bool = False,
+        device: Device = None, dtype: torch.dtype | None = None, **options: Unpack[LayerOptions],
+    ) -> None:  # fmt: skip
+        dense = nn.MultiheadAttention(
+            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, "meta", dtype
+        )
+        super().__init__(dense, device, options)
+
     @classmethod
     def _splits(cls) -> bool:
         return True
@@ -162,7 +173,7 @@ class RPQMultiheadAttention(RPQLayer, Attends):
         self.out_proj = out  # type: ignore[assignment]
 
     @classmethod
-    def from_dense(cls, dense: nn.Module, **options: Any) -> RPQMultiheadAttention:
+    def from_dense(cls, dense: nn.Module, **options: Unpack[DenseOptions]) -> RPQMultiheadAttention:
         """As ``RPQLayer.from_dense``, output projection included."""
         made = super().from_dense(dense, **options)
         plain = nn.Linear.__new__(nn.Linear)  # torch's own subclass of Linear, which only marks it for quantisation
@@ -187,4 +198,6 @@ class RPQMultiheadAttention(RPQLayer, Attends):
                 nn.init.xavier_normal_(extra)
 
 
+_FIT = defaults_of(RPQLayer.from_dense)
+show_options(RPQMultiheadAttention.from_dense.__func__, DenseOptions, _FIT)  # type: ignore[attr-defined]
 register_layer(nn.MultiheadAttention, RPQMultiheadAttention)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
+import torch
 from torch import Tensor, nn
 
 from rpqfx.errors import InputError
 from rpqfx.nn.hosting.host import held, register_layer
-from rpqfx.nn.layer import RPQLayer, Split, apply_linear
+from rpqfx.nn.layer import Device, LayerOptions, RPQLayer, Split, apply_linear
 from rpqfx.nn.layout import Layout
 from rpqfx.ops.autocast import autocast_dtype
 
@@ -31,6 +34,13 @@ class RPQBilinear(RPQLayer, nn.Bilinear):
 
     _dense = nn.Bilinear
     weight = held("weight")
+
+    def __init__(
+        self, in1_features: int, in2_features: int, out_features: int, bias: bool = True, device: Device = None,
+        dtype: torch.dtype | None = None, **options: Unpack[LayerOptions],
+    ) -> None:  # fmt: skip
+        dense = nn.Bilinear(in1_features, in2_features, out_features, bias, device="meta", dtype=dtype)
+        super().__init__(dense, device, options)
 
     @classmethod
     def layout(cls, dense: nn.Module, name: str, split: Split = "row") -> Layout:

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rpqfx.nn.hosting.host import held, register_layer, weight_of
-from rpqfx.nn.layer import RPQLayer
+from rpqfx.nn.layer import Device, LayerOptions, RPQLayer
 from rpqfx.nn.weight import RPQWeight
+
+Numbers = int | tuple[int, ...]  # one for each axis of space, or one for all
 
 
 class _Conv(RPQLayer):
     """A convolution whose vectors are its filters, ``[out_channels, in_channels/groups * prod(kernel_size)]``."""
 
     weight = held("weight")
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: Numbers, stride: Numbers = 1,
+        padding: Numbers | str = 0, dilation: Numbers = 1, groups: int = 1, bias: bool = True,
+        padding_mode: str = "zeros", device: Device = None, dtype: torch.dtype | None = None,
+        **options: Unpack[LayerOptions],
+    ) -> None:  # fmt: skip
+        dense = self._dense(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, "meta", dtype
+        )
+        super().__init__(dense, device, options)
 
     def forward(self: Any, input: Tensor) -> Tensor:
         """``[B, C, *spatial]`` or ``[C, *spatial]``, as the dense layer."""
@@ -31,6 +45,18 @@ class _ConvTranspose(RPQLayer):
     """A transposed convolution whose vectors are ``[in_channels, out_channels/groups * prod(kernel_size)]``."""
 
     weight = held("weight")
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: Numbers, stride: Numbers = 1, padding: Numbers = 0,
+        output_padding: Numbers = 0, groups: int = 1, bias: bool = True, dilation: Numbers = 1,
+        padding_mode: str = "zeros", device: Device = None, dtype: torch.dtype | None = None,
+        **options: Unpack[LayerOptions],
+    ) -> None:  # fmt: skip
+        dense = self._dense(
+            in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation,
+            padding_mode, "meta", dtype,
+        )  # fmt: skip
+        super().__init__(dense, device, options)
 
     def forward(self: Any, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """``[B, C, *spatial]`` or ``[C, *spatial]``, as the dense layer."""

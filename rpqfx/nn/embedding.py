@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
+from rpqfx.errors import InputError
 from rpqfx.nn.bags import bags
 from rpqfx.nn.hosting.host import held, register_layer, weight_of
-from rpqfx.nn.layer import CodebookOptions, RPQLayer
+from rpqfx.nn.layer import CodebookOptions, Device, LayerOptions, RPQLayer
 from rpqfx.ops import scale_grad
 
 
@@ -58,6 +59,19 @@ class RPQEmbedding(_Table, nn.Embedding):
     _dense = nn.Embedding
     weight = held("weight")
 
+    def __init__(
+        self, num_embeddings: int, embedding_dim: int, padding_idx: int | None = None, max_norm: float | None = None,
+        norm_type: float = 2.0, scale_grad_by_freq: bool = False, sparse: bool = False, _weight: None = None,
+        _freeze: bool = False, device: Device = None, dtype: torch.dtype | None = None,
+        **options: Unpack[LayerOptions],
+    ) -> None:  # fmt: skip
+        _check_drawn(type(self), _weight)
+        dense = nn.Embedding(
+            num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, None, _freeze,
+            "meta", dtype,
+        )  # fmt: skip
+        super().__init__(dense, device, options)
+
     def forward(self, input: Tensor) -> Tensor:
         """Integer ids of any shape to ``[*ids.shape, embedding_dim]``."""
         return _rows(self, input)
@@ -88,11 +102,29 @@ class RPQEmbeddingBag(_Table, nn.EmbeddingBag):
     _dense = nn.EmbeddingBag
     weight = held("weight")
 
+    def __init__(
+        self, num_embeddings: int, embedding_dim: int, max_norm: float | None = None, norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False, mode: str = "mean", sparse: bool = False, _weight: None = None,
+        include_last_offset: bool = False, padding_idx: int | None = None, device: Device = None,
+        dtype: torch.dtype | None = None, **options: Unpack[LayerOptions],
+    ) -> None:  # fmt: skip
+        _check_drawn(type(self), _weight)
+        dense = nn.EmbeddingBag(
+            num_embeddings, embedding_dim, max_norm, norm_type, scale_grad_by_freq, mode, sparse, None,
+            include_last_offset, padding_idx, "meta", dtype,
+        )  # fmt: skip
+        super().__init__(dense, device, options)
+
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """Bags ``[B, L]``, or ``[T]`` with ``offsets [B]``, to ``[B, embedding_dim]``."""
         rows = _rows(self, input.reshape(-1))
         last = self.include_last_offset
         return bags(input, rows, self.padding_idx, offsets, per_sample_weights, self.mode, last)
+
+
+def _check_drawn(kind: type, weight: Tensor | None) -> None:
+    if weight is not None:
+        raise InputError(f"{kind.__name__} draws its own weight; from_pretrained and from_dense take one")
 
 
 def _rows(layer: RPQEmbedding | RPQEmbeddingBag, ids: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ elsewhere. It is built by building the namesake on the meta device and backing i
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal, Self, TypedDict, Unpack
@@ -21,8 +20,10 @@ from rpqfx.nn.hosting.host import Backed, back, backed_weights, weight_of
 from rpqfx.nn.layout import Layout
 from rpqfx.nn.weight import RPQWeight
 from rpqfx.ops import Plan
+from rpqfx.validation.spelling import check_names, defaults_of, show_options
 
 Split = Literal["row", "column"]
+Device = torch.device | str | int | None
 
 
 class CodebookOptions(TypedDict, total=False):
@@ -37,6 +38,26 @@ class CodebookOptions(TypedDict, total=False):
     signs: bool
     grad_scale: GradScale
     dim_scale: bool
+
+
+class LayerOptions(CodebookOptions, total=False):
+    """What the constructor of a layer takes beside the arguments of its torch.nn namesake."""
+
+    split: Split
+    plan: Plan
+
+
+_DEFAULTS = defaults_of(CodebookSpec.make) | {"split": "row", "plan": "auto"}
+
+
+class DenseOptions(CodebookOptions, total=False):
+    """What ``RPQLayer.from_dense`` takes beside the dense layer."""
+
+    init: Literal["fit", "random"]
+    split: Split
+    plan: Plan
+    steps: int
+    seed: int
 
 
 class RPQLayer(Backed):
@@ -69,15 +90,18 @@ class RPQLayer(Backed):
     _dense: ClassVar[type[nn.Module]]
     _weights: ClassVar[tuple[str, ...]] = ("weight",)
 
-    def __init__(self, *args: Any, split: Split = "row", plan: Plan = "auto", **kwargs: Any) -> None:
+    def __init_subclass__(cls, **given: Any) -> None:
+        super().__init_subclass__(**given)
+        if "__init__" in vars(cls):
+            show_options(cls.__init__, LayerOptions, _DEFAULTS)
+
+    def __init__(self, dense: nn.Module, device: Device, options: Mapping[str, Any]) -> None:
+        # ``dense`` is on the meta device; the layer takes its place with tensors on ``device``.
         nn.Module.__init__(self)
-        options = {name: kwargs.pop(name) for name in CodebookOptions.__annotations__ if name in kwargs}
-        arguments = inspect.signature(self._dense).bind(*args, **kwargs).arguments
-        if arguments.get("_weight") is not None:
-            raise InputError(f"{type(self).__name__} draws its own weight; from_pretrained and from_dense take one")
-        device = arguments.pop("device", None)
-        self._hold(self._dense(**arguments, device="meta"), split, plan, options)
-        self.to_empty(device=device or torch.get_default_device())
+        check_names(type(self).__name__, options, LayerOptions.__annotations__)
+        codebooks = dict(options)
+        self._hold(dense, codebooks.pop("split", "row"), codebooks.pop("plan", "auto"), codebooks)
+        self.to_empty(device=torch.get_default_device() if device is None else device)
         self.reset_parameters()
 
     def _hold(self, dense: nn.Module, split: Split, plan: Plan, options: dict[str, Any]) -> None:
@@ -130,7 +154,7 @@ class RPQLayer(Backed):
         seed: int = 0,
         **options: Unpack[CodebookOptions],
     ) -> Self:
-        """The layer that stands for a dense one; the dense layer is left alone and shares nothing with it.
+        """Returns the layer that stands for a dense one; the dense layer is left alone and shares nothing with it.
 
         Args:
             dense: A module of exactly the torch.nn class.
@@ -176,6 +200,9 @@ class RPQLayer(Backed):
         if bias is not None:
             bound = math.sqrt(3) * initial_std(self, "weight")
             bias.uniform_(-bound, bound)
+
+
+show_options(RPQLayer.from_dense.__func__, CodebookOptions, _DEFAULTS)  # type: ignore[attr-defined]
 
 
 def zero_row(table: nn.Module) -> int | None:

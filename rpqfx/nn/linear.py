@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
+import torch
 from torch import Tensor, nn
 
 from rpqfx.nn.hosting.host import held, register_layer
-from rpqfx.nn.layer import RPQLayer, apply_linear
+from rpqfx.nn.layer import Device, LayerOptions, RPQLayer, apply_linear
 
 
 class RPQLinear(RPQLayer, nn.Linear):
@@ -28,6 +31,13 @@ class RPQLinear(RPQLayer, nn.Linear):
 
     _dense = nn.Linear
     weight = held("weight")
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, device: Device = None,
+        dtype: torch.dtype | None = None, **options: Unpack[LayerOptions],
+    ) -> None:  # fmt: skip
+        dense = nn.Linear(in_features, out_features, bias, device="meta", dtype=dtype)
+        super().__init__(dense, device, options)
 
     @classmethod
     def _splits(cls) -> bool:

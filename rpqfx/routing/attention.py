@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,22 @@ from torch import Tensor, nn
 from rpqfx.routing.heavy_branch import RoutedBranch, count
 from rpqfx.routing.router import Count
 from rpqfx.routing.windows import LocalAttention
+
+
+class AttentionOptions(TypedDict, total=False):
+    """Further arguments of ``RoutedAttention``, as blocks that are made of it take them."""
+
+    num_routed_kv: int
+    has_light_attn: bool
+    light_dim_head: int
+    light_heads: int
+    light_window_size: int
+    heavy_dim_head: int
+    heavy_heads: int
+    stand_in: bool
+    rotary: bool
+    multiply_keys_by_score: bool
+    multiply_queries_by_score: bool
 
 
 class RoutedAttention(nn.Module):

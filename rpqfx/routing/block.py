@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from rpqfx.routing.attention import RoutedAttention
+from rpqfx.routing.attention import AttentionOptions, RoutedAttention
 from rpqfx.routing.feedforward import RoutedFeedForward
 from rpqfx.routing.router import Count
+from rpqfx.validation.spelling import defaults_of, show_options
 
 
 class RoutedTransformerBlock(nn.Module):
@@ -44,7 +45,7 @@ class RoutedTransformerBlock(nn.Module):
         router: Mapping[str, Any] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **attention: Any,
+        **attention: Unpack[AttentionOptions],
     ) -> None:
         super().__init__()
         made: dict[str, Any] = {"residual": True, "router": router, "device": device, "dtype": dtype}
@@ -85,3 +86,6 @@ class RoutedTransformerBlock(nn.Module):
         """
         x = self.attention(x, mask, num_heavy_attn_tokens_q, num_heavy_attn_tokens_kv)
         return self.feed_forward(x, mask, num_heavy_ff_tokens)
+
+
+show_options(RoutedTransformerBlock.__init__, AttentionOptions, defaults_of(RoutedAttention))

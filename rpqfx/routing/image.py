@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +68,20 @@ class WindowAttention(nn.Module):
         out = F.scaled_dot_product_attention(windows[0], windows[1], windows[2], bias)
         out = rearrange(out, "(b i j) h (p q) e -> b (i p) (j q) (h e)", b=batch, i=(height + down) // size, **cut)
         return self.to_out(out[:, :height, :width])
+
+
+class ImageAttentionOptions(TypedDict, total=False):
+    """Further arguments of ``RoutedImageAttention``, as models that are made of it take them."""
+
+    num_routed_kv: int
+    light_dim_head: int
+    light_heads: int
+    light_window_size: int
+    heavy_dim_head: int
+    heavy_heads: int
+    stand_in: bool
+    multiply_keys_by_score: bool
+    multiply_queries_by_score: bool
 
 
 class RoutedImageAttention(nn.Module):

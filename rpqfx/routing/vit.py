@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from einops import rearrange, reduce
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from rpqfx.errors import InputError, SpecError
 from rpqfx.routing.feedforward import RoutedFeedForward
-from rpqfx.routing.image import RoutedImageAttention
+from rpqfx.routing.image import ImageAttentionOptions, RoutedImageAttention
+from rpqfx.validation.spelling import defaults_of, show_options
 
 
 class RoutedViT(nn.Module):
@@ -57,7 +58,7 @@ class RoutedViT(nn.Module):
         router: Mapping[str, Any] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **attention: Any,
+        **attention: Unpack[ImageAttentionOptions],
     ) -> None:
         super().__init__()
         self.image_size, self.patch_size = _pair(image_size), _pair(patch_size)
@@ -107,6 +108,9 @@ class RoutedViT(nn.Module):
             x = attention(x)
             x = rearrange(feed_forward(rearrange(x, "b h w d -> b (h w) d")), "b (h w) d -> b h w d", h=height)
         return self.head(reduce(x, "b h w d -> b d", "mean"))
+
+
+show_options(RoutedViT.__init__, ImageAttentionOptions, defaults_of(RoutedImageAttention))
 
 
 def positions(height: int, width: int, dim: int, device: torch.device | None = None) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
 from rpqfx.errors import PolicyError
@@ -61,3 +61,45 @@ def shows(function: Any, options: type, names: Collection[str]) -> None:
         if f.name in names and f.name not in taken
     ]
     function.__func__.__signature__ = signature.replace(parameters=[*own, *more])
+
+
+def show_options(function: Any, options: Any, defaults: Mapping[str, Any]) -> None:
+    """Makes ``help`` and ``inspect.signature`` show the options that a function takes as ``**options: Unpack[...]``.
+
+    Args:
+        function: Its last parameter collects them.
+        options: The TypedDict of their names and types, of a file with ``from __future__ import annotations``.
+        defaults: What each is where it is left out.
+    """
+    signature = inspect.signature(function)
+    own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    more = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=kind.__forward_arg__)
+        for name, kind in options.__annotations__.items()
+    ]
+    function.__signature__ = signature.replace(parameters=[*own, *more])
+
+
+def defaults_of(function: Any) -> dict[str, Any]:
+    """Returns the defaults of a function's parameters, by name.
+
+    Args:
+        function: Anything with a signature.
+    """
+    return {p.name: p.default for p in inspect.signature(function).parameters.values() if p.default is not p.empty}
+
+
+def check_names(call: str, given: Iterable[str], known: Collection[str]) -> None:
+    """Raises a TypeError, as Python does, where an option does not exist, and names the nearest that does.
+
+    Args:
+        call: What was called.
+        given: Names of options.
+        known: Those that exist.
+
+    Raises:
+        TypeError: If one of them does not exist.
+    """
+    for name in given:
+        if name not in known:
+            raise TypeError(f"{call} got an unexpected keyword argument {name!r}{closest(name, known)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from einops import rearrange
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from rpqfx.errors import SpecError
 from rpqfx.kv.coder.transform import Map
 from rpqfx.kv.quantizer.moving_averages import Batch
+from rpqfx.kv.quantizer.options import QuantizerOptions
 from rpqfx.kv.quantizer.quantizer import VectorQuantizer
+from rpqfx.validation.spelling import defaults_of, show_options
 
 
 class Coded(NamedTuple):
@@ -72,7 +74,7 @@ class HeadCoder(nn.Module):
         scaled: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **options: Any,
+        **options: Unpack[QuantizerOptions],
     ) -> None:
         super().__init__()
         joint = joint and transform and not scaled
@@ -84,7 +86,13 @@ class HeadCoder(nn.Module):
             raise SpecError("channels are strided only where there is no transform, which mixes them anyway")
         self.heads, self.dim, self.sub_vector, self.width = heads, dim, sub_vector, width
         self.strided, self.scaled = strided, scaled
-        self._options = {"sub_vector": sub_vector, "entries": entries, "device": device, "dtype": dtype, **options}
+        self._options: dict[str, Any] = {
+            "sub_vector": sub_vector,
+            "entries": entries,
+            "device": device,
+            "dtype": dtype,
+            **options,
+        }
         groups = self.parts * width // sub_vector
         each = (stages,) * groups if isinstance(stages, int) else tuple(stages)
         self.analysis: Map | None = None
@@ -288,3 +296,6 @@ class HeadCoder(nn.Module):
             self._size_maps(len(stages), fine)
         self._size_quantizer(tuple(stages))
         self.quantizer.adopt(before.codebooks, before.ema_counts)
+
+
+show_options(HeadCoder.__init__, QuantizerOptions, defaults_of(VectorQuantizer))
