@@ -79,9 +79,9 @@ class RPQLayer(Backed):
             ``"sqrt"`` or ``"mean"``.
         dim_scale (bool): Whether each element of a vector, or each channel of a filter, has a trainable factor; not if
             left out.
-        split: Whether vectors lie along the weight's rows or columns (matrices only).
-        plan: Which way products run: ``"expand"``, ``"contract"`` or the cheaper by a cost model (``"auto"``, if left
-            out). Kept as [`weight_rpq.plan`][rpqfx.nn.RPQWeight.plan], where it may be changed.
+        split (str): Whether vectors lie along the weight's rows or columns (matrices only).
+        plan (str): Which way products run: ``"expand"``, ``"contract"`` or the cheaper by a cost model (``"auto"``, if
+            left out). Kept as [`weight_rpq.plan`][rpqfx.nn.RPQWeight.plan], where it may be changed.
 
     Raises:
         SpecError: If the codebooks do not fit the weight, or the plan is none.
