@@ -18,6 +18,7 @@ from rpqfx.storage.materialize import materialize
 from rpqfx.storage.serialize import load, save
 from rpqfx.timing.tune import tune
 from rpqfx.training.finetune import finetune
+from rpqfx.training.recoding import Recoding
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ __all__ = [
     "KVRule",
     "Policy",
     "RPQError",
+    "Recoding",
     "Report",
     "RoutePolicy",
     "RouteRule",

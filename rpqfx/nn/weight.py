@@ -15,6 +15,7 @@ from rpqfx import ops
 from rpqfx.codebook import CodebookSpec, pack_signs, range_of
 from rpqfx.errors import InputError, SpecError
 from rpqfx.fit import fit_codebooks
+from rpqfx.nn.drawn_codes import balanced_codes
 from rpqfx.nn.layout import Layout
 from rpqfx.nn.loading import Loaded
 from rpqfx.nn.recorded_slice import CalledPart
@@ -154,19 +155,13 @@ class RPQWeight(Loaded):
         """Draws codebooks whose tensor has standard deviation ``std``, and balanced codes.
 
         Gathering preserves variance, and stages add theirs, so entries are drawn with ``std / sqrt(R)``. Codes of a
-        sub-vector are a shuffled repetition of 0..K-1: every entry serves as many vectors as any other, and with
-        ``K = N`` the layer is exactly as free as a dense one.
+        sub-vector are a shuffled repetition of 0..K-1.
         """
         if self.codebooks.is_meta:
             return
         self.codebooks.normal_(0, self.std / math.sqrt(self.spec.stages))
-        vectors, device = self.spec.num_vectors, self.stored_codes.device
-        balanced = (torch.arange(vectors, device=device) % self.spec.entries).to(self.spec.code_dtype)
-        codes = torch.empty(self.spec.codes_shape, device=device, dtype=self.spec.code_dtype)
-        for stage in codes:
-            for some in stage:
-                some.copy_(balanced[torch.randperm(vectors, device=device)])
-        self.codes = codes
+        device = self.stored_codes.device
+        self.codes = balanced_codes(self.spec, device)
         for factors in (self.scale, self.dim_scale):
             if factors is not None:
                 factors.fill_(1)
