@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -48,16 +49,21 @@ def arguments() -> dict[str, tuple[Any, ...]]:
 RULES = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
-@pytest.mark.parametrize("name", sorted(arguments()))
-@pytest.mark.parametrize(
-    ("dtype", "rules"),
-    [
-        (torch.float32, (*RULES, "test_aot_dispatch_dynamic")),
-        (torch.float64, RULES),
-        pytest.param(torch.float64, ("test_aot_dispatch_dynamic",), marks=pytest.mark.slow),  # is traced as float32 is
-    ],
-    ids=["float32", "float64", "float64, traced"],
-)
+TRACED = "test_aot_dispatch_dynamic"
+# One of each kind of operator; the others are traced in the same way.
+OF_A_KIND = {"contract", "matmul_t", "contract_grads", "conv", "conv_book", "expand", "lookup", "bin_sum"}
+
+
+def ruled() -> Iterator[Any]:
+    for name in sorted(arguments()):
+        for dtype in (torch.float32, torch.float64):
+            slow = dtype is torch.float64 or name not in OF_A_KIND
+            yield pytest.param(name, dtype, RULES, id=f"{name}-{dtype}")
+            marks = [pytest.mark.slow] * slow
+            yield pytest.param(name, dtype, (TRACED,), id=f"{name}-{dtype}, traced", marks=marks)
+
+
+@pytest.mark.parametrize(("name", "dtype", "rules"), list(ruled()))
 def test_operators_keep_torchs_rules(name: str, dtype: torch.dtype, rules: tuple[str, ...]) -> None:
     """Schema, fake, gradient and tracing agree, in the dtypes of the kernels and of the plain operators."""
     args = [cast(arg, dtype) for arg in arguments()[name]]

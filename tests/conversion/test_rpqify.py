@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from rpqfx.errors import CaptureError, InputError, PolicyError, RewriteError, RP
 from rpqfx.graph import is_rewritten
 from rpqfx.nn import RPQLinear, RPQWeight
 from rpqfx.nn.hosting.host import Backed
+from tests import models
 from tests.models import (
     BY_NAME,
     CASES,
@@ -262,8 +264,7 @@ def test_as_graph_names_module_line_and_way_out_where_it_cannot_be():
     ) as caught:
         rpqfx.rpqify(model, Policy(codebook_dim=4, bits=2, min_size=64, kinds=("linear",)), as_graph=True)
     line = int(str(caught.value).partition("models.py:")[2].partition(" ")[0])
-    with open(__file__.replace("test_api", "models")) as source:
-        assert "for row in x" in source.readlines()[line - 1]
+    assert "for row in x" in Path(models.__file__).read_text().splitlines()[line - 1]
 
 
 def test_with_example_inputs_torch_export_captures_what_tracing_cannot():

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rpqfx.errors import InputError
-from rpqfx.fit import k_means as kmeans_function
-from rpqfx.fit import kmeans
+from rpqfx.fit import k_means, kmeans
 from rpqfx.fit.k_means import _means, _start
 from rpqfx.ops import search
 from rpqfx.ops.search import nearest
@@ -44,7 +43,7 @@ def test_exact_with_as_many_entries_as_distinct_points(
 def test_exact_with_as_many_entries_as_points_that_are_too_many_to_count(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(kmeans_function.__globals__, "_COUNT_DISTINCT", 10)
+    monkeypatch.setattr(k_means, "_COUNT_DISTINCT", 10)
     points = randn(0, 50, 1, dtype=torch.float32) + 1000
     for entries in (50, 60):
         centres, codes = kmeans(points, entries)
@@ -54,11 +53,11 @@ def test_exact_with_as_many_entries_as_points_that_are_too_many_to_count(
 @pytest.mark.parametrize("count_distinct", [10, 10**6])
 def test_a_sample_stands_for_all_points(monkeypatch: pytest.MonkeyPatch, count_distinct: int) -> None:
     """However points are ordered and repeated, clusters of a sample serve all points nearly as well."""
-    monkeypatch.setitem(kmeans_function.__globals__, "_COUNT_DISTINCT", count_distinct)
+    monkeypatch.setattr(k_means, "_COUNT_DISTINCT", count_distinct)
     points = (randn(0, 3000, 1) * 20).round().sort(0).values
     errors = []
     for samples in (10**6, 100):
-        monkeypatch.setitem(kmeans_function.__globals__, "_SAMPLES_PER_ENTRY", samples)
+        monkeypatch.setattr(k_means, "_SAMPLES_PER_ENTRY", samples)
         found = [kmeans(points, 4, steps=30, seed=seed) for seed in range(3)]
         errors.append(min(error(points, *one) for one in found))
         assert all(one[1].shape == (3000,) for one in found)
@@ -206,7 +205,7 @@ def test_nothing_is_raised_for_few_values(seed: int, values: int, num: int, entr
     """Counted or not, and however they are weighted."""
     points = randn(seed, values, 2, dtype=torch.float32)[torch.randint(values, (num,), generator=generator(seed))]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(kmeans_function.__globals__, "_COUNT_DISTINCT", seed % 2 * 1000)
+        patch.setattr(k_means, "_COUNT_DISTINCT", seed % 2 * 1000)
         centres, codes = kmeans(points, entries, weights=drawn_weights(seed, num), seed=seed)
     assert centres.shape == (entries, 2) and centres.isfinite().all()
     assert codes.min() >= 0 and codes.max() < entries

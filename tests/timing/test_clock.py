@@ -32,19 +32,19 @@ class Clock:
 
 def test_calls_take_turns_and_the_median_of_each_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """One call to warm up and one to choose a sample's size count for nothing, nor does one slow or one fast sample."""
-    clock = Clock(monkeypatch)
-    calls = [clock.call("a", 9.0, 9.0, 0.002, 0.5, 0.001), clock.call("b", 9.0, 9.0, 0.004)]
+    made = Clock(monkeypatch)
+    calls = [made.call("a", 9.0, 9.0, 0.002, 0.5, 0.001), made.call("b", 9.0, 9.0, 0.004)]
     assert clock.in_turns(calls, CPU, 3) == pytest.approx([2.0, 4.0])
-    assert clock.order == ["a", "b"] * 5
+    assert made.order == ["a", "b"] * 5
 
 
 def test_short_calls_are_repeated_within_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock(monkeypatch)
-    calls = [clock.call("a", clock.SAMPLE / 8), clock.call("b", 1e-9), clock.call("c", 3 * clock.SAMPLE)]
+    made = Clock(monkeypatch)
+    calls = [made.call("a", clock.SAMPLE / 8), made.call("b", 1e-9), made.call("c", 3 * clock.SAMPLE)]
     found = clock.in_turns(calls, CPU, 2)
     assert found == pytest.approx([1e3 * clock.SAMPLE / 8, 1e-6, 3e3 * clock.SAMPLE])
     one = ["a"] * 8 + ["b"] * clock.MOST_CALLS + ["c"]
-    assert clock.order == ["a", "b", "c"] * 2 + one * 2
+    assert made.order == ["a", "b", "c"] * 2 + one * 2
 
 
 def test_a_real_clock_gives_at_least_what_a_call_sleeps() -> None:

@@ -37,16 +37,18 @@ NAMES = {
 @needs_triton
 @pytest.mark.skipif(OLD, reason="its interpreter does not go with numpy 2.4")
 @pytest.mark.parametrize("device", ["interpreter", pytest.param("gpu", marks=[pytest.mark.gpu, needs_gpu])])
-def test_what_the_kernels_compute(device: str) -> None:
+@pytest.mark.parametrize("profile", ["default", pytest.param("thorough", marks=pytest.mark.slow)])
+def test_what_the_kernels_compute(profile: str, device: str) -> None:
     """All of ``triton_claims.py``, in a fresh process, where Triton can still become an interpreter."""
-    assert_claims_hold("triton_claims.py", device)
+    chosen = () if profile == "default" else ("--hypothesis-profile", profile)
+    assert_claims_hold("triton_claims.py", device, *chosen)
 
 
-def assert_claims_hold(name: str, device: str) -> None:
+def assert_claims_hold(name: str, device: str, *arguments: str) -> None:
     """Runs the tests of a file next to this one."""
     environment = {**os.environ, "TRITON_INTERPRET": str(int(device == "interpreter"))}
     path = Path(__file__).with_name(name)
-    done = forks.run(forks.module("pytest"), "-q", str(path), environment=environment)
+    done = forks.run(forks.module("pytest"), "-q", str(path), *arguments, environment=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed" in done.stdout and "skipped" not in done.stdout, done.stdout
 

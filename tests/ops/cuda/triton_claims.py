@@ -24,6 +24,7 @@ from rpqfx.ops.cuda import kernels as cuda
 from rpqfx.ops.cuda import triton_kernels, triton_launch, triton_tiles
 from tests.helpers import naive_expand, randn, seeds, specs, stored
 
+MORE = 5 if settings.get_current_profile_name() == "thorough" else 1
 DEVICE = "cpu" if triton_kernels.INTERPRETED else "cuda"
 # Relative to the largest element: sums are in float32 and rounded once.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -65,7 +66,7 @@ def dense(codebooks: Tensor, codes: Tensor, scale: Tensor | None, signs: Tensor 
     return naive_expand(codebooks.double().cpu(), codes.cpu(), scale, None if signs is None else signs.cpu())
 
 
-@settings(max_examples=25)
+@settings(max_examples=10 * MORE)
 @given(specs(), seeds, dtypes, code_dtypes, blocks)
 def test_expand_is_the_definition(
     spec: CodebookSpec, seed: int, dtype: torch.dtype, code_dtype: torch.dtype, sizes: tuple[int, int, int]
@@ -76,7 +77,7 @@ def test_expand_is_the_definition(
         close(cuda.expand(*held), dense(*held), dtype)
 
 
-@settings(max_examples=15)
+@settings(max_examples=6 * MORE)
 @given(specs(scale=False), seeds, dtypes, code_dtypes, batches, blocks)
 def test_contract_is_the_dense_product(
     spec: CodebookSpec, seed: int, dtype: torch.dtype, code_dtype: torch.dtype, batch: tuple[int, ...],
@@ -90,7 +91,7 @@ def test_contract_is_the_dense_product(
     close(ours, x.double() @ dense(codebooks, codes, None, signs).T, dtype)
 
 
-@settings(max_examples=6)  # four kernels each
+@settings(max_examples=3 * MORE)  # four kernels each
 @given(specs(scale=False), seeds, dtypes, code_dtypes, batches, blocks)
 def test_gradients_are_those_of_autograd_through_the_dense_matrix(
     spec: CodebookSpec, seed: int, dtype: torch.dtype, code_dtype: torch.dtype, batch: tuple[int, ...],
@@ -114,7 +115,7 @@ def test_gradients_are_those_of_autograd_through_the_dense_matrix(
     close(both[1], grad_codebooks, torch.float32)
 
 
-@settings(max_examples=5)  # several kernels each
+@settings(max_examples=3 * MORE)  # several kernels each
 @given(
     seed=seeds, dtype=dtypes, rows=st.sampled_from([1, 2, 5, 17]), d=st.sampled_from([1, 2, 3, 6, 16]),
     stages=st.integers(1, 5), books=st.sampled_from([1, 2]), share=st.integers(1, 9), entries=st.integers(2, 16),
