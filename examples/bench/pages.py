@@ -9,6 +9,7 @@ A table stands between ``<!-- results: NAME -->`` and ``<!-- end of results -->`
 from __future__ import annotations
 
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +52,37 @@ def decoding(name: str) -> str:
     said = found["machine"]
     where = f"{said['processor']} ({said['capability']}), {said['threads']} threads, torch {said['versions']['torch']}"
     return "\n".join([f"Measured on {where}: `{found['command']}`.", "", head, "|---" * 9 + "|", *lines]) + "\n"
+
+
+def scratch(name: str) -> str:
+    """Returns the losses of models that were trained from scratch at equal bytes, row by row."""
+    found = results.read(name)
+    lines = []
+    for row in dict.fromkeys(run["row"] for run in found["runs"]):
+        of_row = [run for run in found["runs"] if run["row"] == row]
+        best = min((run for run in of_row if run["seed"] == 0), key=lambda run: run["choose"])["rate"]
+        lines.append(_scratch_row(row, [run for run in of_row if run["rate"] == best]))
+        converted = [{**run, **run["dense, converted"]} for run in of_row if "dense, converted" in run]
+        if converted:
+            lines.append(_scratch_row("dense, converted afterwards", [r for r in converted if r["rate"] == best]))
+    sizes = found["sizes"]
+    said = (
+        f"`{found['command']}`: {sizes['layers']} layers, full width {sizes['width']}, {sizes['steps']} steps of "
+        f"{sizes['batch']} x {sizes['length']} bytes."
+    )
+    head = "| row | width | bytes | test loss | seeds | learning rate |"
+    return "\n".join([said, "", head, "|---" * 6 + "|", *lines]) + "\n"
+
+
+def _scratch_row(name: str, runs: list[dict[str, Any]]) -> str:
+    losses = [run["test"] for run in runs]
+    spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
+    first = runs[0]
+    width = first["size"]
+    return (
+        f"| {name} | {width} | {first['bytes']:,} | {statistics.fmean(losses):.4f}{spread} | {len(losses)} | "
+        f"{first['rate']:g} |"
+    )
 
 
 def gpu_layers() -> str:
@@ -106,6 +138,7 @@ GPU = "gpu-nvidia-h200"
 TABLES: dict[str, Callable[[], str]] = {
     "reliability": reliability,
     "decode-smollm2": lambda: decoding("decode-smollm2"),
+    "scratch-text": lambda: scratch("scratch-text"),
     "gpu-layers": gpu_layers,
     "gpu-models": gpu_models,
 }

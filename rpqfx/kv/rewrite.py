@@ -22,6 +22,7 @@ from rpqfx.kv.coder.calibrate import find_space, fit_coders, share_codebooks
 from rpqfx.kv.coder.head_coder import HeadCoder
 from rpqfx.kv.coder.statistics import Moments, Watch
 from rpqfx.kv.dense_check import tried
+from rpqfx.kv.generation import adapt_generation
 from rpqfx.kv.module import KVAttention, attentions
 from rpqfx.kv.policy import KVPolicy
 from rpqfx.kv.wrap import unwrap, wrap
@@ -170,6 +171,7 @@ def _rewrite(
         core.train(site.module.training)
     without_nested_tensors(model, [site.module for site in cores])
     adapt_pretrained(model)
+    adapt_generation(model)
 
 
 def _decide(sites: Sequence[AttentionSite], policy: KVPolicy) -> dict[AttentionSite, KVPolicy]:

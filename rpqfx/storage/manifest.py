@@ -19,6 +19,7 @@ from rpqfx.errors import CodeError, FormatError, RPQError
 from rpqfx.graph.replace import install_all, parameter_at
 from rpqfx.graph.transformers_models import adapt_pretrained
 from rpqfx.kv.description import coder_tensors, describe_kv, put_back_kv
+from rpqfx.kv.generation import adapt_generation
 from rpqfx.nn.code_bytes import to_bytes
 from rpqfx.nn.hosting.host import SUFFIX, backed_weights
 from rpqfx.nn.hosting.reparametrised import hooked, refresh
@@ -242,6 +243,7 @@ def put_back(model: nn.Module, manifest: dict[str, Any], tensors: dict[str, Tens
     for module in model.modules():
         refresh(module)
     adapt_pretrained(model)
+    adapt_generation(model)
     attach_records(unwrapped(model), [_record(values) for values in manifest["records"]], manifest["notes"])
 
 

@@ -407,7 +407,8 @@ CALLS = {
     call.__qualname__: call
     for call in (
         rpqfx.rpqify, rpqfx.quantize_kv, rpqfx.route, rpqfx.finetune, rpqfx.tune, rpqfx.save, rpqfx.load,
-        rpqfx.materialize, rpqfx.dequantize, rpqfx.report, Policy.from_scratch, Policy.budget, Policy.pretrained,
+        rpqfx.materialize, rpqfx.Recoding, rpqfx.dequantize, rpqfx.report,
+        Policy.from_scratch, Policy.budget, Policy.pretrained,
     )
 }  # fmt: skip
 TRIED: dict[tuple[str, str], Callable[[Path], None]] = {}
@@ -446,6 +447,28 @@ def _kinds_of_result(folder: Path) -> None:
     model = stack()
     assert rpqfx.rpqify(model, FITTED) is not model and rpqfx.rpqify(model, FITTED, inplace=True) is model
     assert isinstance(small(as_graph=True), torch.fx.GraphModule) and not isinstance(small(), torch.fx.GraphModule)
+
+
+@tried("Recoding", "model", "optimizer", "steps", "recipe", "every", "schedule", "seed")
+def _recoded(folder: Path) -> None:
+    def trained(stages: int, steps: int = 6, **options: Any) -> str:
+        torch.manual_seed(0)
+        policy = Policy.from_scratch(codebook_dim=4, bits=3, sharing="layer", stages=stages, min_size=0)
+        model = rpqfx.rpqify(stack(), policy)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        recode = rpqfx.Recoding(model, optimizer, steps=steps, **options)
+        for batch in (inputs() * 6)[:6]:
+            model(batch).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            recode.step()
+        recode.finish()
+        return repr(written(model))
+
+    latent = [trained(1), trained(1, every=4), trained(1, seed=5), trained(2), trained(1)]
+    assert len(set(latent)) == 4 and latent[0] == latent[4]
+    sketch = [{}, {"schedule": (0.5,)}, {"seed": 5}, {"schedule": (0.5,), "steps": 10}]
+    assert len({trained(2, recipe="sketch", **options) for options in sketch} | set(latent)) == 8
 
 
 @tried("dequantize", "model", "inplace")

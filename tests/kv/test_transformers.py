@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rpqfx.errors import PolicyError
+import rpqfx
+from rpqfx.errors import InputError, PolicyError
 from rpqfx.kv import CodebookCache, KVPolicy, KVRule, attentions, quantize_kv
 from tests import forks
 
@@ -137,6 +138,73 @@ def test_a_process_that_unpickles_a_model_can_run_it(tmp_path: Path) -> None:
         str(tmp_path / "whole.pt"),
     )
     assert (done.returncode, done.stdout) == (0, "KVAttention\n"), done.stderr
+
+
+def t5() -> Any:
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=60, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, pad_token_id=0, eos_token_id=None,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    return transformers.T5ForConditionalGeneration(config).eval()
+
+
+def caches(monkeypatch: pytest.MonkeyPatch) -> list[CodebookCache]:
+    """The caches that are made from now on."""
+    made: list[CodebookCache] = []
+    before = CodebookCache.for_model.__func__  # type: ignore[attr-defined]
+
+    def for_model(cls: Any, *args: Any) -> CodebookCache:
+        made.append(before(cls, *args))
+        return made[-1]
+
+    monkeypatch.setattr(CodebookCache, "for_model", classmethod(for_model))
+    return made
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"cache_implementation": "dynamic"}], ids=str)
+@torch.no_grad()
+def test_generate_makes_a_cache_of_codes(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    small, x = small_of(llama()), ids(3, 1, 20)
+    options = {"max_new_tokens": 12, "do_sample": False, **options}
+    own = {name: value for name, value in options.items() if name != "cache_implementation"}
+    wanted = small.generate(x, past_key_values=CodebookCache.for_model(small), **own)
+    made = caches(monkeypatch)
+    for model in (small, copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
+        assert torch.equal(model.generate(x, **options), wanted)
+    assert [cache.total for cache in made] == [31] * 3
+    small.generate(x, use_cache=False, **own)
+    assert len(made) == 3
+
+
+@torch.no_grad()
+def test_generate_of_a_loaded_model_makes_a_cache_of_codes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    small, x = small_of(llama()), ids(3, 1, 20)
+    rpqfx.save(small, tmp_path / "m.rpq")
+    made = caches(monkeypatch)
+    again = rpqfx.load(tmp_path / "m.rpq", llama).eval()
+    options = {"max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(again.generate(x, **options), small.generate(x, **options)) and len(made) == 2
+
+
+@torch.no_grad()
+def test_generate_of_an_encoder_and_a_decoder_makes_a_cache_of_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = ids(3, 2, 9)
+    batch = {"input_ids": x, "decoder_input_ids": ids(4, 2, 24)}
+    small = quantize_kv(t5(), KVPolicy(**_POLICY), calibration=[batch], progress=False)
+    made = caches(monkeypatch)
+    out = small.generate(x, max_new_tokens=20, do_sample=False)
+    assert out.shape == (2, 21) and [cache.total for cache in made] == [20]
+    assert min(store.encoded for store in made[0].stores.values()) > 0
+
+
+@pytest.mark.parametrize("asked", ["static", "offloaded", "quantized"])
+def test_other_caches_are_refused_before_generation_begins(asked: str) -> None:
+    small = small_of(llama())
+    with pytest.raises(
+        InputError, match=rf"cache_implementation='{asked}' makes a cache that holds no codes; leave it"
+    ):
+        small.generate(ids(3, 1, 20), max_new_tokens=3, cache_implementation=asked)
 
 
 def test_layers_that_differ() -> None:
