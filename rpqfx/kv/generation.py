@@ -61,8 +61,8 @@ class PrepareCache:
         asked = generation_config.cache_implementation
         if asked not in (None, "dynamic") and not given:
             raise InputError(
-                f"cache_implementation={asked!r} makes a cache that holds no codes; leave it out, and generate makes one "
-                "that does, or pass rpqfx.kv.CodebookCache.for_model(model)"
+                f"cache_implementation={asked!r} makes a cache that holds no codes; leave it out, and generate makes "
+                "one that does, or pass rpqfx.kv.CodebookCache.for_model(model)"
             )
         result = getattr(type(model), _METHOD)(model, generation_config, model_kwargs, *args, **kwargs)
         if given:
