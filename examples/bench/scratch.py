@@ -33,7 +33,7 @@ from torch.nn.utils import parametrize
 import rpqfx
 from rpqfx import Policy, Recoding, Rule
 
-WIDTH, LAYERS, HEAD, LENGTH, BATCH, STEPS, HELD_BACK = 128, 2, 32, 64, 16, 500, 40
+WIDTH, LAYERS, HEAD, LENGTH, BATCH, STEPS, HELD_BACK = 128, 2, 32, 64, 16, 400, 40
 RATES, SEEDS = (1e-3, 3e-3), (0, 1, 2)
 CODES = {"codebook_dim": 2, "bits": 4, "sharing": "layer"}
 NAME = "scratch-text"
@@ -249,9 +249,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=["text"])
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS))
     args = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(args.threads)
     source = text()
     path = results.FOLDER / f"{NAME}.json"
     runs: list[dict[str, Any]] = json.loads(path.read_text())["runs"] if path.exists() else []

@@ -206,8 +206,9 @@ class KVAttention(nn.Module):
         policy = self.policy
         seen = torch.arange(tokens - queries + 1, tokens + 1, device=device)[:, None]  # tokens so far
         token = torch.arange(tokens, device=device)
-        coded = policy.sinks + (seen - policy.sinks - policy.window).clamp_min(0) // policy.chunk * policy.chunk
-        return (token < policy.sinks) | (token >= coded)
+        # Rounding each token up to the end of its chunk, not each query down: inductor cannot simplify the latter.
+        end = policy.sinks + ((token - policy.sinks) // policy.chunk + 1) * policy.chunk
+        return (token < policy.sinks) | (end > seen - policy.window)
 
 
 def attentions(model: nn.Module) -> dict[str, KVAttention]:

@@ -130,10 +130,29 @@ def test_training() -> None:
 
 @pytest.mark.traced
 @pytest.mark.parametrize("mode", ["eval", pytest.param("train", marks=pytest.mark.slow)])
-def test_it_compiles_in_one_graph(mode: str) -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_it_compiles_in_one_graph(backend: str, mode: str) -> None:
+    torch.compiler.reset()
     small, ids = small_of(LM(layers=1), FEW).train(mode == "train"), tokens(3)
-    compiled = torch.compile(small, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(ids), small(ids), rtol=1e-3, atol=1e-3)
+    compiled = torch.compile(small, fullgraph=True, backend=backend)
+    found = compiled(ids)
+    torch.testing.assert_close(found, small(ids), rtol=1e-3, atol=1e-3)
+    if mode == "train":
+        found.square().mean().backward()
+        assert all(parameter.grad is not None for parameter in small.parameters() if parameter.requires_grad)
+
+
+@pytest.mark.traced
+def test_inductor_finds_the_keys_that_stay_as_they_are() -> None:
+    core = next(iter(attentions(small_of(LM(layers=1), FEW)).values()))
+    sinks, window, chunk = core.policy.sinks, core.policy.window, core.policy.chunk
+    compiled = torch.compile(lambda x: core._near(*x.shape, x.device), fullgraph=True)
+    for queries, keys in ((40, 40), (3, 40), (17, 29)):
+        near = core._near(queries, keys, torch.device("cpu"))
+        assert torch.equal(compiled(torch.zeros(queries, keys)), near)
+        for row, seen in zip(near, range(keys - queries + 1, keys + 1), strict=True):
+            coded = max(0, seen - sinks - window) // chunk * chunk  # by the definition: whole chunks before the window
+            assert [not value for value in row.tolist()] == [sinks <= at < sinks + coded for at in range(keys)]
 
 
 @pytest.mark.traced
