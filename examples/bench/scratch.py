@@ -34,7 +34,7 @@ import rpqfx
 from rpqfx import Policy, Recoding, Rule
 
 WIDTH, LAYERS, HEAD, LENGTH, BATCH, STEPS, HELD_BACK = 128, 2, 32, 64, 16, 400, 40
-RATES, SEEDS = (1e-3, 3e-3), (0, 1, 2)
+RATES, SEEDS = (1e-3, 3e-3, 1e-2), (0, 1, 2)
 CODES = {"codebook_dim": 2, "bits": 4, "sharing": "layer"}
 NAME = "scratch-text"
 
