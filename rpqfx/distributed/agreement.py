@@ -81,7 +81,7 @@ def check_same_codes(model: nn.Module, group: dist.ProcessGroup | None = None) -
     held = _codes_of(model, "check_same_codes", group)
     _check_same_models(held, group)
     device = next(iter(held.values())).stored_codes.device
-    everyone = _gathered(b"".join(_digest(name, weight) for name, weight in held.items()), device, group)
+    everyone = gathered(b"".join(_digest(name, weight) for name, weight in held.items()), device, group)
     others = [rank for rank, digests in enumerate(everyone) if digests != everyone[0]]
     if others:
         parts = [[digests[start : start + _SIZE] for start in range(0, len(digests), _SIZE)] for digests in everyone]
@@ -116,7 +116,7 @@ def _check_same_models(held: dict[str, RPQWeight], group: dist.ProcessGroup | No
     """Raises where processes hold weights of other names or shapes: what one sends would not fit the others."""
     mine = {name: f"{weight.spec} {weight.layout}" for name, weight in held.items()}
     device = next(iter(held.values())).stored_codes.device
-    everyone = _gathered(hashlib.sha256(repr(mine).encode()).digest(), device, group)
+    everyone = gathered(hashlib.sha256(repr(mine).encode()).digest(), device, group)
     others = [rank for rank, digest in enumerate(everyone) if digest != everyone[0]]
     if others:
         raise DistributedError(
@@ -144,8 +144,14 @@ def _digest(name: str, weight: RPQWeight) -> bytes:
     return digest.digest()
 
 
-def _gathered(mine: bytes, device: torch.device, group: dist.ProcessGroup | None) -> list[bytes]:
-    """Returns what every process of a group has, by rank; all have as many bytes."""
+def gathered(mine: bytes, device: torch.device, group: dist.ProcessGroup | None) -> list[bytes]:
+    """Returns what every process of a group has, by rank.
+
+    Args:
+        mine: What this process has; all have as many bytes.
+        device: One that the group's back end sends from.
+        group: The processes; all if None.
+    """
     sent = torch.tensor(list(mine), dtype=torch.uint8, device=device)
     everyone = [torch.empty_like(sent) for _ in range(dist.get_world_size(group))]
     dist.all_gather(everyone, sent, group=group)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rpqfx.codebook import CodebookSpec
 from rpqfx.nn.code_bytes import check_range, checked, from_bytes, to_bytes
-from rpqfx.nn.shards import is_shard
+from rpqfx.nn.shards import is_shard, part_of
 
 
 class Loaded(nn.Module):
@@ -127,6 +127,7 @@ class Loaded(nn.Module):
             if isinstance(codes, Tensor) and codes.shape == self.spec.codes_shape:
                 right = checked(codes, self.spec.entries, self.spec.code_dtype, name)
                 state_dict[name] = to_bytes(right, self.spec.tiled)
+            self._share_out(state_dict, prefix)
             super()._load_from_state_dict(state_dict, prefix, *args)
             return
         here, stored = self.codes, self.stored_codes
@@ -136,6 +137,13 @@ class Loaded(nn.Module):
         finally:
             now = self._buffers["codes"]
             self._buffers["codes"] = stored if now is here else to_bytes(self.codes)
+
+    def _share_out(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Takes this process's part of what is whole in a state dict and shared out here."""
+        for name, part in self._parameters.items():
+            given = state_dict.get(prefix + name)
+            if part is not None and is_shard(part) and isinstance(given, Tensor) and not is_shard(given):
+                state_dict[prefix + name] = part_of(given, part) if given.shape == part.shape else given
 
     def _as_bytes(self, codes: Tensor) -> bool:
         """Whether these are whole codes of two bytes each, as a sharded model's state dict has them."""

@@ -20,7 +20,18 @@ from rpqfx.distributed import broadcast_codes, check_same_codes
 from rpqfx.errors import DistributedError, InputError
 from rpqfx.nn import RPQWeight
 from tests import processes
-from tests.distributed.training import batches, codes_of, expected, loss_of, losses, mine, net, shift_codes
+from tests.distributed.training import (
+    Net,
+    batches,
+    codes_of,
+    expected,
+    loss_of,
+    losses,
+    mine,
+    net,
+    shift_codes,
+    vocabulary,
+)  # fmt: skip
 
 RANKS = 2
 BITS = (4, 8, 9, 16)
@@ -55,6 +66,7 @@ def codes_are_those_of_rank_0_after_a_broadcast() -> None:
         wanted = codes_of(net(bits, seed=0, signs=bits == 9))
         with pytest.raises(DistributedError, match=r"embed\.weight_rpq.*rank 1 differ.*broadcast_codes"):
             check_same_codes(model)
+        assert model.embed.weight_rpq.spec.bits == bits
         assert broadcast_codes(model) is model
         check_same_codes(model)
         assert all(torch.equal(a, b) for a, b in zip(codes_of(model), wanted, strict=True))
@@ -99,9 +111,7 @@ def ddp_sends_no_codes_whatever_broadcast_buffers_says() -> None:
 
 
 def net_of_dense(bits: int) -> nn.Module:
-    from tests.distributed.training import VOCABULARY, Net
-
-    return Net(vocabulary=max(VOCABULARY, 1 << bits))
+    return Net(vocabulary=vocabulary(bits))
 
 
 def ddp_without_a_broadcast_sends_codes_with_every_forward() -> None:  # the check of the claim above can fail

@@ -39,13 +39,18 @@ class Net(nn.Module):
         return self.head(self.norm(x))
 
 
+def vocabulary(bits: int) -> int:
+    """Rows of a table that a codebook of so many bits serves two at a time."""
+    return max(VOCABULARY, 2 << bits)
+
+
 def net(
     bits: int = 4, seed: int = 0, *, tied: bool = True, sharing: Any = "own", dtype: torch.dtype = torch.float64,
     device: str = "cpu", **options: Any,
 ) -> nn.Module:  # fmt: skip
     """A rewritten model whose blocks have codes of four bits, and its tables of ``bits``."""
     torch.manual_seed(seed)
-    rules = tuple(Rule(name, bits=bits, sharing="own") for name in ("embed*", "head*"))
+    rules = tuple(Rule(name, bits=bits, min_bits=bits, sharing="own") for name in ("embed*", "head*"))
     policy = Policy.from_scratch(
         codebook_dim=4,
         bits=4,
@@ -56,7 +61,7 @@ def net(
         **options,
     )
     with torch.device(device):
-        return rpqfx.rpqify(Net(tied, max(VOCABULARY, 1 << bits)).to(dtype), policy)
+        return rpqfx.rpqify(Net(tied, vocabulary(bits)).to(dtype), policy)
 
 
 def batches(steps: int, rows: int = ROWS) -> Iterator[Tensor]:
