@@ -3,6 +3,15 @@
 from rpqfx.distributed.agreement import broadcast_codes, check_same_codes
 from rpqfx.distributed.meta_start import materialize
 from rpqfx.distributed.sharding import fully_shard
+from rpqfx.distributed.tensor_parallel import ColwiseParallel, RowwiseParallel
 from rpqfx.distributed.whole import load_full_state_dict
 
-__all__ = ["broadcast_codes", "check_same_codes", "fully_shard", "load_full_state_dict", "materialize"]
+__all__ = [
+    "ColwiseParallel",
+    "RowwiseParallel",
+    "broadcast_codes",
+    "check_same_codes",
+    "fully_shard",
+    "load_full_state_dict",
+    "materialize",
+]

@@ -69,6 +69,11 @@ class Loaded(nn.Module):
             if stored is not None:
                 self._buffers[name] = stored.detach()
 
+    @property
+    def saved_spec(self) -> CodebookSpec:
+        """The spec of what a state dict holds; not ``spec`` where this is a part of a weight."""
+        return self.spec
+
     def tiled_vectors(self, stored: Tensor) -> int:
         """Returns ``N`` where a buffer of codes has tiles, else 0.
 
@@ -123,8 +128,8 @@ class Loaded(nn.Module):
             codes = state_dict[name] = codes.view(self.spec.code_dtype)
         if isinstance(codes, Tensor) and not is_shard(codes):
             check_range(self._read(codes) if self.tiled_vectors(codes) else codes, self.spec.entries, name)
-        if self.spec.tiled or "codes" in self._parameters:
-            if isinstance(codes, Tensor) and codes.shape == self.spec.codes_shape:
+        if self.spec.tiled or "codes" in self._parameters or is_shard(self.stored_codes):
+            if isinstance(codes, Tensor) and not is_shard(codes) and codes.shape == self.saved_spec.codes_shape:
                 right = checked(codes, self.spec.entries, self.spec.code_dtype, name)
                 state_dict[name] = to_bytes(right, self.spec.tiled)
             self._share_out(state_dict, prefix)
@@ -140,7 +145,7 @@ class Loaded(nn.Module):
 
     def _share_out(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Takes this process's part of what is whole in a state dict and shared out here."""
-        for name, part in self._parameters.items():
+        for name, part in (*self._parameters.items(), *self._buffers.items()):
             given = state_dict.get(prefix + name)
             if part is not None and is_shard(part) and isinstance(given, Tensor) and not is_shard(given):
                 state_dict[prefix + name] = part_of(given, part) if given.shape == part.shape else given
@@ -149,5 +154,5 @@ class Loaded(nn.Module):
         """Whether these are whole codes of two bytes each, as a sharded model's state dict has them."""
         if self.spec.tiled or self.spec.code_dtype.itemsize == 1 or is_shard(codes):
             return False
-        *stages, vectors = self.spec.codes_shape
+        *stages, vectors = self.saved_spec.codes_shape
         return codes.dtype == torch.uint8 and tuple(codes.shape) == (*stages, 2 * vectors)

@@ -27,6 +27,7 @@ _SHARDED = {
     "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel",
     "torch.distributed.fsdp.FSDPModule",
     "torch.distributed.fsdp._fully_shard._fully_shard.FSDPModule",
+    "rpqfx.distributed.split_weight.SplitWeight",
 }
 
 
@@ -102,7 +103,7 @@ def refuse_sharded(model: nn.Module, what: str) -> None:
         what: What was asked for, for the message.
 
     Raises:
-        RewriteError: If the model, or a part of it, is sharded by FSDP.
+        RewriteError: If the model, or a part of it, is sharded by FSDP or split by tensor parallelism.
     """
     for path, module in model.named_modules():
         if _SHARDED & _classes(module):

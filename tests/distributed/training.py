@@ -50,7 +50,7 @@ def net(
 ) -> nn.Module:  # fmt: skip
     """A rewritten model whose blocks have codes of four bits, and its tables of ``bits``."""
     torch.manual_seed(seed)
-    rules = tuple(Rule(name, bits=bits, min_bits=bits, sharing="own") for name in ("embed*", "head*"))
+    rules = tuple(Rule(name, bits=bits, min_bits=bits, sharing="own", split="row") for name in ("embed*", "head*"))
     policy = Policy.from_scratch(
         codebook_dim=4,
         bits=4,
@@ -67,7 +67,7 @@ def net(
 def batches(steps: int, rows: int = ROWS) -> Iterator[Tensor]:
     g = torch.Generator().manual_seed(1)
     for _ in range(steps):
-        yield torch.randint(VOCABULARY, (rows, 6), generator=g)
+        yield torch.randint(VOCABULARY, (rows, 9), generator=g)
 
 
 def mine(x: Tensor) -> Tensor:
