@@ -24,7 +24,7 @@ from rpqfx.nn.placement import name_of
 from rpqfx.nn.weight import RPQWeight
 from rpqfx.policies.arguments import check_model
 
-_CASTS_INTEGERS = (2, 13)  # torch before this one casts every Parameter, integers too, to FSDP's param_dtype
+_SHARDS_INTEGERS = (2, 13)  # FSDP of torch before this one wants gradients of all that it shards, and casts integers
 
 
 def fully_shard(
@@ -58,20 +58,20 @@ def fully_shard(
     Raises:
         InputError: If ``module`` is no module.
         DistributedError: If weights outside of the module share codebooks or codes with weights in it (all are named),
-            or this version of torch would cast codes. The module is then as it was.
+            or this version of torch (before 2.13) cannot shard integers. The module is then as it was.
     """
     modules = module if isinstance(module, list) else [module]
     for one in modules:
         check_model(one, "fully_shard")
     policy = MixedPrecisionPolicy() if mp_policy is None else mp_policy
     weights = list(_managed(modules))
-    _refuse_parts_of_groups(weights)
-    if weights and policy.param_dtype is not None and _version() < _CASTS_INTEGERS:
+    if weights and not shards_integers():
         raise DistributedError(
-            f"fully_shard with param_dtype={policy.param_dtype} would cast codes, which are integers, in torch "
-            f"{torch.__version__}; use torch {'.'.join(map(str, _CASTS_INTEGERS))} or newer, or leave param_dtype out "
-            "and use torch.autocast"
+            f"codes are integers, which fully_shard of torch {torch.__version__} cannot shard; use torch "
+            f"{'.'.join(map(str, _SHARDS_INTEGERS))} or newer, or torch's own fully_shard, which leaves codes whole in "
+            "every process"
         )
+    _refuse_parts_of_groups(weights)
     ranks = _ranks(mesh, options.get("dp_mesh_dims"))
 
     def place(parameter: nn.Parameter) -> Any:
@@ -160,5 +160,6 @@ def _ranks(mesh: Any, dims: Any) -> int:
     return int(mesh.size(mesh.ndim - 1))  # an outer axis holds copies
 
 
-def _version() -> tuple[int, ...]:
-    return tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+def shards_integers() -> bool:
+    """Returns whether FSDP of the torch that is installed shards Parameters that are integers, and leaves them so."""
+    return tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) >= _SHARDS_INTEGERS

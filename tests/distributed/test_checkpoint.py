@@ -30,8 +30,9 @@ import rpqfx
 from rpqfx.distributed import broadcast_codes, fully_shard
 from tests import forks, processes
 from tests.distributed.test_tensor_parallel import split
-from tests.distributed.training import Net, batches, loss_of, losses, mine, net, vocabulary
+from tests.distributed.training import NEEDS_INTEGERS, Net, batches, loss_of, losses, mine, net, vocabulary
 
+pytestmark = NEEDS_INTEGERS
 BITS = (8, 9)
 OPTIONS: dict[str, Any] = {"tied": False, "scale": True, "signs": True}
 

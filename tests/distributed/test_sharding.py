@@ -23,7 +23,7 @@ from rpqfx.distributed.sharding import axis_to_cut
 from rpqfx.errors import CodeError, DistributedError, InputError, RewriteError
 from rpqfx.nn import RPQWeight
 from tests import processes
-from tests.distributed.training import batches, expected, loss_of, losses, mine, net
+from tests.distributed.training import NEEDS_INTEGERS, batches, expected, loss_of, losses, mine, net
 
 RANKS = 2
 TOLERANCE: dict[str, Any] = {"rtol": 0, "atol": 1e-5}
@@ -121,10 +121,6 @@ def codes_are_never_cast() -> None:
     torch.testing.assert_close(found / dist.get_world_size(), loss_of(wanted, ids).detach(), rtol=0.02, atol=0)
     assert seen[0].dtype == torch.int16 and torch.equal(seen[0], wanted.head.weight_rpq.codes)
     assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "__version__", "2.11.0+cpu")
-        with pytest.raises(DistributedError, match=r"would cast codes.*torch 2\.13"):
-            fully_shard(net(), mp_policy=policy)
 
 
 def checkpointed_blocks_train_as_in_one_process() -> None:
@@ -198,6 +194,7 @@ def what_needs_whole_tensors_refuses_shards() -> None:
             call()
     with pytest.raises(DistributedError, match="shared out"):
         rpqfx.distributed.check_same_codes(model)
+    assert str(rpqfx.report(model)) == str(rpqfx.report(net()))  # of all processes' parts together
 
 
 CLAIMS = [
@@ -221,12 +218,14 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return processes.run(CLAIMS, RANKS, tmp_path_factory.mktemp("fsdp"))
 
 
+@NEEDS_INTEGERS
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.__name__)
 def test_in_two_processes(claim: Callable[[], None], said: Path) -> None:
     found = processes.failure(said, claim, RANKS)
     assert not found, found
 
 
+@NEEDS_INTEGERS
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_at_length(ranks: int, tmp_path: Path) -> None:
@@ -234,6 +233,12 @@ def test_at_length(ranks: int, tmp_path: Path) -> None:
     processes.run(claims, ranks, tmp_path)
     found = "".join(processes.failure(tmp_path, claim, ranks) for claim in claims)
     assert not found, found
+
+
+def test_versions_of_torch_that_shard_no_integers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.12.1+cpu")
+    with pytest.raises(DistributedError, match=r"of torch 2\.12\.1\+cpu cannot shard; use torch 2\.13"):
+        fully_shard(net())
 
 
 def test_the_axis_that_is_cut_is_one_that_the_processes_divide() -> None:

@@ -19,6 +19,7 @@ from torch.distributed.tensor.parallel import SequenceParallel, parallelize_modu
 
 import rpqfx.distributed
 from rpqfx.distributed import ColwiseParallel, RowwiseParallel, fully_shard, load_full_state_dict
+from rpqfx.distributed.sharding import shards_integers
 from rpqfx.distributed.split_weight import SplitWeight
 from rpqfx.errors import DistributedError, RewriteError
 from rpqfx.nn import RPQConv2d, RPQEmbedding, RPQLinear, RPQWeight
@@ -230,23 +231,23 @@ CLAIMS = [
     layers_compute_and_have_gradients_as_whole_ones,
     activations_split_along_the_sequence_train_as_whole_ones,
     ids_that_are_no_rows_are_refused_in_every_process,
-    split_and_sharded_trains_as_in_one_process,
     all_take_the_values_of_rank_0,
     state_dicts_come_and_go,
     what_cannot_be_split_is_refused_by_name_and_left_alone,
     torchs_own_styles_are_refused_and_ours_take_dense_layers,
     what_needs_whole_tensors_refuses_parts,
 ]
+SHARDED = [split_and_sharded_trains_as_in_one_process] if shards_integers() else []
 LONG = [every_kind_of_codebooks_is_trained_split_as_in_one_process]
-FOUR = [CLAIMS[0], each_process_holds_its_part, split_and_sharded_trains_as_in_one_process, state_dicts_come_and_go]
+FOUR = [CLAIMS[0], each_process_holds_its_part, state_dicts_come_and_go, *SHARDED]
 
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return processes.run(CLAIMS, RANKS, tmp_path_factory.mktemp("tp"))
+    return processes.run([*CLAIMS, *SHARDED], RANKS, tmp_path_factory.mktemp("tp"))
 
 
-@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.__name__)
+@pytest.mark.parametrize("claim", [*CLAIMS, *SHARDED], ids=lambda claim: claim.__name__)
 def test_in_two_processes(claim: Callable[[], None], said: Path) -> None:
     found = processes.failure(said, claim, RANKS)
     assert not found, found

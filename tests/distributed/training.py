@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 
 import rpqfx
 from rpqfx import Policy, Rule
+from rpqfx.distributed.sharding import shards_integers
 from rpqfx.nn import RPQWeight
 
+NEEDS_INTEGERS = pytest.mark.skipif(not shards_integers(), reason="FSDP of this torch shards no integers")
 VOCABULARY, DIM, WIDTH, ROWS = 64, 16, 32, 16
 
 
