@@ -64,7 +64,7 @@ def fully_shard(
     for one in modules:
         check_model(one, "fully_shard")
     policy = MixedPrecisionPolicy() if mp_policy is None else mp_policy
-    weights = list(_managed(modules))
+    weights = list(_managed(one for one in modules if not isinstance(one, FSDPModule)))  # which torch refuses
     if weights and not shards_integers():
         raise DistributedError(
             f"codes are integers, which fully_shard of torch {torch.__version__} cannot shard; use torch "

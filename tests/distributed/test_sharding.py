@@ -194,6 +194,8 @@ def what_needs_whole_tensors_refuses_shards() -> None:
             call()
     with pytest.raises(DistributedError, match="shared out"):
         rpqfx.distributed.check_same_codes(model)
+    with pytest.raises(AssertionError, match="already been applied"):
+        fully_shard(model)
     assert str(rpqfx.report(model)) == str(rpqfx.report(net()))  # of all processes' parts together
 
 

@@ -219,8 +219,13 @@ def torchs_own_styles_are_refused_and_ours_take_dense_layers() -> None:
 
 def what_needs_whole_tensors_refuses_parts() -> None:
     model = split(net(), line())
-    with pytest.raises(RewriteError, match="needs whole tensors"):
-        rpqfx.save(model, "nowhere")
+    plain = parallelize_module(nn.Sequential(nn.Linear(64, 64)), line(), {"0": ColwiseParallel()})
+    for call in (
+        lambda: rpqfx.save(model, "nowhere"), lambda: rpqfx.tune(model, next(batches(1))),
+        lambda: rpqfx.rpqify(plain, rpqfx.Policy(codebook_dim=4, bits=4, min_size=64)),
+    ):  # fmt: skip
+        with pytest.raises(RewriteError, match=r"needs whole tensors, and processes have parts of those of"):
+            call()
     with pytest.raises(DistributedError, match="shared out"):
         rpqfx.distributed.check_same_codes(model)
 
