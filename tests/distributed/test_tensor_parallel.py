@@ -98,6 +98,20 @@ def layers_compute_and_have_gradients_as_whole_ones() -> None:
             as_whole(layer, style(input_layouts=Replicate(), output_layouts=Replicate()), torch.randint(64, (4, 7)))
 
 
+def codes_in_tiles_are_split_and_sharded() -> None:
+    torch.manual_seed(0)
+    for style in (ColwiseParallel, RowwiseParallel):
+        layer, x = (
+            RPQLinear(64, 128, codebook_dim=4, bits=4, stages=2, dtype=torch.float64),
+            torch.randn(5, 64).double(),
+        )
+        spec = rpqfx.CodebookSpec(128, 64, 4, entries=16, stages=2, scale=True, tiled=True)
+        layer._modules["weight_rpq"] = RPQWeight(spec, dtype=torch.float64)
+        if shards_integers():
+            torch.testing.assert_close(fully_shard(copy.deepcopy(layer))(x), layer(x))
+        as_whole(layer, style(input_layouts=Replicate(), output_layouts=Replicate()), x)
+
+
 def as_whole(layer: nn.Module, style: Any, x: Tensor) -> None:
     whole = copy.deepcopy(layer)
     parallelize_module(layer, line(), style)
@@ -234,6 +248,7 @@ CLAIMS = [
     training_of_split_layers_is_training_in_one_process,
     each_process_holds_its_part,
     layers_compute_and_have_gradients_as_whole_ones,
+    codes_in_tiles_are_split_and_sharded,
     activations_split_along_the_sequence_train_as_whole_ones,
     ids_that_are_no_rows_are_refused_in_every_process,
     all_take_the_values_of_rank_0,
