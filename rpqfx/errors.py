@@ -42,3 +42,7 @@ class FormatError(RPQError, RuntimeError):
 
 class TrainingError(RPQError, ArithmeticError):
     """A fine-tuning that came to a loss or a gradient that is not finite."""
+
+
+class DistributedError(RPQError, RuntimeError):
+    """Processes that do not hold the same model, or a module that cannot be shared out over them as asked."""

@@ -125,6 +125,35 @@ def gpu_models() -> str:
     return "\n".join([_on_gpu(found), "", "| | |", "|---|---|", *lines]) + "\n"
 
 
+def distributed() -> str:
+    """Returns the loss, the traffic and the memory of training in several processes, dense and in codebooks."""
+    found = results.read("distributed")
+    dense = {row["how"]: row for row in found["rows"] if row["kind"] == "dense"}
+    lines = [
+        f"| {row['kind']}, {row['how']} | {row['loss']:.4f} | {_megabytes(row['sent_bytes'])} | "
+        f"{_times(dense[row['how']]['sent_bytes'], row['sent_bytes'])} | {_megabytes(row['held_bytes'])} | "
+        f"{_times(dense[row['how']]['held_bytes'], row['held_bytes'])} |"
+        for row in found["rows"]
+    ]
+    lines += [
+        f"| a block of OPT-6.7B, {row['kind']}, DDP (counted, not run) | | {_megabytes(row['sent_bytes'])} | "
+        f"{_times(found['block'][0]['sent_bytes'], row['sent_bytes'])} | | |"
+        for row in found["block"]
+    ]
+    said = found["machine"]
+    head = "| | loss | sent by a process for each step, MB | dense over it | held by a process, MB | dense over it |"
+    where = f"{found['ranks']} processes on {said['processor']}, torch {said['versions']['torch']}"
+    return "\n".join([f"Measured in {where}: `{found['command']}`.", "", head, "|---" * 6 + "|", *lines]) + "\n"
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.2f}" if count else "-"
+
+
+def _times(dense: int, count: int) -> str:
+    return f"{dense / count:.1f}" if count else "-"
+
+
 def _on_gpu(found: Any) -> str:
     moved = found["ceilings"]["rows"][0]
     return (
@@ -139,6 +168,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "reliability": reliability,
     "decode-smollm2": lambda: decoding("decode-smollm2"),
     "scratch-text": lambda: scratch("scratch-text"),
+    "distributed": distributed,
     "gpu-layers": gpu_layers,
     "gpu-models": gpu_models,
 }

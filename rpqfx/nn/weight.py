@@ -192,6 +192,12 @@ class RPQWeight(Loaded):
     def tensors(self) -> ops.Tensors:
         """The stored tensors, as the operations take them."""
         held, buffers = self._parameters, self._buffers
+        if "codes" in held:  # FSDP changes it for whole codes as long as they are used
+            stored = self.stored_codes.detach()
+            signs = None if self.signs is None else self.signs.detach()
+            tiled = self.tiled_vectors(stored)
+            whole = stored if tiled else self._read(stored)
+            return ops.Tensors(self.codebooks, whole, self.scale, signs, self.dim_scale, tiled)
         if self.spec.tiled:
             tiles = self.stored_codes
             return ops.Tensors(

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from rpqfx.errors import RewriteError
+from rpqfx.nn.shards import is_shard
 
 # The child that holds the model, by the wrapper's class. Classes go by name: importing some of them takes long.
 _CHILD = {
@@ -102,13 +103,14 @@ def refuse_sharded(model: nn.Module, what: str) -> None:
         what: What was asked for, for the message.
 
     Raises:
-        RewriteError: If the model, or a part of it, is sharded by FSDP.
+        RewriteError: If the model, or a part of it, is sharded by FSDP or split by tensor parallelism.
     """
     for path, module in model.named_modules():
-        if _SHARDED & _classes(module):
+        fsdp = bool(_SHARDED & _classes(module))
+        if fsdp or any(p is not None and is_shard(p) for p in module._parameters.values()):
             raise RewriteError(
-                f"{what} needs whole tensors, and FSDP shards those of {path or 'the model'} "
-                f"({type(module).__name__}): load its full state dict "
+                f"{what} needs whole tensors, and {'FSDP shards' if fsdp else 'processes have parts of'} those of "
+                f"{path or 'the model'} ({type(module).__name__}): load its full state dict "
                 "(torch.distributed.checkpoint.state_dict, full_state_dict=True) into a model that is not sharded"
             )
 

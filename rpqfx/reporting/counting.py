@@ -41,7 +41,7 @@ def counted(weight: RPQWeight, seen: set[int]) -> Counts:
         seen: ``id`` of the tensors that were counted before; those of this weight are added.
     """
     codebooks, codes, signs = weight.codebooks, weight.stored_codes, weight.signs
-    scales = [parameter for parameter in weight.parameters(recurse=False) if parameter is not codebooks]
+    scales = [p for p in weight.parameters(recurse=False) if p.is_floating_point() and p is not codebooks]
     floats, integers = [codebooks, *scales], [codes] if signs is None else [codes, signs]
     new = {id(tensor) for tensor in (*floats, *integers)} - seen
     code_bits, codebook_bits, scale_bits = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -46,26 +47,47 @@ def materialize(
             was, on the meta device.
     """
     check_model(model, "materialize")
-    where = _device(device)
-    if init is not None and (not callable(init) or isinstance(init, nn.Module)):
-        raise InputError(f"init is a function of a module, got {shown(init)}")
+    where = device_with_values(device)
+    check_init(init)
     refuse_sharded(model, "materialize")
     check_not_offloaded(offloaded(model), "given new values")
+    return fill(model, where, init)
+
+
+def fill(
+    model: nn.Module, where: torch.device, init: Callable[[nn.Module], None] | None,
+    within: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext,
+) -> nn.Module:  # fmt: skip
+    """Does what ``materialize`` does, once its arguments have been looked at.
+
+    Args:
+        model: A model, wholly or partly on the meta device.
+        where: The device of the tensors.
+        init: Called with each module that owns a tensor that was on the meta device.
+        within: Makes a context in which a module has tensors that can be written to.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        InputError: If there is nothing for ``init``.
+        RewriteError: If a module can not be initialised.
+    """
     owners = [(name, m) for name, m in model.named_modules() if _owns_meta(m)]
     if init is not None and not owners:
         raise InputError("init would do nothing: no tensor of the model is on the meta device; leave it out")
     before = Snapshot(model, values={t: None for _, m in owners for t in _tensors(m) if not t.is_meta})
     try:
-        _materialize(model, owners, where, init)
+        _fill(model, owners, where, init, within)
         return model
     except BaseException:
         before.restore()
         raise
 
 
-def _materialize(
+def _fill(
     model: nn.Module, owners: list[tuple[str, nn.Module]], where: torch.device,
-    init: Callable[[nn.Module], None] | None,
+    init: Callable[[nn.Module], None] | None, within: Callable[[nn.Module], AbstractContextManager[Any]],
 ) -> None:  # fmt: skip
     general = getattr(unwrapped(model), "_init_weights", None)
     if init is None:
@@ -87,10 +109,12 @@ def _materialize(
                     group[name] = made[id(tensor)]
     for _, module in owners:  # codebooks first: what reads them then finds valid codes
         if isinstance(module, RPQWeight):
-            module.reset_parameters()
+            with within(module):
+                module.reset_parameters()
     for _, module in owners:
         if not isinstance(module, RPQWeight):
-            _initialise(module, init, general)
+            with within(module):
+                _initialise(module, init, general)
     for _, module in owners:
         refresh(module)
 
@@ -124,7 +148,28 @@ def _tensors(module: nn.Module) -> list[Tensor]:
     return [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
 
 
-def _device(device: Any) -> torch.device:
+def check_init(init: Any) -> None:
+    """Sees that ``init`` is a function, or left out.
+
+    Args:
+        init: What a caller gave.
+
+    Raises:
+        InputError: If it is neither.
+    """
+    if init is not None and (not callable(init) or isinstance(init, nn.Module)):
+        raise InputError(f"init is a function of a module, got {shown(init)}")
+
+
+def device_with_values(device: Any) -> torch.device:
+    """Returns the device that was asked for.
+
+    Args:
+        device: What a caller gave.
+
+    Raises:
+        InputError: If it is none, or none that holds values.
+    """
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError) as error:

@@ -16,8 +16,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from rpqfx.errors import RewriteError
+from rpqfx.errors import DistributedError, RewriteError
 from rpqfx.nn.hosting.reparametrised import refresh
+from rpqfx.nn.shards import is_shard
 from rpqfx.nn.tensor import served as _served  # noqa: F401 (fills the table of calls that virtual weights serve)
 from rpqfx.nn.tensor.expanded import ExpandedWeight, FixedWeight, with_notes
 from rpqfx.nn.tensor.virtual import VirtualWeight
@@ -43,6 +44,12 @@ class Backed(nn.Module):
                 )
             _tie(name)(self, param)
             return
+        if param is not None and is_shard(param) and backed_weights(self):
+            raise DistributedError(
+                f"{type(self).__name__} holds {', '.join(backed_weights(self))} in codebooks, which torch's styles of "
+                "tensor parallelism cannot split; use those of the same names in rpqfx.distributed (ColwiseParallel, "
+                "RowwiseParallel) in the plan of parallelize_module, which take dense modules as well"
+            )
         if name + SUFFIX in self.__dict__.get("_modules", {}):
             raise _fixed(self, name)
         super().register_parameter(name, param)
