@@ -141,6 +141,7 @@ def test_the_readme_and_every_guide_have_snippets():
         "kv-cache",
         "routing",
         "saving",
+        "training",
         "speed",
         "training-memory",
         "troubleshooting",
