@@ -1,0 +1,130 @@
+"""The safetensors files of a folder that ``save_pretrained`` wrote: one manifest, and its tensors in one file or more.
+
+Each file carries the whole manifest in its metadata, because that is what comes along wherever a file goes: to the
+hub, into a cache, into another folder. So what one of them is without the others is known, and refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rpqfx.container import Container, open_container
+from rpqfx.errors import FormatError
+from rpqfx.files import take_in
+from rpqfx.serialize import read_manifest
+
+GUARD = (1,)  # the shape of a tensor that stands for a dense weight, so that it fits no dense model
+
+
+class Folder:
+    """What the files of a folder hold; found to be whole, and what was written.
+
+    Args:
+        files: As transformers found them.
+
+    Raises:
+        FormatError: If a file is missing, damaged, or of another model than the others.
+    """
+
+    def __init__(self, files: Sequence[str] | None) -> None:
+        if not files:
+            raise FormatError(
+                "a model in codebooks comes from the files of its folder, and no files were found; pass the folder to "
+                "from_pretrained, without state_dict"
+            )
+        self.files = [str(file) for file in files]
+        self.path = str(Path(self.files[0]).parent)
+        with self._opened() as held:
+            self.manifest = self._manifest(held)
+            self._verify(held)
+
+    def read(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Reads tensors as they are stored, under the names that the files have for them.
+
+        Args:
+            names: First names of tensors in the manifest.
+        """
+        with self._opened() as held:
+            return {name: _whole(self._entry[name], held[self._where[name]].read([name])[name]) for name in names}
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[list[Container]]:
+        with contextlib.ExitStack() as stack:
+            held = []
+            for name in self.files:
+                try:
+                    held.append(open_container(stack.enter_context(open(name, "rb")), name))
+                except FileNotFoundError as error:
+                    raise FormatError(f"{name} is missing, without which {self.path} cannot be opened") from error
+                except FormatError as error:
+                    raise FormatError(f"{name} {error}") from error
+            yield held
+
+    def _manifest(self, held: Sequence[Container]) -> dict[str, Any]:
+        first = held[0]
+        self._where: dict[str, int] = {}
+        stored: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        for number, (file, one) in enumerate(zip(self.files, held, strict=True)):
+            if (one.text, one.seal) != (first.text, first.seal):
+                raise FormatError(f"{file} is of another model, or of another time, than {self.files[0]}")
+            for name, what in one.stored.items():
+                if name in stored:
+                    raise FormatError(f"{file} holds {name}, which {self.files[self._where[name]]} holds, too")
+                stored[name], self._where[name] = what, number
+        try:
+            return read_manifest(first.text, first.seal, self._true(first.text, stored))
+        except FormatError as error:
+            raise FormatError(f"{self.path} {error}") from error
+
+    def _true(
+        self, text: str, stored: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+    ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """What is stored, as a manifest has it: without guards, and no tensor flat."""
+        self._entry = _entries(text)
+        found = dict(stored)
+        for name, (dtype, shape) in stored.items():
+            entry = self._entry.get(name)
+            if entry is None and (dtype, shape) == (torch.uint8, GUARD):
+                del found[name]
+            elif entry is not None and _is_flat(entry, shape):
+                found[name] = dtype, tuple(entry["shape"])
+        return found
+
+    def _verify(self, held: Sequence[Container]) -> None:
+        digest = hashlib.sha256()
+        for name in sorted(entry["names"][0] for entry in self.manifest["tensors"]):
+            try:
+                tensor = held[self._where[name]].read([name])[name]
+            except FormatError as error:
+                raise FormatError(f"{self.files[self._where[name]]}: {error}") from error
+            take_in(digest, _whole(self._entry[name], tensor), name)
+        if digest.hexdigest() != self.manifest["checksum"]:
+            raise FormatError(
+                f"{self.path} was altered: its tensors do not match its checksum; copy it again, or save the model again"
+            )
+
+
+def _entries(text: str) -> dict[str, Any]:
+    """What a manifest says of tensors, by their first names; nothing where it is none, which is found out later."""
+    with contextlib.suppress(ValueError, RecursionError, TypeError, LookupError, AttributeError):
+        return {entry["names"][0]: entry for entry in json.loads(text)["tensors"]}
+    return {}
+
+
+def _is_flat(entry: Mapping[str, Any], shape: tuple[int, ...]) -> bool:
+    own = entry.get("shape")
+    sized = isinstance(own, list) and len(own) > 1 and all(type(size) is int for size in own)
+    return "packed" not in entry and sized and shape == (math.prod(own or ()),)
+
+
+def _whole(entry: Mapping[str, Any], tensor: Tensor) -> Tensor:
+    return tensor.view(entry["shape"]) if _is_flat(entry, tuple(tensor.shape)) else tensor
