@@ -109,7 +109,8 @@ class Folder:
             take_in(digest, _whole(self._entry[name], tensor), name)
         if digest.hexdigest() != self.manifest["checksum"]:
             raise FormatError(
-                f"{self.path} was altered: its tensors do not match its checksum; copy it again, or save the model again"
+                f"{self.path} was altered: its tensors do not match its checksum; copy it again, or save the model "
+                "again"
             )
 
 

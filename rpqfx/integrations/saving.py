@@ -204,8 +204,8 @@ def _check_loadable(twin: Any, metadata: dict[str, str]) -> None:
             put_back(made, manifest, tensors, "the folder", maker="from_pretrained")
         except (FormatError, RPQError) as error:
             raise RPQError(
-                f"from_pretrained could not load this model again, so it is not saved: {error}. It makes the model from "
-                "its config alone; rpqfx.save takes any model"
+                f"from_pretrained could not load this model again, so it is not saved: {error}. It makes the model "
+                "from its config alone; rpqfx.save takes any model"
             ) from error
 
 
