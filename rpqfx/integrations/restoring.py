@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 try:
     from transformers.core_model_loading import ConversionOps, WeightConverter
@@ -34,6 +35,8 @@ from rpqfx.reroute.rewrite import route
 from rpqfx.unpickled import DTYPES
 
 _MAKER = "from_pretrained"
+# What torch aligns memory to. Tensors of safetensors lie anywhere, and products of such ones are summed up otherwise.
+_ALIGNED = 64
 _IGNORED = "_keys_to_ignore_on_load_unexpected"
 
 
@@ -71,6 +74,7 @@ class Restoring(ConversionOps):
         self._beside = sorted(set(self._entries) - set(model.state_dict()))
         self._again = {name for entry in self._entries.values() for name in entry["names"][1:]}
         self._again -= dict(model.named_parameters(remove_duplicate=False)).keys()
+        self._again |= {name for name in model.state_dict() if name.endswith(_EXTRA_STATE_KEY_SUFFIX)}
         self._errors: list[RPQError] = []
         self._prepare(model)
 
@@ -144,7 +148,8 @@ class Restoring(ConversionOps):
         Args:
             input_dict: The tensor, by the pattern that its name matched.
             full_layer_name: Where it goes.
-            missing_keys: What transformers has not found yet. Further names of buffers that were are taken out.
+            missing_keys: What transformers has not found yet. Further names of buffers, and what the manifest has said,
+                are taken out.
             **kwargs: What others need.
         """
         (held,) = input_dict.values()
@@ -183,6 +188,8 @@ class Restoring(ConversionOps):
             tensor = _tensor_at(model, name)
             if tensor is None or (tensor.is_meta and name not in away):
                 raise FormatError(f"{self._folder.path}: {name} has not been loaded; the folder is not whole")
+            if tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNED:
+                tensor.data = tensor.data.clone(memory_format=torch.preserve_format)
             if entry["kind"] == "parameter":
                 tensor.requires_grad_(entry["requires_grad"])
         if not away:
@@ -231,5 +238,6 @@ def _put_beside(model: nn.Module, entry: Mapping[str, Any], tensor: Tensor) -> N
         module = model.get_submodule(path)
         group = module._buffers if entry["kind"] == "buffer" else module.__dict__
         before = group.get(attribute)
-        device = before.device if isinstance(before, Tensor) and not before.is_meta else model.device
-        group[attribute] = tensor.to(device)
+        if isinstance(before, Tensor) and not before.is_meta:
+            tensor = tensor.to(before.device)
+        group[attribute] = tensor

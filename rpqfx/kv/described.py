@@ -128,7 +128,7 @@ def _coder(values: Mapping[str, Any]) -> HeadCoder:
     options = {key: value for key, value in values.items() if key != "fine"}
     with torch.device("cpu"):  # whatever the caller builds on: maps start from values
         coder = HeadCoder(**{**options, "device": "meta"})
-    coder.resize(values["stages"], values["fine"])
+        coder.resize(values["stages"], values["fine"])
     return coder
 
 
