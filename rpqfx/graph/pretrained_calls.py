@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import weakref
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -19,50 +19,62 @@ from rpqfx.packing import unpack_codes
 _SAVING = "rpqfx.integrations.saving"
 
 
-class SavePretrained:
-    """Stands for a transformers model's ``save_pretrained``, which knows nothing of packed codes.
+class _Call:
+    """A call of a model, which lies in an attribute of it.
+
+    It refers to the model weakly, since the model refers to it, and models are freed when the last name is gone. In
+    ``rpqify(model, policy).save_pretrained(folder)`` that is before the call begins; so it keeps what the model's
+    attributes are, which an object of the same class makes a model of again.
 
     Args:
-        model: The model; not kept alive, as it keeps this object.
+        model: The model.
+        state: Its attributes; left out, those that it has now.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = weakref.ref(model)
+    name: ClassVar[str]
+
+    def __init__(self, model: nn.Module, state: dict[str, Any] | None = None) -> None:
+        self._model, self._kind = weakref.ref(model), type(model)
+        self._state = _attributes(model) if state is None else state
 
     def __reduce__(self) -> Any:
-        return SavePretrained, (self._model(),)
+        model = self._model()
+        state = self._state if model is None else _attributes(model)
+        return type(self), (self._whole() if model is None else model, state)
+
+    def _whole(self) -> nn.Module:
+        model = self._model()
+        if model is None:
+            model = object.__new__(self._kind)
+            for name, value in self._state.items():  # those of its calls that refer to it refer to one that is gone
+                refers = isinstance(getattr(value, "_model", None), weakref.ref)
+                model.__dict__[name] = type(value)(model) if refers else value
+        return model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Writes a folder that ``from_pretrained`` reads (see ``rpqfx.integrations.saving``).
+        """Does what ``rpqfx.integrations.saving`` does.
 
         Args:
             *args: As for the model's own method.
             **kwargs: Likewise.
         """
-        return importlib.import_module(_SAVING).save_pretrained(self._model(), *args, **kwargs)
+        return getattr(importlib.import_module(_SAVING), self.name)(self._whole(), *args, **kwargs)
 
 
-class PushToHub:
-    """Stands for a transformers model's ``push_to_hub``, which would write its own model card over ours.
+class SavePretrained(_Call):
+    """Stands for a transformers model's ``save_pretrained``, which knows nothing of packed codes."""
 
-    Args:
-        model: The model; not kept alive, as it keeps this object.
-    """
+    name = "save_pretrained"
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = weakref.ref(model)
 
-    def __reduce__(self) -> Any:
-        return PushToHub, (self._model(),)
+class PushToHub(_Call):
+    """Stands for a transformers model's ``push_to_hub``, which would write its own model card over ours."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Saves the model and uploads what was written.
+    name = "push_to_hub"
 
-        Args:
-            *args: As for the model's own method.
-            **kwargs: Likewise.
-        """
-        return importlib.import_module(_SAVING).push_to_hub(self._model(), *args, **kwargs)
+
+def _attributes(model: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in model.__dict__.items() if not isinstance(value, _Call)}
 
 
 def take_packed(model: nn.Module) -> None:

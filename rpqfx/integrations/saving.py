@@ -8,6 +8,7 @@ model itself is not touched.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import json
 from pathlib import Path
@@ -85,7 +86,7 @@ def push_to_hub(model: Any, *args: Any, **kwargs: Any) -> Any:
         What the model's own method returns.
     """
     twin = _twin(model)
-    twin.save_pretrained = model.save_pretrained
+    twin.save_pretrained = functools.partial(save_pretrained, model)
     _write_card_before_upload(twin)
     return _plain_class(model).push_to_hub(twin, *args, **kwargs)
 

@@ -40,7 +40,7 @@ class RPQConfig(QuantizationConfigMixin):
     Args:
         bits_per_weight: As in [`Policy.pretrained`][rpqfx.policy.Policy.pretrained].
         embedding_bits: The same for embeddings and a head of as many rows; None leaves them dense.
-        modules_to_not_convert: Names of modules, or parts of names, whose weights stay dense.
+        modules_to_not_convert: Names of modules, or ends of their names, whose weights stay dense.
         policy: A [`Policy`][rpqfx.policy.Policy] (or what its ``to_json`` returned) in place of these three.
         seed: Of the fits.
         **saved: What ``save_pretrained`` wrote to ``config.json``; nothing that a caller gives.
@@ -109,8 +109,7 @@ class RPQConfig(QuantizationConfigMixin):
         names = self.modules_to_not_convert or []
         if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) and name for name in names):
             raise PolicyError(f"modules_to_not_convert is a list of names, got {shown(names)}")
-        patterns = [pattern for name in names for pattern in (f"{name}.*", f"*.{name}.*")]
-        return tuple(Rule(pattern, skip="in modules_to_not_convert") for pattern in patterns)
+        return tuple(Rule(f"*{name}.*", skip="in modules_to_not_convert") for name in names)
 
     def asked(self) -> Policy:
         """Returns the policy that it stands for.
