@@ -22,7 +22,7 @@ from rpqfx.graph.capture import capture, evaluating, take_shapes
 from rpqfx.graph.copying import copy_model
 from rpqfx.graph.loaded import check_loaded
 from rpqfx.graph.match import find_sites, is_rewritten
-from rpqfx.graph.pretrained import adapt_pretrained
+from rpqfx.graph.pretrained_calls import renew_calls
 from rpqfx.graph.rewrite import Progress, parameter_at, rewrite
 from rpqfx.graph.snapshot import Snapshot, small_tensors
 from rpqfx.graph.whole import whole_graph
@@ -181,7 +181,7 @@ def _rewritten(
         small = rewrite(captured, decisions, sites, seed=seed, progress=shown_progress(progress, quiet=True))
     records, more = attached_records(small) or ((), ())
     attach_records(small, records, (*notes, *more))
-    adapt_pretrained(small)
+    renew_calls(small)
     if expected is not None:
         expected.check(small)
     return whole_graph(small, args, kwargs) if as_graph else small

@@ -11,12 +11,15 @@ import weakref
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from rpqfx.nn.backed import SUFFIX
 from rpqfx.nn.weight import RPQWeight
 from rpqfx.packing import unpack_codes
 
 _SAVING = "rpqfx.integrations.saving"
+EXTRA = "extra_state_rpq"
+"""What a folder calls the extra state of a module: by torch's name of it, transformers would take it for a tensor."""
 
 
 class _Call:
@@ -73,6 +76,18 @@ class PushToHub(_Call):
     name = "push_to_hub"
 
 
+def renew_calls(model: nn.Module) -> None:
+    """Has the calls of a model, and of models within it, keep the attributes that there are by now.
+
+    Args:
+        model: Any model; one without these calls stays as it is.
+    """
+    for module in model.modules():
+        for name, value in module.__dict__.items():
+            if isinstance(value, _Call):
+                module.__dict__[name] = type(value)(module)
+
+
 def _attributes(model: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in model.__dict__.items() if not isinstance(value, _Call)}
 
@@ -111,6 +126,8 @@ def _unpack(
         if isinstance(module, RPQWeight)
     }
     packed = False
+    for name in [name for name in state if name.startswith(prefix) and name.endswith(f".{EXTRA}")]:
+        state[name.removesuffix(EXTRA) + _EXTRA_STATE_KEY_SUFFIX], packed = state.pop(name), True
     for path, weight in weights.items():
         codes = state.get(f"{path}.codes")
         if isinstance(codes, Tensor) and codes.dim() == 1:

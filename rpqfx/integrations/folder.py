@@ -20,6 +20,7 @@ from torch import Tensor
 from rpqfx.container import Container, open_container
 from rpqfx.errors import FormatError
 from rpqfx.files import take_in
+from rpqfx.graph.pretrained_calls import EXTRA
 from rpqfx.serialize import read_manifest
 
 GUARD = (1,)  # the shape of a tensor that stands for a dense weight, so that it fits no dense model
@@ -88,12 +89,12 @@ class Folder:
     def _true(
         self, text: str, stored: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
     ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """What is stored, as a manifest has it: without guards, and no tensor flat."""
+        """What is stored, as a manifest has it: without guards and extra state, and no tensor flat."""
         self._entry = _entries(text)
         found = dict(stored)
         for name, (dtype, shape) in stored.items():
             entry = self._entry.get(name)
-            if entry is None and (dtype, shape) == (torch.uint8, GUARD):
+            if entry is None and ((dtype, shape) == (torch.uint8, GUARD) or name.endswith(f".{EXTRA}")):
                 del found[name]
             elif entry is not None and _is_flat(entry, shape):
                 found[name] = dtype, tuple(entry["shape"])

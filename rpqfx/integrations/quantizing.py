@@ -23,11 +23,12 @@ from rpqfx.files import take_in
 from rpqfx.graph.capture import capture
 from rpqfx.graph.match import find_sites
 from rpqfx.graph.pretrained import adapt_pretrained
+from rpqfx.graph.pretrained_calls import renew_calls
 from rpqfx.graph.rewrite import put, record
 from rpqfx.graph.settle import groups_of, layout_of, settle
 from rpqfx.nn.weight import RPQWeight
 from rpqfx.policy import Policy
-from rpqfx.report import attach_records, attached_records, dense_bytes
+from rpqfx.report import dense_bytes
 
 _SEVERAL = "shares codebooks with others, which are all needed at once to fit them; convert the model with rpqfx.rpqify"
 
@@ -66,6 +67,10 @@ class Quantizing(ConversionOps):
                 )
         self._by_name = {site.name: site for site in self._sites}
         self._site_of = {own: name for name in held for own in self._by_name[name].names}
+        self._ties: dict[str, str] = (
+            getattr(model, "all_tied_weights_keys", None) or {}
+        )  # those that are held are one already
+        model.__dict__["all_tied_weights_keys"] = {t: s for t, s in self._ties.items() if t not in self._site_of}
         self._books: dict[object, nn.Parameter] = {}
         self._made: dict[str, str] = {}
         self._errors: dict[str, float | None] = {}
@@ -187,10 +192,10 @@ class Quantizing(ConversionOps):
         for name in self._groups:
             if name not in self._made:
                 self._settled[name] = Skip("it is not in the checkpoint, and was drawn")
+        model.__dict__["all_tied_weights_keys"] = self._ties
         adapt_pretrained(model)
         record(model, self._sites, self._settled, self._errors, notes=self._notes)
-        records, notes = attached_records(model) or ((), ())
-        attach_records(model, records, notes)
+        renew_calls(model)
 
 
 def _tie(model: Any) -> None:

@@ -20,8 +20,7 @@ except ImportError as error:
     raise ImportError("this needs transformers 5, the extra: pip install 'rpqfx[transformers]'") from error
 
 from rpqfx.errors import FormatError, RPQError
-from rpqfx.graph.pretrained import adapt_pretrained
-from rpqfx.graph.pretrained_calls import first_matrix
+from rpqfx.graph.pretrained_calls import EXTRA, first_matrix, renew_calls
 from rpqfx.integrations.folder import Folder
 from rpqfx.integrations.placing import placed
 from rpqfx.kv.wrap import CORE
@@ -91,9 +90,9 @@ class Restoring(ConversionOps):
             for other in entry["names"][1:]
             if entry["kind"] == "parameter"
         }
-        known = getattr(model, "all_tied_weights_keys", None) or {}
+        self._known_ties = getattr(model, "all_tied_weights_keys", None) or {}
         model.__dict__["all_tied_weights_keys"] = {
-            target: source for target, source in {**known, **ties}.items() if target in parameters
+            target: source for target, source in {**self._known_ties, **ties}.items() if target in parameters
         }
         for module in model.modules():
             if backed_weights(module) or isinstance(module, RPQWeight):
@@ -101,7 +100,8 @@ class Restoring(ConversionOps):
         guards = (name for site in self._folder.manifest["sites"] for name in site["names"])
         unknown = [*guards, *(self._stored_as[name] for name in self._beside)]
         before = getattr(model, _IGNORED, None) or ()
-        model.__dict__[_IGNORED] = {*before, *(f"^{re.escape(name)}$" for name in unknown)}
+        patterns = {f"^{re.escape(name)}$" for name in unknown} | {f"\\.{EXTRA}$"}
+        model.__dict__[_IGNORED] = {*before, *patterns}
 
     # -------------------------------------------------------------------------------- while tensors are read
 
@@ -195,7 +195,8 @@ class Restoring(ConversionOps):
         if not away:
             for module in model.modules():
                 refresh(module)
-        adapt_pretrained(model)
+        model.__dict__.update(_weight_conversions=[], all_tied_weights_keys=self._known_ties)
+        renew_calls(model)
 
 
 def _route(model: nn.Module, routing: Mapping[str, str], path: str) -> None:

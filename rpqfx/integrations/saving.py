@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from rpqfx.checks import shown
 from rpqfx.container import FORMAT as MARK
 from rpqfx.container import SEAL
 from rpqfx.errors import FormatError, InputError, RPQError
 from rpqfx.graph.match import is_rewritten
-from rpqfx.graph.pretrained_calls import first_matrix
+from rpqfx.graph.pretrained_calls import EXTRA, first_matrix
 from rpqfx.integrations.card import write_card
 from rpqfx.integrations.folder import GUARD
 from rpqfx.integrations.transformers import RPQConfig, RPQQuantizer
@@ -106,6 +107,9 @@ def content(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors[first[0]] = tensors[first[0]].reshape(-1)
     owned = _apart(tensors)
     owned |= {name: torch.zeros(GUARD, dtype=torch.uint8) for name in guards}
+    for name, value in model.state_dict().items():
+        if name.endswith(_EXTRA_STATE_KEY_SUFFIX) and isinstance(value, Tensor):
+            owned[name.removesuffix(_EXTRA_STATE_KEY_SUFFIX) + EXTRA] = value.clone()
     return owned, {MARK: text, SEAL: seal_of(text)}
 
 
