@@ -1,13 +1,14 @@
 """Models of every kind that transformers has come back from their folders, to the last bit, in a fresh process.
 
-They are those of the zoo, from tiny configurations: decoders, encoders, both, of images, of sound, with experts. All
-are saved by one process and opened by one other; a test compares what each of them gave.
+They are those of the zoo, from tiny configurations: decoders, encoders, both, of images, of sound, with experts.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ NAMES = (
     "mobilevit", "segformer", "wav2vec2", "whisper", "encodec", "audio-spectrogram-transformer", "patchtst", "clip",
     "blip", "detr", "llava", "sam", "videomae",
 )  # fmt: skip
+BY_NAME = {entry.id.removeprefix("transformers/"): entry for entry in models.catalogue(["transformers"])}
 _OPEN = """
 import sys
 import torch
@@ -38,25 +40,20 @@ import rpqfx
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
-found = {}
-for folder in sys.argv[2:]:
-    torch.manual_seed(1)
+for folder in map(str.rstrip, sys.stdin):
     call = torch.load(f"{folder}/call.pt", weights_only=False)
     try:
         model, info = getattr(transformers, call["kind"]).from_pretrained(folder, output_loading_info=True)
+        torch.manual_seed(1)
         with torch.no_grad():
             out = model(*call["args"], **call["kwargs"])
         outputs = [one for one in torch.utils._pytree.tree_leaves(out) if isinstance(one, torch.Tensor)]
-        found[folder] = ({name: sorted(told) for name, told in info.items() if told}, outputs)
+        found = {name: sorted(told) for name, told in info.items() if told}, outputs
     except Exception as error:
-        found[folder] = ({"error": f"{type(error).__name__}: {error}"}, [])
-torch.save(found, sys.argv[1])
+        found = {"error": f"{type(error).__name__}: {error}"}, []
+    torch.save(found, f"{folder}/found.pt")
+    print("done", flush=True)
 """
-
-
-def flat(out: Any) -> list[torch.Tensor]:
-    """The tensors of what a model returned."""
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(out) if isinstance(leaf, torch.Tensor)]
 
 
 def auto_class(model: Any) -> str:
@@ -72,41 +69,31 @@ def auto_class(model: Any) -> str:
 
 
 @pytest.fixture(scope="module")
-def opened(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """For each model what it gave here, and there."""
-    folder = tmp_path_factory.mktemp("zoo")
-    here: dict[str, Any] = {}
-    transformers.logging.set_verbosity_error()
-    for entry in models.catalogue(["transformers"]):
-        name = entry.id.removeprefix("transformers/")
-        if name not in NAMES:
-            continue
-        try:
-            torch.manual_seed(0)
-            small = rpqfx.rpqify(entry.build(), POLICY).eval()
-            call = entry.call()
-            torch.manual_seed(1)
-            with torch.no_grad():
-                wanted = flat(small(*call.args, **(call.kwargs or {})))
-            small.save_pretrained(folder / name)
-            values = {"args": call.args, "kwargs": call.kwargs or {}, "kind": auto_class(small)}
-            torch.save(values, folder / name / "call.pt")
-            here[name] = wanted
-        except Exception as error:  # told by the model's own test
-            here[name] = error
-    paths = [str(folder / name) for name, wanted in here.items() if isinstance(wanted, list)]
-    done = subprocess.run([sys.executable, "-c", _OPEN, str(folder / "found"), *paths], cwd=ROOT, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()
-    found = torch.load(folder / "found", weights_only=False)
-    return {name: (wanted, found.get(str(folder / name))) for name, wanted in here.items()}
+def elsewhere() -> Iterator[subprocess.Popen[str]]:
+    """A process that opens folders and runs what is in them; it never saw the models."""
+    command = [sys.executable, "-c", _OPEN]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_comes_back_to_the_last_bit(name: str, opened: dict[str, Any]) -> None:
-    wanted, found = opened[name]
-    if isinstance(wanted, Exception):
-        raise wanted
-    told, outputs = found
+def test_it_comes_back_to_the_last_bit(name: str, elsewhere: subprocess.Popen[str], tmp_path: Path) -> None:
+    transformers.logging.set_verbosity_error()
+    torch.manual_seed(0)
+    small = rpqfx.rpqify(BY_NAME[name].build(), POLICY).eval()
+    call = BY_NAME[name].call()
+    torch.manual_seed(1)  # some draw numbers in a forward
+    with torch.no_grad():
+        out = small(*call.args, **(call.kwargs or {}))
+    wanted = [one for one in torch.utils._pytree.tree_leaves(out) if isinstance(one, torch.Tensor)]
+    small.save_pretrained(tmp_path)
+    torch.save({"args": call.args, "kwargs": call.kwargs or {}, "kind": auto_class(small)}, tmp_path / "call.pt")
+    assert elsewhere.stdin is not None and elsewhere.stdout is not None
+    print(tmp_path, file=elsewhere.stdin, flush=True)
+    assert elsewhere.stdout.readline() == "done\n"
+    told, outputs = torch.load(tmp_path / "found.pt", weights_only=False)
     assert told == {}
     assert len(outputs) == len(wanted) > 0
     for ours, other in zip(outputs, wanted, strict=True):
