@@ -28,6 +28,7 @@ from rpqfx.nn.weight import RPQWeight
 from rpqfx.packing import check_codes, code_bits, pack_codes, pack_floats, unpack_codes
 from rpqfx.report import SiteRecord, attach_records, attached_records
 from rpqfx.reroute.rewrite import routed
+from rpqfx.tiles import MOST_ENTRIES, tiles_of_packed
 from rpqfx.unpickled import DTYPES
 from rpqfx.wrapped import modules_within, names_within, refuse_sharded, unwrapped, wrappers
 
@@ -186,6 +187,8 @@ def unpacked(entry: dict[str, Any], stored: Tensor, entries: int | None = None, 
     dtype = DTYPES[entry["dtype"]]
     try:
         if "packed" in entry:
+            if tiled and entry["packed"]["entries"] == MOST_ENTRIES and entry["shape"][2] % 2 == 0:
+                return tiles_of_packed(stored, tuple(entry["shape"]))
             codes = unpack_codes(stored, entry["packed"]["entries"], entry["shape"], dtype)
             return to_bytes(codes, tiled=True) if tiled else codes
         if entries is not None:

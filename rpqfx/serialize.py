@@ -183,14 +183,14 @@ def prepared(model: nn.Module) -> tuple[dict[str, Tensor], str]:
 
 
 def read_manifest(
-    text: str, seal: str, stored: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+    text: str, seal: str, stored: Callable[[Any], Mapping[str, tuple[torch.dtype, tuple[int, ...]]]]
 ) -> dict[str, Any]:  # fmt: skip
     """Returns a manifest, held against its seal and against what is stored.
 
     Args:
         text: Of the manifest.
         seal: What its hash was.
-        stored: Dtype and shape of each tensor, by name.
+        stored: Gives dtype and shape of each tensor, by name, for a manifest that nothing is known of yet.
 
     Raises:
         FormatError: If it is not what ``prepared`` returned. The message goes on from the file's name.
@@ -205,7 +205,7 @@ def read_manifest(
     if type(version) is int and version > FORMAT_VERSION:
         raise FormatError(f"is of format {version}, newer than this library reads ({FORMAT_VERSION}); update rpqfx")
     try:
-        check_manifest(manifest, stored)
+        check_manifest(manifest, stored(manifest))
     except FormatError as error:
         raise FormatError(f"was altered: {error}") from error
     return manifest
@@ -317,7 +317,7 @@ def seal_of(text: str) -> str:
 
 
 def _read(held: Container, device: torch.device | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    manifest = read_manifest(held.text, held.seal, held.stored)
+    manifest = read_manifest(held.text, held.seal, lambda _: held.stored)
     tensors = held.read(list(held.stored))
     if _checksum(tensors) != manifest["checksum"]:
         raise FormatError("was altered: its tensors do not match its checksum; save the model again")

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +43,18 @@ class Folder:
             )
         self.files = [str(file) for file in files]
         self.path = str(Path(self.files[0]).parent)
-        with self._opened() as held:
-            self.manifest = self._manifest(held)
-            self._verify(held)
+        self._open = contextlib.ExitStack()
+        try:
+            self._held = self._opened()
+            self.manifest = self._manifest(self._held)
+            self._verify(self._held)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._open.close()
 
     def read(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Reads tensors as they are stored, under the names that the files have for them.
@@ -54,21 +62,20 @@ class Folder:
         Args:
             names: First names of tensors in the manifest.
         """
-        with self._opened() as held:
-            return {name: _whole(self._entry[name], held[self._where[name]].read([name])[name]) for name in names}
+        held = self._held
+        return {name: _whole(self._entry[name], held[self._where[name]].read([name])[name]) for name in names}
 
-    @contextlib.contextmanager
-    def _opened(self) -> Iterator[list[Container]]:
-        with contextlib.ExitStack() as stack:
-            held = []
-            for name in self.files:
-                try:
-                    held.append(open_container(stack.enter_context(open(name, "rb")), name))
-                except FileNotFoundError as error:
-                    raise FormatError(f"{name} is missing, without which {self.path} cannot be opened") from error
-                except FormatError as error:
-                    raise FormatError(f"{name} {error}") from error
-            yield held
+    def _opened(self) -> list[Container]:
+        held = []
+        for name in self.files:
+            try:
+                file = self._open.enter_context(open(name, "rb"))  # noqa: SIM115 (closed by close)
+                held.append(open_container(file, name))
+            except FileNotFoundError as error:
+                raise FormatError(f"{name} is missing, without which {self.path} cannot be opened") from error
+            except FormatError as error:
+                raise FormatError(f"{name} {error}") from error
+        return held
 
     def _manifest(self, held: Sequence[Container]) -> dict[str, Any]:
         first = held[0]
@@ -82,15 +89,15 @@ class Folder:
                     raise FormatError(f"{file} holds {name}, which {self.files[self._where[name]]} holds, too")
                 stored[name], self._where[name] = what, number
         try:
-            return read_manifest(first.text, first.seal, self._true(first.text, stored))
+            return read_manifest(first.text, first.seal, lambda manifest: self._true(manifest, stored))
         except FormatError as error:
             raise FormatError(f"{self.path} {error}") from error
 
     def _true(
-        self, text: str, stored: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+        self, manifest: Any, stored: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
     ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """What is stored, as a manifest has it: without guards and extra state, and no tensor flat."""
-        self._entry = _entries(text)
+        self._entry = _entries(manifest)
         found = dict(stored)
         for name, (dtype, shape) in stored.items():
             entry = self._entry.get(name)
@@ -115,10 +122,10 @@ class Folder:
             )
 
 
-def _entries(text: str) -> dict[str, Any]:
+def _entries(manifest: Any) -> dict[str, Any]:
     """What a manifest says of tensors, by their first names; nothing where it is none, which is found out later."""
-    with contextlib.suppress(ValueError, RecursionError, TypeError, LookupError, AttributeError):
-        return {entry["names"][0]: entry for entry in json.loads(text)["tensors"]}
+    with contextlib.suppress(TypeError, LookupError, AttributeError):
+        return {entry["names"][0]: entry for entry in manifest["tensors"]}
     return {}
 
 

@@ -180,6 +180,7 @@ class Restoring(ConversionOps):
         if self._errors:
             raise FormatError(f"{self._folder.path} {self._errors[0]}") from self._errors[0]
         stored = self._folder.read([self._stored_as[name] for name in self._beside])
+        self._folder.close()
         away = set(offloaded(model))
         for name, entry in self._entries.items():
             if name in self._beside:
