@@ -110,7 +110,10 @@ class Restoring(ConversionOps):
         pairs = [(f"{SUFFIX}\\.codes", f"{SUFFIX}.codes"), (f"\\.{CORE}\\.", f".{CORE}.")]
         if self._first is not None:
             pairs.append((f"^{re.escape(self._stored_as[self._first[0]])}$", self._stored_as[self._first[0]]))
-        return [WeightConverter([source], [target], [self]) for source, target in pairs]
+        return [
+            WeightConverter(source_patterns=[source], target_patterns=[target], operations=[self])
+            for source, target in pairs
+        ]
 
     def takes(self, name: str) -> bool:
         """Returns whether a tensor comes to its place in another shape than the one that is there.
