@@ -39,6 +39,13 @@ _ALIGNED = 64
 _IGNORED = "_keys_to_ignore_on_load_unexpected"
 
 
+class _Patterns(set[str]):
+    """Patterns as transformers joins them with its own: as sets, or as lists in older versions."""
+
+    def __add__(self, more: list[str]) -> list[str]:
+        return [*self, *more]
+
+
 class Restoring(ConversionOps):
     """What happens to one model while its folder is opened.
 
@@ -101,7 +108,7 @@ class Restoring(ConversionOps):
         unknown = [*guards, *(self._stored_as[name] for name in self._beside)]
         before = getattr(model, _IGNORED, None) or ()
         patterns = {f"^{re.escape(name)}$" for name in unknown} | {f"\\.{EXTRA}$"}
-        model.__dict__[_IGNORED] = {*before, *patterns}
+        model.__dict__[_IGNORED] = _Patterns({*before, *patterns})
 
     # -------------------------------------------------------------------------------- while tensors are read
 
