@@ -1,10 +1,13 @@
 """Rewrite a PyTorch model so that its weights live in codebooks, and use them straight from there."""
 
+from typing import Any as _Any
+
 from rpqfx import errors, graph, kv, nn, routing
 from rpqfx.codebook import CodebookSpec
 from rpqfx.conversion.dequantize import dequantize
 from rpqfx.conversion.rpqify import rpqify
 from rpqfx.errors import RPQError
+from rpqfx.integrations.arrival import register_on_arrival as _register_on_arrival
 from rpqfx.kv.policy import KVPolicy, KVRule
 from rpqfx.kv.rewrite import quantize_kv
 from rpqfx.ops.cpu.prepare import load_kernels
@@ -54,3 +57,14 @@ __all__ = [
     "save",
     "tune",
 ]
+
+_register_on_arrival()
+
+
+def __getattr__(name: str) -> _Any:
+    """Imports ``RPQConfig``, and transformers with it, when it is asked for."""
+    if name != "RPQConfig":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from rpqfx.integrations.transformers import RPQConfig
+
+    return RPQConfig

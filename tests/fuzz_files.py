@@ -23,7 +23,7 @@ from rpqfx import Hold, Policy, Rule, Skip
 from rpqfx.conversion.checkpoint import Checkpoint
 from rpqfx.errors import FormatError
 from rpqfx.storage.container import open_container
-from rpqfx.storage.serialize import _checksum, _seal
+from rpqfx.storage.serialize import _checksum, seal_of
 from tests.kv.kv_models import LM, tokens
 
 LARGEST = 64  # bytes that a byte of a file may become: codes of a bit in a tensor of int64
@@ -203,9 +203,9 @@ class Fuzzer:
             from safetensors.torch import save
 
             plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
-            return bytes(save(plain, {"format": "pt", "rpqfx": text, "rpqfx_seal": _seal(text)}))
+            return bytes(save(plain, {"format": "pt", "rpqfx": text, "rpqfx_seal": seal_of(text)}))
         file = io.BytesIO()
-        torch.save({"rpqfx": text, "seal": _seal(text), "tensors": tensors}, file)
+        torch.save({"rpqfx": text, "seal": seal_of(text), "tensors": tensors}, file)
         return file.getvalue()
 
 

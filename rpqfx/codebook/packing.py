@@ -124,6 +124,14 @@ def unpack_codes(packed: Tensor, entries: int, shape: Sequence[int], dtype: torc
         check_codes(packed, entries)
         return packed.reshape(tuple(shape))
     codes = torch.empty(count, dtype=dtype, device=packed.device)
+    if 8 % width == 0:
+        for start in range(0, count, _BLOCK):
+            some = packed[start * width // 8 : (start + _BLOCK) * width // 8]
+            each = [some >> shift & (2**width - 1) for shift in range(0, 8, width)]
+            block = torch.stack(each, -1).flatten()[: count - start]
+            check_codes(block, entries)
+            codes[start : start + _BLOCK] = block
+        return codes.reshape(tuple(shape))
     for start in range(0, count, _BLOCK):
         some = codes[start : start + _BLOCK]
         columns = _columns(packed[start // 8 * width : (start + _BLOCK) // 8 * width].int(), width)

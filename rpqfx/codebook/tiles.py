@@ -30,11 +30,32 @@ def to_tiles(codes: Tensor) -> Tensor:
     """
     stages, sub_vectors, vectors = codes.shape
     made = codes.new_empty(tiles_shape(stages, sub_vectors, vectors))
+    if codes.is_meta:
+        return made
     for first in range(0, len(made), _AT_ONCE):  # a table's codes are tens of megabytes, and so would all in between be
         part = codes[..., first * TILE : (first + _AT_ONCE) * TILE]
         halves = F.pad(part, (0, -part.shape[2] % TILE)).unflatten(2, (-1, 2, _HALF))
         both = halves[..., 0, :] | (halves[..., 1, :] << 4)
         made[first : first + _AT_ONCE] = both.permute(2, 1, 0, 3).flatten(2)
+    return made
+
+
+def tiles_of_packed(packed: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """Returns the tiles of packed codes, which are never all there as bytes: for tables, that would be the most.
+
+    Args:
+        packed: ``[R * M * N / 2]`` uint8, two codes a byte, as ``rpqfx.codebook.packing`` packs codes of 16 entries.
+        shape: ``(R, M, N)``; ``N`` is even.
+
+    Returns:
+        ``[T, M, R * 32]`` uint8.
+    """
+    made = packed.new_empty(tiles_shape(*shape))
+    rows = packed.view(*shape[:2], -1)
+    for first in range(0, len(made), _AT_ONCE):
+        both = rows[..., first * _HALF : (first + _AT_ONCE) * _HALF]
+        codes = torch.stack([both & 15, both >> 4], -1).flatten(2)
+        made[first : first + _AT_ONCE] = to_tiles(codes)
     return made
 
 
@@ -49,6 +70,8 @@ def from_tiles(tiles: Tensor, vectors: int) -> Tensor:
         ``[R, M, N]`` uint8.
     """
     count, sub_vectors, width = tiles.shape
+    if tiles.is_meta:
+        return tiles.new_empty(width // _HALF, sub_vectors, vectors)
     each = tiles.view(count, sub_vectors, width // _HALF, 1, _HALF)
     halves = torch.cat([each & 15, each >> 4], 3).permute(2, 1, 0, 3, 4)
     return halves.reshape(width // _HALF, sub_vectors, count * TILE)[..., :vectors]

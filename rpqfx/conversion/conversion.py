@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from rpqfx.calibration.batch_norm import estimate_norms
-from rpqfx.calibration.batches import Batches
 from rpqfx.codebook.packing import check_codes
 from rpqfx.codebook.spec import CodebookSpec
 from rpqfx.conversion.checkpoint import Checkpoint, fingerprint
@@ -21,6 +19,8 @@ from rpqfx.conversion.importance import importance
 from rpqfx.conversion.layerwise import Turns
 from rpqfx.conversion.observe import Observer, Seen
 from rpqfx.errors import CodeError, InputError, RewriteError
+from rpqfx.graph.calibration.batch_norm import estimate_norms
+from rpqfx.graph.calibration.batches import Batches
 from rpqfx.graph.module_graphs import evaluating
 from rpqfx.graph.replace import parameter_at, put, record
 from rpqfx.graph.snapshot import Snapshot, small_tensors

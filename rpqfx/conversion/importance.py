@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rpqfx.calibration.probe import probe
 from rpqfx.conversion.dense_weight import StandIn
 from rpqfx.conversion.observe import Observer, Seen
+from rpqfx.graph.calibration.probe import probe
 from rpqfx.nn.weight import RPQWeight
 
 _BLOCK = 4  # columns whose energies are averaged geometrically, as a sub-vector's errors are

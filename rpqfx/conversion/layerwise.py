@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from rpqfx.calibration.batches import Batches
 from rpqfx.conversion.dense_weight import StandIn
 from rpqfx.conversion.moments import Moments, input_rows
 from rpqfx.conversion.observe import Observer
 from rpqfx.conversion.parallel_runs import Lockstep, RunError
+from rpqfx.graph.calibration.batches import Batches
 from rpqfx.nn.layout import Layout
 from rpqfx.nn.weight import RPQWeight
 

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from rpqfx.calibration.batches import calibration_of
 from rpqfx.conversion import convert
 from rpqfx.errors import InputError, PolicyError, RewriteError
+from rpqfx.graph.calibration.batches import calibration_of
 from rpqfx.graph.copying import copy_model
 from rpqfx.graph.module_graphs import capture, evaluating, take_shapes
 from rpqfx.graph.presence import check_loaded
+from rpqfx.graph.pretrained_calls import renew_calls
 from rpqfx.graph.replace import parameter_at, rewrite
 from rpqfx.graph.single_graph import whole_graph
 from rpqfx.graph.sites import find_sites, is_rewritten
@@ -180,6 +181,7 @@ def _rewritten(
         small = rewrite(captured, decisions, sites, seed=seed, progress=shown_progress(progress, quiet=True))
     records, more = attached_records(small) or ((), ())
     attach_records(small, records, (*notes, *more))
+    renew_calls(small)
     if expected is not None:
         expected.check(small)
     return whole_graph(small, args, kwargs) if as_graph else small

@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from rpqfx.errors import RewriteError
+from rpqfx.graph.pretrained_calls import PushToHub, SavePretrained, take_packed
 from rpqfx.graph.token_table import GetSubmodule
 from rpqfx.nn.hosting.host import SUFFIX, weight_of
 from rpqfx.nn.resize import resize_rows, row_obstacle
@@ -23,7 +24,8 @@ from rpqfx.nn.weight import RPQWeight
 
 # What is set on a model's instances, and so to be taken back with a rewrite that is.
 ATTRIBUTES = (
-    "_tied_weights_keys", "all_tied_weights_keys", "_weight_conversions", "get_submodule", "_resize_token_embeddings"
+    "_tied_weights_keys", "all_tied_weights_keys", "_weight_conversions", "get_submodule", "save_pretrained",
+    "push_to_hub", "_resize_token_embeddings",
 )  # fmt: skip
 
 
@@ -41,6 +43,9 @@ def adapt_pretrained(model: nn.Module) -> None:
             module.__dict__["_tied_weights_keys"] = _patterns(module, ties or {}) or ties
         if isinstance(known, dict) and known:
             module.__dict__["all_tied_weights_keys"] = _names(module, known)
+        module.__dict__["save_pretrained"] = SavePretrained(module)
+        module.__dict__["push_to_hub"] = PushToHub(module)
+        take_packed(module)
         if not any(isinstance(child, RPQWeight) for child in module.modules()):
             continue
         # "As on the hub" are names and shapes of dense tensors: codebooks are saved under the names they have.

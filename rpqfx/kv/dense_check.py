@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rpqfx.calibration.batches import Batches
 from rpqfx.errors import RewriteError
 from rpqfx.graph.attention import AttentionSite
+from rpqfx.graph.calibration.batches import Batches
 from rpqfx.graph.module_graphs import evaluating
 from rpqfx.kv.coder.head_coder import HeadCoder
 from rpqfx.kv.first_run import Trial

@@ -58,7 +58,10 @@ def describe_kv(model: nn.Module) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def put_back_kv(model: nn.Module, described: Sequence[Mapping[str, Any]], names: Mapping[str, str], path: str) -> None:
+def put_back_kv(
+    model: nn.Module, described: Sequence[Mapping[str, Any]], names: Mapping[str, str], path: str,
+    maker: str = "build()",
+) -> None:  # fmt: skip
     """Has attention modules attend to codes, in place. Their coders' tensors are on the meta device.
 
     A module that does so already gets the coders that were described.
@@ -68,6 +71,7 @@ def put_back_kv(model: nn.Module, described: Sequence[Mapping[str, Any]], names:
         described: What ``describe_kv`` said, checked.
         names: Names as ``get_submodule`` takes them, by the names that were described.
         path: Of the file, for messages.
+        maker: What made the model, for messages.
 
     Raises:
         FormatError: If the model is not the one that was described.
@@ -87,10 +91,10 @@ def put_back_kv(model: nn.Module, described: Sequence[Mapping[str, Any]], names:
             core.keys, core.values = (_coder(one[side]) for side in _SIDES)
         except KeyError:
             raise FormatError(
-                f"{path} holds attention on codes at {name!r}, which the model that build() made has not"
+                f"{path} holds attention on codes at {name!r}, which the model that {maker} made has not"
             ) from None
         except RPQError as error:
-            raise FormatError(f"{path} holds attention on codes at {name!r}, where build() made {error}") from error
+            raise FormatError(f"{path} holds attention on codes at {name!r}, where {maker} made {error}") from error
     without_nested_tensors(model, [model.get_submodule(names[one["names"][0]]) for one in described])
 
 
@@ -124,7 +128,7 @@ def _coder(values: Mapping[str, Any]) -> HeadCoder:
     options = {key: value for key, value in values.items() if key != "fine"}
     with torch.device("cpu"):  # whatever the caller builds on: maps start from values
         coder = HeadCoder(**{**options, "device": "meta"})
-    coder.resize(values["stages"], values["fine"])
+        coder.resize(values["stages"], values["fine"])
     return coder
 
 

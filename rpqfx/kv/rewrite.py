@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from rpqfx.calibration.batches import Batches, calibration_of
-from rpqfx.calibration.probe import probe
 from rpqfx.errors import InputError, PolicyError, RewriteError
 from rpqfx.graph.attention import AttentionSite, find_attention
+from rpqfx.graph.calibration.batches import Batches, calibration_of
+from rpqfx.graph.calibration.probe import probe
 from rpqfx.graph.copying import copy_model
 from rpqfx.graph.module_graphs import capture, evaluating
 from rpqfx.graph.nested_tensors import without_nested_tensors

@@ -18,7 +18,7 @@ from rpqfx.storage.archive import MAGIC, Archive, Described, read_bytes
 from rpqfx.storage.pickle_reader import DTYPES
 
 FORMAT = "rpqfx"
-_SEAL = f"{FORMAT}_seal"
+SEAL = f"{FORMAT}_seal"
 _SAFETENSORS = ".safetensors"
 _HEADER = 8  # bytes of the length that a safetensors file begins with
 
@@ -131,7 +131,7 @@ def _write_safetensors(part: Path, text: str, seal: str, tensors: dict[str, Tens
                 f"{name} and {other} share memory without being one tensor, which a safetensors file cannot hold; "
                 "save under another name, as model.rpq"
             )
-    metadata = {"format": "pt", FORMAT: text, _SEAL: seal}
+    metadata = {"format": "pt", FORMAT: text, SEAL: seal}
     try:
         _safetensors().save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata)
     except SafetensorError as error:
@@ -155,7 +155,7 @@ def _open_safetensors(file: BinaryIO) -> Container:
         raise FormatError(f"is truncated, altered or no safetensors file: its tensors take {start + end} bytes")
     if not isinstance(metadata, dict) or FORMAT not in metadata:
         raise FormatError("is a safetensors file, but not one that rpqfx.save wrote")
-    text, seal = metadata[FORMAT], metadata.get(_SEAL, "")
+    text, seal = metadata[FORMAT], metadata.get(SEAL, "")
     if not isinstance(text, str) or not isinstance(seal, str):
         raise FormatError("is truncated, altered or no safetensors file: its manifest is no text")
 

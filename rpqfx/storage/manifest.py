@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rpqfx.codebook import CodebookSpec
 from rpqfx.codebook.packing import check_codes, code_bits, pack_codes, pack_floats, unpack_codes
+from rpqfx.codebook.tiles import MOST_ENTRIES, tiles_of_packed
 from rpqfx.errors import CodeError, FormatError, RPQError
 from rpqfx.graph.replace import install_all, parameter_at
 from rpqfx.graph.transformers_models import adapt_pretrained
@@ -187,6 +188,8 @@ def unpacked(entry: dict[str, Any], stored: Tensor, entries: int | None = None, 
     dtype = DTYPES[entry["dtype"]]
     try:
         if "packed" in entry:
+            if tiled and entry["packed"]["entries"] == MOST_ENTRIES and entry["shape"][2] % 2 == 0:
+                return tiles_of_packed(stored, tuple(entry["shape"]))
             codes = unpack_codes(stored, entry["packed"]["entries"], entry["shape"], dtype)
             return to_bytes(codes, tiled=True) if tiled else codes
         if entries is not None:
@@ -209,7 +212,10 @@ def codes_of(manifest: dict[str, Any]) -> dict[str, tuple[int, bool]]:
     }
 
 
-def put_back(model: nn.Module, manifest: dict[str, Any], tensors: dict[str, Tensor], path: str) -> None:
+def put_back(
+    model: nn.Module, manifest: dict[str, Any], tensors: dict[str, Tensor], path: str, *, maker: str = "build()",
+    partial: bool = False,
+) -> None:  # fmt: skip
     """Puts codebooks into a dense model as a manifest says, and every tensor in its place.
 
     Args:
@@ -217,6 +223,8 @@ def put_back(model: nn.Module, manifest: dict[str, Any], tensors: dict[str, Tens
         manifest: What ``describe`` said, checked.
         tensors: Unpacked, under their first names.
         path: Of the file, for messages.
+        maker: What made the model, for messages.
+        partial: Whether the model may have tensors that the manifest does not name.
 
     Raises:
         FormatError: If the model is not the one that was described.
@@ -225,21 +233,23 @@ def put_back(model: nn.Module, manifest: dict[str, Any], tensors: dict[str, Tens
         for name, tensor in (*wrapper.named_parameters(recurse=False), *wrapper.named_buffers(recurse=False)):
             if tensor.is_meta:
                 raise FormatError(
-                    f"{path} holds no {name} of the {type(wrapper).__name__} that build() made, which has no value on "
-                    "the meta device: have build() return the model alone, and wrap what is loaded"
+                    f"{path} holds no {name} of the {type(wrapper).__name__} that {maker} made, which has no value on "
+                    f"the meta device: have {maker} return the model alone, and wrap what is loaded"
                 )
     known = names_within(model)
     kv = manifest.get("kv", [])
     missing = set(manifest.get("routed", ())) - set(_routed(model))
     if missing:
         raise FormatError(
-            f"{path} holds a routed model ({min(missing)!r}), build() made one that is not: route it there, as in "
+            f"{path} holds a routed model ({min(missing)!r}), {maker} made one that is not: route it there, as in "
             "build=lambda: rpqfx.route(dense(), policy)"
         )
-    put_back_kv(model, [one for one in kv if not one["outermost"]], known, path)
-    _install_sites(model, manifest, known, path)
-    put_back_kv(model, [one for one in kv if one["outermost"]], known, path)
-    _assign(model, manifest, tensors, path)
+    put_back_kv(model, [one for one in kv if not one["outermost"]], known, path, maker)
+    _install_sites(model, manifest, known, path, maker)
+    put_back_kv(model, [one for one in kv if one["outermost"]], known, path, maker)
+    missing = _assign(model, manifest, tensors, path, maker)
+    if missing and not partial:
+        raise FormatError(f"{maker} made {min(missing)}, which {path} does not hold: it is of another model")
     for module in model.modules():
         refresh(module)
     adapt_pretrained(model)
@@ -253,7 +263,9 @@ def _record(values: dict[str, Any]) -> SiteRecord:
     return SiteRecord(**{**values, **tuples, "spec": spec})
 
 
-def _install_sites(model: nn.Module, manifest: dict[str, Any], known: Mapping[str, str], path: str) -> None:
+def _install_sites(
+    model: nn.Module, manifest: dict[str, Any], known: Mapping[str, str], path: str, maker: str
+) -> None:  # fmt: skip
     placed = []
     for site in manifest["sites"]:
         spec, layout = CodebookSpec.from_dict(site["spec"]), Layout.from_dict(site["layout"])
@@ -264,9 +276,9 @@ def _install_sites(model: nn.Module, manifest: dict[str, Any], known: Mapping[st
                 names.append(f"{known[owner]}.{attribute}".lstrip("."))
                 shape = tuple(parameter_at(model, names[-1]).shape)
             except (KeyError, RPQError) as error:
-                raise FormatError(f"{path} holds {name}, which the model that build() made has not") from error
+                raise FormatError(f"{path} holds {name}, which the model that {maker} made has not") from error
             if shape != layout.shape:
-                raise FormatError(f"{path} holds {name} of shape {layout.shape}, build() made it {shape}")
+                raise FormatError(f"{path} holds {name} of shape {layout.shape}, {maker} made it {shape}")
         weight = RPQWeight(spec, layout, std=site["std"], device="meta")
         for flag in _FLAGS & site.keys():
             setattr(weight, flag, site[flag])
@@ -275,10 +287,13 @@ def _install_sites(model: nn.Module, manifest: dict[str, Any], known: Mapping[st
     try:
         install_all(model, placed)
     except RPQError as error:
-        raise FormatError(f"{path} does not fit the model that build() made: {error}") from error
+        raise FormatError(f"{path} does not fit the model that {maker} made: {error}") from error
 
 
-def _assign(model: nn.Module, manifest: dict[str, Any], tensors: dict[str, Tensor], path: str) -> None:
+def _assign(
+    model: nn.Module, manifest: dict[str, Any], tensors: dict[str, Tensor], path: str, maker: str
+) -> set[str]:  # fmt: skip
+    """Puts tensors in their places; returns the names of those places for which there is none."""
     missing = {name for _, name, _ in _all_tensors(model)}
     modules = {name: module for name, _, module in modules_within(model)}
     coders = set(coder_tensors(model))
@@ -290,7 +305,7 @@ def _assign(model: nn.Module, manifest: dict[str, Any], tensors: dict[str, Tenso
             owner, _, attribute = name.rpartition(".")
             module = modules.get(owner)
             if module is None or not _has_place(module, entry["kind"], attribute):
-                raise FormatError(f"{path} holds {name}, which the model that build() made has not")
+                raise FormatError(f"{path} holds {name}, which the model that {maker} made has not")
             group = _group(module, entry["kind"])
             before = group.get(attribute)
             # buffers that are not saved with a state dict may have grown since the model was built, as caches do
@@ -298,7 +313,7 @@ def _assign(model: nn.Module, manifest: dict[str, Any], tensors: dict[str, Tenso
             fixed = fixed and SUFFIX not in name and entry["kind"] != "attribute" and name not in coders
             if isinstance(before, Tensor) and fixed and before.shape != tensor.shape:
                 raise FormatError(
-                    f"{path} holds {name} of shape {tuple(tensor.shape)}, build() made it {tuple(before.shape)}"
+                    f"{path} holds {name} of shape {tuple(tensor.shape)}, {maker} made it {tuple(before.shape)}"
                 )
             if isinstance(tensor, nn.Parameter) and before is not None:
                 tensor.__dict__.update(before.__dict__)
@@ -307,8 +322,7 @@ def _assign(model: nn.Module, manifest: dict[str, Any], tensors: dict[str, Tenso
             else:
                 group[attribute] = tensor
             missing.discard(name)
-    if missing:
-        raise FormatError(f"build() made {min(missing)}, which {path} does not hold: it is of another model")
+    return missing
 
 
 def _has_place(module: nn.Module, kind: str, attribute: str) -> bool:

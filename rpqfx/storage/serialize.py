@@ -16,7 +16,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -70,16 +70,9 @@ def save(model: nn.Module, path: Place) -> None:
     model = unwrapped(model)
     if not is_rewritten(model) and not attentions(model):
         raise RPQError("nothing in this model is held in codebooks; save a dense model with torch.save(state_dict())")
-    tensors, manifest = describe(model)
-    version = FORMAT_VERSION if "kv" in manifest or "routed" in manifest else _PLAIN_VERSION
-    manifest = {"version": version, **manifest, "checksum": _checksum(tensors)}
-    try:
-        check_manifest(manifest, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
-    except FormatError as error:
-        raise as_unsavable(error) from error
-    text = json.dumps(manifest)
+    tensors, text = prepared(model)
     with _written(target) as part:
-        write(part, text, _seal(text), tensors)
+        write(part, text, seal_of(text), tensors)
         _read_back(part, text, tensors)
 
 
@@ -170,6 +163,54 @@ def _check_build(build: Any) -> None:
 # ---------------------------------------------------------------------------------------------------- the file
 
 
+def prepared(model: nn.Module) -> tuple[dict[str, Tensor], str]:
+    """Returns what a file of a model holds: tensors as they are stored, and the manifest as text.
+
+    Args:
+        model: As ``save`` takes it, without wrappers.
+
+    Raises:
+        RPQError: As ``save``.
+    """
+    tensors, manifest = describe(model)
+    version = FORMAT_VERSION if "kv" in manifest or "routed" in manifest else _PLAIN_VERSION
+    manifest = {"version": version, **manifest, "checksum": _checksum(tensors)}
+    try:
+        check_manifest(manifest, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
+    except FormatError as error:
+        raise as_unsavable(error) from error
+    return tensors, json.dumps(manifest)
+
+
+def read_manifest(
+    text: str, seal: str, stored: Callable[[Any], Mapping[str, tuple[torch.dtype, tuple[int, ...]]]]
+) -> dict[str, Any]:  # fmt: skip
+    """Returns a manifest, held against its seal and against what is stored.
+
+    Args:
+        text: Of the manifest.
+        seal: What its hash was.
+        stored: Gives dtype and shape of each tensor, by name, for a manifest that nothing is known of yet.
+
+    Raises:
+        FormatError: If it is not what ``prepared`` returned. The message goes on from the file's name.
+    """
+    if seal_of(text) != seal:
+        raise FormatError("was altered: its manifest does not match its seal; save the model again")
+    try:
+        manifest = json.loads(text, object_pairs_hook=without_doubles)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"was altered: its manifest is no JSON ({error})") from error
+    version = manifest.get("version") if isinstance(manifest, dict) else None
+    if type(version) is int and version > FORMAT_VERSION:
+        raise FormatError(f"is of format {version}, newer than this library reads ({FORMAT_VERSION}); update rpqfx")
+    try:
+        check_manifest(manifest, stored(manifest))
+    except FormatError as error:
+        raise FormatError(f"was altered: {error}") from error
+    return manifest
+
+
 def _target(path: Place) -> Path | BinaryIO:
     """Where a file is to be written, seen to before there is any work."""
     if isinstance(path, (str, bytes, os.PathLike)):
@@ -247,7 +288,7 @@ def _read_back(part: Path, text: str, tensors: dict[str, Tensor]) -> None:
             for name in sorted(held.stored):
                 take_in(digest, held.read([name])[name], name)
             wanted = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-            same = held.text == text and held.seal == _seal(text) and dict(held.stored) == wanted
+            same = held.text == text and held.seal == seal_of(text) and dict(held.stored) == wanted
             if same and digest.hexdigest() == json.loads(text)["checksum"]:
                 return
             why = "it is not what was to be written"
@@ -266,24 +307,17 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _seal(text: str) -> str:
+def seal_of(text: str) -> str:
+    """Returns the seal of a manifest.
+
+    Args:
+        text: Of the manifest.
+    """
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _read(held: Container, device: torch.device | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if _seal(held.text) != held.seal:
-        raise FormatError("was altered: its manifest does not match its seal; save the model again")
-    try:
-        manifest = json.loads(held.text, object_pairs_hook=without_doubles)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"was altered: its manifest is no JSON ({error})") from error
-    version = manifest.get("version") if isinstance(manifest, dict) else None
-    if type(version) is int and version > FORMAT_VERSION:
-        raise FormatError(f"is of format {version}, newer than this library reads ({FORMAT_VERSION}); update rpqfx")
-    try:
-        check_manifest(manifest, held.stored)
-    except FormatError as error:
-        raise FormatError(f"was altered: {error}") from error
+    manifest = read_manifest(held.text, held.seal, lambda _: held.stored)
     tensors = held.read(list(held.stored))
     if _checksum(tensors) != manifest["checksum"]:
         raise FormatError("was altered: its tensors do not match its checksum; save the model again")

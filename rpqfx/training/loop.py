@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rpqfx.calibration.batches import arguments
 from rpqfx.errors import InputError, TrainingError
+from rpqfx.graph.calibration.batches import arguments
 from rpqfx.graph.snapshot import Flags
 from rpqfx.nn.weight import RPQWeight
 from rpqfx.training.decoded_weight import CutWeight

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from rpqfx.calibration.batches import arguments
 from rpqfx.conversion.checkpoint import Checkpoint, Work, fingerprint
 from rpqfx.errors import FormatError
+from rpqfx.graph.calibration.batches import arguments
 from rpqfx.graph.generators import generator_states, set_generator_states
 from rpqfx.training.data import Data, feed, is_replayed
 from rpqfx.training.loop import Loss, Run, Settings

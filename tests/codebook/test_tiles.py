@@ -8,12 +8,13 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rpqfx import CodebookSpec, ops
-from rpqfx.codebook.tiles import from_tiles, pick, tiles_shape, to_tiles
+from rpqfx.codebook.packing import pack_codes
+from rpqfx.codebook.tiles import from_tiles, pick, tiles_of_packed, tiles_shape, to_tiles
 from rpqfx.errors import CodeError, InputError, SpecError
 from rpqfx.nn import RPQWeight
 from rpqfx.ops import Tensors, linear, linear_t, lookup
@@ -187,3 +188,18 @@ class _Product(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.weight.linear(x)
+
+
+@given(stages=st.integers(1, 3), sub_vectors=st.integers(1, 3), pairs=st.integers(1, 2300), seed=st.integers(0, 99))
+@settings(max_examples=25)
+def test_tiles_are_made_of_packed_codes(stages: int, sub_vectors: int, pairs: int, seed: int) -> None:
+    shape = (stages, sub_vectors, 2 * pairs)
+    codes = torch.randint(16, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    assert torch.equal(tiles_of_packed(pack_codes(codes, 16), shape), to_tiles(codes))
+
+
+def test_tiles_on_the_meta_device_have_the_shapes_of_others() -> None:
+    codes = torch.zeros(3, 2, 70, dtype=torch.uint8)
+    tiles = to_tiles(codes)
+    assert to_tiles(codes.to("meta")).shape == tiles.shape
+    assert from_tiles(tiles.to("meta"), 70).shape == from_tiles(tiles, 70).shape

@@ -19,8 +19,8 @@ ROOTS = (PACKAGE, PACKAGE.parent)
 
 # What stands at the top of the package, from the top down; CONTRIBUTING.md says what is in each.
 ORDER = (
-    "__main__", "distributed", "training", "conversion", "storage", "routing", "kv", "timing", "graph", "reporting",
-    "policies", "nn", "fit", "ops", "calibration", "codebook", "validation", "errors",
+    "__main__", "integrations", "distributed", "training", "conversion", "storage", "routing", "kv", "timing", "graph",
+    "reporting", "policies", "nn", "fit", "ops", "codebook", "validation", "errors",
 )  # fmt: skip
 AT_MOST = 20  # entries that a newcomer has to look through
 

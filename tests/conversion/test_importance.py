@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import rpqfx
-from rpqfx.calibration.probe import probe
 from rpqfx.conversion.dense_weight import StandIn
 from rpqfx.conversion.importance import importance
 from rpqfx.conversion.observe import Observer
+from rpqfx.graph.calibration.probe import probe
 from rpqfx.nn.layout import Layout
 from tests.helpers import randn
 

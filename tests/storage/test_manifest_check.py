@@ -12,7 +12,7 @@ from torch import nn
 import rpqfx
 from rpqfx import Policy
 from rpqfx.errors import FormatError
-from rpqfx.storage.serialize import _checksum, _seal
+from rpqfx.storage.serialize import _checksum, seal_of
 
 POLICY = Policy(codebook_dim=4, bits=2, min_size=1, scale=True, dim_scale=True, allow_growth=True)
 FACTORS = ("codebooks", "scale", "dim_scale")
@@ -56,7 +56,7 @@ def test_a_tensor_of_another_dtype_than_its_manifest_says_is_refused(place: str,
     text = json.dumps({**manifest, "checksum": _checksum(tensors)})
     forged = io.BytesIO()
     forged.name = "m.rpq"
-    torch.save({"rpqfx": text, "seal": _seal(text), "tensors": tensors}, forged)
+    torch.save({"rpqfx": text, "seal": seal_of(text), "tensors": tensors}, forged)
     forged.seek(0)
     with pytest.raises(FormatError, match=rf"it holds {name} as .* of torch\.\w+, its manifest says .* of torch\.\w+"):
         rpqfx.load(forged, build)

@@ -22,7 +22,7 @@ from rpqfx.errors import CodeError, FormatError, InputError, RPQError
 from rpqfx.nn import RPQLinear
 from rpqfx.storage import serialize
 from rpqfx.storage.container import open_container
-from rpqfx.storage.serialize import FORMAT_VERSION, _checksum, _seal
+from rpqfx.storage.serialize import FORMAT_VERSION, _checksum, seal_of
 from tests import forks
 from tests.models import BY_NAME, CASES, GPT, MLP, SMALL, Case, assert_outputs, held_weights
 
@@ -435,7 +435,7 @@ def test_every_flipped_byte_of_a_tensor_is_noticed(suffix: str, tmp_path: Path):
 def rewrite_manifest(path: Path, sealed: bool = True, **changes: Any) -> None:
     held = torch.load(path, weights_only=True)
     text = json.dumps({**json.loads(held["rpqfx"]), **changes})
-    torch.save({**held, "rpqfx": text, "seal": _seal(text) if sealed else held["seal"]}, path)
+    torch.save({**held, "rpqfx": text, "seal": seal_of(text) if sealed else held["seal"]}, path)
 
 
 def test_a_newer_file_is_refused_as_newer(tmp_path: Path):
@@ -464,7 +464,7 @@ def save_unpacked(model: nn.Module, path: Path, version: int) -> None:
         for site in manifest["sites"]:
             del site["layout"]["experts"]
     text = json.dumps({**manifest, "version": version, "checksum": _checksum(tensors)})
-    torch.save({"rpqfx": text, "seal": _seal(text), "tensors": tensors}, path)
+    torch.save({"rpqfx": text, "seal": seal_of(text), "tensors": tensors}, path)
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -971,6 +971,6 @@ def test_codes_out_of_range_do_not_come_out_of_an_unpacked_file(tmp_path: Path):
     held = torch.load(tmp_path / "m.rpq", weights_only=True)
     held["tensors"]["fc1.weight_rpq.codes"][0, 0, 0] = 200
     text = json.dumps({**json.loads(held["rpqfx"]), "checksum": _checksum(held["tensors"])})
-    torch.save({**held, "rpqfx": text, "seal": _seal(text)}, tmp_path / "m.rpq")
+    torch.save({**held, "rpqfx": text, "seal": seal_of(text)}, tmp_path / "m.rpq")
     with pytest.raises(FormatError, match=r"fc1\.weight_rpq\.codes, which cannot be unpacked: codes of 0 to 200"):
         rpqfx.load(tmp_path / "m.rpq", forbidden)

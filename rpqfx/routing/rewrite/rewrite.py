@@ -13,6 +13,8 @@ from rpqfx.graph.copying import copy_model
 from rpqfx.graph.module_graphs import capture
 from rpqfx.graph.nested_tensors import without_nested_tensors
 from rpqfx.graph.snapshot import Snapshot
+from rpqfx.graph.transformers_models import adapt_pretrained
+from rpqfx.nn.wrappers import modules_within
 from rpqfx.policies.arguments import check_model, check_policy
 from rpqfx.policies.name_rules import check_rules
 from rpqfx.routing.rewrite.attention import AttentionRoute, TorchAttentionRoute, named
@@ -26,6 +28,7 @@ from rpqfx.routing.windows import LocalAttention
 from rpqfx.validation.values import check_seed, flag
 
 ROUTE = "routed"  # the attribute under which a block's last layer, or an attention module, holds what routes it
+POLICY = "_rpqfx_route"  # the attribute of a routed model that says how it was routed
 _HEAD = 64
 
 
@@ -86,6 +89,8 @@ def _route(small: nn.Module, policy: RoutePolicy, seed: int) -> nn.Module:
     small.register_forward_hook(_Forget(padding), always_call=True)
     if any(block.kind == "attention" for block, _ in blocks):
         _without_cache(small)
+    small.__dict__[POLICY] = policy
+    adapt_pretrained(small)
     return small
 
 
@@ -93,6 +98,16 @@ def routed(model: nn.Module) -> dict[str, FeedForwardRoute | AttentionRoute]:
     """The routes of a model's blocks, by the names that rules match; empty if it is not routed."""
     found = [module for module in model.modules() if isinstance(module, (FeedForwardRoute, AttentionRoute))]
     return {module.name: module for module in found}
+
+
+def routing_of(model: nn.Module) -> dict[str, RoutePolicy]:
+    """Returns how a model and parts of it were routed, by the names of what ``route`` was called with.
+
+    Args:
+        model: Any model; its own name is empty.
+    """
+    named = {name: module.__dict__.get(POLICY) for name, _, module in modules_within(model)}
+    return {name: policy for name, policy in named.items() if isinstance(policy, RoutePolicy)}
 
 
 def _decide(blocks: Sequence[Block], policy: RoutePolicy) -> list[tuple[Block, int | float]]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rpqfx.calibration.batch_norm import estimate_norms
+from rpqfx.graph.calibration.batch_norm import estimate_norms
 from tests.helpers import randn
 
 

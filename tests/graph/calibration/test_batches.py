@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rpqfx.calibration.batches import Batches
 from rpqfx.errors import InputError
+from rpqfx.graph.calibration.batches import Batches
 
 
 class Echo(nn.Module):

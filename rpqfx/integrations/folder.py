@@ -1,0 +1,139 @@
+"""The safetensors files of a folder that ``save_pretrained`` wrote: one manifest, and its tensors in one file or more.
+
+Each file carries the whole manifest in its metadata, because that is what comes along wherever a file goes: to the
+hub, into a cache, into another folder. So what one of them is without the others is known, and refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rpqfx.errors import FormatError
+from rpqfx.graph.pretrained_calls import EXTRA
+from rpqfx.storage.container import Container, open_container
+from rpqfx.storage.files import take_in
+from rpqfx.storage.serialize import read_manifest
+
+GUARD = (1,)  # the shape of a tensor that stands for a dense weight, so that it fits no dense model
+
+
+class Folder:
+    """What the files of a folder hold; found to be whole, and what was written.
+
+    Args:
+        files: As transformers found them.
+
+    Raises:
+        FormatError: If a file is missing, damaged, or of another model than the others.
+    """
+
+    def __init__(self, files: Sequence[str] | None) -> None:
+        if not files:
+            raise FormatError(
+                "a model in codebooks comes from the files of its folder, and no files were found; pass the folder to "
+                "from_pretrained, without state_dict"
+            )
+        self.files = [str(file) for file in files]
+        self.path = str(Path(self.files[0]).parent)
+        self._open = contextlib.ExitStack()
+        try:
+            self._held = self._opened()
+            self.manifest = self._manifest(self._held)
+            self._verify(self._held)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._open.close()
+
+    def read(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Reads tensors as they are stored, under the names that the files have for them.
+
+        Args:
+            names: First names of tensors in the manifest.
+        """
+        held = self._held
+        return {name: _whole(self._entry[name], held[self._where[name]].read([name])[name]) for name in names}
+
+    def _opened(self) -> list[Container]:
+        held = []
+        for name in self.files:
+            try:
+                file = self._open.enter_context(open(name, "rb"))  # noqa: SIM115 (closed by close)
+                held.append(open_container(file, name))
+            except FileNotFoundError as error:
+                raise FormatError(f"{name} is missing, without which {self.path} cannot be opened") from error
+            except FormatError as error:
+                raise FormatError(f"{name} {error}") from error
+        return held
+
+    def _manifest(self, held: Sequence[Container]) -> dict[str, Any]:
+        first = held[0]
+        self._where: dict[str, int] = {}
+        stored: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        for number, (file, one) in enumerate(zip(self.files, held, strict=True)):
+            if (one.text, one.seal) != (first.text, first.seal):
+                raise FormatError(f"{file} is of another model, or of another time, than {self.files[0]}")
+            for name, what in one.stored.items():
+                if name in stored:
+                    raise FormatError(f"{file} holds {name}, which {self.files[self._where[name]]} holds, too")
+                stored[name], self._where[name] = what, number
+        try:
+            return read_manifest(first.text, first.seal, lambda manifest: self._true(manifest, stored))
+        except FormatError as error:
+            raise FormatError(f"{self.path} {error}") from error
+
+    def _true(
+        self, manifest: Any, stored: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+    ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """What is stored, as a manifest has it: without guards and extra state, and no tensor flat."""
+        self._entry = _entries(manifest)
+        found = dict(stored)
+        for name, (dtype, shape) in stored.items():
+            entry = self._entry.get(name)
+            if entry is None and ((dtype, shape) == (torch.uint8, GUARD) or name.endswith(f".{EXTRA}")):
+                del found[name]
+            elif entry is not None and _is_flat(entry, shape):
+                found[name] = dtype, tuple(entry["shape"])
+        return found
+
+    def _verify(self, held: Sequence[Container]) -> None:
+        digest = hashlib.sha256()
+        for name in sorted(entry["names"][0] for entry in self.manifest["tensors"]):
+            try:
+                tensor = held[self._where[name]].read([name])[name]
+            except FormatError as error:
+                raise FormatError(f"{self.files[self._where[name]]}: {error}") from error
+            take_in(digest, _whole(self._entry[name], tensor), name)
+        if digest.hexdigest() != self.manifest["checksum"]:
+            raise FormatError(
+                f"{self.path} was altered: its tensors do not match its checksum; copy it again, or save the model "
+                "again"
+            )
+
+
+def _entries(manifest: Any) -> dict[str, Any]:
+    """What a manifest says of tensors, by their first names; nothing where it is none, which is found out later."""
+    with contextlib.suppress(TypeError, LookupError, AttributeError):
+        return {entry["names"][0]: entry for entry in manifest["tensors"]}
+    return {}
+
+
+def _is_flat(entry: Mapping[str, Any], shape: tuple[int, ...]) -> bool:
+    own = entry.get("shape")
+    sized = isinstance(own, list) and len(own) > 1 and all(type(size) is int for size in own)
+    return "packed" not in entry and sized and shape == (math.prod(own or ()),)
+
+
+def _whole(entry: Mapping[str, Any], tensor: Tensor) -> Tensor:
+    return tensor.view(entry["shape"]) if _is_flat(entry, tuple(tensor.shape)) else tensor
