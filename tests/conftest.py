@@ -74,6 +74,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if is_numerical(item.path) and not item.get_closest_marker("traced"):
             item.add_marker(pytest.mark.numerical)
+        if item.path.is_relative_to(HERE / "distributed"):
+            item.add_marker(pytest.mark.processes)
         marker = item.get_closest_marker("few")
         if marker is None:
             continue
@@ -130,7 +132,8 @@ class LeftOut:
         self._note(report)
 
     def pytest_deselected(self, items: list[pytest.Item]) -> None:
-        self.deselected += sum(any(item.get_closest_marker(name) for name in ("slow", "gpu")) for item in items)
+        apart = ("slow", "gpu", "processes")
+        self.deselected += sum(any(item.get_closest_marker(name) for name in apart) for item in items)
 
     def pytest_sessionfinish(self) -> None:
         output = getattr(self.config, "workeroutput", None)
@@ -166,7 +169,10 @@ def left_out(missing: dict[str, str], deselected: int) -> Iterator[str]:
             f"pip install -e '.[{','.join(extras)}]'"
         )
     if deselected:
-        yield f"{deselected} deselected: pytest -m slow runs the slow tests, pytest -m gpu those that need a GPU"
+        yield (
+            f"{deselected} deselected: pytest -m slow runs the slow tests, -m processes those of several processes, "
+            "-m gpu those that need a GPU"
+        )
 
 
 def pytest_configure(config: pytest.Config) -> None:

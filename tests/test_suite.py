@@ -153,7 +153,8 @@ def test_a_run_says_what_needs_more_packages_and_how_to_run_the_rest() -> None:
     assert list(left_out({}, 0)) == []
     assert list(left_out({"a.py::b": "peft"}, 2)) == [
         "1 test needs more than the extra \"test\" (peft): pip install -e '.[transformers]'",
-        "2 deselected: pytest -m slow runs the slow tests, pytest -m gpu those that need a GPU",
+        "2 deselected: pytest -m slow runs the slow tests, -m processes those of several processes, "
+        "-m gpu those that need a GPU",
     ]
     (line,) = left_out({"a.py::b": "peft", "a.py::c": "onnxruntime", "d.py": "safetensors"}, 0)
     assert line == (
