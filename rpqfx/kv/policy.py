@@ -6,7 +6,7 @@ import dataclasses
 import fnmatch
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from rpqfx.errors import PolicyError
 from rpqfx.policies import name_rules
@@ -83,6 +83,8 @@ class KVPolicy:
         decay: Of moving averages that codebooks follow in training; None: they are trained by gradient.
         chunk: Tokens that leave the window at a time, a multiple of 8.
         rules: What differs for some layers.
+        skip_layers: Numbers of the attention modules, in the order in which the model has them, that keep their cache
+            as it is; negative ones count from the last.
 
     Raises:
         PolicyError: If an option does not exist, is out of range, or would do nothing beside the others.
@@ -106,6 +108,7 @@ class KVPolicy:
     decay: float | None = None
     chunk: int = 16
     rules: tuple[KVRule, ...] = ()
+    skip_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _check_bits(self.bits)
@@ -125,6 +128,7 @@ class KVPolicy:
                 f"chunk is a multiple of {_UNIT}, so that codes fill whole bytes, got {self.chunk}; give {near}"
             )
         object.__setattr__(self, "rules", name_rules.rules_of(self.rules, KVRule))
+        self._check_skipped()
         self._check_idle()
         defaults = {"joint": self.transform and not self.scaled, "beam": 1 if self.cosine else _BEAM}
         if self.transform:
@@ -132,6 +136,14 @@ class KVPolicy:
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+
+    def _check_skipped(self) -> None:
+        layers = self.skip_layers
+        if not isinstance(layers, (tuple, list)) or any(type(layer) is not int for layer in layers):
+            raise PolicyError(f"skip_layers are numbers of layers, as in skip_layers=(0, -1), got {shown(layers)}")
+        if len(set(layers)) < len(layers):
+            raise PolicyError(f"skip_layers names a layer twice: {shown(layers)}")
+        object.__setattr__(self, "skip_layers", tuple(layers))
 
     def _check_idle(self) -> None:
         """Sees that no option is given that would do nothing."""
@@ -169,8 +181,23 @@ class KVPolicy:
             if rule.matches(name):
                 if rule.skip is not None:
                     return rule.skip
-                return dataclasses.replace(self, bits=rule.bits or self.bits, rules=())
-        return dataclasses.replace(self, rules=())
+                return dataclasses.replace(self, bits=rule.bits or self.bits, rules=(), skip_layers=())
+        return dataclasses.replace(self, rules=(), skip_layers=())
+
+    @classmethod
+    def preset(cls, name: str) -> KVPolicy:
+        """Returns the policy of a name: ``"2bit"``, ``"3bit"`` or ``"4bit"``, bits for each number.
+
+        All else is as it is left out; ``dataclasses.replace`` changes more of it.
+
+        Args:
+            name: Of the preset.
+
+        Raises:
+            PolicyError: If there is no preset of that name.
+        """
+        one_of("preset", name, tuple(_PRESETS))
+        return cls(bits=_PRESETS[name])
 
     def to_json(self) -> str:
         """The policy as JSON; ``from_json`` reads it."""
@@ -183,21 +210,10 @@ class KVPolicy:
         Raises:
             PolicyError: If the text says something else.
         """
-        return name_rules.from_json(lambda **values: cls(**_without_idle(values)), KVRule, text, cls.__name__)
+        return name_rules.from_json(cls, KVRule, text, cls.__name__)
 
 
-def _without_idle(values: dict[str, Any]) -> dict[str, Any]:
-    """Leaves out what 0.1 wrote of options at their defaults that did nothing beside the others."""
-    idle: dict[str, Any] = {}
-    if values.get("transform") is False:
-        idle["stages"] = _STAGES
-    if values.get("transform") is False or values.get("scaled") is True:
-        idle["joint"] = True
-    if values.get("cosine") is True:
-        idle["beam"] = _BEAM
-    return {name: value for name, value in values.items() if name not in idle or value != idle[name]}
-
-
+_PRESETS = {"2bit": 2.0, "3bit": 3.0, "4bit": 4.0}
 _RANGES = {
     "window": (0, 2**31 - 1), "sinks": (0, 2**31 - 1), "sub_vector": (1, 2**31 - 1), "entries": (2, 65_536),
     "stages": (1, 64), "beam": (1, 65_536), "chunk": (1, 2**31 - 1),

@@ -181,10 +181,14 @@ def _decide(sites: Sequence[AttentionSite], policy: KVPolicy) -> dict[AttentionS
             "torch.nn.MultiheadAttention and no attention module of transformers"
         )
     check_rules(policy.rules, [site.name for site in sites], "attention module")
-    decided = {site: policy.of(site.name) for site in sites}
+    beyond = [layer for layer in policy.skip_layers if not -len(sites) <= layer < len(sites)]
+    if beyond:
+        raise PolicyError(f"skip_layers has {beyond[0]}, and the model has {len(sites)} attention modules, from 0")
+    skipped = {layer % len(sites) for layer in policy.skip_layers}
+    decided = {site: policy.of(site.name) for number, site in enumerate(sites) if number not in skipped}
     held = {site: own for site, own in decided.items() if isinstance(own, KVPolicy)}
     if not held:
-        raise PolicyError("rules skip every attention module; there is nothing to do")
+        raise PolicyError("rules and skip_layers skip every attention module; there is nothing to do")
     return held
 
 

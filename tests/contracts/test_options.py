@@ -300,6 +300,7 @@ KV_VALUES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "decay": (None, 0.9, {"transform": False}),
     "chunk": (8, 16, {}),
     "rules": ((), (KVRule("layers.0", skip="dense"),), {}),
+    "skip_layers": ((), (0,), {}),
 }
 KV_REFUSED = {
     "chunk": {"chunk": 12},

@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 
 from rpqfx.errors import PolicyError
+from rpqfx.kv import attentions, quantize_kv
 from rpqfx.kv.policy import KVPolicy, KVRule
+from tests.kv.kv_models import LM, tokens
 
 POLICY = KVPolicy(bits=3, window=7, rules=(KVRule("layers.0.*", skip="it is short"), KVRule("layers.*", bits=4)))
 
@@ -46,9 +48,32 @@ def test_a_rule_says_one_thing(values: dict[str, Any]) -> None:
         KVRule("*", **values)
 
 
-def test_json_of_before_options_were_refused_is_read() -> None:
-    """Version 0.1 wrote every option, those that did nothing too."""
-    old = '{"bits": 2.0, "window": 9, "stages": 6, "transform": false, "joint": true, "cosine": true, "beam": 8}'
-    assert KVPolicy.from_json(old) == KVPolicy(window=9, transform=False, cosine=True)
-    with pytest.raises(PolicyError, match="stages=5 would do nothing"):
-        KVPolicy.from_json(old.replace("6", "5"))
+@pytest.mark.parametrize(("name", "bits"), [("2bit", 2.0), ("3bit", 3.0), ("4bit", 4.0)])
+def test_presets_have_the_bits_of_their_names(name: str, bits: float) -> None:
+    assert KVPolicy.preset(name) == KVPolicy(bits=bits)
+
+
+def test_a_preset_that_is_not_there_is_refused_with_those_that_are() -> None:
+    with pytest.raises(PolicyError, match="preset is one of 2bit, 3bit, 4bit, got 'q4_0'"):
+        KVPolicy.preset("q4_0")
+
+
+@pytest.mark.parametrize("values", [0, "0", [0, 1.0], [True], (1, 1)])
+def test_layers_to_skip_are_whole_numbers_each_once(values: Any) -> None:
+    with pytest.raises(PolicyError, match="skip_layers"):
+        KVPolicy(skip_layers=values)
+
+
+def test_layers_to_skip_are_counted_from_either_end() -> None:
+    ids = tokens(0, 2, 40)
+
+    def held(*layers: int) -> list[str]:
+        policy = KVPolicy(sub_vector=4, entries=8, skip_layers=layers)
+        return list(attentions(quantize_kv(LM(layers=2), policy, calibration=[ids], progress=False)))
+
+    both = held()
+    assert len(both) == 2 and held(0) == held(-2) == both[1:] and held(1) == held(-1) == both[:1]
+    with pytest.raises(PolicyError, match="skip_layers has 2, and the model has 2 attention modules, from 0"):
+        held(2)
+    with pytest.raises(PolicyError, match="rules and skip_layers skip every attention module"):
+        held(0, 1)
