@@ -109,16 +109,13 @@ class Loaded(nn.Module):
         super().__setstate__(state)
         if not self.spec.dim_scale:  # modules that were pickled before there was one lack its place
             self._parameters.setdefault("dim_scale", None)
-        if "codes" in self._buffers:
-            self._buffers["codes"] = to_bytes(
-                self.codes, self.spec.tiled
-            )  # pickled before codes of two bytes were bytes
+        if "codes" in self._buffers:  # maybe pickled before codes of two bytes were bytes
+            self._buffers["codes"] = to_bytes(self.codes, self.spec.tiled)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if (
-            not self.spec.tiled and "codes" in self._buffers
-        ):  # tiles stay as they lie, so that who writes to a state dict writes to the model
+        # Tiles stay as they lie, so that who writes to a state dict writes to the model.
+        if not self.spec.tiled and "codes" in self._buffers:
             destination[prefix + "codes"] = self._read(destination[prefix + "codes"])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

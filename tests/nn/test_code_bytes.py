@@ -111,9 +111,17 @@ def test_state_dicts_of_other_shapes_are_refused_in_torchs_own_words(entries: in
     with pytest.raises(RuntimeError, match=r"size mismatch for codes: .*\[2, 2, 12\].*\[2, 2, 6\]"):
         other.load_state_dict(weight.state_dict())
     state = weight.state_dict()
-    state["codes"] = weight.stored_codes  # bytes, twice as many
-    with pytest.raises(RuntimeError, match=r"size mismatch for codes: .*\[2, 2, 24\]"):
+    state["codes"] = weight.stored_codes[..., :-2]  # bytes, those of a vector too few
+    with pytest.raises(RuntimeError, match=r"size mismatch for codes: .*\[2, 2, 22\]"):
         weight.load_state_dict(state)
+
+
+@pytest.mark.parametrize("entries", WIDE)
+def test_codes_as_bytes_are_taken_as_sharded_models_save_them(entries: int):
+    weight, other = weight_of(entries), weight_of(entries)
+    other.codes = torch.zeros_like(weight.codes)
+    other.load_state_dict({**weight.state_dict(), "codes": weight.stored_codes.clone()})
+    assert torch.equal(other.codes, weight.codes) and torch.equal(other(), weight())
 
 
 @pytest.mark.parametrize("entries", WIDE)
