@@ -295,7 +295,7 @@ COMPILED = ["gpt", "functional", "functional convolutions", "experts", "read fro
 @pytest.mark.parametrize(
     ("name", "training"),
     [
-        *((name, True) for name in COMPILED),
+        *(pytest.param(name, True, marks=[pytest.mark.slow] * (name in ("gpt", "functional"))) for name in COMPILED),
         *(pytest.param(name, False, marks=[pytest.mark.slow] * (name != "gpt")) for name in COMPILED),
     ],
 )

@@ -124,7 +124,7 @@ def test_beams_and_refits_never_fit_worse_than_stages_as_they_start(spec: Codebo
     assert errors[1] <= errors[0] * (1 + 1e-9) + 1e-9
 
 
-@pytest.mark.few(40)  # each fits four times
+@pytest.mark.few(15)  # each fits four times
 @given(specs(signs=False, scale=False), seeds)
 def test_weights_broadcast_and_count_by_the_mean_of_a_sub_vector(spec: CodebookSpec, seed: int) -> None:
     matrix = randn(seed, spec.num_vectors, spec.dim)

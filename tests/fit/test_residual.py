@@ -57,6 +57,7 @@ def test_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(encode(points, books, codes=whole.flip(0)), kept)
 
 
+@pytest.mark.few(30)
 @given(seeds, *small, st.integers(1, 4))
 def test_no_turn_and_no_stage_increases_the_error(
     seed: int, num: int, stages: int, entries: int, d: int, beam: int

@@ -64,7 +64,7 @@ def weights(sites: Sequence[Site]) -> int:
     return sum(site.numel for site in sites)
 
 
-@settings(max_examples=40)
+@pytest.mark.few(15)
 @given(models(), st.floats(1, 8), st.booleans(), st.integers(0, 99))
 def test_no_more_bits_are_spent_than_asked(sites: list[Site], bits: float, weighed: bool, seed: int) -> None:
     numbers = torch.randn(len(sites), generator=torch.Generator().manual_seed(seed)).mul(3).exp().tolist()

@@ -71,7 +71,7 @@ def fresh_compiler() -> Iterator[None]:
 
 
 @pytest.mark.traced
-@pytest.mark.parametrize("rope", [pytest.param(0, marks=pytest.mark.slow), 8])
+@pytest.mark.parametrize("rope", [pytest.param(0, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)])
 def test_one_graph_serves_every_token(fresh_compiler: None, rope: int) -> None:
     ours, theirs = make(rope=rope), make(rope=rope)
 
