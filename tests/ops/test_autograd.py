@@ -58,7 +58,9 @@ FORMS = {
 def with_and_without_signs() -> list[Any]:
     """Every form both ways; by default each one way, in turn, without the transposed ones, whose code is the same."""
     pairs = [
-        (name, signs, (i + signs) % 2 or "conv " in name) for i, name in enumerate(FORMS) for signs in (False, True)
+        (name, signs, (i + signs) % 2 or "transposed" in name)
+        for i, name in enumerate(FORMS)
+        for signs in (False, True)
     ]
     return [pytest.param(name, signs, marks=[pytest.mark.slow] * bool(other)) for name, signs, other in pairs]
 
