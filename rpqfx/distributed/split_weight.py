@@ -85,7 +85,7 @@ def collect(x: Tensor, mesh: DeviceMesh, factor: float = 1.0) -> Tensor:
 
     Args:
         x: The same in all processes.
-        mesh: Of one axis.
+        mesh: A device mesh of one axis.
         factor: What the sum is multiplied by.
     """
     return _Collected.apply(x, mesh, factor)

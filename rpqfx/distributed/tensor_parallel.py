@@ -96,7 +96,7 @@ def _split(
     Args:
         module: A layer with its weight in codebooks.
         mesh: The processes.
-        axis: Of the weight.
+        axis: The axis of the weight that is cut.
         style: Says how inputs come and outputs go.
         taken: How the layer takes its input.
         made: How the layer makes its output.

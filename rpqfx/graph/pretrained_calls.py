@@ -19,7 +19,7 @@ from rpqfx.nn.weight import RPQWeight
 
 _SAVING = "rpqfx.integrations.saving"
 EXTRA = "extra_state_rpq"
-"""What a folder calls the extra state of a module: by torch's name of it, transformers would take it for a tensor."""
+"""The name of a module's extra state in a folder; transformers would take torch's name of it for a tensor."""
 
 
 class _Call:

@@ -1,1 +1,1 @@
-"""What makes other libraries' own calls work with rewritten models; each is imported when it is used."""
+"""Other libraries' own calls, for rewritten models; each part is imported when it is used."""

@@ -45,7 +45,7 @@ class _Finder(MetaPathFinder):
         """Returns the module's own spec, with a loader that registers at the end.
 
         Args:
-            fullname: Of a module that is being imported.
+            fullname: Name of the module that is being imported.
             path: Where to look for it.
             target: As finders are given it.
         """

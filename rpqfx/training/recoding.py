@@ -103,10 +103,13 @@ class Recoding:
         self._groups = groups_of_weights(model, held(model))
         _check(self._groups, optimizer, recipe)
         before = Snapshot(model, values=[tensor for group in self._groups for tensor in group.stored()])
+        parameters = [list(group["params"]) for group in optimizer.param_groups]
         try:
             self._start()
         except BaseException:
             before.restore()
+            for group, own in zip(optimizer.param_groups, parameters, strict=True):
+                group["params"][:] = own
             raise
 
     def _start(self) -> None:
@@ -166,9 +169,10 @@ class Recoding:
         if self.recipe == "latent":
             for group in self._groups:
                 latents = [weight.latent for weight in group.latent_weights]
+                if latents:  # none, where an interrupted call came that far
+                    exchange(self._optimizer, latents, [group.codebooks])
                 for weight in group.latent_weights:
                     weight.settle()
-                exchange(self._optimizer, latents, [group.codebooks])
         self._finished = True
 
     def state_dict(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import rpqfx
 from rpqfx import Policy, Recoding
 from rpqfx.errors import InputError
 from rpqfx.nn import RPQLinear, RPQWeight
+from rpqfx.training import recoding
 from rpqfx.training.latent_weight import LatentWeight
 from tests.helpers import generator, seeds
 from tests.models import GPT, held_weights
@@ -283,3 +284,43 @@ def test_calls_at_the_wrong_time_are_refused() -> None:
     optimizer.step()
     with pytest.raises(InputError, match="has taken steps already"):
         Recoding(model, optimizer, steps=1)
+
+
+def test_where_it_is_interrupted_model_and_optimizer_are_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_of("latent")
+    optimizer = _optimizer(model)
+    names, held = list(model.state_dict()), [list(group["params"]) for group in optimizer.param_groups]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    exchange, calls = recoding.exchange, []
+
+    def stop(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        exchange(*args)
+
+    monkeypatch.setattr(recoding, "exchange", stop)
+    with pytest.raises(KeyboardInterrupt):
+        Recoding(model, optimizer, steps=3)
+    assert list(model.state_dict()) == names
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    for group, own in zip(optimizer.param_groups, held, strict=True):
+        assert len(group["params"]) == len(own) and all(a is b for a, b in zip(group["params"], own, strict=True))
+
+
+def test_finish_goes_on_where_it_was_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer, recode = started("latent")
+    settle, calls = LatentWeight.settle, []
+
+    def stop(weight: LatentWeight) -> None:
+        settle(weight)
+        calls.append(weight)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(LatentWeight, "settle", stop)
+    with pytest.raises(KeyboardInterrupt):
+        recode.finish()
+    recode.finish()
+    assert not any(name.endswith("latent") for name in model.state_dict())
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {id(p) for p in model.parameters()}
