@@ -23,6 +23,7 @@ from typing import Any
 from unittest.mock import patch
 
 import decode
+import decode_steps
 import results
 import torch
 import torch.nn.functional as F
@@ -250,15 +251,15 @@ def decoding(device: Device) -> Iterator[Row]:
         model = language_model(device, bits)
         held = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
         row: Row = {"model": name, "tensor_bytes": sum(held.values())}
-        ids = decode.tokens().to(device.name)
+        ids = decode_steps.tokens().to(device.name)
         with torch.inference_mode():
-            whole = model(ids[:, : decode.BEFORE + count], use_cache=False, logits_to_keep=1).logits
-            step = decode.Step(model, 256)
+            whole = model(ids[:, : decode_steps.BEFORE + count], use_cache=False, logits_to_keep=1).logits
+            step = decode_steps.Step(model, 256)
             row["eager_s"], logits = by_steps(device, step, ids, count)
             row["eager_error"] = error(logits, whole.double())
             row["prompt_s"] = 1e-6 * device.eager_us([partial(model, ids, use_cache=False, logits_to_keep=1)], 3)
             if device.gpu:
-                step = decode.Step(model, 256)
+                step = decode_steps.Step(model, 256)
                 fast = torch.compile(step, fullgraph=True, dynamic=False, mode="reduce-overhead")
                 row["compiled_s"], logits = by_steps(device, fast, ids, count)
                 row["compiled_error"] = error(logits, whole.double())
@@ -268,7 +269,7 @@ def decoding(device: Device) -> Iterator[Row]:
 def by_steps(device: Device, step: Callable[..., Tensor], ids: Tensor, count: int) -> tuple[float, Tensor]:
     """Returns the median seconds of a token, without the first ones, and the logits of the last."""
     taken = []
-    for at in range(decode.BEFORE, decode.BEFORE + count):
+    for at in range(decode_steps.BEFORE, decode_steps.BEFORE + count):
         position = torch.tensor([[at]], device=device.name)
         one = ids[:, at : at + 1].clone()
         device.wait()
