@@ -3,7 +3,7 @@
 A tile has the codes of 64 vectors: for each use of a codebook, a sub-vector's stage, 32 bytes, of which byte ``j`` has
 the code of vector ``j`` in its low four bits and that of vector ``32 + j`` in its high ones. Tiles ``[T, M, R * 32]``
 are uint8, ``T = ceil(N / 64)``; codes of vectors that are not there are zero. A product goes through memory once, in
-order, and looks up 32 codes at a time (``rpqfx/ops/cpu/tiles.h``). There are three axes, not four, because
+order, and looks up 32 codes at a time (``rpqfx/ops/cpu/byte_sums.h``). There are three axes, not four, because
 ``Module.to(memory_format=...)`` lays out tensors of four in its own way.
 """
 

@@ -22,7 +22,8 @@ from rpqfx.errors import CodeError, InputError, RewriteError
 from rpqfx.graph.calibration.batch_norm import estimate_norms
 from rpqfx.graph.calibration.batches import Batches
 from rpqfx.graph.module_graphs import evaluating
-from rpqfx.graph.replace import parameter_at, put, record
+from rpqfx.graph.records import record
+from rpqfx.graph.replace import parameter_at, put
 from rpqfx.graph.snapshot import Snapshot, small_tensors
 from rpqfx.graph.transformers_models import adapt_pretrained
 from rpqfx.graph.validate import groups_of, layout_of, settle

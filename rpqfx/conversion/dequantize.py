@@ -14,13 +14,13 @@ from rpqfx.graph.sites import is_rewritten
 from rpqfx.graph.snapshot import Snapshot
 from rpqfx.graph.transformers_models import restore_pretrained
 from rpqfx.kv.wrap import dense_kind
-from rpqfx.nn.hosting.host import backed_weights
+from rpqfx.nn.hosting.backed import backed_weights
 from rpqfx.nn.hosting.release import release
 from rpqfx.nn.offloaded import check_not_offloaded, offloaded
 from rpqfx.nn.weight import RPQWeight
 from rpqfx.nn.wrappers import refuse_distributed, rewrapped, unwrapped
 from rpqfx.policies.arguments import check_model
-from rpqfx.reporting.report import detach_records
+from rpqfx.reporting.records import detach_records
 from rpqfx.validation.values import flag
 
 

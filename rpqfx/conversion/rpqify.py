@@ -22,7 +22,7 @@ from rpqfx.graph.replace import parameter_at, rewrite
 from rpqfx.graph.single_graph import whole_graph
 from rpqfx.graph.sites import find_sites, is_rewritten
 from rpqfx.graph.snapshot import Snapshot, small_tensors
-from rpqfx.nn.hosting.host import backed_weights
+from rpqfx.nn.hosting.backed import backed_weights
 from rpqfx.nn.wrappers import refuse_distributed, rewrapped, unwrapped
 from rpqfx.policies.arguments import (
     check_call,
@@ -38,7 +38,8 @@ from rpqfx.policies.decision import Skip
 from rpqfx.policies.policy import Decide, Hold, Policy
 from rpqfx.reporting.progress import Progress
 from rpqfx.reporting.progress import shown as shown_progress
-from rpqfx.reporting.report import attach_records, attached_records, dense_bytes
+from rpqfx.reporting.records import attach_records, attached_records
+from rpqfx.reporting.report import dense_bytes
 from rpqfx.validation.values import check_seed, flag
 
 

@@ -14,7 +14,7 @@ from torch.distributed.tensor import parallel as dense
 from rpqfx.distributed.split_weight import SplitWeight, as_part, collect, split_weight
 from rpqfx.errors import DistributedError
 from rpqfx.nn.embedding import RPQEmbedding
-from rpqfx.nn.hosting.host import Backed, weight_of
+from rpqfx.nn.hosting.backed import Backed, weight_of
 from rpqfx.nn.linear import RPQLinear
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from rpqfx.codebook.packing import unpack_codes
-from rpqfx.nn.hosting.host import SUFFIX
+from rpqfx.nn.hosting.backed import SUFFIX
 from rpqfx.nn.weight import RPQWeight
 
 _SAVING = "rpqfx.integrations.saving"

@@ -8,8 +8,7 @@ flags, attributes and methods, so nothing that refers to it has to be found and 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -20,6 +19,7 @@ from rpqfx.fit import fit_codebooks
 from rpqfx.graph.bytecode import needs_tensors
 from rpqfx.graph.module_graphs import Captured
 from rpqfx.graph.presence import check_loaded
+from rpqfx.graph.records import record
 from rpqfx.graph.seeds import drawn_from
 from rpqfx.graph.sites import find_sites
 from rpqfx.graph.snapshot import Snapshot
@@ -30,11 +30,9 @@ from rpqfx.nn.hosting.host import back, backed_as, layer_for
 from rpqfx.nn.hosting.reparametrised import computed_from
 from rpqfx.nn.layer import random_weight
 from rpqfx.nn.weight import ReadAs, RPQWeight
-from rpqfx.nn.wrappers import modules_within
 from rpqfx.policies.decision import Hold, Skip
 from rpqfx.policies.site import Site
 from rpqfx.reporting.progress import Progress
-from rpqfx.reporting.report import SiteRecord, attach_records
 
 
 def rewrite(
@@ -119,40 +117,6 @@ def put(model: nn.Module, sites: Sequence[Site], made: Mapping[str, RPQWeight]) 
         weight.read_as = _reader(model, by_name[name])
         weight.plain_when_compiled = by_name[name].plain_when_compiled
     install_all(model, [(by_name[name].names, weight) for name, weight in made.items()])
-
-
-def record(
-    model: nn.Module,
-    sites: Sequence[Site],
-    settled: Mapping[str, Hold | Skip],
-    errors: Mapping[str, float | None],
-    *,
-    calibrated: Collection[str] = (),
-    notes: Sequence[str] = (),
-) -> None:
-    """Keeps what was done with a model for its report.
-
-    Args:
-        model: The model.
-        sites: All its sites.
-        settled: What was decided.
-        errors: Relative errors of fits; None where nothing was fitted.
-        calibrated: Names of what was fitted to what its inputs showed.
-        notes: Remarks.
-    """
-    undecided = Skip("no decision")
-    known = {path: name for name, path, _ in modules_within(model)}  # without the names of wrappers
-
-    def plain(name: str) -> str:
-        path, _, attribute = name.rpartition(".")
-        return f"{known[path]}.{attribute}".lstrip(".")
-
-    made = [SiteRecord.of(s, settled.get(s.name, undecided), errors.get(s.name), s.name in calibrated) for s in sites]
-    attach_records(
-        model,
-        [replace(one, name=plain(one.name), names=tuple(plain(name) for name in one.names)) for one in made],
-        notes,
-    )
 
 
 def install(model: nn.Module, names: Sequence[str], weight: RPQWeight) -> None:

@@ -13,7 +13,7 @@ from rpqfx.graph.leaves import is_own
 from rpqfx.graph.module_graphs import Captured, ModuleGraph, is_builtin
 from rpqfx.graph.obstacles import Obstacles, quantised_sites
 from rpqfx.graph.roles import ADDITIVE, Read, Role, reads_of
-from rpqfx.nn.hosting.host import backed_weights
+from rpqfx.nn.hosting.backed import backed_weights
 from rpqfx.nn.hosting.reparametrised import computed_from
 from rpqfx.nn.layer import zero_row
 from rpqfx.policies.site import Kind, Site

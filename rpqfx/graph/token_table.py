@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from rpqfx.nn.hosting.host import weight_of
+from rpqfx.nn.hosting.backed import weight_of
 
 _NAME = "embeddings.word_embeddings"
 

@@ -18,7 +18,7 @@ from torch import nn
 from rpqfx.errors import RewriteError
 from rpqfx.graph.pretrained_calls import PushToHub, SavePretrained, take_packed
 from rpqfx.graph.token_table import GetSubmodule
-from rpqfx.nn.hosting.host import SUFFIX, weight_of
+from rpqfx.nn.hosting.backed import SUFFIX, weight_of
 from rpqfx.nn.resize import resize_rows, row_obstacle
 from rpqfx.nn.weight import RPQWeight
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rpqfx.errors import FormatError
 from rpqfx.kv.wrap import CORE
-from rpqfx.nn.hosting.host import SUFFIX
+from rpqfx.nn.hosting.backed import SUFFIX
 from rpqfx.nn.wrappers import modules_within
 
 Rename = Callable[[str], str | None]

@@ -19,7 +19,8 @@ from rpqfx.conversion.observe import Observer
 from rpqfx.errors import PolicyError, RewriteError
 from rpqfx.graph.module_graphs import capture
 from rpqfx.graph.pretrained_calls import renew_calls
-from rpqfx.graph.replace import put, record
+from rpqfx.graph.records import record
+from rpqfx.graph.replace import put
 from rpqfx.graph.sites import find_sites
 from rpqfx.graph.transformers_models import adapt_pretrained
 from rpqfx.graph.validate import groups_of, layout_of, settle

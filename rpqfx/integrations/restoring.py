@@ -24,7 +24,7 @@ from rpqfx.graph.pretrained_calls import EXTRA, first_matrix, renew_calls
 from rpqfx.integrations.folder import Folder
 from rpqfx.integrations.placing import placed
 from rpqfx.kv.wrap import CORE
-from rpqfx.nn.hosting.host import SUFFIX, backed_weights
+from rpqfx.nn.hosting.backed import SUFFIX, backed_weights
 from rpqfx.nn.hosting.reparametrised import refresh
 from rpqfx.nn.offloaded import offloaded
 from rpqfx.nn.weight import RPQWeight

@@ -11,7 +11,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from rpqfx.errors import InputError
-from rpqfx.nn.hosting.host import held, register_layer
+from rpqfx.nn.hosting.backed import held
+from rpqfx.nn.hosting.host import register_layer
 from rpqfx.nn.layer import DenseOptions, Device, LayerOptions, RPQLayer, Split, apply_linear
 from rpqfx.nn.linear import RPQLinear
 from rpqfx.ops import Plan

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from rpqfx.errors import InputError
-from rpqfx.nn.hosting.host import held, register_layer
+from rpqfx.nn.hosting.backed import held
+from rpqfx.nn.hosting.host import register_layer
 from rpqfx.nn.layer import Device, LayerOptions, RPQLayer, Split, apply_linear
 from rpqfx.nn.layout import Layout
 from rpqfx.ops.autocast import autocast_dtype

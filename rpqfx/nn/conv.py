@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rpqfx.nn.hosting.host import held, register_layer, weight_of
+from rpqfx.nn.hosting.backed import held, weight_of
+from rpqfx.nn.hosting.host import register_layer
 from rpqfx.nn.layer import Device, LayerOptions, RPQLayer
 from rpqfx.nn.weight import RPQWeight
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from rpqfx.errors import InputError
 from rpqfx.nn.bags import bags
-from rpqfx.nn.hosting.host import held, register_layer, weight_of
+from rpqfx.nn.hosting.backed import held, weight_of
+from rpqfx.nn.hosting.host import register_layer
 from rpqfx.nn.layer import CodebookOptions, Device, LayerOptions, RPQLayer
 from rpqfx.ops import scale_grad
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from rpqfx.codebook import CodebookSpec, GradScale
 from rpqfx.errors import InputError, SpecError
-from rpqfx.nn.hosting.host import Backed, back, backed_weights, weight_of
+from rpqfx.nn.hosting.backed import Backed, backed_weights, weight_of
+from rpqfx.nn.hosting.host import back
 from rpqfx.nn.layout import Layout
 from rpqfx.nn.weight import RPQWeight
 from rpqfx.ops import Plan

@@ -7,7 +7,8 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
-from rpqfx.nn.hosting.host import held, register_layer
+from rpqfx.nn.hosting.backed import held
+from rpqfx.nn.hosting.host import register_layer
 from rpqfx.nn.layer import Device, LayerOptions, RPQLayer, apply_linear
 
 

@@ -11,7 +11,7 @@ from rpqfx.nn.layout import Layout
 from rpqfx.nn.weight_slice import Part
 
 if TYPE_CHECKING:
-    from rpqfx.nn.weight import RPQWeight
+    from rpqfx.nn.weight_products import Products
 
 Step = Callable[[Part], "Part | None"]
 
@@ -78,7 +78,7 @@ class CalledPart(Recorded):
 
     lasting = False
 
-    def __init__(self, weight: RPQWeight, *args: Any) -> None:
+    def __init__(self, weight: Products, *args: Any) -> None:
         super().__init__(*args)
         self._weight = weight
 

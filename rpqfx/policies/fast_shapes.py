@@ -1,7 +1,7 @@
 """Shapes of codebooks that products with few rows read fastest: stages of 16 entries, whose codes lie in tiles.
 
-A product looks sums of dot products up in registers (``rpqfx/ops/cpu/tiles.h``), 16 entries at a time, so its cost is
-the number of codes, and a code is four bits whatever the length of its sub-vector. Many small stages over a longer
+A product looks sums of dot products up in registers (``rpqfx/ops/cpu/byte_sums.h``), 16 entries at a time, so its cost
+is the number of codes, and a code is four bits whatever the length of its sub-vector. Many small stages over a longer
 sub-vector are no worse than one large codebook over a shorter one: with beam search, six stages of 16 entries for eight
 numbers leave as much of a Gaussian as 4,096 entries for four (additive quantisation: Babenko and Lempitsky, 2014).
 """

@@ -6,10 +6,11 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 from rpqfx.codebook import CodebookSpec
 from rpqfx.errors import PolicyError
+from rpqfx.policies.amounts import check_amounts, kinds_of
 from rpqfx.policies.bit_allocation import spread
 from rpqfx.policies.budget import Candidate, choose
 from rpqfx.policies.decision import Hold, Skip, candidates, smallest, stored_bytes, together
@@ -19,7 +20,7 @@ from rpqfx.policies.options import Options, Rule
 from rpqfx.policies.policy_json import read, to_json
 from rpqfx.policies.site import Kind, Site
 from rpqfx.validation.spelling import shows, spelled
-from rpqfx.validation.values import number, one_of, shown, whole
+from rpqfx.validation.values import shown
 
 __all__ = ["Decide", "Hold", "Options", "Policy", "Rule", "Skip"]
 
@@ -73,22 +74,8 @@ class Policy(Options):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", rules_of(self.rules, Rule))
-        object.__setattr__(self, "kinds", _kinds(self.kinds))
-        if self.ratio is not None:
-            meaning = "the size after over the size before, within 0 to 1"
-            number("ratio", self.ratio, meaning, lambda value: 0 < value <= 1)
-        if self.total_bytes is not None:
-            whole("total_bytes", self.total_bytes, 1, what="of bytes")
-        for name in ("bits_per_weight", "embedding_bits"):
-            if getattr(self, name) is not None:
-                meaning = "a number of bits, above 0 and at most 16"
-                number(name, getattr(self, name), meaning, lambda value: 0 < value <= 16)
-        if self.ratio is not None and self.total_bytes is not None:
-            raise PolicyError("give ratio or total_bytes, not both")
-        if self.bits_per_weight is not None and (self.ratio is not None or self.total_bytes is not None):
-            raise PolicyError("give bits_per_weight, ratio or total_bytes, not two of them")
-        if self.embedding_bits is not None and self.bits_per_weight is None:
-            raise PolicyError("embedding_bits goes with bits_per_weight; give both, or neither")
+        object.__setattr__(self, "kinds", kinds_of(self.kinds))
+        check_amounts(self)
         for name, value in DEFAULTS[mode_of(self)].items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
@@ -310,12 +297,3 @@ _COMMON = (*(field.name for field in dataclasses.fields(Options)), "rules", "kin
 shows(Policy.from_scratch, Policy, (*_COMMON, "ratio", "total_bytes"))
 shows(Policy.budget, Policy, _COMMON)
 shows(Policy.pretrained, Policy, (*FREE_OF_RATE, "rules", "kinds"))
-
-
-def _kinds(kinds: Any) -> tuple[Kind, ...]:
-    known = get_args(Kind)
-    if isinstance(kinds, str) or not isinstance(kinds, (Sequence, set, frozenset)):
-        raise PolicyError(f"kinds is a sequence of some of {', '.join(known)}, got {shown(kinds)}; put it in a tuple")
-    for kind in kinds:
-        one_of("each of kinds", kind, known)
-    return tuple(sorted(kinds)) if isinstance(kinds, (set, frozenset)) else tuple(kinds)

@@ -22,13 +22,13 @@ from rpqfx.graph.transformers_models import adapt_pretrained
 from rpqfx.kv.description import coder_tensors, describe_kv, put_back_kv
 from rpqfx.kv.generation import adapt_generation
 from rpqfx.nn.code_bytes import to_bytes
-from rpqfx.nn.hosting.host import SUFFIX, backed_weights
+from rpqfx.nn.hosting.backed import SUFFIX, backed_weights
 from rpqfx.nn.hosting.reparametrised import hooked, refresh
 from rpqfx.nn.layout import Layout
 from rpqfx.nn.offloaded import check_not_offloaded, offloaded
 from rpqfx.nn.weight import RPQWeight
 from rpqfx.nn.wrappers import modules_within, names_within, refuse_sharded, unwrapped, wrappers
-from rpqfx.reporting.report import SiteRecord, attach_records, attached_records
+from rpqfx.reporting.records import SiteRecord, attach_records, attached_records
 from rpqfx.routing.rewrite.rewrite import routed
 from rpqfx.storage.archive import is_dense
 from rpqfx.storage.pickle_reader import DTYPES

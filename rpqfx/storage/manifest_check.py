@@ -16,7 +16,7 @@ import torch
 from rpqfx.codebook.packing import code_bits, packed_bytes
 from rpqfx.codebook.spec import CodebookSpec
 from rpqfx.errors import FormatError, RPQError, SpecError
-from rpqfx.nn.hosting.host import SUFFIX
+from rpqfx.nn.hosting.backed import SUFFIX
 from rpqfx.storage.manifest_schema import SLOTS, wrong_at
 from rpqfx.storage.pickle_reader import DTYPES
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rpqfx.errors import InputError
-from rpqfx.nn.hosting.host import SUFFIX
+from rpqfx.nn.hosting.backed import SUFFIX
 from rpqfx.nn.weight import RPQWeight
 from rpqfx.nn.wrappers import refuse_sharded, unwrapped
 from rpqfx.ops import Plan

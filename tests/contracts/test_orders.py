@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import rpqfx
 from rpqfx.errors import RewriteError
 from rpqfx.kv.module import attentions
-from rpqfx.nn.hosting.host import backed_weights
+from rpqfx.nn.hosting.backed import backed_weights
 from rpqfx.routing.rewrite.attention import AttentionRoute, TorchAttentionRoute
 from rpqfx.routing.rewrite.feedforward import FeedForwardRoute
 

@@ -18,7 +18,7 @@ from rpqfx import CodebookSpec, Hold, Policy, Rule, Site, Skip
 from rpqfx.errors import CaptureError, InputError, PolicyError, RewriteError, RPQError
 from rpqfx.graph import is_rewritten
 from rpqfx.nn import RPQLinear, RPQWeight
-from rpqfx.nn.hosting.host import Backed
+from rpqfx.nn.hosting.backed import Backed
 from tests import models
 from tests.models import (
     BY_NAME,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import rpqfx
 from rpqfx.errors import RewriteError
 from rpqfx.graph.copying import copy_model
-from rpqfx.nn.hosting.host import backed_weights
+from rpqfx.nn.hosting.backed import backed_weights
 
 POLICY = rpqfx.Policy.from_scratch(codebook_dim=8, bits=4)
 

@@ -27,7 +27,7 @@ from rpqfx.nn import (
     RPQMultiheadAttention,
     RPQWeight,
 )
-from rpqfx.nn.hosting.host import backed_weights
+from rpqfx.nn.hosting.backed import backed_weights
 from rpqfx.ops import PLANS
 from tests.helpers import SUFFIX, assert_equals_dense, dense_twin, randomise
 from tests.kinds import KINDS, NAMES, Kind

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from rpqfx.errors import RewriteError
-from rpqfx.nn.hosting.host import SUFFIX, Backed, backed_weights, register_adapter
+from rpqfx.nn.hosting.backed import SUFFIX, Backed, backed_weights
+from rpqfx.nn.hosting.host import register_adapter
 from rpqfx.nn.weight import RPQWeight
 
 

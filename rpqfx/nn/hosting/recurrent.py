@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rpqfx.nn.hosting.host import Backed, register_adapter
+from rpqfx.nn.hosting.backed import Backed
+from rpqfx.nn.hosting.host import register_adapter
 from rpqfx.nn.layer import redraw
 
 _OWN_RESETS = (nn.RNNBase.reset_parameters, nn.RNNCellBase.reset_parameters)

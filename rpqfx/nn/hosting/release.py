@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from torch import nn
 from torch.nn.utils import parametrize
 
-from rpqfx.nn.hosting.host import SUFFIX, backed_weights, layer_for
+from rpqfx.nn.hosting.backed import SUFFIX, backed_weights
+from rpqfx.nn.hosting.host import layer_for
 from rpqfx.nn.hosting.reparametrised import refresh
 from rpqfx.nn.layer import RPQLayer
 from rpqfx.nn.weight import RPQWeight

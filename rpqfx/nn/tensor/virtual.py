@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rpqfx.errors import RewriteError
 from rpqfx.nn.placement import refuse_meta
 from rpqfx.nn.resize import multiply, resize_rows
+from rpqfx.nn.tensor.facts import Facts
 from rpqfx.nn.tensor.readonly import call, check_for_good, refused
 from rpqfx.nn.tensor.recomputed import Remade, not_kept
-from rpqfx.nn.tensor.views import LATE, Views
+from rpqfx.nn.tensor.views import LATE
 from rpqfx.nn.weight_slice import Part
 
 # What ``rpqfx.nn.tensor.served`` puts here: by torch function, one that takes its arguments and returns its result, or
@@ -61,7 +61,7 @@ CHANGES = {
 }
 
 
-class VirtualWeight(Views):
+class VirtualWeight(Facts):
     """A codebook-held tensor, or a view of one, that torch functions accept in place of a tensor.
 
     Args:
@@ -120,91 +120,6 @@ class VirtualWeight(Views):
         fixed = part.tensors.detach()
         again = VirtualWeight(self.held, Part(fixed, part.layout), self.order, self.views)
         return Remade(tensor, again.expand_dense, [t for t in fixed if isinstance(t, Tensor)])
-
-    # What can be told without the tensor.
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the codebooks."""
-        return self.part.tensors.codebooks.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Of the codebooks."""
-        return self.part.tensors.codebooks.device
-
-    @property
-    def requires_grad(self) -> bool:
-        """Of the codebooks, which setting it freezes or frees."""
-        return self.part.tensors.codebooks.requires_grad
-
-    @requires_grad.setter
-    def requires_grad(self, value: bool) -> None:
-        if not self.is_whole:
-            raise RewriteError("a view of a weight cannot be frozen alone; set requires_grad of the whole weight")
-        self.held.requires_grad_(value)
-
-    def requires_grad_(self, requires_grad: bool = True) -> VirtualWeight:
-        """Freezes or frees the codebooks."""
-        self.requires_grad = requires_grad
-        return self
-
-    @property
-    def grad(self) -> None:
-        """None: gradients are those of the codebooks."""
-        return None
-
-    @grad.setter
-    def grad(self, value: Tensor | None) -> None:
-        """None; anything else is refused."""
-        check_for_good(Tensor.grad.__set__, (self, value))  # type: ignore[union-attr]
-
-    def noted(self, name: str) -> Any:
-        """An attribute that somebody gave the Parameter that this stands for.
-
-        Args:
-            name: Of the attribute.
-
-        Raises:
-            AttributeError: If there is none.
-        """
-        if name not in self.held.noted or not self.is_whole:
-            raise AttributeError(f"a weight that is held in codebooks has no attribute {name!r}")
-        return self.held.noted[name]
-
-    def note(self, name: str, value: Any) -> None:
-        """Gives the Parameter that this stands for an attribute; it is kept with the codebooks.
-
-        Args:
-            name: Of the attribute.
-            value: Its value.
-        """
-        self.held.noted = {**self.held.noted, name: value}
-
-    is_leaf = False
-    grad_fn = None
-
-    def size(self, dim: int | None = None) -> Any:
-        """As ``Tensor.size``."""
-        return self.shape if dim is None else self.shape[dim]
-
-    def dim(self) -> int:
-        """Number of axes."""
-        return self.ndim
-
-    def numel(self) -> int:
-        """Number of elements."""
-        return self.shape.numel()
-
-    def element_size(self) -> int:
-        """Bytes of an element."""
-        return self.dtype.itemsize
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __repr__(self) -> str:
-        return f"VirtualWeight({tuple(self.shape)}, {self.held.extra_repr()})"
 
     @property
     def data(self) -> VirtualWeight:

@@ -56,8 +56,9 @@ struct Signs {
 };
 inline constexpr Signs SIGNS;
 
-template <typename Code>
+template <typename OfCode>
 struct Codes {
+  using Code = OfCode;
   const Code* codes;     // [P, N]
   const uint8_t* signs;  // [P, bytes], a set bit means minus; or null
   int64_t uses, vectors, bytes;

@@ -79,7 +79,7 @@ def expand(
     codebooks: Tensor, codes: Tensor, scale: Tensor | None = None, signs: Tensor | None = None,
     dims: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """See ``rpqfx.codebook.expand``; times ``dims [D]``."""
+    """See ``rpqfx.codebook.expand``; times ``dims [D / share]``, a factor for each ``share`` columns in a row."""
     return torch.ops.rpqfx_cpu.expand(codebooks, codes, scale, signs, None, dims)
 
 
@@ -87,7 +87,7 @@ def lookup(
     ids: Tensor, codebooks: Tensor, codes: Tensor, scale: Tensor | None = None, signs: Tensor | None = None,
     dims: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """See ``rpqfx.codebook.lookup``; times ``dims [D]``."""
+    """See ``rpqfx.codebook.lookup``; times ``dims [D / share]``, as ``expand``."""
     return torch.ops.rpqfx_cpu.expand(codebooks, codes, scale, signs, ids, dims)
 
 
@@ -113,7 +113,7 @@ def tiled(
     """Returns ``x @ W.T + bias``, ``[..., N]``, for codes in tiles, times ``dims [D]`` and ``scale [N]``.
 
     ``rpqfx.codebook.tiles`` describes the tiles. Up to a number of rows it goes through tables of 16-bit integers, each
-    rounded by half a unit of their scale, the largest of 128 tables over 32,767 (see ``rpqfx/ops/cpu/tiles.h``).
+    rounded by half a unit of their scale, the largest of 128 tables over 32,767 (see ``rpqfx/ops/cpu/byte_tables.h``).
     """
     return torch.ops.rpqfx_cpu.tiled(x, codebooks, tiles, vectors, dims, scale, bias, _MOST_ROWS[plan])
 

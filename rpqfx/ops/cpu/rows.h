@@ -7,49 +7,111 @@
 #include <ATen/ops/zeros.h>
 
 #include "codes.h"
+#include "short_vectors.h"
 
 namespace rpqfx {
 
-// Rows begin..end of the matrix, of sub-vectors that are shorter than a register: loops of known length, unrolled, over a
-// few rows at a time, whose codes lie side by side.
+// What rows are made of, and what they are multiplied by: factors of vectors [N] and of columns [D], each maybe null.
+template <typename T, typename Code>
+struct Rows {
+  const Tensor& codebooks;
+  const Codes<Code>& codes;
+  const T* scale;
+  const float* columns;
+
+  int64_t stages() const { return codebooks.size(0); }
+  int64_t books() const { return codebooks.size(1); }
+  int64_t entries() const { return codebooks.size(2); }
+  int64_t sub_vectors() const { return codes.uses / stages(); }
+  float factor(int64_t n) const { return scale ? static_cast<float>(scale[n]) : 1.0f; }
+  // The codebook of a stage for sub-vector m.
+  const T* book(int64_t r, int64_t m) const {
+    const int64_t share = sub_vectors() / books();
+    return codebooks.const_data_ptr<T>() + (r * books() + m / share) * entries() * codebooks.size(3);
+  }
+};
+
+// Sub-vectors first..M of rows begin..end, of a length that is known.
 template <int64_t D, typename T, typename Code>
-void expand_short(const Tensor& codebooks, const Codes<Code>& codes, const T* scale, int64_t begin, int64_t end, T* out) {
-  constexpr int64_t ROWS = 16;
-  const int64_t stages = codebooks.size(0), books = codebooks.size(1), entries = codebooks.size(2);
-  const int64_t sub_vectors = codes.uses / stages, share = sub_vectors / books;
-  const T* first = codebooks.const_data_ptr<T>();
-  for (int64_t from = begin; from < end; from += ROWS) {
-    const int64_t to = std::min(from + ROWS, end);
-    for (int64_t m = 0; m < sub_vectors; ++m) {
-      const T* book = first + m / share * entries * D;
-      for (int64_t n = from; n < to; ++n) {
-        float sum[D] = {};
-        for (int64_t r = 0; r < stages; ++r) {
-          const int64_t p = r * sub_vectors + m;
-          const T* entry = book + (r * books * entries + *codes.at(p, n)) * D;
-          const float sign = codes.signs ? *codes.factors(p, n) : 1.0f;
-          for (int64_t i = 0; i < D; ++i) sum[i] += sign * static_cast<float>(entry[i]);
-        }
-        const float factor = scale ? static_cast<float>(scale[n]) : 1.0f;
-        for (int64_t i = 0; i < D; ++i) out[(n * sub_vectors + m) * D + i] = static_cast<T>(sum[i] * factor);
+void expand_short(const Rows<T, Code>& rows, int64_t first, int64_t begin, int64_t end, T* out) {
+  const int64_t sub_vectors = rows.sub_vectors();
+  const Codes<Code>& codes = rows.codes;
+  for (int64_t m = first; m < sub_vectors; ++m)
+    for (int64_t n = begin; n < end; ++n) {
+      float sum[D] = {};
+      for (int64_t r = 0; r < rows.stages(); ++r) {
+        const int64_t p = r * sub_vectors + m;
+        const T* entry = rows.book(r, m) + int64_t(*codes.at(p, n)) * D;
+        const float sign = codes.signs ? *codes.factors(p, n) : 1.0f;
+        for (int64_t i = 0; i < D; ++i) sum[i] += sign * static_cast<float>(entry[i]);
+      }
+      const float factor = rows.factor(n);
+      for (int64_t i = 0; i < D; ++i) {
+        const float value = sum[i] * factor;
+        out[(n * sub_vectors + m) * D + i] = static_cast<T>(rows.columns ? value * rows.columns[m * D + i] : value);
       }
     }
+}
+
+#if defined(__AVX2__)
+
+// The same without signs, as many sub-vectors at a time as fill a register; returns how many there were.
+template <int64_t D, typename Code>
+int64_t expand_strips(const Rows<float, Code>& rows, int64_t begin, int64_t end, float* out) {
+  constexpr int64_t COUNT = Strip<D>::COUNT;
+  const int64_t sub_vectors = rows.sub_vectors(), stages = rows.stages();
+  std::vector<const float*> books(stages * COUNT);
+  std::vector<const Code*> codes(stages * COUNT);
+  int64_t m = 0;
+  for (; m + COUNT <= sub_vectors; m += COUNT) {
+    for (int64_t use = 0; use < stages * COUNT; ++use) {
+      const int64_t r = use / COUNT, of = m + use % COUNT;
+      books[use] = rows.book(r, of);
+      codes[use] = rows.codes.at(r * sub_vectors + of, 0);
+    }
+    const __m256 columns = rows.columns ? _mm256_loadu_ps(rows.columns + m * D) : _mm256_set1_ps(1.0f);
+    for (int64_t n = begin; n < end; ++n) {
+      __m256 sum = Strip<D>::at(books.data(), codes.data(), n);
+      for (int64_t use = COUNT; use < stages * COUNT; use += COUNT)
+        sum = _mm256_add_ps(sum, Strip<D>::at(books.data() + use, codes.data() + use, n));
+      const __m256 scaled = rows.scale ? _mm256_mul_ps(sum, _mm256_set1_ps(rows.scale[n])) : sum;
+      _mm256_storeu_ps(out + (n * sub_vectors + m) * D, _mm256_mul_ps(scaled, columns));
+    }
+  }
+  return m;
+}
+
+#endif
+
+// Rows of short sub-vectors, a few rows at a time: their codes lie side by side, and what is written stays in a cache.
+template <int64_t D, typename T, typename Code>
+void expand_by_length(const Rows<T, Code>& rows, int64_t begin, int64_t end, T* out) {
+  constexpr int64_t AT_ONCE = 16;
+  for (int64_t from = begin; from < end; from += AT_ONCE) {
+    const int64_t to = std::min(from + AT_ONCE, end);
+    int64_t done = 0;
+#if defined(__AVX2__)
+    if constexpr (std::is_same_v<T, float>)
+      if (!rows.codes.signs) done = expand_strips<D>(rows, from, to, out);
+#endif
+    expand_short<D>(rows, done, from, to, out);
   }
 }
 
-// out[i, :] = scale[n] * sum over stages of sign * entries, n = ids[i] (or i, without ids), for a part of the rows.
+// out[i, :] = scale[n] * columns * sum over stages of sign * entries, n = ids[i] (or i, without ids), for a part of the
+// rows.
 template <typename T, typename Code>
-void expand_rows(const Tensor& codebooks, const Codes<Code>& codes, const T* scale, const int64_t* ids, int64_t begin,
-                 int64_t end, T* out) {
-  const int64_t stages = codebooks.size(0), books = codebooks.size(1);
-  const int64_t entries = codebooks.size(2), d = codebooks.size(3);
-  const int64_t sub_vectors = codes.uses / stages, share = sub_vectors / books;
-  if (!ids && d == 2) return expand_short<2>(codebooks, codes, scale, begin, end, out);
-  if (!ids && d == 4) return expand_short<4>(codebooks, codes, scale, begin, end, out);
+void expand_rows(const Rows<T, Code>& rows, const int64_t* ids, int64_t begin, int64_t end, T* out) {
+  const Tensor& codebooks = rows.codebooks;
+  const Codes<Code>& codes = rows.codes;
+  const int64_t stages = rows.stages(), books = rows.books(), entries = rows.entries(), d = codebooks.size(3);
+  const int64_t sub_vectors = rows.sub_vectors(), share = sub_vectors / books;
+  if (!ids && d == 2) return expand_by_length<2>(rows, begin, end, out);
+  if (!ids && d == 4) return expand_by_length<4>(rows, begin, end, out);
   const T* first = codebooks.const_data_ptr<T>();
   for (int64_t i = begin; i < end; ++i) {
     const int64_t n = ids ? ids[i] : i;
-    const Vec factor(scale ? static_cast<float>(scale[n]) : 1.0f);
+    const Vec factor(rows.factor(n));
     // A row that is picked has its codes and its entries anywhere: ask for all before the first is used.
     for (int64_t p = 0; ids && p < codes.uses; ++p) __builtin_prefetch(codes.at(p, n));
     for (int64_t p = 0; ids && p < codes.uses; ++p) {
@@ -67,17 +129,34 @@ void expand_rows(const Tensor& codebooks, const Codes<Code>& codes, const T* sca
           const Vec term = load(first + entry * d + from, count);
           sum = codes.signs ? at::vec::fmadd(term, Vec(*codes.factors(p, n)), sum) : sum + term;
         }
-        store(to + from, scale ? sum * factor : sum, count);
+        if (rows.scale) sum = sum * factor;
+        if (rows.columns) sum = sum * load(rows.columns + m * d + from, count);
+        store(to + from, sum, count);
       }
     }
   }
 }
 
-// W[ids] [..., D], or all of W [N, D], times dims [D].
+// Factors of columns as floats, each for as many columns in a row as come to it: [D], or nothing.
+inline std::vector<float> factors_of_columns(const Maybe& dims, const Tensor& codebooks, int64_t width) {
+  if (!dims) return {};
+  const int64_t count = dims->numel();
+  TORCH_CHECK_VALUE(count > 0 && width % count == 0, "dims ", dims->sizes(), " of ", width, " columns");
+  check_vector("dims", dims, codebooks, count);
+  const Tensor given = dims->contiguous();
+  std::vector<float> columns(width);
+  by_float(given, [&](auto scalar) {
+    const auto* from = given.const_data_ptr<decltype(scalar)>();
+    for (int64_t i = 0; i < width; ++i) columns[i] = static_cast<float>(from[i / (width / count)]);
+  });
+  return columns;
+}
+
+// W[ids] [..., D], or all of W [N, D], times dims, a factor for each so many columns in a row.
 inline Tensor expand(const Tensor& entries, const Tensor& codes, const Maybe& given_scale, const Maybe& signs,
                      const Maybe& which, const Maybe& dims) {
   check_books(entries, codes, signs);
-  check_vector("dims", dims, entries, codes.size(1) * entries.size(3));
+  const std::vector<float> columns = factors_of_columns(dims, entries, codes.size(1) * entries.size(3));
   check_vector("scale", given_scale, entries, codes.size(2));
   const Maybe scale = given_scale ? Maybe(given_scale->contiguous()) : std::nullopt;
   check_place("ids", which);
@@ -96,11 +175,12 @@ inline Tensor expand(const Tensor& entries, const Tensor& codes, const Maybe& gi
     by_code(codes, signs, codebooks.size(2), [&](auto held) {
       const T* factors = scale ? scale->const_data_ptr<T>() : nullptr;
       at::parallel_for(0, rows, std::max<int64_t>(1, GRAIN / dim), [&](int64_t begin, int64_t end) {
-        expand_rows<T>(codebooks, held, factors, ids, begin, end, out.data_ptr<T>());
+        const Rows<T, typename decltype(held)::Code> made{codebooks, held, factors, dims ? columns.data() : nullptr};
+        expand_rows(made, ids, begin, end, out.data_ptr<T>());
       });
     });
   });
-  return dims ? out.mul_(*dims) : out;
+  return out;
 }
 
 // The adjoint of expand: grad [N, D] summed into the entries that it used, [R, G, K, d] float32.

@@ -11,7 +11,7 @@
 #include "gathers.h"
 #include "grads.h"
 #include "rows.h"
-#include "tiles.h"
+#include "tiled_products.h"
 #include "whole.h"
 
 TORCH_LIBRARY_FRAGMENT(rpqfx_cpu, m) {

@@ -28,13 +28,7 @@ inline Tensor conv(const Tensor& x, const Tensor& codebooks, const Tensor& codes
   check_place("x", x);
   check_place("bias", bias);
   at::AutoDispatchBelowAutograd guard;
-  Tensor weight = expand(codebooks, codes, scale, signs, std::nullopt, std::nullopt);
-  if (dim_scale) {
-    const int64_t count = dim_scale->numel();
-    TORCH_CHECK_VALUE(count > 0 && weight.size(1) % count == 0, "dim_scale ", dim_scale->sizes(), " of ", weight.size(1), " columns");
-    check_vector("dim_scale", dim_scale, codebooks, count);
-    weight.view({weight.size(0), count, -1}).mul_(dim_scale->unsqueeze(-1));
-  }
+  const Tensor weight = expand(codebooks, codes, scale, signs, std::nullopt, dim_scale);
   const Tensor y = at::convolution(x, weight.view(weight_shape), bias, stride, padding, dilation, transposed, output_padding, groups);
   return y.contiguous();
 }

@@ -26,6 +26,7 @@ from rpqfx import codebook
 from rpqfx.codebook.tiles import MOST_ENTRIES, tiles_shape
 from rpqfx.errors import InputError
 from rpqfx.ops import check
+from rpqfx.ops.cuda.arguments import DTYPES, check_codes, check_dtype, check_shape, rows_of
 from rpqfx.ops.reference import bin_sum, collect, gather_sum, lookup
 
 __all__ = [
@@ -45,7 +46,6 @@ __all__ = [
 ]
 
 _LOG = logging.getLogger("rpqfx")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # What Triton itself asks for.
 CAPABILITY = (8, 0)
 # Dimensions that a search takes at most: what is left of a point is in registers.
@@ -90,10 +90,10 @@ def expand(codebooks: Tensor, codes: Tensor, scale: Tensor | None = None, signs:
     Raises:
         InputError: If a shape or a dtype does not fit.
     """
-    codes, signs = _check_codes(codes, signs, codebooks.shape)
-    _check_dtype("codebooks", codebooks)
+    codes, signs = check_codes(codes, signs, codebooks.shape)
+    check_dtype("codebooks", codebooks)
     if scale is not None:
-        _check_shape("scale", scale, (codes.shape[2],))
+        check_shape("scale", scale, (codes.shape[2],))
         scale = scale.contiguous()
     return _launch().expand(codebooks.contiguous(), codes, scale, signs)
 
@@ -116,10 +116,10 @@ def contract(
     Raises:
         InputError: If a shape or a dtype does not fit.
     """
-    codes, signs = _check_codes(codes, signs, codebooks.shape)
+    codes, signs = check_codes(codes, signs, codebooks.shape)
     if codebooks.dtype != x.dtype:
         raise InputError(f"x is {x.dtype} and the codebooks are {codebooks.dtype}; convert one of them")
-    rows, codebooks = _rows("x", x, codes.shape[1] * codebooks.shape[3]), codebooks.contiguous()
+    rows, codebooks = rows_of("x", x, codes.shape[1] * codebooks.shape[3]), codebooks.contiguous()
     launch = _launch()
     parts = [
         launch.gather_sum(launch.table(rows[part], codebooks, codes.shape[1]), codes, signs, x.dtype)
@@ -152,8 +152,8 @@ def bins(y: Tensor, codes: Tensor, signs: Tensor | None, books: int, entries: in
     Raises:
         InputError: If a shape or a dtype does not fit.
     """
-    codes, signs = _check_codes(codes, signs, (codes.shape[0], books))
-    rows = _rows("y", y, codes.shape[2])
+    codes, signs = check_codes(codes, signs, (codes.shape[0], books))
+    rows = rows_of("y", y, codes.shape[2])
     sums = _launch().Bins(codes, signs, books, entries)
     for part in _slices(rows, codes.shape[0] * codes.shape[1] * entries):
         yield part, sums(rows[part])
@@ -189,12 +189,12 @@ def tiled(
         raise InputError(
             f"tiles {tuple(tiles.shape)} of {tiles.dtype} do not go with codebooks {tuple(codebooks.shape)}"
         )
-    _check_shape("tiles", tiles, tiles_shape(stages, tiles.shape[1], vectors))
+    check_shape("tiles", tiles, tiles_shape(stages, tiles.shape[1], vectors))
     width = tiles.shape[1] * d
     for name, factors, count in (("dims", dims, width), ("scale", scale, vectors), ("bias", bias, vectors)):
         if factors is not None:
-            _check_shape(name, factors, (count,))
-    rows, codebooks, tiles = _rows("x", x, width), codebooks.contiguous(), tiles.contiguous()
+            check_shape(name, factors, (count,))
+    rows, codebooks, tiles = rows_of("x", x, width), codebooks.contiguous(), tiles.contiguous()
     dims, scale, bias = (t if t is None else t.contiguous() for t in (dims, scale, bias))
     from rpqfx.ops.cuda import triton_tiles
 
@@ -222,7 +222,7 @@ def residual_search(points: Tensor, books: Tensor, cosine: bool = False) -> tupl
     Raises:
         InputError: If a shape or a dtype does not fit.
     """
-    _check_dtype("points", points)
+    check_dtype("points", points)
     if books.dtype != points.dtype or books.device != points.device:
         raise InputError(
             f"points are {points.dtype} on {points.device} and the codebooks are {books.dtype} on {books.device}; "
@@ -249,42 +249,6 @@ def _slices(rows: Tensor, elements: int) -> list[slice]:
 
 def _join(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-# ------------------------------------------------------------------------------- what a kernel could not tell
-
-
-def _rows(name: str, x: Tensor, width: int) -> Tensor:
-    """``x [..., width]`` as contiguous rows."""
-    _check_dtype(name, x)
-    if x.shape[-1] != width:
-        raise InputError(f"{name} is {x.shape[-1]} wide, the codes and codebooks say {width}")
-    return x.reshape(-1, width).contiguous()
-
-
-def _check_codes(codes: Tensor, signs: Tensor | None, shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
-    """Codes and signs, contiguous, once they fit codebooks of a shape: kernels read where they are told to."""
-    if codes.dtype not in (torch.uint8, torch.int16, torch.uint16, torch.int32, torch.int64):
-        raise InputError(f"codes are integers, got {codes.dtype}")
-    stages, sub_vectors, num_vectors = codes.shape
-    if stages != shape[0] or sub_vectors % shape[1]:
-        raise InputError(f"codes {tuple(codes.shape)} do not go with codebooks {tuple(shape)}")
-    if signs is None:
-        return codes.contiguous(), None
-    _check_shape("signs", signs, (stages, sub_vectors, -(-num_vectors // 8)))
-    if signs.dtype is not torch.uint8:
-        raise InputError(f"signs are uint8 (see pack_signs), got {signs.dtype}")
-    return codes.contiguous(), signs.contiguous()
-
-
-def _check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(x.shape) != shape:
-        raise InputError(f"{name} has the shape {tuple(x.shape)}, expected {shape}")
-
-
-def _check_dtype(name: str, x: Tensor) -> None:
-    if x.dtype not in DTYPES:
-        raise InputError(f"{name} is {x.dtype}; the kernels take float32, float16 and bfloat16")
 
 
 @functools.cache

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from rpqfx.codebook import CodebookSpec
 from rpqfx.errors import RewriteError
 from rpqfx.nn import RPQLinear, RPQWeight, VirtualWeight
-from rpqfx.nn.hosting.host import back, backed_as, backed_weights, layer_for, weight_of
+from rpqfx.nn.hosting.backed import backed_weights, weight_of
+from rpqfx.nn.hosting.host import back, backed_as, layer_for
 from tests.helpers import assert_same, dense_twin, gradients, randn, randomise
 
 

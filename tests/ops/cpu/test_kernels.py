@@ -29,7 +29,7 @@ rows = st.sampled_from([0, 1, 2, 4, 5, 15, 16, 17, 31, 32, 33, 70, 130])
 @st.composite
 def specs(draw: st.DrawFn) -> CodebookSpec:
     """Sub-vectors shorter and longer than a vector register, and numbers of vectors around a tile."""
-    d, sub_vectors = draw(st.sampled_from([1, 3, 16, 20, 33])), draw(st.integers(1, 4))
+    d, sub_vectors = draw(st.sampled_from([1, 2, 3, 4, 16, 20, 33])), draw(st.integers(1, 9))
     books = draw(st.sampled_from(divisors(sub_vectors)))
     numbers = {"entries": draw(st.integers(2, 40)), "stages": draw(st.integers(1, 3)), "books": books}
     vectors = draw(st.sampled_from([1, 2, 7, 8, 9, 16, 23, 70]))
@@ -78,6 +78,11 @@ def test_rows_and_their_adjoint(spec: CodebookSpec, seed: int, dtype: torch.dtyp
     close(kernels.expand(books, codes, scale, signs), exact, dtype)
     ids = torch.randint(spec.num_vectors, (3, 5), generator=torch.Generator().manual_seed(seed))
     close(kernels.lookup(ids, books, codes, scale, signs), exact[ids], dtype)
+    for share in divisors(spec.dim):  # a factor for each so many columns in a row
+        dims = randn(seed + 2, spec.dim // share, dtype=dtype)
+        wide = dims.double().repeat_interleave(share)
+        close(kernels.expand(books, codes, scale, signs, dims), exact * wide, dtype)
+        close(kernels.lookup(ids, books, codes, scale, signs, dims), exact[ids] * wide, dtype)
     grad = randn(seed + 1, spec.num_vectors, spec.dim, dtype=dtype)
     adjoint = codebook.collect(grad.double(), codes, spec.books, spec.entries, signs)
     close(kernels.collect(grad, codes, spec.books, spec.entries, signs), adjoint, dtype)
