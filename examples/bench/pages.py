@@ -146,6 +146,23 @@ def distributed() -> str:
     return "\n".join([f"Measured in {where}: `{found['command']}`.", "", head, "|---" * 6 + "|", *lines]) + "\n"
 
 
+def ranks() -> str:
+    """Returns memory and traffic of large models on many devices, counted, dense and in codebooks."""
+    found = results.read("ranks")
+    lines = [
+        f"| {row['model']} | {row['ranks']} | {row['kind']} | "
+        + " | ".join(f"{row[way]['held_bytes'] / 1e9:.1f} | {row[way]['sent_bytes'] / 1e9:.1f}" for way in WAYS)
+        + " |"
+        for row in found["rows"]
+    ]
+    head = "| model | devices | | " + " | ".join(f"{way}: held, GB | sent, GB" for way in WAYS) + " |"
+    said = (
+        f"Counted, not run: `{found['command']}`; {found['tokens']} tokens a step for each device, groups of "
+        f"{found['tensor_parallel']} under tensor parallelism."
+    )
+    return "\n".join([said, "", head, "|---" * 9 + "|", *lines]) + "\n"
+
+
 def _megabytes(count: int) -> str:
     return f"{count / 1e6:.2f}" if count else "-"
 
@@ -164,11 +181,13 @@ def _on_gpu(found: Any) -> str:
 
 
 GPU = "gpu-nvidia-h200"
+WAYS = ("DDP", "FSDP2", "TP")
 TABLES: dict[str, Callable[[], str]] = {
     "reliability": reliability,
     "decode-smollm2": lambda: decoding("decode-smollm2"),
     "scratch-text": lambda: scratch("scratch-text"),
     "distributed": distributed,
+    "ranks": ranks,
     "gpu-layers": gpu_layers,
     "gpu-models": gpu_models,
 }

@@ -39,7 +39,7 @@ def from_bytes(stored: Tensor, dtype: torch.dtype, vectors: int = 0) -> Tensor:
     """Returns the codes ``[R, M, N]`` that lie in a buffer.
 
     Exported and traced programs put the bytes together by arithmetic, as neither ONNX nor TorchScript knows a view of
-    memory as another type; the codes are then int32.
+    memory as another type, nor vmap of torch before 2.13; the codes are then int32.
 
     Args:
         stored: What ``to_bytes`` returned. Codes of the dtype itself are taken as they are, because code that moves
@@ -51,7 +51,8 @@ def from_bytes(stored: Tensor, dtype: torch.dtype, vectors: int = 0) -> Tensor:
         return from_tiles(stored, vectors)
     if stored.dtype == dtype:
         return stored
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+    mapped = not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(stored)
+    if mapped or torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         low, high = stored.unflatten(-1, (-1, 2)).int().unbind(-1)
         return low + 256 * high
     return stored.view(dtype)
