@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rpqfx import CodebookSpec
 from rpqfx import nn as rnn
 from rpqfx.nn import RPQWeight
-from rpqfx.nn import weight as weights
+from rpqfx.nn import weight_products as weights
 from rpqfx.ops.cpu import build
 from tests.helpers import generator, randn, randomise, seeds
 
