@@ -66,7 +66,8 @@ def test_twice_changes_nothing() -> None:
     ("options", "kind"),
     [
         ({}, PolicyError), ({"bits_per_weight": 4, "policy": Policy()}, PolicyError),
-        ({"policy": "small"}, PolicyError), ({"bits_per_weight": 0}, PolicyError), ({"bits_per_weight": 17}, PolicyError),
+        ({"policy": "small"}, PolicyError), ({"bits_per_weight": 0}, PolicyError),
+        ({"bits_per_weight": 17}, PolicyError),
         ({"bits_per_weight": 4, "seed": -1}, InputError),
     ],
 )  # fmt: skip
