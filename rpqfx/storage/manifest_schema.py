@@ -9,6 +9,7 @@ from rpqfx.codebook.spec import MAX_ENTRIES
 from rpqfx.nn.weight import ReadAs
 from rpqfx.ops import PLANS
 from rpqfx.storage.pickle_reader import DTYPES
+from rpqfx.storage.recipe import is_recipe
 
 _LARGEST = 2**48
 SLOTS = 2**20  # codes of a token in a cache, at most
@@ -127,6 +128,7 @@ _WHOLE = _Keys({
     "sites": _list_of(_SITE),
     "records": _list_of(_RECORD), "notes": _list_of(_is_text),
     "checksum": _is_text, "?kv": _list_of(_CACHE), "?routed": _list_of(_is_text),
+    "?build": is_recipe,
 })  # fmt: skip
 
 
