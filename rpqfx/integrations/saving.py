@@ -67,7 +67,9 @@ def save_pretrained(model: Any, save_directory: Any, *args: Any, **kwargs: Any) 
         _write_card_before_upload(twin)
     del tensors
     # A text: with a path, transformers 5.0 can save and not push.
-    result = own(twin, os.fspath(save_directory), *args, **{**kwargs, **({"state_dict": None} if "state_dict" in kwargs else {})})
+    result = own(
+        twin, os.fspath(save_directory), *args, **{**kwargs, **({"state_dict": None} if "state_dict" in kwargs else {})}
+    )
     if given.arguments.get("is_main_process", True) and Path(save_directory).is_dir():
         write_card(Path(save_directory), twin)
     return result

@@ -97,7 +97,7 @@ def _while_loading(given: argparse.Namespace, policy: Policy) -> tuple[Any, dict
 
     if not given.quiet:
         transformers().logging.enable_progress_bar()
-    config = RPQConfig(policy=policy, seed=given.seed)
+    config = RPQConfig(policy=policy, seed=given.seed, checkpoint=_work(given.out))
     small = open_model(given.folder, dtype=given.dtype, quantization_config=config)
     if data.measure is not None:
         quality["after"] = data.measure(small)
