@@ -111,6 +111,7 @@ def test_blocks_that_are_left_out_are_few_and_say_why():
         "compile-and-export": 5,
         "distributed": 5,  # run by tests/distributed in several processes
         "finetuning": 1,
+        "from-other-libraries": 1,
         "kv-cache": 1,
         "pretrained": 1,
         "processes": 1,
@@ -132,8 +133,10 @@ def test_the_readme_and_every_guide_have_snippets():
     assert ROOT / "README.md" in with_snippets
     assert guides == {
         "choosing-a-policy",
+        "command-line",
         "compile-and-export",
         "finetuning",
+        "from-other-libraries",
         "layers",
         "pretrained",
         "processes",

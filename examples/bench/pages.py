@@ -125,6 +125,30 @@ def gpu_models() -> str:
     return "\n".join([_on_gpu(found), "", "| | |", "|---|---|", *lines]) + "\n"
 
 
+def opening() -> str:
+    """Returns what it takes to open a folder, dense and in codebooks, and what the folder takes."""
+    found = results.read("pretrained")
+    lines = [
+        f"| {name} | {bytes_ / 1e6:.1f} | {row['seconds']:.2f} | {row['thread_seconds']:.2f} | "
+        f"{row['seconds_to_first_answer']:.2f} | {row['tensors'] / 1e6:.1f} | {row['above'] / 1e6:.2f} |"
+        for name, bytes_, row in (
+            ("dense", found["dense_bytes"], found["dense"]),
+            (f"in codebooks, {found['bits_per_weight']:.2f} bits a weight", found["folder_bytes"], found["small"]),
+        )
+    ]
+    said = found["machine"]
+    head = (
+        "| | files, MB | seconds to open | of one thread | and to the first answer | tensors, MB | "
+        "allocated above the finished model, MB |"
+    )
+    where = (
+        f"{said['processor']} ({said['capability']}), {said['threads']} thread(s), torch {said['versions']['torch']}"
+    )
+    what = f"{found['model']}, transformers {said['versions']['transformers']}, on {where}"
+    size = f"The files take {100 * found['folder_above_report']:.1f} % more than the report counts."
+    return "\n".join([f"{what}: `{found['command']}`. {size}", "", head, "|---" * 7 + "|", *lines]) + "\n"
+
+
 def distributed() -> str:
     """Returns the loss, the traffic and the memory of training in several processes, dense and in codebooks."""
     found = results.read("distributed")
@@ -188,6 +212,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "scratch-text": lambda: scratch("scratch-text"),
     "distributed": distributed,
     "ranks": ranks,
+    "pretrained": opening,
     "gpu-layers": gpu_layers,
     "gpu-models": gpu_models,
 }

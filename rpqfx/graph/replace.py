@@ -155,9 +155,11 @@ def install_all(model: nn.Module, placed: Iterable[tuple[Sequence[str], RPQWeigh
             owned[owner][attribute] = weight
     for owner, weights in owned.items():
         path = paths[owner]
-        back(model.get_submodule(path), weights)
+        module = model.get_submodule(path)
+        back(module, weights)
         for attribute in weights:
-            _forget_flat_weights(model.get_submodule(computed_from(model, path, attribute)[0]))
+            source = computed_from(model, path, attribute)[0]
+            _forget_flat_weights(module if source == path else model.get_submodule(source))
         parent = model.get_submodule(path.rpartition(".")[0]) if path else model
         if type(parent) is nn.MultiheadAttention and isinstance(parent.out_proj, RPQLinear):
             parent.__class__ = RPQMultiheadAttention  # its forward calls out_proj rather than reading its weight

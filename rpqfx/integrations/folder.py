@@ -19,7 +19,6 @@ from torch import Tensor
 from rpqfx.errors import FormatError
 from rpqfx.graph.pretrained_calls import EXTRA
 from rpqfx.storage.container import Container, open_container
-from rpqfx.storage.files import take_in
 from rpqfx.storage.serialize import read_manifest
 
 GUARD = (1,)  # the shape of a tensor that stands for a dense weight, so that it fits no dense model
@@ -110,11 +109,12 @@ class Folder:
     def _verify(self, held: Sequence[Container]) -> None:
         digest = hashlib.sha256()
         for name in sorted(entry["names"][0] for entry in self.manifest["tensors"]):
+            one = held[self._where[name]]
+            flat = _is_flat(self._entry[name], one.stored[name][1])
             try:
-                tensor = held[self._where[name]].read([name])[name]
+                one.take_in(digest, name, self._entry[name]["shape"] if flat else None)
             except FormatError as error:
                 raise FormatError(f"{self.files[self._where[name]]}: {error}") from error
-            take_in(digest, _whole(self._entry[name], tensor), name)
         if digest.hexdigest() != self.manifest["checksum"]:
             raise FormatError(
                 f"{self.path} was altered: its tensors do not match its checksum; copy it again, or save the model "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from rpqfx.graph.replace import put
 from rpqfx.graph.sites import find_sites
 from rpqfx.graph.transformers_models import adapt_pretrained
 from rpqfx.graph.validate import groups_of, layout_of, settle
+from rpqfx.integrations.kept import Kept
 from rpqfx.nn.weight import RPQWeight
 from rpqfx.policies.decide import decide_all
 from rpqfx.policies.decision import Hold, Skip
@@ -41,12 +43,17 @@ class Quantizing(ConversionOps):
         model: On the meta device, dense; its weights are replaced as they come.
         policy: Says how each is held.
         seed: Of the fits.
+        checkpoint: Folder for finished weights, so that a call that was interrupted goes on.
 
     Raises:
         PolicyError: If the policy rewrites nothing, or asks for what cannot be had while loading.
+        FormatError: If the folder holds other work.
+        OSError: If the folder cannot be written.
     """
 
-    def __init__(self, model: nn.Module, policy: Policy, seed: int) -> None:
+    def __init__(
+        self, model: nn.Module, policy: Policy, seed: int, checkpoint: str | os.PathLike[str] | None = None
+    ) -> None:  # fmt: skip
         self._seed, self._by_rate = seed, policy.bits_per_weight is not None
         _tie(model)
         captured = capture(model)
@@ -76,6 +83,7 @@ class Quantizing(ConversionOps):
         self._made: dict[str, str] = {}
         self._errors: dict[str, float | None] = {}
         self._failed: list[Exception] = []
+        self._kept = None if checkpoint is None else Kept(checkpoint, _words(model, policy, seed))
 
     def __deepcopy__(self, memo: Any) -> Quantizing:
         """Each tensor has a converter of its own, and all of them this."""
@@ -154,10 +162,27 @@ class Quantizing(ConversionOps):
             raise RewriteError(f"{name} has infinite or NaN elements; mend it, or skip it with modules_to_not_convert")
         hold = self._settled[name]
         assert isinstance(hold, Hold)
-        weight = self._fit(name, hold, nn.Parameter(dense))
+        weight = self._made_of(name, hold, nn.Parameter(dense))
         put(model, self._sites, {name: weight})
         for part in (weight, *(model.get_submodule(own.rpartition(".")[0]) for own in self._by_name[name].names)):
             part._is_hf_initialized = True  # type: ignore[assignment]
+
+    def _made_of(self, name: str, hold: Hold, dense: nn.Parameter) -> RPQWeight:
+        """The weight as it was kept, or fitted now, and then kept."""
+        found = None if self._kept is None else self._kept.load(name, hold, layout_of(self._by_name[name], hold), dense)
+        if found is None:
+            weight = self._fit(name, hold, dense)
+            if self._kept is not None:
+                self._kept.save(name, dense, weight, self._errors[name])
+            return weight
+        weight, self._errors[name] = found
+        if self._by_rate:
+            weight.codebooks = self._books.setdefault(self._groups[name], weight.codebooks)
+            weight.shares_codebooks = self._shares(name)
+        return weight
+
+    def _shares(self, name: str) -> bool:
+        return sum(other == self._groups[name] for other in self._groups.values()) > 1
 
     def _fit(self, name: str, hold: Hold, dense: nn.Parameter) -> RPQWeight:
         layout = layout_of(self._by_name[name], hold)
@@ -175,7 +200,7 @@ class Quantizing(ConversionOps):
         books = self._books[key]
         fit = fit_weight(made.vectors, made.spec, books.detach().to(made.vectors.device), None, None)
         self._errors[name] = fit.error
-        made.shares_codebooks = sum(other == key for other in self._groups.values()) > 1
+        made.shares_codebooks = self._shares(name)
         made.become(books, fit.codes, fit.factors, fit.signs)
         return made
 
@@ -197,6 +222,12 @@ class Quantizing(ConversionOps):
         adapt_pretrained(model)
         record(model, self._sites, self._settled, self._errors, notes=self._notes)
         renew_calls(model)
+
+
+def _words(model: nn.Module, policy: Policy, seed: int) -> list[str]:
+    """All that fits depend on but the weights."""
+    shapes = [f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in model.named_parameters()]
+    return [type(model).__name__, policy.to_json(), str(seed), *shapes]
 
 
 def _tie(model: Any) -> None:

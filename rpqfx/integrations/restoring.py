@@ -6,7 +6,9 @@ weight is ever allocated. transformers then reads the tensors, each to its devic
 
 from __future__ import annotations
 
+import copy
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,6 +46,15 @@ class _Patterns(set[str]):
 
     def __add__(self, more: list[str]) -> list[str]:
         return [*self, *more]
+
+
+class _Converter(WeightConverter):
+    """Has tensors of one pattern come here; each tensor gets a copy of its own, which transformers makes deep."""
+
+    def __deepcopy__(self, memo: Any) -> _Converter:
+        made = copy.copy(self)
+        made.collected_tensors, made.layer_targets = defaultdict(list), defaultdict(set)
+        return made
 
 
 class Restoring(ConversionOps):
@@ -118,7 +129,7 @@ class Restoring(ConversionOps):
         if self._first is not None:
             pairs.append((f"^{re.escape(self._stored_as[self._first[0]])}$", self._stored_as[self._first[0]]))
         return [
-            WeightConverter(source_patterns=[source], target_patterns=[target], operations=[self])
+            _Converter(source_patterns=[source], target_patterns=[target], operations=[self])
             for source, target in pairs
         ]
 

@@ -11,6 +11,7 @@ import copy
 import functools
 import inspect
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,10 @@ def save_pretrained(model: Any, save_directory: Any, *args: Any, **kwargs: Any) 
     if given.arguments.get("push_to_hub"):
         _write_card_before_upload(twin)
     del tensors
-    result = own(twin, save_directory, *args, **{**kwargs, **({"state_dict": None} if "state_dict" in kwargs else {})})
+    # A text: with a path, transformers 5.0 can save and not push.
+    result = own(
+        twin, os.fspath(save_directory), *args, **{**kwargs, **({"state_dict": None} if "state_dict" in kwargs else {})}
+    )
     if given.arguments.get("is_main_process", True) and Path(save_directory).is_dir():
         write_card(Path(save_directory), twin)
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ except ImportError as error:
     raise ImportError("this needs transformers 5, the extra: pip install 'rpqfx[transformers]'") from error
 
 from rpqfx.errors import FormatError, InputError, PolicyError
+from rpqfx.policies.arguments import check_path
 from rpqfx.policies.options import Rule
 from rpqfx.policies.policy import EMBEDDING_BITS, Policy
 from rpqfx.validation.values import closest, number, shown, whole
@@ -43,6 +45,8 @@ class RPQConfig(QuantizationConfigMixin):
         modules_to_not_convert: Names of modules, or ends of their names, whose weights stay dense.
         policy: A [`Policy`][rpqfx.policies.policy.Policy] (or what its ``to_json`` returned) in place of these three.
         seed: Of the fits.
+        checkpoint: Folder for finished weights. The same call with the same folder goes on where it was interrupted; no
+            saved config says it.
         **saved: What ``save_pretrained`` wrote to ``config.json``; nothing that a caller gives.
 
     Raises:
@@ -58,6 +62,7 @@ class RPQConfig(QuantizationConfigMixin):
         modules_to_not_convert: list[str] | None = None,
         policy: Policy | str | None = None,
         seed: int = 0,
+        checkpoint: str | os.PathLike[str] | None = None,
         **saved: Any,
     ) -> None:
         self.quant_method = saved.pop("quant_method", METHOD)
@@ -65,7 +70,7 @@ class RPQConfig(QuantizationConfigMixin):
         self.version: str | None = saved.pop("version", None)
         self.routing: dict[str, str] = saved.pop("routing", {})
         self.bits_per_weight, self.embedding_bits, self.seed = bits_per_weight, embedding_bits, seed
-        self.modules_to_not_convert = modules_to_not_convert
+        self.modules_to_not_convert, self.checkpoint = modules_to_not_convert, checkpoint
         self.policy = policy.to_json() if isinstance(policy, Policy) else policy
         if self.format is not None:
             self._check_saved(saved)
@@ -80,17 +85,21 @@ class RPQConfig(QuantizationConfigMixin):
                 f"its config.json is of format {self.format} (rpqfx {self.version}), newer than this library reads "
                 f"({FORMAT}); update rpqfx"
             )
+        if self.checkpoint is not None:
+            more = {**more, "checkpoint": self.checkpoint}
         if more or not isinstance(self.routing, dict):
             raise FormatError(f"its config.json has no right quantization_config at {next(iter(more), 'routing')!r}")
 
     def _check_asked(self, more: dict[str, Any]) -> None:
-        known = ["bits_per_weight", "embedding_bits", "modules_to_not_convert", "policy", "seed"]
+        known = ["bits_per_weight", "embedding_bits", "modules_to_not_convert", "policy", "seed", "checkpoint"]
         if more or self.routing or self.version:
             wrong = next(iter(more), "routing")
             raise PolicyError(
                 f"RPQConfig has no option {shown(wrong)}; it has {', '.join(known)}{closest(wrong, known)}"
             )
         whole("seed", self.seed, 0)
+        if self.checkpoint is not None:
+            check_path(self.checkpoint, "checkpoint")
         if self.policy is None:
             if self.bits_per_weight is None:
                 raise PolicyError("RPQConfig needs a number of bits, as in RPQConfig(bits_per_weight=3), or a policy")
@@ -193,7 +202,8 @@ class RPQQuantizer(HfQuantizer):
             files = kwargs.get("checkpoint_files")
             self._work = Restoring(model, files, self.quantization_config.routing, torch.get_default_dtype())
         else:
-            self._work = Quantizing(model, self.quantization_config.asked(), self.quantization_config.seed)
+            config = self.quantization_config
+            self._work = Quantizing(model, config.asked(), config.seed, config.checkpoint)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         work, self._work = self._work, None

@@ -23,6 +23,7 @@ _CHILD = {
     "torch.optim.swa_utils.AveragedModel": "module",
     "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.CheckpointWrapper": "_checkpoint_wrapped_module",
 }
+_WRAPPERS = {name.rpartition(".")[2] for name in _CHILD}
 _DISTRIBUTED = "torch.nn.parallel.distributed.DistributedDataParallel"
 _SHARDED = {
     "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel",
@@ -67,13 +68,14 @@ def modules_within(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
         comes as often.
     """
     own = {"": ""}
+    hides: dict[str, str | None] = {}  # the child that each module is a wrapper of
     for path, module in model.named_modules(remove_duplicate=False):
         above, _, name = path.rpartition(".")
         if path:
             parent = own[above]
-            hidden = _child(model.get_submodule(above)) == name
-            own[path] = parent if hidden else f"{parent}.{name}".lstrip(".")
-        if _child(module) is None:
+            own[path] = parent if hides[above] == name else f"{parent}.{name}".lstrip(".")
+        hides[path] = _child(module)
+        if hides[path] is None:
             yield own[path], path, module
 
 
@@ -135,7 +137,9 @@ def refuse_distributed(model: nn.Module, what: str) -> None:
 
 
 def _child(module: nn.Module) -> str | None:
-    return next((_CHILD[name] for name in _classes(module) if name in _CHILD), None)
+    classes = (base for base in type(module).__mro__ if base.__qualname__ in _WRAPPERS)  # most have none of these names
+    names = (f"{base.__module__}.{base.__qualname__}" for base in classes)
+    return next((_CHILD[name] for name in names if name in _CHILD), None)
 
 
 def _classes(module: nn.Module) -> set[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,11 +15,13 @@ from torch import Tensor
 
 from rpqfx.errors import FormatError, RPQError
 from rpqfx.storage.archive import MAGIC, Archive, Described, read_bytes
+from rpqfx.storage.files import Digest, bytes_of, headline
 from rpqfx.storage.pickle_reader import DTYPES
 
 FORMAT = "rpqfx"
 SEAL = f"{FORMAT}_seal"
 _SAFETENSORS = ".safetensors"
+_PIECE = 1 << 20  # bytes that are read at a time, where a tensor is not to be held
 _HEADER = 8  # bytes of the length that a safetensors file begins with
 
 # What safetensors calls dtypes.
@@ -39,12 +41,30 @@ class Container:
         seal: What the manifest's hash was when the file was written.
         stored: Dtype and shape of each tensor; the bytes for them are there.
         read: Gives the tensors of these names, on the CPU.
+        pieces: Gives the bytes of one tensor, piece by piece, each of which is gone with the next.
     """
 
     text: str
     seal: str
     stored: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
     read: Callable[[list[str]], dict[str, Tensor]]
+    pieces: Callable[[str], Iterator[memoryview]]
+
+    def take_in(self, digest: Digest, name: str, shape: Sequence[int] | None = None) -> None:
+        """Updates a digest with a tensor, as ``rpqfx.storage.files.take_in`` does, without holding all of it.
+
+        Args:
+            digest: Of ``hashlib``.
+            name: Of the tensor.
+            shape: What it counts as being of, where that is not the shape in the file.
+
+        Raises:
+            FormatError: If the file has become shorter.
+        """
+        dtype, own = self.stored[name]
+        digest.update(headline(name, dtype, own if shape is None else shape))
+        for piece in self.pieces(name):
+            digest.update(piece)
 
 
 def writer_for(name: str) -> Callable[[Path, str, str, dict[str, Tensor]], None]:
@@ -117,7 +137,12 @@ def _open_torch(file: BinaryIO) -> Container:
         except FormatError as error:
             raise FormatError(f"is truncated or altered: {error}") from error
 
-    return Container(text, seal, {name: (one.dtype, one.shape) for name, one in tensors.items()}, read)
+    def pieces(name: str) -> Iterator[memoryview]:
+        tensor = read([name])[name].contiguous()
+        if tensor.numel():
+            yield memoryview(bytes_of(tensor)).cast("B")
+
+    return Container(text, seal, {name: (one.dtype, one.shape) for name, one in tensors.items()}, read, pieces)
 
 
 def _write_safetensors(part: Path, text: str, seal: str, tensors: dict[str, Tensor]) -> None:
@@ -162,7 +187,20 @@ def _open_safetensors(file: BinaryIO) -> Container:
     def read(names: list[str]) -> dict[str, Tensor]:
         return {name: _tensor(file, start, ranges[name]) for name in names}
 
-    return Container(text, seal, {name: (one.dtype, one.shape) for name, one in ranges.items()}, read)
+    room = memoryview(bytearray(_PIECE))
+
+    def pieces(name: str) -> Iterator[memoryview]:
+        one = ranges[name]
+        file.seek(start + one.start)
+        left = one.stop - one.start
+        while left:
+            count = file.readinto(room[:left])  # type: ignore[attr-defined]
+            if not count:
+                raise FormatError("it became shorter while it was read")
+            yield room[:count]
+            left -= count
+
+    return Container(text, seal, {name: (one.dtype, one.shape) for name, one in ranges.items()}, read, pieces)
 
 
 @dataclass(frozen=True)

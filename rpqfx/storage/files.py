@@ -8,10 +8,11 @@ import errno
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 ENDING = ".part"  # of the names of drafts; a process that is killed leaves one behind
@@ -115,19 +116,20 @@ def take_in(digest: Digest, tensor: Tensor, name: str = "") -> None:
         name: Of the tensor.
     """
     tensor = tensor.detach().cpu().contiguous()
-    digest.update(headline(name, tensor))
+    digest.update(headline(name, tensor.dtype, tensor.shape))
     if tensor.numel():
         digest.update(bytes_of(tensor))
 
 
-def headline(name: str, tensor: Tensor) -> bytes:
+def headline(name: str, dtype: torch.dtype, shape: Sequence[int]) -> bytes:
     """Returns what ``take_in`` takes in before a tensor's values.
 
     Args:
         name: Of the tensor.
-        tensor: On any device, also meta.
+        dtype: Of the tensor.
+        shape: Of the tensor.
     """
-    return f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode()
+    return f"{name} {dtype} {tuple(shape)}\n".encode()
 
 
 def bytes_of(tensor: Tensor) -> ctypes.Array[ctypes.c_ubyte]:

@@ -254,10 +254,15 @@ def put_back(
         refresh(module)
     adapt_pretrained(model)
     adapt_generation(model)
-    attach_records(unwrapped(model), [_record(values) for values in manifest["records"]], manifest["notes"])
+    attach_records(unwrapped(model), [record_of(values) for values in manifest["records"]], manifest["notes"])
 
 
-def _record(values: dict[str, Any]) -> SiteRecord:
+def record_of(values: dict[str, Any]) -> SiteRecord:
+    """Returns the line of a report that a manifest has.
+
+    Args:
+        values: Of ``manifest["records"]``.
+    """
     spec = None if values["spec"] is None else CodebookSpec.from_dict(values["spec"])
     tuples = {key: tuple(values[key]) for key in ("names", "shape")}
     return SiteRecord(**{**values, **tuples, "spec": spec})
@@ -279,7 +284,8 @@ def _install_sites(
                 raise FormatError(f"{path} holds {name}, which the model that {maker} made has not") from error
             if shape != layout.shape:
                 raise FormatError(f"{path} holds {name} of shape {layout.shape}, {maker} made it {shape}")
-        weight = RPQWeight(spec, layout, std=site["std"], device="meta")
+        with torch._C.DisableTorchFunction():  # where it goes is said, and a mode of the caller's takes its time
+            weight = RPQWeight(spec, layout, std=site["std"], device="meta")
         for flag in _FLAGS & site.keys():
             setattr(weight, flag, site[flag])
         weight.take_notes(parameter_at(model, names[0]))

@@ -9,6 +9,7 @@ from rpqfx.codebook.spec import MAX_ENTRIES
 from rpqfx.nn.weight import ReadAs
 from rpqfx.ops import PLANS
 from rpqfx.storage.pickle_reader import DTYPES
+from rpqfx.storage.recipe import is_recipe
 
 _LARGEST = 2**48
 SLOTS = 2**20  # codes of a token in a cache, at most
@@ -16,12 +17,38 @@ SLOTS = 2**20  # codes of a token in a cache, at most
 Check = Callable[[Any], bool]
 
 
+class _Keys:
+    """The keys that a dict has, and a check of each value; a key that begins with ``?`` may be missing."""
+
+    def __init__(self, checks: Mapping[str, Check]) -> None:
+        self._needed = [key for key in checks if not key.startswith("?")]
+        self._checks = {key.lstrip("?"): check for key, check in checks.items()}
+
+    def wrong(self, value: Any) -> str | None:
+        """Returns the key that is missing, not known or has no value that it may have; "" for what is no dict."""
+        if type(value) is not dict:
+            return ""
+        for key in self._needed:
+            if key not in value:
+                return key
+        for key, held in value.items():
+            check = self._checks.get(key)
+            if check is None or not check(held):
+                return str(key)
+        return None
+
+    def __call__(self, value: Any) -> bool:
+        return self.wrong(value) is None
+
+
 def _whole(least: int, most: int = _LARGEST) -> Check:
     return lambda value: type(value) is int and least <= value <= most
 
 
 def _one_of(*values: Any) -> Check:
-    return lambda value: any(type(value) is type(known) and value == known for known in values)
+    known = {(type(value), value) for value in values}  # 1 and True are equal, and not the same
+    kinds = {kind for kind, _ in known}
+    return lambda value: type(value) in kinds and (type(value), value) in known
 
 
 def _or_none(check: Check) -> Check:
@@ -59,61 +86,50 @@ _SHAPE = _list_of(_whole(0))
 _ENTRIES = _whole(2, MAX_ENTRIES)
 _IS_DTYPE = _one_of(*DTYPES)
 
-_SPEC: dict[str, Check] = {
+_SPEC = _Keys({
     "num_vectors": _whole(1), "dim": _whole(1), "codebook_dim": _whole(1), "entries": _ENTRIES, "stages": _whole(1),
     "books": _whole(1), "scale": _is_flag, "signs": _is_flag, "grad_scale": _one_of("sum", "sqrt", "mean"),
     "?dim_scale": _whole(0), "?tiled": _is_flag,
-}  # fmt: skip
-_LAYOUT: dict[str, Check] = {
+})  # fmt: skip
+_LAYOUT = _Keys({
     "shape": _list_of(_whole(1), 1), "lead": _whole(0), "transposed": _is_flag, "zero_vector": _or_none(_whole(0)),
     "?experts": _one_of(None, "shared", "own"),
-}  # fmt: skip
-_PACKED: dict[str, Check] = {"bits": _whole(1, 16), "entries": _ENTRIES}
-_ENTRY: dict[str, Check] = {
+})  # fmt: skip
+_PACKED = _Keys({"bits": _whole(1, 16), "entries": _ENTRIES})
+_ENTRY = _Keys({
     "names": _NAMES, "kind": _one_of("parameter", "buffer", "attribute"), "shape": _SHAPE, "dtype": _IS_DTYPE,
-    "requires_grad": _is_flag, "?packed": lambda value: _wrong(value, _PACKED) is None, "?stored": _IS_DTYPE,
-}  # fmt: skip
-_SITE: dict[str, Check] = {
-    "names": _NAMES, "spec": lambda value: _wrong(value, _SPEC) is None,
-    "layout": lambda value: _wrong(value, _LAYOUT) is None, "std": _is_number, "?plan": _one_of(*PLANS),
+    "requires_grad": _is_flag, "?packed": _PACKED, "?stored": _IS_DTYPE,
+})  # fmt: skip
+_SITE = _Keys({
+    "names": _NAMES, "spec": _SPEC,
+    "layout": _LAYOUT, "std": _is_number, "?plan": _one_of(*PLANS),
     "?read_as": _one_of(*get_args(ReadAs)), "?plain_when_compiled": _is_flag, "?shares_codebooks": _is_flag,
-}  # fmt: skip
-_RECORD: dict[str, Check] = {
+})  # fmt: skip
+_RECORD = _Keys({
     "name": _is_name, "names": _NAMES, "kind": _is_text, "module_type": _is_text, "shape": _list_of(_whole(0)),
-    "spec": _or_none(lambda value: _wrong(value, _SPEC) is None), "?split": _one_of(None, "row", "column"),
+    "spec": _or_none(_SPEC), "?split": _one_of(None, "row", "column"),
     "?init": _or_none(_is_text), "?reason": _or_none(_is_text), "?error": _or_none(_is_number), "?before": _whole(0),
     "?after": _whole(0), "?shared": _whole(0), "?plan": _one_of(*PLANS), "?code_bits": _whole(0),
     "?codebook_bits": _whole(0), "?scale_bits": _whole(0),
-}  # fmt: skip
-_CODER: dict[str, Check] = {
+})  # fmt: skip
+_CODER = _Keys({
     "heads": _whole(1), "dim": _whole(1), "sub_vector": _whole(1), "entries": _ENTRIES,
     "stages": _list_of(_whole(0, SLOTS), 1), "transform": _is_flag, "joint": _is_flag, "strided": _is_flag,
     "scaled": _is_flag, "cosine": _is_flag, "beam": _whole(1, 2**16), "decay": _or_none(_is_number), "fine": _whole(0),
-}  # fmt: skip
+})  # fmt: skip
 _TURNINGS = [[angles, pairs] for angles in ("halves", "interleaved", "single") for pairs in ("halves", "interleaved")]
-_CACHE: dict[str, Check] = {
+_CACHE = _Keys({
     "names": _list_of(_is_path, 1), "kind": _one_of("call", "torch", "transformers"), "outermost": _is_flag,
     "policy": _is_text, "?turning": _or_none(lambda value: value in _TURNINGS),
-    "keys": lambda value: _wrong(value, _CODER) is None, "values": lambda value: _wrong(value, _CODER) is None,
-}  # fmt: skip
-_WHOLE: dict[str, Check] = {
-    "version": _whole(1, 2**31), "tensors": _list_of(lambda value: _wrong(value, _ENTRY) is None),
-    "sites": _list_of(lambda value: _wrong(value, _SITE) is None),
-    "records": _list_of(lambda value: _wrong(value, _RECORD) is None), "notes": _list_of(_is_text),
-    "checksum": _is_text, "?kv": _list_of(lambda value: _wrong(value, _CACHE) is None), "?routed": _list_of(_is_text),
-}  # fmt: skip
-
-
-def _wrong(value: Any, known: Mapping[str, Check]) -> str | None:
-    """The key of a dict that is missing, not known or has no value that it may have; "" for what is no dict."""
-    if type(value) is not dict:
-        return ""
-    needed = {key for key in known if not key.startswith("?")}
-    checks = {key.lstrip("?"): check for key, check in known.items()}
-    for key in (*needed, *value):
-        if key not in value or key not in checks or not checks[key](value[key]):
-            return key
-    return None
+    "keys": _CODER, "values": _CODER,
+})  # fmt: skip
+_WHOLE = _Keys({
+    "version": _whole(1, 2**31), "tensors": _list_of(_ENTRY),
+    "sites": _list_of(_SITE),
+    "records": _list_of(_RECORD), "notes": _list_of(_is_text),
+    "checksum": _is_text, "?kv": _list_of(_CACHE), "?routed": _list_of(_is_text),
+    "?build": is_recipe,
+})  # fmt: skip
 
 
 def wrong_at(manifest: Any) -> str | None:
@@ -122,7 +138,7 @@ def wrong_at(manifest: Any) -> str | None:
     Args:
         manifest: What JSON gave.
     """
-    wrong = _wrong(manifest, _WHOLE)
+    wrong = _WHOLE.wrong(manifest)
     return None if wrong is None else _told(manifest, wrong)
 
 
@@ -135,13 +151,13 @@ def _told(value: Any, key: str) -> str:
         path.append(key)
         value, known = value.get(key), inner.get(key)
         if type(value) is list and known is not None:
-            at = next((number for number, item in enumerate(value) if _wrong(item, known) is not None), None)
+            at = next((number for number, item in enumerate(value) if not known(item)), None)
             if at is None:
                 break
             path.append(str(at))
             value = value[at]
         if known is None:
             break
-        key = _wrong(value, known) or ""
+        key = known.wrong(value) or ""
     seen = repr(value)
     return f"its manifest has no right value at {' / '.join(path) or 'its top'}: {seen[:80]}"

@@ -33,17 +33,26 @@ from rpqfx.storage.container import FORMAT, Container, open_container, without_d
 from rpqfx.storage.files import draft, place, take_in
 from rpqfx.storage.manifest import codes_of, describe, put_back, unpacked
 from rpqfx.storage.manifest_check import as_unsavable, check_manifest
+from rpqfx.storage.pickle_reader import DTYPES
+from rpqfx.storage.recipe import CLASS, builder_of, recipe_of
 from rpqfx.validation.values import shown
 
 __all__ = ["FORMAT", "FORMAT_VERSION", "load", "save"]
 
-FORMAT_VERSION = 4  # 1 knew no tensors of experts and no flags of weights, 2 no packed tensors, 3 no attention on codes
-_PLAIN_VERSION = 3  # of files of models that have none: older libraries read them, too
+# 1 knew no tensors of experts and no flags of weights, 2 no packed tensors, 3 no attention on codes, 4 no classes
+FORMAT_VERSION = 5
+_KV_VERSION, _PLAIN_VERSION = 4, 3  # of files that name no class, and have no attention on codes either: for older ones
 
 Place = str | bytes | os.PathLike[str] | os.PathLike[bytes] | BinaryIO
 
 
-def save(model: nn.Module, path: Place) -> None:
+def save(
+    model: nn.Module,
+    path: Place,
+    *,
+    build: type[nn.Module] | None = None,
+    arguments: Mapping[str, Any] | None = None,
+) -> None:
     """Saves a rewritten model.
 
     The file appears whole or not at all: where writing fails, or what was written is not what was to be, what was there
@@ -55,9 +64,12 @@ def save(model: nn.Module, path: Place) -> None:
         path: Where to; a name that ends in ``.safetensors`` makes a safetensors file (extra ``safetensors``). A
             symbolic link is followed. Or a file object open for writing in binary, which gets the whole content at
             once.
+        build: The class of the dense model. The file then says its name, and ``load`` needs no function.
+        arguments: Its keyword arguments, in values that JSON has.
 
     Raises:
-        InputError: If ``model`` is no module, the path no path, or a file object not open for writing in binary.
+        InputError: If ``model`` is no module, the path no path, or a file object not open for writing in binary; if
+            ``build`` is no class that can be imported, or makes another model, or the arguments are no plain values.
         RPQError: If the model holds nothing in codebooks, has tensors on the meta device, or could not be loaded again.
         RewriteError: If the model is sharded.
         CodeError: If codes point outside their codebook.
@@ -67,10 +79,15 @@ def save(model: nn.Module, path: Place) -> None:
     check_model(model, "save")
     target = _target(path)
     write = writer_for(_name_of(path))
+    if build is None and arguments is not None:
+        raise InputError("arguments are those of build, and there is none; pass the class of the dense model as build")
+    recipe = None if build is None else recipe_of(build, arguments)
     model = unwrapped(model)
     if not is_rewritten(model) and not attentions(model):
         raise RPQError("nothing in this model is held in codebooks; save a dense model with torch.save(state_dict())")
-    tensors, text = prepared(model)
+    tensors, text = prepared(model, recipe)
+    if recipe is not None:
+        _check_recipe(recipe, json.loads(text))
     with _written(target) as part:
         write(part, text, seal_of(text), tensors)
         _read_back(part, text, tensors)
@@ -92,7 +109,8 @@ def load(
     Args:
         path: The file, or a file object open for reading in binary, which is read from where it stands.
         build: Makes the model as it was before ``rpqify`` and ``quantize_kv``; called once, without arguments. It calls
-            ``route`` where that was called. It has to be given.
+            ``route`` where that was called. It may be left out where the file names the class of the dense model
+            (``save(..., build=...)``) and this process has imported that class: a file imports nothing by itself.
         device: Where the tensors go.
         build_device: Where ``build`` runs; ``"cpu"`` for models that compute with values while they are built.
 
@@ -108,7 +126,6 @@ def load(
         ImportError: If it is a safetensors file and safetensors is not installed.
     """
     _check_build(build)
-    assert build is not None
     for asked in (device, build_device):
         _check_device(asked)
     ambient = Ambient(None)
@@ -119,16 +136,19 @@ def load(
         raise
 
 
-def _loaded(path: Any, build: Callable[[], nn.Module], device: Any, build_device: Any) -> nn.Module:
+def _loaded(path: Any, build: Callable[[], nn.Module] | None, device: Any, build_device: Any) -> nn.Module:
     """Loads a model; where this raises, function modes of torch may be on that were not."""
     with _opened(path) as (file, name):
         try:
-            manifest, tensors = _read(open_container(file, name), device)
+            held = open_container(file, name)
+            manifest = read_manifest(held.text, held.seal, lambda _: held.stored)
+            make = _builder(manifest) if build is None else build
+            tensors = _read(held, manifest, device)
         except FormatError as error:
             raise FormatError(f"{name} {error}") from error
     with torch.device(build_device):
         try:
-            model = build()
+            model = make()
         except (NotImplementedError, RuntimeError) as error:
             if "meta" not in str(error):  # build's own trouble
                 raise
@@ -143,14 +163,41 @@ def _loaded(path: Any, build: Callable[[], nn.Module], device: Any, build_device
     return model
 
 
-def _check_build(build: Any) -> None:
-    """Sees that there is a function that builds the dense model."""
-    example = "rpqfx.load(path, lambda: Model(config))"
-    if build is None:
+_EXAMPLE = "rpqfx.load(path, lambda: Model(config))"
+
+
+def _builder(manifest: Mapping[str, Any]) -> Callable[[], nn.Module]:
+    """What makes the dense model of a file, where nobody has said so."""
+    if "build" not in manifest:
         raise InputError(
-            f"load needs a function that builds the dense model, without arguments: {example}; the file holds its "
-            "tensors, not its code"
+            f"load needs a function that builds the dense model, without arguments: {_EXAMPLE}; the file holds its "
+            "tensors, not its code, and names no class (rpqfx.save(model, path, build=Model) makes it do so)"
         )
+    return builder_of(manifest["build"])
+
+
+def _check_recipe(recipe: Mapping[str, Any], manifest: dict[str, Any]) -> None:
+    """Sees that a class makes the model that is to be saved."""
+    try:
+        with torch.device("meta"):
+            model = builder_of(recipe)()
+        tensors = {
+            entry["names"][0]: torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]], device="meta")
+            for entry in manifest["tensors"]
+        }
+        put_back(model, manifest, tensors, "the model")
+    except Exception as error:  # whatever the class raises
+        raise InputError(
+            f"build={recipe[CLASS]} with these arguments does not make this model ({error}); leave build out, and "
+            "pass a function to load"
+        ) from error
+
+
+def _check_build(build: Any) -> None:
+    """Sees that what is given as build is a function that builds the dense model."""
+    example = _EXAMPLE
+    if build is None:
+        return  # the file may name a class
     if isinstance(build, nn.Module):
         raise InputError(
             f"build is a function that builds the dense model, got a model ({type(build).__name__}); give one that "
@@ -163,18 +210,21 @@ def _check_build(build: Any) -> None:
 # ---------------------------------------------------------------------------------------------------- the file
 
 
-def prepared(model: nn.Module) -> tuple[dict[str, Tensor], str]:
+def prepared(model: nn.Module, recipe: Mapping[str, Any] | None = None) -> tuple[dict[str, Tensor], str]:
     """Returns what a file of a model holds: tensors as they are stored, and the manifest as text.
 
     Args:
         model: As ``save`` takes it, without wrappers.
+        recipe: The class of the dense model and its arguments, if the file is to name them.
 
     Raises:
         RPQError: As ``save``.
     """
     tensors, manifest = describe(model)
-    version = FORMAT_VERSION if "kv" in manifest or "routed" in manifest else _PLAIN_VERSION
+    version = _KV_VERSION if "kv" in manifest or "routed" in manifest else _PLAIN_VERSION
     manifest = {"version": version, **manifest, "checksum": _checksum(tensors)}
+    if recipe is not None:
+        manifest |= {"version": FORMAT_VERSION, "build": dict(recipe)}
     try:
         check_manifest(manifest, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
     except FormatError as error:
@@ -286,7 +336,7 @@ def _read_back(part: Path, text: str, tensors: dict[str, Tensor]) -> None:
             held = open_container(file, part.name)
             digest = hashlib.sha256()
             for name in sorted(held.stored):
-                take_in(digest, held.read([name])[name], name)
+                held.take_in(digest, name)
             wanted = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
             same = held.text == text and held.seal == seal_of(text) and dict(held.stored) == wanted
             if same and digest.hexdigest() == json.loads(text)["checksum"]:
@@ -316,8 +366,7 @@ def seal_of(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _read(held: Container, device: torch.device | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    manifest = read_manifest(held.text, held.seal, lambda _: held.stored)
+def _read(held: Container, manifest: dict[str, Any], device: torch.device | str) -> dict[str, Tensor]:
     tensors = held.read(list(held.stored))
     if _checksum(tensors) != manifest["checksum"]:
         raise FormatError("was altered: its tensors do not match its checksum; save the model again")
@@ -328,6 +377,4 @@ def _read(held: Container, device: torch.device | str) -> tuple[dict[str, Any], 
             raise FormatError(f"was altered: {entry['names'][0]}, which takes more room unpacked, shares its bytes")
     codes = codes_of(manifest)
     first = {entry["names"][0]: entry for entry in manifest["tensors"]}
-    return manifest, {
-        name: unpacked(entry, tensors.pop(name), *codes.get(name, ())).to(device) for name, entry in first.items()
-    }
+    return {name: unpacked(entry, tensors.pop(name), *codes.get(name, ())).to(device) for name, entry in first.items()}

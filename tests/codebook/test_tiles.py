@@ -37,6 +37,17 @@ def test_codes_come_back_from_tiles_whole_and_in_part(shape: tuple[int, int, int
     assert torch.equal(pick(tiles, index), codes[..., index])
 
 
+@given(shape=shapes, seed=st.integers(0, 2**16), block=st.sampled_from([1, 1000, 1 << 18]))
+def test_packed_codes_become_tiles_in_blocks_of_any_size(shape: tuple[int, int, int], seed: int, block: int):
+    stages, sub_vectors, half = shape
+    codes = torch.randint(16, (stages, sub_vectors, 2 * half), generator=torch.Generator().manual_seed(seed))
+    codes = codes.to(torch.uint8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rpqfx.codebook.tiles._BLOCK", block)
+        made = tiles_of_packed(pack_codes(codes, 16), tuple(codes.shape))
+    assert torch.equal(made, to_tiles(codes))
+
+
 def test_tiles_take_half_a_byte_a_code():
     spec = spec_of(vectors=640)
     assert RPQWeight(spec).stored_codes.nbytes * 2 == torch.Size(spec.codes_shape).numel()

@@ -642,6 +642,14 @@ def _files(folder: Path) -> None:
     assert next(rpqfx.load(folder / "one", stack, device="meta").parameters()).is_meta
 
 
+@tried("save", "build", "arguments")
+def _named_classes(folder: Path) -> None:
+    rpqfx.save(rpqfx.rpqify(MLP(width=48), FITTED), folder / "named", build=MLP, arguments={"width": 48})
+    assert rpqfx.load(folder / "named").fc1.out_features == 48
+    with pytest.raises(InputError, match="arguments are those of build"):
+        rpqfx.save(small(), folder / "other", arguments={"width": 48})
+
+
 @tried("materialize", "model", "device", "init")
 def _materialize(folder: Path) -> None:
     with torch.device("meta"):

@@ -425,6 +425,45 @@ def test_weights_are_put_into_codebooks_as_they_come(dense: Path, tmp_path: Path
     assert torch.equal(logits(again), logits(small))
 
 
+def test_what_was_interrupted_while_loading_goes_on(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    from rpqfx.integrations.kept import Kept
+
+    save, saved = Kept.save, []
+
+    def counted(self: Any, name: str, *args: Any) -> None:
+        if len(saved) == 3:
+            raise KeyboardInterrupt
+        saved.append(name)
+        save(self, name, *args)
+
+    opened = transformers.AutoModelForCausalLM.from_pretrained
+    config = rpqfx.RPQConfig(bits_per_weight=5, checkpoint=tmp_path / "kept")
+    with monkeypatch.context() as patch:
+        patch.setattr(Kept, "save", counted)
+        with pytest.raises(KeyboardInterrupt):
+            opened(dense, quantization_config=config)
+    monkeypatch.setattr(Kept, "save", lambda self, name, *args: (saved.append(name), save(self, name, *args)))
+    small = opened(dense, quantization_config=config)
+    assert len(saved) == len(set(saved)) > 3
+    wanted = opened(dense, quantization_config=rpqfx.RPQConfig(bits_per_weight=5))
+    ours, theirs = small.state_dict(), wanted.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert rpqfx.report(small) == rpqfx.report(wanted)
+    assert "checkpoint" not in small.config.to_dict()["quantization_config"]
+    small.save_pretrained(tmp_path / "small")
+    assert "checkpoint" not in json.loads((tmp_path / "small" / "config.json").read_text())["quantization_config"]
+    changed = opened(dense)
+    with torch.no_grad():
+        changed.model.layers[0].mlp.up_proj.weight.mul_(2)
+    changed.save_pretrained(tmp_path / "changed")
+    with pytest.raises(FormatError, match=r"holds model\.layers\.0\.mlp\.up_proj\.weight of another model"):
+        opened(tmp_path / "changed", quantization_config=config)
+    with pytest.raises(FormatError, match="holds a loading of another model, policy or seed"):
+        opened(dense, quantization_config=rpqfx.RPQConfig(bits_per_weight=4, checkpoint=tmp_path / "kept"))
+
+
 def test_a_policy_says_how(dense: Path) -> None:
     policy = Policy(codebook_dim=8, bits=4, rules=(rpqfx.Rule("*.mlp.*", skip="they stay"),), min_size=1024)
     small = transformers.LlamaForCausalLM.from_pretrained(dense, quantization_config=rpqfx.RPQConfig(policy=policy))

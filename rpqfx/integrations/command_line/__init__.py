@@ -1,0 +1,1 @@
+"""The commands of ``rpqfx``, each of which is thin over the library."""
