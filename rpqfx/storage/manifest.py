@@ -247,7 +247,7 @@ def put_back(
     put_back_kv(model, [one for one in kv if not one["outermost"]], known, path, maker)
     _install_sites(model, manifest, known, path, maker)
     put_back_kv(model, [one for one in kv if one["outermost"]], known, path, maker)
-    missing = _assign(model, manifest, tensors, path, maker)
+    missing = assign(model, manifest, tensors, path, maker)
     if missing and not partial:
         raise FormatError(f"{maker} made {min(missing)}, which {path} does not hold: it is of another model")
     for module in model.modules():
@@ -290,10 +290,24 @@ def _install_sites(
         raise FormatError(f"{path} does not fit the model that {maker} made: {error}") from error
 
 
-def _assign(
+def assign(
     model: nn.Module, manifest: dict[str, Any], tensors: dict[str, Tensor], path: str, maker: str
 ) -> set[str]:  # fmt: skip
-    """Puts tensors in their places; returns the names of those places for which there is none."""
+    """Puts tensors in their places.
+
+    Args:
+        model: With a place for each.
+        manifest: What ``describe`` said, checked.
+        tensors: Unpacked, under their first names.
+        path: Of the file, for messages.
+        maker: What made the model, for messages.
+
+    Returns:
+        The names of those places for which there is no tensor.
+
+    Raises:
+        FormatError: If a tensor has no place, or one of another shape.
+    """
     missing = {name for _, name, _ in _all_tensors(model)}
     modules = {name: module for name, _, module in modules_within(model)}
     coders = set(coder_tensors(model))

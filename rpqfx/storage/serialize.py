@@ -121,11 +121,7 @@ def load(
 
 def _loaded(path: Any, build: Callable[[], nn.Module], device: Any, build_device: Any) -> nn.Module:
     """Loads a model; where this raises, function modes of torch may be on that were not."""
-    with _opened(path) as (file, name):
-        try:
-            manifest, tensors = _read(open_container(file, name), device)
-        except FormatError as error:
-            raise FormatError(f"{name} {error}") from error
+    manifest, tensors, name = read(path, device)
     with torch.device(build_device):
         try:
             model = build()
@@ -180,6 +176,24 @@ def prepared(model: nn.Module) -> tuple[dict[str, Tensor], str]:
     except FormatError as error:
         raise as_unsavable(error) from error
     return tensors, json.dumps(manifest)
+
+
+def read(path: Place, device: torch.device | str) -> tuple[dict[str, Any], dict[str, Tensor], str]:
+    """Returns the manifest of a file, its tensors under their first names, and the file's name.
+
+    Args:
+        path: As ``load`` takes it.
+        device: Where the tensors go.
+
+    Raises:
+        FormatError: As ``load``.
+        OSError: As ``load``.
+    """
+    with _opened(path) as (file, name):
+        try:
+            return *_read(open_container(file, name), device), name
+        except FormatError as error:
+            raise FormatError(f"{name} {error}") from error
 
 
 def read_manifest(
