@@ -71,16 +71,19 @@ def _on_codes(
     position_bias: Tensor | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    sinks: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
     """``[B, H_q, T_q, D_v]``."""
     _check_options(core, mask, options)
-    changes = Changes(softcap, s_aux) if softcap is not None or s_aux is not None else None
+    if s_aux is not None and sinks is not None:
+        raise InputError(f"{core.name} hands both s_aux= and sinks= to its attention; skip it with a KVRule")
+    changes = Changes(softcap, sinks if s_aux is None else s_aux)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = causal and mask is None and query.shape[2] > 1 and query.shape[2] == key.shape[2]
     if position_bias is not None:
         mask, causal = _with_bias(position_bias, mask, causal), False
-    return core(query, key, value, mask, dropout, causal, scaling, query.shape[1] != key.shape[1], changes)
+    return core(query, key, value, mask, dropout, causal, scaling, query.shape[1] != key.shape[1], changes or None)
 
 
 def _own_function(module: nn.Module) -> Callable[..., Any] | None:
