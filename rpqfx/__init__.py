@@ -17,6 +17,7 @@ from rpqfx.policies.site import Site
 from rpqfx.reporting.report import Report, report
 from rpqfx.routing.rewrite.policy import RoutePolicy, RouteRule
 from rpqfx.routing.rewrite.rewrite import route
+from rpqfx.storage.kv_calibration import save_calibration
 from rpqfx.storage.materialize import materialize
 from rpqfx.storage.serialize import load, save
 from rpqfx.timing.tune import tune
@@ -55,6 +56,7 @@ __all__ = [
     "routing",
     "rpqify",
     "save",
+    "save_calibration",
     "tune",
 ]
 

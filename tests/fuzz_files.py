@@ -23,7 +23,7 @@ from rpqfx import Hold, Policy, Rule, Skip
 from rpqfx.conversion.checkpoint import Checkpoint
 from rpqfx.errors import FormatError
 from rpqfx.storage.container import open_container
-from rpqfx.storage.serialize import _checksum, seal_of
+from rpqfx.storage.sealed_manifest import checksum, seal_of
 from tests.kv.kv_models import LM, tokens
 
 LARGEST = 64  # bytes that a byte of a file may become: codes of a bit in a tensor of int64
@@ -176,7 +176,7 @@ class Fuzzer:
         tensors = dict(self.tensors)
         for _ in range(rng.choice((1, 1, 2))):
             mutate_tensors(tensors, rng)
-        manifest = {**self.manifest, "checksum": _checksum(tensors)}
+        manifest = {**self.manifest, "checksum": checksum(tensors)}
         return self._file(json.dumps(manifest), tensors)
 
     def _directory(self, rng: random.Random) -> bytes:

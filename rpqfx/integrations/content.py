@@ -12,7 +12,7 @@ from rpqfx.graph.pretrained_calls import EXTRA, first_matrix
 from rpqfx.integrations.folder import GUARD
 from rpqfx.storage.container import FORMAT as MARK
 from rpqfx.storage.container import SEAL
-from rpqfx.storage.serialize import prepared, seal_of
+from rpqfx.storage.sealed_manifest import prepared, seal_of
 
 
 def content(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from rpqfx.errors import FormatError
 from rpqfx.graph.pretrained_calls import EXTRA
 from rpqfx.storage.container import Container, open_container
-from rpqfx.storage.serialize import read_manifest
+from rpqfx.storage.sealed_manifest import read_manifest
 
 GUARD = (1,)  # the shape of a tensor that stands for a dense weight, so that it fits no dense model
 

@@ -32,8 +32,8 @@ from rpqfx.nn.offloaded import offloaded
 from rpqfx.nn.weight import RPQWeight
 from rpqfx.routing.rewrite.policy import RoutePolicy
 from rpqfx.routing.rewrite.rewrite import route
-from rpqfx.storage.manifest import codes_of, put_back, unpacked
 from rpqfx.storage.pickle_reader import DTYPES
+from rpqfx.storage.restore import codes_of, put_back, unpacked
 
 _MAKER = "from_pretrained"
 # What torch aligns memory to. Tensors of safetensors lie anywhere, and products of such ones are summed up otherwise.

@@ -27,8 +27,8 @@ from rpqfx.kv.module import attentions
 from rpqfx.reporting.report import report
 from rpqfx.routing.rewrite.rewrite import route, routed, routing_of
 from rpqfx.storage.container import FORMAT as MARK
-from rpqfx.storage.manifest import put_back
 from rpqfx.storage.pickle_reader import DTYPES
+from rpqfx.storage.restore import put_back
 from rpqfx.validation.values import shown
 
 _CALLS = ("save_pretrained", "push_to_hub")

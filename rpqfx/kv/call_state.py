@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rpqfx.kv.attention.rotary import Rotary
@@ -32,3 +33,27 @@ class Underway(threading.local):
     def __reduce__(self) -> Any:
         """Copies and pickles take nothing of a call."""
         return type(self), ()
+
+
+_ANGLES = "_kv_angles"
+
+
+def keep_angles(key: Tensor, angles: Rotary) -> None:
+    """Tells a layer that is handed another's keys which angles they have been turned by.
+
+    Args:
+        key: As the layer that made it attends to it.
+        angles: Of its tokens.
+    """
+    if not torch.compiler.is_compiling():
+        setattr(key, _ANGLES, angles)
+
+
+def angles_of(key: Tensor) -> Rotary | None:
+    """Returns what ``keep_angles`` was told of keys, in this call; None where that was nothing.
+
+    Args:
+        key: Keys.
+    """
+    found: Rotary | None = None if torch.compiler.is_compiling() else getattr(key, _ANGLES, None)
+    return found

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from rpqfx.errors import RewriteError
+from rpqfx.errors import InputError, RewriteError, RPQError
 from rpqfx.graph.attention import AttentionSite
 from rpqfx.graph.calibration.batches import Batches
 from rpqfx.graph.module_graphs import evaluating
@@ -27,6 +27,37 @@ Cores = dict[AttentionSite, KVAttention]
 _OF_TOKENS = {"input_ids", "attention_mask", "labels", "use_cache", "position_ids", "token_type_ids"}
 _TOKENS = 6
 _APART = 1e-2  # of the largest number, more than attention in parts rounds otherwise than in one
+
+
+def _whose(error: InputError, model: nn.Module, cores: Cores, batches: Batches) -> InputError | RewriteError:
+    """Returns the error of a batch that failed: the batch's own, or ours where the dense model takes the batch."""
+    if isinstance(error.__cause__, RPQError):
+        return error
+    for site in cores:
+        unwrap(site)
+    try:
+        with evaluating(model), torch.no_grad():
+            batches.runs[0]()
+    except InputError as dense:
+        return dense
+    cause = error.__cause__ or error
+    return RewriteError(
+        f"{type(model).__name__} attends in a way that is not computed on codes ({type(cause).__name__}: {cause})"
+    )
+
+
+class Spoken(NamedTuple):
+    """Tokens of a batch that a model makes a cache of.
+
+    Args:
+        name: Of the argument that they come as.
+        ids: ``[B, T]``.
+        others: Arguments that every call gets besides; those of the encoder, where there is one.
+    """
+
+    name: str
+    ids: Tensor
+    others: dict[str, Any]
 
 
 def tried(model: nn.Module, cores: Cores, batches: Batches) -> tuple[Cores, dict[KVAttention, KVAttention]]:
@@ -50,6 +81,8 @@ def tried(model: nn.Module, cores: Cores, batches: Batches) -> tuple[Cores, dict
     try:
         with evaluating(model), torch.no_grad():
             batches.runs[0]()
+    except InputError as error:
+        raise _whose(error, model, cores, batches) from error
     finally:
         for core in cores.values():
             core.trial = None
@@ -59,14 +92,16 @@ def tried(model: nn.Module, cores: Cores, batches: Batches) -> tuple[Cores, dict
             unwrap(site)
         else:
             left[site] = core
-    if not left:
-        why = next(trial for trial in trials.values() if trial.ahead is not None)
-        raise RewriteError(f"there is no attention that a cache serves; of {why.name}: {why.ahead}")
+    if all(trials[site].keys is None for site in left):
+        why = next((trial for trial in trials.values() if trial.ahead is not None), None)
+        if why is not None:
+            raise RewriteError(f"there is no attention that a cache serves; of {why.name}: {why.ahead}")
+        raise RewriteError("no attention module ran on the calibration batches; skip none, or calibrate with others")
     sharing = _sharing(left, trials)
-    ids = _tokens(batches) if _generates(model) else None
-    if ids is not None and all(trials[site].keys is not None for site in left):
+    spoken = _spoken(model, batches)
+    if spoken is not None and all(trials[site].keys is not None for site in left):
         with _uncoded(left, trials), evaluating(model), torch.no_grad():
-            _rehearse(model, ids)
+            _rehearse(model, spoken, left.values())
     return left, sharing
 
 
@@ -80,21 +115,22 @@ def _sharing(cores: Cores, trials: dict[AttentionSite, Trial]) -> dict[KVAttenti
     return found
 
 
-def _generates(model: nn.Module) -> bool:
+def _spoken(model: nn.Module, batches: Batches) -> Spoken | None:
+    """Returns what a cache can be rehearsed with; None where the model makes none, or a batch is more than tokens."""
     transformers = sys.modules.get("transformers")
-    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
-        return False
-    return bool(model.can_generate()) and not getattr(model.config, "is_encoder_decoder", False)
-
-
-def _tokens(batches: Batches) -> Tensor | None:
-    """The first tokens of the first batch, ``[1, T]``, where it is tokens alone."""
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel) or not model.can_generate():
+        return None
     args, kwargs = batches.calls[0]
-    ids = kwargs.get("input_ids", args[0] if args else None)
-    alone = len(args) + ("input_ids" in kwargs) == 1 and set(kwargs) <= _OF_TOKENS
+    both = bool(getattr(model.config, "is_encoder_decoder", False))
+    name = "decoder_input_ids" if both else "input_ids"
+    given = {key: value for key, value in kwargs.items() if key not in ("labels", "use_cache")}
+    ids = given.pop(name, None if both or not args else args[0])
+    alone = not args if both else len(args) + (name in kwargs) == 1 and set(given) <= _OF_TOKENS
     if not alone or not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or ids.shape[1] < 3:
         return None
-    return ids[:1, :_TOKENS]
+    if any(key.startswith("decoder_") for key in given):
+        return None
+    return Spoken(name, ids[:, :_TOKENS], given) if both else Spoken(name, ids[:1, :_TOKENS], {})
 
 
 @contextmanager
@@ -117,24 +153,57 @@ def _uncoded(cores: Cores, trials: dict[AttentionSite, Trial]) -> Iterator[None]
                 core._modules.pop(side, None)
 
 
-def _rehearse(model: Any, ids: Tensor) -> None:
-    """Steps with a cache, held against the tokens in one."""
+def _rehearse(model: Any, spoken: Spoken, cores: Iterable[KVAttention]) -> None:
+    """Steps with a cache of codes, held against the tokens in one, or else against steps with the model's own cache."""
     from rpqfx.kv.transformers import TransformersCache
 
-    name = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
-    whole = model(input_ids=ids, use_cache=False).logits
+    whole = model(**{spoken.name: spoken.ids}, **spoken.others, use_cache=False).logits
     try:
-        cache, steps, start = TransformersCache(model), [], 0
-        for size in (ids.shape[1] - 2, 1, 1):
-            steps.append(model(input_ids=ids[:, start : start + size], use_cache=True, **{name: cache}).logits)
-            start += size
+        steps = _stepped(model, spoken, TransformersCache(model))
     except Exception as error:  # foreign code
         raise RewriteError(
-            f"{type(model).__name__} cannot be given a cache of codes ({type(error).__name__}: {error})"
+            f"{type(model).__name__} cannot be given a cache of codes ({type(error).__name__}: "
+            f"{str(error).partition(';')[0]})"
         ) from error
-    gap, size = (torch.cat(steps, 1) - whole).abs().max(), whole.abs().max()
-    if not bool(gap <= _APART * size + 1e-30) and whole.dtype in (torch.float32, torch.float64):
+    if whole.dtype not in (torch.float32, torch.float64) or _alike(steps, whole):
+        return
+    own = _with_own_cache(model, spoken, cores)
+    if own is None or not _alike(steps, own):
+        gap, size = (steps - whole).abs().max(), whole.abs().max()
         raise RewriteError(
             f"{type(model).__name__} gives other results with a cache of codes than without, with nothing coded "
             f"(by {float(gap / size):.1g} of their size), so its attention cannot be served"
         )
+
+
+def _with_own_cache(model: Any, spoken: Spoken, cores: Iterable[KVAttention]) -> Tensor | None:
+    """Returns what the dense model gives with its own cache; None where it cannot be stepped through."""
+    from transformers.cache_utils import DynamicCache
+
+    before = {core: core.trial for core in cores}
+    try:
+        for core in before:
+            core.trial = Trial(core.name)  # so that it attends to what it is handed
+        return _stepped(model, spoken, DynamicCache(config=model.config))
+    except Exception:  # foreign code
+        return None
+    finally:
+        for core, trial in before.items():
+            core.trial = trial
+
+
+def _stepped(model: Any, spoken: Spoken, cache: Any) -> Tensor:
+    """Returns logits of a prompt and of two tokens after it."""
+    from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+    name = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
+    if spoken.others:
+        cache = EncoderDecoderCache(cache, DynamicCache())
+    found = []
+    for part in spoken.ids.split([spoken.ids.shape[1] - 2, 1, 1], 1):
+        found.append(model(**{spoken.name: part, name: cache}, **spoken.others, use_cache=True).logits)
+    return torch.cat(found, 1)
+
+
+def _alike(found: Tensor, wanted: Tensor) -> bool:
+    return bool((found - wanted).abs().max() <= _APART * wanted.abs().max() + 1e-30)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +66,14 @@ class CodebookCache:
         """
         return model
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> CodebookCache:
+        """Copies the tokens, not the model's codebooks: a copy goes on with the same model."""
+        for core in self.cores.values():
+            memo |= {id(part): part for part in (core, core.keys, core.values)}
+        made = memo[id(self)] = type(self).__new__(type(self))
+        made.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return made
+
     @property
     def total(self) -> int:
         """Tokens."""
@@ -71,8 +81,13 @@ class CodebookCache:
 
     @contextmanager
     def attended(self) -> Iterator[None]:
-        """While it lasts, this thread's calls of the model are the next tokens of this cache to its attention."""
+        """While it lasts, this thread's calls of the model are the next tokens of this cache to its attention.
+
+        Raises:
+            InputError: If the model did not run meanwhile: a copy of it may have, which knows nothing of this cache.
+        """
         before = {name: core.underway.store for name, core in self.cores.items()}
+        taken = [store.taken for store in self.stores.values()]
         for name, core in self.cores.items():
             core.underway.store = self.stores[name]
         try:
@@ -80,6 +95,11 @@ class CodebookCache:
         finally:
             for name, core in self.cores.items():
                 core.underway.store = before[name]
+        if [store.taken for store in self.stores.values()] == taken:
+            raise InputError(
+                "the model that this cache was made for did not run within attended(); a copy of it takes a cache of "
+                "its own: CodebookCache.for_model(the_copy), and restore(cache.state()) for the tokens"
+            )
 
     def nbytes(self) -> dict[str, int]:
         """Bytes of ``codes``, ``scales``, ``window`` (with the sinks), ``positions``, and ``codebooks`` (with maps).

@@ -13,7 +13,7 @@ from rpqfx.kv.attention.rotary import HALVES, Rotary, Turning, turn, turn_back
 from rpqfx.kv.attention.score_options import Changes, biased_attention
 from rpqfx.kv.cache.layer import Arrival, LayerStore
 from rpqfx.kv.cache.pending import Pending
-from rpqfx.kv.call_state import Underway
+from rpqfx.kv.call_state import Underway, angles_of, keep_angles
 from rpqfx.kv.coder.head_coder import HeadCoder
 from rpqfx.kv.coder.statistics import Watch
 from rpqfx.kv.first_run import Trial
@@ -95,14 +95,16 @@ class KVAttention(nn.Module):
             InputError: If heads are not those of the coders, or keys come from another cache than ours.
         """
         if isinstance(key, Pending):
-            if key.first is None:
-                return self.resume(key.store, key.arrival, query, attn_mask, scale, changes)
-            assert isinstance(value, Pending) and value.first is not None
-            key, value = key.first, value.first
+            coming = key.coming
+            if coming.arrival is None:
+                coming.arrival = self.append(coming.store, coming.keys, coming.values)
+            if coming.arrival.start or query.shape[-2] != coming.keys.shape[-2]:
+                return self.resume(coming.store, coming.arrival, query, attn_mask, scale, changes)
+            key, value = coming.keys, coming.values
         options = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": enable_gqa}
         if self.trial is not None:
             self.trial.see(query, key, value, attn_mask, is_causal)
-        angles, query, key = self._in_halves(query, key)
+        made, (angles, query, key) = key, self._in_halves(query, key, angles_of(key))
         if self.trial is not None:
             return _attend(query, key, value, changes, attn_mask=attn_mask, is_causal=is_causal, **options)
         if self.watch is not None:
@@ -111,14 +113,18 @@ class KVAttention(nn.Module):
         self._check(key, value)
         store = self.underway.store
         if store is not None:
+            store.adopt(self.keys, self.values)
             arrival = store.append(key, value, angles)
             if arrival.start:
                 return store.attend(query, scale, attn_mask, arrival, changes)
         if angles is not None and angles.cos.shape[-2] != key.shape[-2]:
             raise InputError(
                 f"{self.name}: {key.shape[-2]} keys came with the angles of {angles.cos.shape[-2]} tokens, so the "
-                "others are from a cache that holds no codes; pass CodebookCache.for_model(model) as the cache"
+                "others are from a cache that holds no codes, or a trained prefix; pass CodebookCache.for_model(model) "
+                "as the cache, and train prompts rather than prefixes"
             )
+        if angles is not None:
+            keep_angles(made, angles)
         near = self._near(query.shape[-2], key.shape[-2], query.device)
         near_mask, far_mask = _masks(near, attn_mask, is_causal, query)
         batches: list[Batch] = []
@@ -141,7 +147,11 @@ class KVAttention(nn.Module):
 
         Returns:
             What the tokens' queries need to find their own windows; ``resume`` takes it.
+
+        Raises:
+            InputError: If the cache belongs to a model with other codebooks.
         """
+        store.adopt(self.keys, self.values)
         angles, key, _ = self._in_halves(key, key)
         return store.append(key, value, angles)
 
@@ -178,9 +188,11 @@ class KVAttention(nn.Module):
         coded, loss = self.keys(turn_back(key, angles), None, batches)
         return turn(coded, angles), loss
 
-    def _in_halves(self, query: Tensor, key: Tensor) -> tuple[Rotary | None, Tensor, Tensor]:
+    def _in_halves(
+        self, query: Tensor, key: Tensor, known: Rotary | None = None
+    ) -> tuple[Rotary | None, Tensor, Tensor]:
         """Angles, and queries and keys in the order of channels in which a pair is one of each half."""
-        angles = self._angles()
+        angles = self._angles() if known is None else known
         if angles is None or self.turning is None:
             return angles, query, key
         width = angles.cos.shape[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from rpqfx.graph.nested_tensors import without_nested_tensors
 from rpqfx.graph.seeds import drawn_from
 from rpqfx.graph.snapshot import Snapshot, small_tensors
 from rpqfx.graph.transformers_models import adapt_pretrained
+from rpqfx.kv.calibration_files import CalibrationPath, SavedCalibration, opened
 from rpqfx.kv.coder.calibrate import find_space, fit_coders, share_codebooks
 from rpqfx.kv.coder.head_coder import HeadCoder
 from rpqfx.kv.coder.statistics import Moments, Watch
@@ -37,7 +39,7 @@ _STEP, _STEP_OWN = 8, 2
 
 def quantize_kv(
     model: nn.Module,
-    policy: KVPolicy | None = None,
+    policy: KVPolicy | CalibrationPath | None = None,
     *,
     calibration: Iterable[Any] | None = None,
     fit: bool = True,
@@ -55,7 +57,8 @@ def quantize_kv(
 
     Args:
         model: Any model; left alone. The result has copies of its Parameters and buffers and shares none.
-        policy: How keys and values are held; ``KVPolicy()`` if left out.
+        policy: How keys and values are held; ``KVPolicy()`` if left out. Or the path of a calibration that
+            ``rpqfx.save_calibration`` wrote, which says all and is used again, without ``calibration``.
         calibration: Batches: each a tensor, a tuple of positional or a mapping of keyword inputs. 16 sequences do. It
             has to be given.
         fit: Whether coders are fitted; if not, batches only show the shapes (one is enough), codebooks are random, and
@@ -74,8 +77,15 @@ def quantize_kv(
         InputError: If the model rejects a batch, there is none, or one is empty or not finite.
         RewriteError: If there is no attention, or none ran.
         PolicyError: If a rule matches no layer, or a layer cannot follow its policy.
+        FormatError: If a file of a calibration is truncated, altered or none.
+        OSError: If it cannot be read.
     """
     check_model(model, "quantize_kv")
+    if isinstance(policy, (str, bytes, os.PathLike)):
+        _check_alone(calibration, fit, seed)
+        flag("inplace", inplace, error=InputError)
+        check_progress(progress)
+        return _with_saved(model, opened(policy), inplace)
     policy = KVPolicy() if policy is None else policy
     check_policy(policy, KVPolicy)
     flag("fit", fit, error=InputError)
@@ -88,14 +98,44 @@ def quantize_kv(
             "quantize_kv needs calibration, batches of the model's inputs (16 sequences do), to see which keys and "
             "values there are: quantize_kv(model, policy, calibration=batches)"
         )
-    if attentions(model):
-        raise RewriteError("this model already attends to codes; start from the model before quantize_kv")
+    _check_dense(model)
     before = Snapshot(model, values=small_tensors(model) if inplace else ())
     try:
         batches = calibration_of(calibration)
         with torch.inference_mode(False):  # what is made in it could not be trained
             small = model if inplace else copy_model(model)
             _rewrite(small, policy, batches, fit, seed, shown(progress, quiet=False))
+        return small
+    except BaseException:
+        before.restore()
+        raise
+
+
+def _check_dense(model: nn.Module) -> None:
+    if attentions(model):
+        raise RewriteError("this model already attends to codes; start from the model before quantize_kv")
+
+
+def _check_alone(calibration: Any, fit: bool, seed: int | None) -> None:
+    """Refuses arguments that say what a saved calibration says."""
+    given = {"calibration": calibration is not None, "fit": fit is not True, "seed": seed is not None}
+    if any(given.values()):
+        name = next(name for name, there in given.items() if there)
+        raise InputError(
+            f"{name}= would do nothing beside a saved calibration, whose coders are fitted; leave it out, or give a "
+            "KVPolicy to fit others"
+        )
+
+
+def _with_saved(model: nn.Module, saved: SavedCalibration, inplace: bool) -> nn.Module:
+    """A model that attends as a saved calibration says."""
+    _check_dense(model)
+    saved.check(model)
+    before = Snapshot(model, values=small_tensors(model) if inplace else ())
+    try:
+        with torch.inference_mode(False):
+            small = model if inplace else copy_model(model)
+            saved.put(small)
         return small
     except BaseException:
         before.restore()

@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from rpqfx.errors import InputError
 from rpqfx.kv.attention.score_options import Changes
 from rpqfx.kv.cache.layer import LayerStore
-from rpqfx.kv.cache.pending import Pending
 from rpqfx.kv.model_cache import CodebookCache
 from rpqfx.kv.module import KVAttention
+from rpqfx.kv.transformers_layers import CodebookLayer, HybridLayer
 from rpqfx.nn.hosting.host import READ_AS
 
 _NAME = "rpqfx_kv"
@@ -71,16 +71,19 @@ def _on_codes(
     position_bias: Tensor | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    sinks: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
     """``[B, H_q, T_q, D_v]``."""
     _check_options(core, mask, options)
-    changes = Changes(softcap, s_aux) if softcap is not None or s_aux is not None else None
+    if s_aux is not None and sinks is not None:
+        raise InputError(f"{core.name} hands both s_aux= and sinks= to its attention; skip it with a KVRule")
+    changes = Changes(softcap, sinks if s_aux is None else s_aux)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = causal and mask is None and query.shape[2] > 1 and query.shape[2] == key.shape[2]
     if position_bias is not None:
         mask, causal = _with_bias(position_bias, mask, causal), False
-    return core(query, key, value, mask, dropout, causal, scaling, query.shape[1] != key.shape[1], changes)
+    return core(query, key, value, mask, dropout, causal, scaling, query.shape[1] != key.shape[1], changes or None)
 
 
 def _own_function(module: nn.Module) -> Callable[..., Any] | None:
@@ -125,58 +128,6 @@ def _check_options(core: KVAttention, mask: Any, options: dict[str, Any]) -> Non
 ALL_ATTENTION_FUNCTIONS.register(_NAME, _attend)
 
 
-class CodebookLayer(CacheLayerMixin):
-    """One layer, as transformers asks for it.
-
-    Args:
-        core: Its attention.
-        store: Its tokens.
-    """
-
-    is_croppable = True
-    supports_early_init = False
-
-    def __init__(self, core: KVAttention, store: LayerStore) -> None:
-        super().__init__()
-        self._core, self._store = core, store
-
-    @property
-    def is_initialized(self) -> bool:
-        """Whether there are tokens."""
-        return self._store.total > 0
-
-    @is_initialized.setter
-    def is_initialized(self, value: bool) -> None:
-        """Does nothing: the tokens say so."""
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Does nothing."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """Takes the next tokens."""
-        store, arrival = self._store, self._core.append(self._store, key_states, value_states)
-        return Pending.of(store, arrival, key_states), Pending.of(store, arrival, value_states)
-
-    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
-        """Tokens that a mask is over, and its first."""
-        length = query_length if isinstance(query_length, int) else len(query_length)  # positions, before 5
-        return self._store.total + length, 0
-
-    def get_seq_length(self) -> int:
-        """Tokens."""
-        return self._store.total
-
-    def get_max_length(self) -> int:
-        """There is none."""
-        return -1
-
-    get_max_cache_shape = get_max_length  # as it was called before
-
-    def reset(self) -> None:
-        """Forgets all tokens."""
-        self._store.reset()
-
-
 class TransformersCache(CodebookCache, Cache):
     """See [`CodebookCache`][rpqfx.kv.model_cache.CodebookCache]; what a model of transformers takes as its cache.
 
@@ -185,16 +136,24 @@ class TransformersCache(CodebookCache, Cache):
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None = None) -> None:
         CodebookCache.__init__(self, model, dtype)
-        coded: dict[int, CodebookLayer] = {}
+        coded: dict[int, LayerStore] = {}
         for module in model.modules():  # not by name: the model may be within another one by now
             core = module._modules.get("kv_codes")
             if isinstance(core, KVAttention):
-                coded[getattr(module, "layer_idx", len(coded))] = CodebookLayer(core, self.stores[core.name])
+                coded[getattr(module, "layer_idx", len(coded))] = self.stores[core.name]
         plain: list[Any] = list(DynamicCache(config=model.config).layers)
         number = max(len(plain), max(coded) + 1)
-        layers = [coded.get(i) or (plain[i] if i < len(plain) else DynamicLayer()) for i in range(number)]
-        self._plain = [layer for layer in layers if not isinstance(layer, CodebookLayer)]
+        plain += [DynamicLayer() for _ in range(number - len(plain))]
+        layers = [self._layer(coded.get(i), plain[i]) for i in range(number)]
+        self._plain = [layer for layer in layers if type(layer) is not CodebookLayer]
         Cache.__init__(self, layers=layers)
+
+    @staticmethod
+    def _layer(store: LayerStore | None, plain: Any) -> Any:
+        """What holds a layer's tokens, given what the model's own cache would hold them in."""
+        if store is None:
+            return plain
+        return HybridLayer(store, plain.number_of_states) if HybridLayer.stands_for(plain) else CodebookLayer(store)
 
     @classmethod
     def fits(cls, model: nn.Module) -> nn.Module | None:
@@ -228,18 +187,20 @@ class TransformersCache(CodebookCache, Cache):
         """See ``CodebookCache.select``."""
         CodebookCache.select(self, indices)
         for layer in self._plain:
-            layer.batch_select_indices(indices)
+            layer.reorder_cache(indices)
 
     def repeat(self, times: int) -> None:
         """See ``CodebookCache.repeat``."""
-        CodebookCache.repeat(self, times)
-        for layer in self._plain:
-            layer.batch_repeat_interleave(times)
+        if self.total:
+            rows = next(store.batch for store in self.stores.values() if store.total)
+            self.select(torch.arange(rows).repeat_interleave(times))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the newest tokens; see ``CodebookCache.crop``."""
         if tokens_to_remove:
             going = self.total - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
+            if going > 0 and any(not getattr(layer, "is_croppable", True) for layer in self._plain):
+                raise InputError("layers of this model keep states of all their past, which no tokens are taken out of")
             CodebookCache.crop(self, tokens_to_remove)
             for layer in self._plain if going > 0 else ():
                 layer.crop(-going)

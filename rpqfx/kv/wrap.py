@@ -146,6 +146,18 @@ def kind_of(module: nn.Module) -> str | None:
     return getattr(type(module), "_kv_kind", None)
 
 
+def bare(kind: str, core: KVAttention) -> nn.Module:
+    """Returns a module of a kind that holds a core and nothing else; it says what is saved of it, and is not called.
+
+    Args:
+        kind: As ``kind_of`` returns it.
+        core: The core.
+    """
+    made = _class_of(nn.Module, kind)()
+    made.add_module(CORE, core)
+    return made
+
+
 def dense_kind(kind: type[nn.Module]) -> type[nn.Module] | None:
     """Returns the class of a module whose weights are dense again; attention on codes stays.
 

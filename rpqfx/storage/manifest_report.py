@@ -14,8 +14,8 @@ from rpqfx.nn.hosting.backed import SUFFIX
 from rpqfx.nn.layout import Layout
 from rpqfx.reporting.records import SiteRecord
 from rpqfx.reporting.report import Report
-from rpqfx.storage.manifest import record_of
 from rpqfx.storage.pickle_reader import DTYPES
+from rpqfx.storage.restore import record_of
 
 _FLOATS, _INTEGERS = ("codebooks", "scale", "dim_scale"), ("codes", "signs")
 

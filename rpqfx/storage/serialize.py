@@ -8,17 +8,12 @@ by ``torch.load(weights_only=True)``, or by safetensors where the name ends so; 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
 import json
-import os
-import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,21 +24,15 @@ from rpqfx.graph.snapshot import Ambient
 from rpqfx.kv.module import attentions
 from rpqfx.nn.wrappers import unwrapped
 from rpqfx.policies.arguments import check_model
-from rpqfx.storage.container import FORMAT, Container, open_container, without_doubles, writer_for
-from rpqfx.storage.files import draft, place, take_in
-from rpqfx.storage.manifest import codes_of, describe, put_back, unpacked
-from rpqfx.storage.manifest_check import as_unsavable, check_manifest
+from rpqfx.storage.container import FORMAT, Container, open_container, writer_for
 from rpqfx.storage.pickle_reader import DTYPES
+from rpqfx.storage.places import Place, name_of, opened, target_of, written
 from rpqfx.storage.recipe import CLASS, builder_of, recipe_of
+from rpqfx.storage.restore import codes_of, put_back, unpacked
+from rpqfx.storage.sealed_manifest import FORMAT_VERSION, checksum, prepared, read_manifest, seal_of
 from rpqfx.validation.values import shown
 
 __all__ = ["FORMAT", "FORMAT_VERSION", "load", "save"]
-
-# 1 knew no tensors of experts and no flags of weights, 2 no packed tensors, 3 no attention on codes, 4 no classes
-FORMAT_VERSION = 5
-_KV_VERSION, _PLAIN_VERSION = 4, 3  # of files that name no class, and have no attention on codes either: for older ones
-
-Place = str | bytes | os.PathLike[str] | os.PathLike[bytes] | BinaryIO
 
 
 def save(
@@ -77,8 +66,8 @@ def save(
         ImportError: If safetensors is asked for and not installed.
     """
     check_model(model, "save")
-    target = _target(path)
-    write = writer_for(_name_of(path))
+    target = target_of(path)
+    write = writer_for(name_of(path))
     if build is None and arguments is not None:
         raise InputError("arguments are those of build, and there is none; pass the class of the dense model as build")
     recipe = None if build is None else recipe_of(build, arguments)
@@ -88,7 +77,7 @@ def save(
     tensors, text = prepared(model, recipe)
     if recipe is not None:
         _check_recipe(recipe, json.loads(text))
-    with _written(target) as part:
+    with written(target) as part:
         write(part, text, seal_of(text), tensors)
         _read_back(part, text, tensors)
 
@@ -138,14 +127,8 @@ def load(
 
 def _loaded(path: Any, build: Callable[[], nn.Module] | None, device: Any, build_device: Any) -> nn.Module:
     """Loads a model; where this raises, function modes of torch may be on that were not."""
-    with _opened(path) as (file, name):
-        try:
-            held = open_container(file, name)
-            manifest = read_manifest(held.text, held.seal, lambda _: held.stored)
-            make = _builder(manifest) if build is None else build
-            tensors = _read(held, manifest, device)
-        except FormatError as error:
-            raise FormatError(f"{name} {error}") from error
+    manifest, tensors, name = read(path, device, _builder if build is None else None)
+    make = _builder(manifest) if build is None else build
     with torch.device(build_device):
         try:
             model = make()
@@ -210,115 +193,29 @@ def _check_build(build: Any) -> None:
 # ---------------------------------------------------------------------------------------------------- the file
 
 
-def prepared(model: nn.Module, recipe: Mapping[str, Any] | None = None) -> tuple[dict[str, Tensor], str]:
-    """Returns what a file of a model holds: tensors as they are stored, and the manifest as text.
+def read(
+    path: Place, device: torch.device | str, check: Callable[[dict[str, Any]], Any] | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor], str]:
+    """Returns the manifest of a file, its tensors under their first names, and the file's name.
 
     Args:
-        model: As ``save`` takes it, without wrappers.
-        recipe: The class of the dense model and its arguments, if the file is to name them.
+        path: As ``load`` takes it.
+        device: Where the tensors go.
+        check: Called with the manifest before any tensor is read.
 
     Raises:
-        RPQError: As ``save``.
+        FormatError: As ``load``.
+        OSError: As ``load``.
     """
-    tensors, manifest = describe(model)
-    version = _KV_VERSION if "kv" in manifest or "routed" in manifest else _PLAIN_VERSION
-    manifest = {"version": version, **manifest, "checksum": _checksum(tensors)}
-    if recipe is not None:
-        manifest |= {"version": FORMAT_VERSION, "build": dict(recipe)}
-    try:
-        check_manifest(manifest, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
-    except FormatError as error:
-        raise as_unsavable(error) from error
-    return tensors, json.dumps(manifest)
-
-
-def read_manifest(
-    text: str, seal: str, stored: Callable[[Any], Mapping[str, tuple[torch.dtype, tuple[int, ...]]]]
-) -> dict[str, Any]:  # fmt: skip
-    """Returns a manifest, held against its seal and against what is stored.
-
-    Args:
-        text: Of the manifest.
-        seal: What its hash was.
-        stored: Gives dtype and shape of each tensor, by name, for a manifest that nothing is known of yet.
-
-    Raises:
-        FormatError: If it is not what ``prepared`` returned. The message goes on from the file's name.
-    """
-    if seal_of(text) != seal:
-        raise FormatError("was altered: its manifest does not match its seal; save the model again")
-    try:
-        manifest = json.loads(text, object_pairs_hook=without_doubles)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"was altered: its manifest is no JSON ({error})") from error
-    version = manifest.get("version") if isinstance(manifest, dict) else None
-    if type(version) is int and version > FORMAT_VERSION:
-        raise FormatError(f"is of format {version}, newer than this library reads ({FORMAT_VERSION}); update rpqfx")
-    try:
-        check_manifest(manifest, stored(manifest))
-    except FormatError as error:
-        raise FormatError(f"was altered: {error}") from error
-    return manifest
-
-
-def _target(path: Place) -> Path | BinaryIO:
-    """Where a file is to be written, seen to before there is any work."""
-    if isinstance(path, (str, bytes, os.PathLike)):
-        return place(path)
-    if not callable(getattr(path, "write", None)) or isinstance(path, io.TextIOBase):
-        raise InputError(
-            f"save takes a path or a file object open for writing in binary, got {_kind(path)}; open it with 'wb'"
-        )
-    return path
-
-
-def _name_of(path: Place) -> str:
-    if isinstance(path, (str, bytes, os.PathLike)):
-        return os.fsdecode(path)
-    name = getattr(path, "name", None)
-    return name if isinstance(name, str) else f"the {type(path).__name__}"
-
-
-def _kind(path: Any) -> str:
-    return f"a {type(path).__name__} in text mode" if isinstance(path, io.TextIOBase) else type(path).__name__
-
-
-@contextlib.contextmanager
-def _written(target: Path | BinaryIO) -> Iterator[Path]:
-    """A path to write to; what is there comes to the target if nothing raises."""
-    if isinstance(target, Path):
-        with draft(target) as part:
-            yield part
-        return
-    with tempfile.TemporaryDirectory(prefix="rpqfx-") as folder:
-        part = Path(folder) / "content"
-        yield part
-        with open(part, "rb") as whole:
-            shutil.copyfileobj(whole, target)
-
-
-@contextlib.contextmanager
-def _opened(path: Place) -> Iterator[tuple[BinaryIO, str]]:
-    """A file to read, which can be sought in, and its name."""
-    name = _name_of(path)
-    if isinstance(path, (str, bytes, os.PathLike)):
-        if os.path.isdir(path):
-            raise IsADirectoryError(f"{name} is a folder; give the name of the file in it")
+    with opened(path) as (file, name):
         try:
-            file = open(path, "rb")  # noqa: SIM115 (closed below)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(error.errno, f"{name} does not exist", name) from error
-        with file:
-            yield file, name
-        return
-    if not callable(getattr(path, "read", None)) or isinstance(path, io.TextIOBase):
-        raise InputError(
-            f"load takes a path or a file object open for reading in binary, got {_kind(path)}; open it with 'rb'"
-        )
-    rest = path.read()
-    if not isinstance(rest, bytes):
-        raise InputError(f"load takes a file object open in binary, the {type(path).__name__} gives {_kind(rest)}")
-    yield io.BytesIO(rest), name
+            held = open_container(file, name)
+            manifest = read_manifest(held.text, held.seal, lambda _: held.stored)
+            if check is not None:
+                check(manifest)
+            return manifest, _read(held, manifest, device), name
+        except FormatError as error:
+            raise FormatError(f"{name} {error}") from error
 
 
 def _check_device(device: torch.device | str) -> None:
@@ -350,25 +247,9 @@ def _read_back(part: Path, text: str, tensors: dict[str, Tensor]) -> None:
     )
 
 
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        take_in(digest, tensors[name], name)
-    return digest.hexdigest()
-
-
-def seal_of(text: str) -> str:
-    """Returns the seal of a manifest.
-
-    Args:
-        text: Of the manifest.
-    """
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def _read(held: Container, manifest: dict[str, Any], device: torch.device | str) -> dict[str, Tensor]:
     tensors = held.read(list(held.stored))
-    if _checksum(tensors) != manifest["checksum"]:
+    if checksum(tensors) != manifest["checksum"]:
         raise FormatError("was altered: its tensors do not match its checksum; save the model again")
     users = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values() if tensor.numel())
     for entry in manifest["tensors"]:

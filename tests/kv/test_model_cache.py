@@ -93,28 +93,46 @@ def test_a_cache_of_other_codebooks_is_refused_and_leaves_it_empty() -> None:
     assert other.total == 0
 
 
-def test_cropping_takes_tokens_back() -> None:
-    small, ids = small_of(), tokens(4, 2, 37)
+@given(st.integers(0, 2**31), st.integers(20, 40), st.integers(1, 30), st.data())
+@settings(max_examples=10)
+def test_what_the_last_step_brought_is_taken_back_as_though_it_had_not_come(
+    seed: int, before: int, draft: int, data: st.DataObject
+) -> None:
+    small, ids = small_of(), tokens(seed, 2, before + draft + 4)
     cache, other = CodebookCache(small), CodebookCache(small)
-    stream(small, cache, ids[:, :36], [36])
-    cache.crop(-2)
-    stream(small, other, ids[:, :34], [34])
-    found, wanted = (stream(small, c, ids[:, 34:35], [1]) for c in (cache, other))
+    stream(small, cache, ids[:, : before + draft], [before, draft])
+    kept = before + data.draw(st.integers(0, draft - 1), label="kept of the draft")
+    cache.crop(kept)
+    stream(small, other, ids[:, :kept], [1] * kept)
+    assert [s.encoded for s in cache.stores.values()] == [s.encoded for s in other.stores.values()]
+    found, wanted = (stream(small, c, ids[:, kept : kept + 4], [3, 1]) for c in (cache, other))
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_what_is_in_codes_for_longer_is_not_taken_back() -> None:
+    small, ids = small_of(), tokens(4, 2, 70)
+    cache = CodebookCache(small)
+    stream(small, cache, ids, [66, 4])
+    cache.crop(-3)
     with pytest.raises(InputError, match="window"):
-        cache.crop(5)
+        cache.crop(60)
+    assert cache.total == 67
     cache.reset()
     assert cache.total == 0
 
 
 def test_bytes_are_those_of_codes_and_window() -> None:
-    small, ids = small_of(), tokens(5, 2, 40)
+    small, ids = small_of(), tokens(5, 2, 41)
     cache = CodebookCache(small, torch.float16)
     stream(small, cache, ids, [40])
+    assert (
+        cache.nbytes()["window"] == 2 * 2 * 2 * 2 * (8 + 32) * 8 * 2
+    )  # those of a draft are as they are until the next
+    stream(small, cache, ids[:, 40:], [1])
     codes = sum(core.keys.code_count + core.values.code_count for core in cache.cores.values())
     found = cache.nbytes()
     assert found["codes"] == 2 * 32 * codes * 4 // 8
-    assert found["window"] == 2 * 2 * 2 * 2 * 8 * 8 * 2  # layers, sides, rows, heads, tokens, channels, bytes
+    assert found["window"] == 2 * 2 * 2 * 2 * 9 * 8 * 2  # layers, sides, rows, heads, tokens, channels, bytes
     assert found["scales"] == found["positions"] == 0
     assert found["codebooks"] > 0
 
@@ -132,3 +150,22 @@ def test_a_cache_is_not_met_outside() -> None:
         stream(small, cache, ids, [10])
         assert torch.equal(small(ids), before)
     assert cache.total == 10
+
+
+def test_a_copied_cache_goes_on_alone_with_the_codebooks_of_the_model() -> None:
+    small, ids = small_of(), tokens(7, 2, 40)
+    cache = CodebookCache(small)
+    stream(small, cache, ids[:, :30], [30])
+    twin = copy.deepcopy(cache)
+    found = stream(small, twin, ids[:, 30:], [10])
+    assert (cache.total, twin.total) == (30, 40)
+    assert torch.equal(found, stream(small, cache, ids[:, 30:], [10]))
+    assert all(twin.cores[name] is core for name, core in cache.cores.items())
+
+
+def test_a_copy_of_the_model_does_not_run_beside_a_cache_unseen() -> None:
+    small, ids = small_of(), tokens(7)
+    cache = CodebookCache(small)
+    with pytest.raises(InputError, match="a copy of it"):
+        stream(copy.deepcopy(small), cache, ids, [10])
+    assert cache.total == 0

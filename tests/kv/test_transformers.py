@@ -127,6 +127,29 @@ def test_copies_pickles_and_states() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("keys", ["auto", "after"])
+def test_a_cache_is_copied_and_goes_with_a_copy_of_the_model(keys: str) -> None:
+    small, x = small_of(llama(), keys=keys), ids(6)
+    cache = CodebookCache.for_model(small)
+    small(x[:, :20], past_key_values=cache)
+    wanted = small(x[:, 20:], past_key_values=copy.deepcopy(cache)).logits
+    for other in (small, copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
+        for twin in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+            assert torch.equal(other(x[:, 20:], past_key_values=twin).logits, wanted)
+    assert cache.total == 20
+
+
+@torch.no_grad()
+def test_a_cache_of_a_model_with_other_codebooks_is_refused() -> None:
+    small, x = small_of(llama()), ids(6)
+    cache = CodebookCache.for_model(small)
+    small(x[:, :20], past_key_values=cache)
+    with pytest.raises(InputError, match="other codebooks"):
+        small_of(llama(1))(x[:, 20:], past_key_values=cache)
+    assert cache.total == 20
+
+
+@torch.no_grad()
 def test_a_process_that_unpickles_a_model_can_run_it(tmp_path: Path) -> None:
     small, x = small_of(llama()), ids(6)
     torch.save((small, x, small(x, use_cache=False).logits), tmp_path / "whole.pt")

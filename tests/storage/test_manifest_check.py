@@ -12,7 +12,7 @@ from torch import nn
 import rpqfx
 from rpqfx import Policy
 from rpqfx.errors import FormatError
-from rpqfx.storage.serialize import _checksum, seal_of
+from rpqfx.storage.sealed_manifest import checksum, seal_of
 
 POLICY = Policy(codebook_dim=4, bits=2, min_size=1, scale=True, dim_scale=True, allow_growth=True)
 FACTORS = ("codebooks", "scale", "dim_scale")
@@ -53,7 +53,7 @@ def test_a_tensor_of_another_dtype_than_its_manifest_says_is_refused(place: str,
         tensors[name] = tensors[name].to(dtype)
     else:
         entry["dtype"] = str(dtype).removeprefix("torch.")
-    text = json.dumps({**manifest, "checksum": _checksum(tensors)})
+    text = json.dumps({**manifest, "checksum": checksum(tensors)})
     forged = io.BytesIO()
     forged.name = "m.rpq"
     torch.save({"rpqfx": text, "seal": seal_of(text), "tensors": tensors}, forged)

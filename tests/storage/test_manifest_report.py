@@ -13,7 +13,7 @@ from rpqfx import Policy
 from rpqfx.errors import RPQError
 from rpqfx.nn import RPQLinear
 from rpqfx.storage.manifest_report import report_of
-from rpqfx.storage.serialize import prepared
+from rpqfx.storage.sealed_manifest import prepared
 from tests.models import CASES, SMALL, Case
 
 WIDE = Policy.from_scratch(codebook_dim=4, bits=9, min_size=64, allow_growth=True, scale=True, signs=True)

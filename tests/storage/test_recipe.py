@@ -15,7 +15,7 @@ from torch import nn
 import rpqfx
 from rpqfx.errors import FormatError, InputError
 from rpqfx.storage.container import open_container, writer_for
-from rpqfx.storage.serialize import seal_of
+from rpqfx.storage.sealed_manifest import seal_of
 from tests import forks
 from tests.models import MLP, SMALL
 

@@ -22,7 +22,7 @@ from rpqfx.errors import CodeError, FormatError, InputError, RPQError
 from rpqfx.nn import RPQLinear
 from rpqfx.storage import serialize
 from rpqfx.storage.container import open_container
-from rpqfx.storage.serialize import FORMAT_VERSION, _checksum, seal_of
+from rpqfx.storage.sealed_manifest import FORMAT_VERSION, checksum, seal_of
 from tests import forks
 from tests.models import BY_NAME, CASES, GPT, MLP, SMALL, Case, assert_outputs, held_weights
 
@@ -463,7 +463,7 @@ def save_unpacked(model: nn.Module, path: Path, version: int) -> None:
         manifest["sites"] = [{key: value for key, value in site.items() if key in old} for site in manifest["sites"]]
         for site in manifest["sites"]:
             del site["layout"]["experts"]
-    text = json.dumps({**manifest, "version": version, "checksum": _checksum(tensors)})
+    text = json.dumps({**manifest, "version": version, "checksum": checksum(tensors)})
     torch.save({"rpqfx": text, "seal": seal_of(text), "tensors": tensors}, path)
 
 
@@ -970,7 +970,7 @@ def test_codes_out_of_range_do_not_come_out_of_an_unpacked_file(tmp_path: Path):
     save_unpacked(small_mlp(), tmp_path / "m.rpq", 2)
     held = torch.load(tmp_path / "m.rpq", weights_only=True)
     held["tensors"]["fc1.weight_rpq.codes"][0, 0, 0] = 200
-    text = json.dumps({**json.loads(held["rpqfx"]), "checksum": _checksum(held["tensors"])})
+    text = json.dumps({**json.loads(held["rpqfx"]), "checksum": checksum(held["tensors"])})
     torch.save({**held, "rpqfx": text, "seal": seal_of(text)}, tmp_path / "m.rpq")
     with pytest.raises(FormatError, match=r"fc1\.weight_rpq\.codes, which cannot be unpacked: codes of 0 to 200"):
         rpqfx.load(tmp_path / "m.rpq", forbidden)

@@ -8,7 +8,7 @@ from typing import Any
 from rpqfx.errors import FormatError
 from rpqfx.integrations.command_line.source import opened
 from rpqfx.reporting.tables import size
-from rpqfx.storage.manifest import codes_of, unpacked
+from rpqfx.storage.restore import codes_of, unpacked
 
 
 def run(given: argparse.Namespace) -> tuple[dict[str, Any], str]:

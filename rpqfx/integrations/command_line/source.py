@@ -15,7 +15,7 @@ from torch import Tensor
 from rpqfx.errors import FormatError
 from rpqfx.integrations.folder import Folder
 from rpqfx.storage.container import open_container
-from rpqfx.storage.serialize import read_manifest
+from rpqfx.storage.sealed_manifest import read_manifest
 
 _ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 

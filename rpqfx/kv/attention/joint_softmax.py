@@ -98,7 +98,8 @@ def attention(
     for start in range(0, queries, step):
         some = slice(start, min(start + step, queries))
         hidden = _hidden(parts, some, queries, None if coded is None else coded[some], q.device)
-        y[:, :, some] = _some(q[:, :, some], parts, None if mask is None else mask[:, :, some], hidden, changes)
+        own = None if changes is None else changes.of(some)
+        y[:, :, some] = _some(q[:, :, some], parts, None if mask is None else mask[:, :, some], hidden, own)
     return y
 
 

@@ -15,7 +15,7 @@ class Changes(NamedTuple):
     Args:
         softcap: Scores become ``softcap * tanh(score / softcap)`` before they are masked (Gemma 2, 2408.00118).
         sinks: ``[H_q]``, a score for each head that takes a share of the softmax and has no value (gpt-oss,
-            2508.10925).
+            2508.10925); or ``[B, H_q, n, 1]``, one for each query besides.
     """
 
     softcap: float | None = None
@@ -33,6 +33,16 @@ class Changes(NamedTuple):
         """
         return scores if self.softcap is None else torch.tanh(scores / self.softcap) * self.softcap
 
+    def of(self, some: slice) -> Changes:
+        """Returns those of some of the queries.
+
+        Args:
+            some: Of the queries.
+        """
+        if self.sinks is None or self.sinks.dim() == 1:
+            return self
+        return Changes(self.softcap, self.sinks[:, :, some])
+
     def softmax(self, scores: Tensor) -> Tensor:
         """Returns weights of masked scores.
 
@@ -41,7 +51,8 @@ class Changes(NamedTuple):
         """
         if self.sinks is None:
             return torch.softmax(scores, -1)
-        sinks = self.sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        sinks = self.sinks.to(scores.dtype)
+        sinks = (sinks.view(1, -1, 1, 1) if sinks.dim() == 1 else sinks).expand(*scores.shape[:-1], 1)
         return torch.softmax(torch.cat([scores, sinks], -1), -1)[..., :-1]
 
 

@@ -80,6 +80,10 @@ class Side:
         used = {name: change(part) for name, part in self._used().items()}
         self._data, self._scale = used.get("codes"), used.get("scale")
 
+    def crop(self, length: int) -> None:
+        """Forgets the newest codes; a multiple of ``UNIT`` tokens stays."""
+        self.length = length
+
     def reset(self) -> None:
         """Forgets all codes."""
         self.length, self._data, self._scale = 0, None, None

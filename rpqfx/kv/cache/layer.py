@@ -15,10 +15,15 @@ from rpqfx.kv.attention.joint_softmax import Parts, attention
 from rpqfx.kv.attention.rotary import turned_back
 from rpqfx.kv.attention.score_options import Changes
 from rpqfx.kv.attention.slots import UNIT
-from rpqfx.kv.cache.codes import Side
+from rpqfx.kv.cache.codes import Side, fingerprint
 from rpqfx.kv.cache.positions import Positions
 from rpqfx.kv.cache.shared_rotary import LayerPositions
+from rpqfx.kv.cache.token_checks import check_queries, check_tokens, full_mask
 from rpqfx.kv.coder.protocol import Coder
+
+# Tokens of an append up to which those that it sends into codes are kept as they are until the next one: a draft of
+# assisted decoding is taken back as though it had never come.
+DRAFT = 64
 
 
 class Arrival(NamedTuple):
@@ -72,6 +77,8 @@ class LayerStore:
         self._own = Positions() if positions is None else None
         self.positions: Positions | LayerPositions = positions or self._own  # type: ignore[assignment]
         self.total = 0
+        self.taken = 0  # tokens that ever came
+        self._left: tuple[Tensor, ...] = ()  # keys and values that the last append sent into codes, as they were
         self._plain: list[Tensor] = []  # keys and values [B, H, sinks + window + chunk, D]: sinks, then the window
         self._turned: bool | None = None  # whether keys come with a rotary embedding
 
@@ -81,6 +88,11 @@ class LayerStore:
         return self.keys.length
 
     @property
+    def batch(self) -> int:
+        """Rows; 0 of an empty store."""
+        return self._plain[0].shape[0] if self._plain else 0
+
+    @property
     def turned(self) -> bool:
         """Whether keys came with a rotary embedding, before which they are coded."""
         return bool(self._turned)
@@ -88,6 +100,24 @@ class LayerStore:
     @property
     def _filled(self) -> int:
         return self.total - self.encoded
+
+    def adopt(self, keys: Coder, values: Coder) -> None:
+        """Goes on with the coders of a copy of the model.
+
+        Args:
+            keys: Of the attention that is about to append.
+            values: The same.
+
+        Raises:
+            InputError: If they give codes another meaning.
+        """
+        for side, coder in ((self.keys, keys), (self.values, values)):
+            if side.coder is not coder and not torch.equal(fingerprint(side.coder), fingerprint(coder)):
+                raise InputError(
+                    f"{side.name}: the cache was made for a model with other codebooks; make one for this model with "
+                    "CodebookCache.for_model"
+                )
+            side.coder = coder
 
     @torch.no_grad()
     def append(self, k: Tensor, v: Tensor, rope: Rope | None = None) -> Arrival:
@@ -104,7 +134,7 @@ class LayerStore:
         Raises:
             InputError: If shapes, or rotary embeddings, are others than before, or if something is not finite.
         """
-        self._check(k, v, rope)
+        check_tokens(self.keys, self.values, self.name, k, v, rope, self.batch, self._turned)
         before = self.total, self.encoded
         left: tuple[Tensor, ...] = ()
         if rope is not None:
@@ -114,13 +144,14 @@ class LayerStore:
             self._plain = [x.new_empty(*x.shape[:2], room, x.shape[3], dtype=self.dtype or x.dtype) for x in (k, v)]
         self._turned = rope is not None
         total = self.total + k.shape[2]
-        due = max(0, (total - self.sinks - self.window) // self.chunk * self.chunk - self.encoded)
+        due = self._due(total) - self.encoded
         if not due:
             for plain, new in zip(self._plain, (k, v), strict=True):
                 plain[:, :, self._filled : self._filled + k.shape[2]] = new
         else:
             left = self._encode(due, k, v)
-        self.total = total
+        self.total, self.taken = total, self.taken + k.shape[2]
+        self._left = tuple(x.clone() for x in left) if k.shape[2] <= DRAFT else ()
         return Arrival(*before, left)
 
     @torch.no_grad()
@@ -150,8 +181,8 @@ class LayerStore:
         Raises:
             InputError: If the cache is empty, or the queries or the mask do not go with it.
         """
-        self._check_queries(q)
-        mask = None if mask is None else self._full_mask(mask, (*q.shape[:3], self.total))
+        check_queries(q, self.keys.coder, self.name, self.batch, self.total)
+        mask = None if mask is None else full_mask(mask, (*q.shape[:3], self.total), self.name)
         dtype = torch.promote_types(*(attend.compute_dtype(q, side.coder) for side in (self.keys, self.values)))
         rows = q.to(dtype) * (q.shape[3] ** -0.5 if scale is None else scale)
         y = attention(rows, self._parts(dtype, arrival), mask, changes, self._coded(q, arrival))
@@ -160,20 +191,21 @@ class LayerStore:
     def nbytes(self) -> dict[str, int]:
         """Bytes that tokens take: ``codes``, ``scales``, ``window`` (with the sinks), ``positions`` (of its own)."""
         sides = [side.nbytes() for side in (self.keys, self.values)]
-        window = sum(plain[:, :, : self._filled].numel() * plain.element_size() for plain in self._plain)
+        as_they_are = (*(plain[:, :, : self._filled] for plain in self._plain), *self._left)
+        window = sum(x.numel() * x.element_size() for x in as_they_are)
         own = 0 if self._own is None else self._own.nbytes()
         codes, scales = (sum(side[i] for side in sides) for i in range(2))
         return {"codes": codes, "scales": scales, "window": window, "positions": own}
 
     def allocated(self) -> int:
         """Bytes of all tensors, with the room for tokens to come, but for positions that are shared."""
-        plain = sum(x.numel() * x.element_size() for x in self._plain)
+        plain = sum(x.numel() * x.element_size() for x in (*self._plain, *self._left))
         own = 0 if self._own is None else self._own.nbytes()
         return self.keys.allocated() + self.values.allocated() + plain + own
 
     def reset(self) -> None:
         """Forgets all tokens."""
-        self.total, self._plain, self._turned = 0, [], None
+        self.total, self._plain, self._turned, self._left = 0, [], None, ()
         for side in (self.keys, self.values):
             side.reset()
         if self._own is not None:
@@ -200,15 +232,18 @@ class LayerStore:
         Raises:
             InputError: If some of those are in codes already, which would have to become the window again.
         """
-        left = length if length >= 0 else self.total + length
+        left = max(0, length if length >= 0 else self.total + length)
         if left >= self.total:
             return
-        least = self.sinks + self.encoded if self.encoded else 0
-        if left < least:
+        back = self.encoded - self._due(left)
+        if back > (self._left[0].shape[2] if self._left else 0):
             raise InputError(
-                f"{self.name}: of {self.total} tokens {least} are the least that can stay, since those before are in "
-                f"codes, but {left} were asked for; a larger window lets more go"
+                f"{self.name}: of {self.total} tokens {left} were to stay, but {back} that would be in the window then "
+                f"are in codes; a larger window lets more go, and so does the last append where it was of {DRAFT} "
+                "tokens at most"
             )
+        if back > 0:
+            self._take_back(back)
         self.total = left
         if self._own is not None:
             self._own.crop(left)
@@ -260,13 +295,28 @@ class LayerStore:
             plain[:, :, self.sinks : left] = x[:, :, self.sinks + due :]
         return going
 
+    def _due(self, total: int) -> int:
+        """How many of so many tokens are in codes."""
+        return max(0, (total - self.sinks - self.window) // self.chunk * self.chunk)
+
+    def _take_back(self, back: int) -> None:
+        """Puts the newest tokens in codes, which the last append sent there, into the window again."""
+        room = self.sinks + self.window + self.chunk
+        for i, (plain, left) in enumerate(zip(self._plain, self._left, strict=True)):
+            parts = plain[:, :, : self.sinks], left[:, :, -back:], plain[:, :, self.sinks : self._filled]
+            joined = torch.cat(parts, 2)[:, :, :room]  # what is beyond goes anyway
+            plain[:, :, : joined.shape[2]] = joined
+            self._plain[i] = plain
+        self._left = tuple(left[:, :, :-back] for left in self._left)
+        for side in (self.keys, self.values):
+            side.crop(side.length - back)
+
     def _coded(self, q: Tensor, arrival: Arrival | None) -> Tensor | None:
         """``[n]``: of the tokens in codes, how many were so when each query's token came; None where all were."""
         if arrival is None or not arrival.left:
             return None
         seen = torch.arange(self.total - q.shape[2] + 1, self.total + 1, device=q.device)
-        coded = (seen - self.sinks - self.window).clamp_min(0) // self.chunk * self.chunk
-        return coded.clamp_min(self.encoded - arrival.left[0].shape[2])  # more, where tokens were taken back
+        return (seen - self.sinks - self.window).clamp_min(0) // self.chunk * self.chunk
 
     def _parts(self, dtype: torch.dtype, arrival: Arrival | None = None) -> Parts:
         keys, values = (plain[:, :, : self._filled] for plain in self._plain)
@@ -286,6 +336,7 @@ class LayerStore:
 
     def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         self._plain = [change(plain) for plain in self._plain]
+        self._left = tuple(change(left) for left in self._left)
         for side in (self.keys, self.values):
             side.map_rows(change)
         if self._own is not None:
@@ -313,38 +364,3 @@ class LayerStore:
             if turned and self._own.length != total:
                 raise FormatError(f"{self.name}: the positions saved are not of {total} tokens")
         self.total, self._turned = total, bool(turned) if total else None
-
-    # ------------------------------------------------------------------------------------------------ checks
-
-    def _check(self, k: Tensor, v: Tensor, rope: Rope | None) -> None:
-        for x, side in ((k, self.keys), (v, self.values)):
-            coder = side.coder
-            if x.dim() != 4 or x.shape[1] != coder.heads or x.shape[3] != coder.dim:
-                raise InputError(f"{side.name} are {tuple(x.shape)}, expected [B, {coder.heads}, T, {coder.dim}]")
-            if not bool(torch.isfinite(x).all()):
-                raise InputError(f"{side.name} hold NaN or infinity")
-        batch = self._plain[0].shape[0] if self._plain else k.shape[0]
-        if k.shape[:3] != v.shape[:3] or k.shape[0] != batch or not k.shape[2]:
-            shapes = f"keys are {tuple(k.shape)} and values {tuple(v.shape)}"
-            raise InputError(f"{self.name}: {shapes}, expected tokens of {batch} samples")
-        if self._turned is not None and self._turned != (rope is not None):
-            raise InputError(f"{self.name}: tokens come with a rotary embedding, or without, but not in turns")
-        if rope is not None and any(part.shape[-2] != k.shape[2] or part.shape[-1] > k.shape[3] for part in rope):
-            raise InputError(f"{self.name}: cos is {tuple(rope[0].shape)}, the keys are {tuple(k.shape)}")
-
-    def _check_queries(self, q: Tensor) -> None:
-        coder = self.keys.coder
-        if not self.total:
-            raise InputError(f"{self.name}: the cache is empty; append tokens before they are attended to")
-        batch = self._plain[0].shape[0]
-        if q.dim() != 4 or q.shape[0] != batch or q.shape[1] % coder.heads or q.shape[3] != coder.dim:
-            expected = f"[{batch}, a multiple of {coder.heads}, n, {coder.dim}]"
-            raise InputError(f"{self.name}: queries are {tuple(q.shape)}, expected {expected}")
-        if q.shape[2] > self.total:
-            raise InputError(f"{self.name}: {q.shape[2]} queries are more than the {self.total} tokens there are")
-
-    def _full_mask(self, mask: Tensor, shape: tuple[int, ...]) -> Tensor:
-        try:
-            return mask.expand(shape)
-        except RuntimeError:
-            raise InputError(f"{self.name}: a mask {tuple(mask.shape)} does not broadcast to {shape}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -11,28 +12,40 @@ from rpqfx.errors import InputError
 from rpqfx.kv.cache.layer import Arrival, LayerStore
 
 
+@dataclass
+class Coming:
+    """Tokens on their way into a cache: the attention that gets them puts them in, since it knows their angles.
+
+    Args:
+        store: The part of the cache that belongs to their layer.
+        keys: ``[B, H, T, D]``.
+        values: ``[B, H, T, D_v]``.
+        arrival: What ``store`` said when it took them, None before.
+    """
+
+    store: LayerStore
+    keys: Tensor
+    values: Tensor
+    arrival: Arrival | None = None
+
+
 class Pending(Tensor):
     """Keys, or values, that are never made: a tensor that has a shape and no elements, for attention alone."""
 
-    store: LayerStore
-    """Of the layer."""
-    arrival: Arrival
-    """Of the tokens that came."""
-    first: Tensor | None
-    """They themselves, where they are the first of all."""
+    coming: Coming
+    """The newest of the tokens that it stands for."""
 
     @classmethod
-    def of(cls, store: LayerStore, arrival: Arrival, new: Tensor) -> Self:
-        """Returns what stands for all tokens of a cache.
+    def of(cls, coming: Coming, new: Tensor) -> Self:
+        """Returns what stands for all tokens of a cache, those to come among them.
 
         Args:
-            store: Of the layer.
-            arrival: Of the tokens that came.
-            new: These tokens' keys or values, ``[B, H, T, D]``.
+            coming: Keys and values of these.
+            new: One of both.
         """
-        shape = (*new.shape[:2], store.total, new.shape[3])
+        shape = (*new.shape[:2], coming.store.total + new.shape[2], new.shape[3])
         made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=new.dtype, device=new.device)
-        made.store, made.arrival, made.first = store, arrival, None if arrival.start else new
+        made.coming = coming
         return made
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]

@@ -12,7 +12,7 @@ from torch import nn
 import rpqfx
 from rpqfx.integrations.command_line.parser import FAILED, main
 from rpqfx.storage.container import open_container, writer_for
-from rpqfx.storage.serialize import _checksum, seal_of
+from rpqfx.storage.sealed_manifest import checksum, seal_of
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_a_code_out_of_range_under_a_right_seal(file: Path, capsys: pytest.Captu
     books["shape"][2] = 9
     tensors["0.weight_rpq.codebooks"] = tensors["0.weight_rpq.codebooks"][:, :, :9].contiguous()
     tensors[name] = torch.full((-(-torch.Size(entry["shape"]).numel() // 2),), 0xAA, dtype=torch.uint8)
-    manifest["records"], manifest["checksum"] = [], _checksum(tensors)
+    manifest["records"], manifest["checksum"] = [], checksum(tensors)
     text = json.dumps(manifest)
     writer_for(file.name)(file, text, seal_of(text), tensors)
     assert main(["check", str(file)]) == FAILED
