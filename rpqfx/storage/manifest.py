@@ -26,7 +26,7 @@ from rpqfx.routing.rewrite.rewrite import routed
 from rpqfx.storage.archive import is_dense
 from rpqfx.storage.pickle_reader import DTYPES
 
-FLAGS = {"plan", "read_as", "plain_when_compiled", "shares_codebooks"}  # of a weight; older files lack some
+FLAGS = {"plan", "read_as", "plain_when_compiled", "shares_codebooks"}  # of a weight
 
 
 def describe(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -93,7 +93,7 @@ _SPEC = _Keys({
 })  # fmt: skip
 _LAYOUT = _Keys({
     "shape": _list_of(_whole(1), 1), "lead": _whole(0), "transposed": _is_flag, "zero_vector": _or_none(_whole(0)),
-    "?experts": _one_of(None, "shared", "own"),
+    "experts": _one_of(None, "shared", "own"),
 })  # fmt: skip
 _PACKED = _Keys({"bits": _whole(1, 16), "entries": _ENTRIES})
 _ENTRY = _Keys({
@@ -102,15 +102,15 @@ _ENTRY = _Keys({
 })  # fmt: skip
 _SITE = _Keys({
     "names": _NAMES, "spec": _SPEC,
-    "layout": _LAYOUT, "std": _is_number, "?plan": _one_of(*PLANS),
-    "?read_as": _one_of(*get_args(ReadAs)), "?plain_when_compiled": _is_flag, "?shares_codebooks": _is_flag,
+    "layout": _LAYOUT, "std": _is_number, "plan": _one_of(*PLANS),
+    "read_as": _one_of(*get_args(ReadAs)), "plain_when_compiled": _is_flag, "shares_codebooks": _is_flag,
 })  # fmt: skip
 _RECORD = _Keys({
     "name": _is_name, "names": _NAMES, "kind": _is_text, "module_type": _is_text, "shape": _list_of(_whole(0)),
-    "spec": _or_none(_SPEC), "?split": _one_of(None, "row", "column"),
-    "?init": _or_none(_is_text), "?reason": _or_none(_is_text), "?error": _or_none(_is_number), "?before": _whole(0),
-    "?after": _whole(0), "?shared": _whole(0), "?plan": _one_of(*PLANS), "?code_bits": _whole(0),
-    "?codebook_bits": _whole(0), "?scale_bits": _whole(0),
+    "spec": _or_none(_SPEC), "split": _one_of(None, "row", "column"),
+    "init": _or_none(_is_text), "reason": _or_none(_is_text), "error": _or_none(_is_number), "before": _whole(0),
+    "after": _whole(0), "shared": _whole(0), "plan": _one_of(*PLANS), "code_bits": _whole(0),
+    "codebook_bits": _whole(0), "scale_bits": _whole(0),
 })  # fmt: skip
 _CODER = _Keys({
     "heads": _whole(1), "dim": _whole(1), "sub_vector": _whole(1), "entries": _ENTRIES,
@@ -124,7 +124,7 @@ _CACHE = _Keys({
     "keys": _CODER, "values": _CODER,
 })  # fmt: skip
 _WHOLE = _Keys({
-    "version": _whole(1, 2**31), "tensors": _list_of(_ENTRY),
+    "version": _one_of(1), "tensors": _list_of(_ENTRY),
     "sites": _list_of(_SITE),
     "records": _list_of(_RECORD), "notes": _list_of(_is_text),
     "checksum": _is_text, "?kv": _list_of(_CACHE), "?routed": _list_of(_is_text),

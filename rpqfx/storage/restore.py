@@ -142,7 +142,7 @@ def _install_sites(
                 raise FormatError(f"{path} holds {name} of shape {layout.shape}, {maker} made it {shape}")
         with torch._C.DisableTorchFunction():  # where it goes is said, and a mode of the caller's takes its time
             weight = RPQWeight(spec, layout, std=site["std"], device="meta")
-        for flag in FLAGS & site.keys():
+        for flag in FLAGS:
             setattr(weight, flag, site[flag])
         weight.take_notes(parameter_at(model, names[0]))
         placed.append((names, weight))

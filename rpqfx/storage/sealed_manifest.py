@@ -16,9 +16,7 @@ from rpqfx.storage.files import take_in
 from rpqfx.storage.manifest import describe
 from rpqfx.storage.manifest_check import as_unsavable, check_manifest
 
-# 1 knew no tensors of experts and no flags of weights, 2 no packed tensors, 3 no attention on codes, 4 no classes
-FORMAT_VERSION = 5
-_KV_VERSION, _PLAIN_VERSION = 4, 3  # of files that name no class, and have no attention on codes either: for older ones
+FORMAT_VERSION = 1
 
 
 def prepared(model: nn.Module, recipe: Mapping[str, Any] | None = None) -> tuple[dict[str, Tensor], str]:
@@ -32,10 +30,9 @@ def prepared(model: nn.Module, recipe: Mapping[str, Any] | None = None) -> tuple
         RPQError: As ``save``.
     """
     tensors, manifest = describe(model)
-    version = _KV_VERSION if "kv" in manifest or "routed" in manifest else _PLAIN_VERSION
-    manifest = {"version": version, **manifest, "checksum": checksum(tensors)}
+    manifest = {"version": FORMAT_VERSION, **manifest, "checksum": checksum(tensors)}
     if recipe is not None:
-        manifest |= {"version": FORMAT_VERSION, "build": dict(recipe)}
+        manifest["build"] = dict(recipe)
     try:
         check_manifest(manifest, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
     except FormatError as error:
