@@ -441,7 +441,7 @@ def rewrite_manifest(path: Path, sealed: bool = True, **changes: Any) -> None:
 def test_a_newer_file_is_refused_as_newer(tmp_path: Path):
     rpqfx.save(small_mlp(), tmp_path / "m.rpq")
     rewrite_manifest(tmp_path / "m.rpq", version=FORMAT_VERSION + 1)
-    with pytest.raises(FormatError, match=r"is of format 5, newer than this library reads \(4\); update rpqfx"):
+    with pytest.raises(FormatError, match=r"is of format 6, newer than this library reads \(5\); update rpqfx"):
         rpqfx.load(tmp_path / "m.rpq", forbidden)
 
 
