@@ -176,7 +176,10 @@ def fit_weight(
 
 
 def stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Numbers as they will be stored: in half precision, where the model's dtype is wider and they fit.
+    """Returns numbers as they will be stored: in 16 bits, where the model's dtype is wider.
+
+    In half precision, where none of them becomes infinite or zero; in bfloat16 otherwise, which reaches as far as
+    float32.
 
     Args:
         tensor: Any numbers.
@@ -184,6 +187,8 @@ def stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if dtype.itemsize <= 2:
         return tensor.to(dtype).to(tensor.dtype)
-    small = tensor.to(torch.float16).to(tensor.dtype)
-    fits = bool(torch.isfinite(small).all()) and bool(((small != 0) == (tensor != 0)).all())
-    return small if fits else tensor
+    for narrow in (torch.float16, torch.bfloat16):
+        small = tensor.to(narrow).to(tensor.dtype)
+        if bool(torch.isfinite(small).all()) and bool(((small != 0) == (tensor != 0)).all()):
+            return small
+    return tensor

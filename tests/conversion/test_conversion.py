@@ -331,7 +331,21 @@ def test_weights_of_any_magnitude_are_held_alike(factor: float) -> None:
         model[0].bias.zero_()
         model[0].weight *= factor
     wanted = error(mlp(0, 64, 64), rpqfx.rpqify(mlp(0, 64, 64), POLICY, calibration=batches), batches)
-    assert error(model, rpqfx.rpqify(model, POLICY, calibration=batches), batches) < 2 * wanted + 0.01
+    small = rpqfx.rpqify(model, POLICY, calibration=batches)
+    assert error(model, small, batches) < 2 * wanted + 0.01
+    assert rpqfx.report(small).bits_per_weight <= 3
+
+
+@pytest.mark.parametrize("column", [1e-12, 1e12])
+def test_columns_beyond_half_precision_keep_to_the_bits(column: float) -> None:
+    model, batches = mlp(0, 64, 64), inputs(0, 32, 64)
+    with torch.no_grad():
+        model[0].weight[:, 5] *= column
+    for batch in batches:
+        batch[:, 5] /= column
+    small = rpqfx.rpqify(model, POLICY, calibration=batches)
+    assert rpqfx.report(small).bits_per_weight <= 3
+    assert all(bool(torch.isfinite(weight()).all()) for weight in held_weights(small).values())
 
 
 def test_fewer_vectors_than_entries() -> None:
