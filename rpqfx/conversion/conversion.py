@@ -36,6 +36,7 @@ from rpqfx.reporting.progress import Progress
 Decide = Callable[[Mapping[str, float]], Mapping[str, Hold | Skip]]
 
 _NAMED = 4
+_METHOD = "rows and columns"  # of fitting: a folder that was begun with another holds another conversion
 
 
 def convert(
@@ -205,9 +206,8 @@ class _Conversion:
             return None
         inputs, shape = tree_flatten(self._batches.calls)
         plain = [repr(leaf) for leaf in inputs if isinstance(leaf, (bool, int, float, str))]
-        words = [
-            repr(sorted((name, repr(hold)) for name, hold in self._holds.items())), str(self._seed), str(shape),
-        ]  # fmt: skip
+        decided = repr(sorted((name, repr(hold)) for name, hold in self._holds.items()))
+        words = [decided, str(self._seed), str(shape), _METHOD]
         held = [
             *(w.vectors for w in self._weights.values()),
             *self._model.parameters(),

@@ -18,7 +18,7 @@ from rpqfx.conversion.dense_weight import StandIn
 from rpqfx.conversion.gradients import Gradients
 from rpqfx.conversion.moments import input_rows
 from rpqfx.conversion.observe import Observer
-from rpqfx.conversion.row_weights import RowWeights, limited
+from rpqfx.conversion.row_weights import limited
 from rpqfx.graph.calibration.probe import probe
 from rpqfx.nn.layout import Layout
 from tests.helpers import randn, seeds
@@ -162,24 +162,3 @@ def test_the_same_seed_hears_the_same() -> None:
     run = lambda: torch.tanh(weight.linear(x))  # noqa: E731
     sums = [heard([weight], [run], seed).outputs[weight].total for seed in (3, 3, 4)]
     assert torch.equal(sums[0], sums[1]) and not torch.equal(sums[0], sums[2])
-
-
-@given(seeds, st.integers(1, 50))
-def test_no_row_weighs_more_than_four_means(seed: int, count: int) -> None:
-    energies = randn(seed, count).square() ** 3
-    found = limited(energies)
-    assert bool((found <= 4 * energies.mean() * (1 + 1e-9)).all()) and bool((found <= energies).all())
-
-
-def test_weights_are_about_one_in_the_mean_over_batches_and_can_be_dropped() -> None:
-    weight, rows = stand_in(randn(0, 6, 8)), RowWeights()
-    energies = [1e-6 * randn(seed, 50).square() for seed in range(3)]
-    for batch, energy in enumerate(energies):
-        rows.put(weight, batch, 0, energy)
-    rows.put(weight, 3, 0, torch.zeros(50, dtype=torch.float64))
-    found = [rows.of(weight, batch, 0) for batch in range(4)]
-    assert all(one is not None for one in found)
-    assert float(torch.cat(found).mean()) == pytest.approx(1, rel=0.01)
-    assert rows.of(weight, 4, 0) is None
-    rows.forget(weight)
-    assert rows.of(weight, 0, 0) is None
