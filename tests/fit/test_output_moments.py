@@ -36,6 +36,7 @@ def test_the_total_is_that_of_all_batches(seed: int, batches: int) -> None:
     torch.testing.assert_close(total, wanted, rtol=2e-2, atol=2e-2 * float(wanted.abs().max()))
 
 
+@pytest.mark.few(25)
 @given(seeds)
 def test_many_gradients_that_go_together_are_believed(seed: int) -> None:
     moments, true = made(seed, 2000)
@@ -46,6 +47,7 @@ def test_many_gradients_that_go_together_are_believed(seed: int) -> None:
     assert left < 0.9 * float(true.diagonal().sum())
 
 
+@pytest.mark.few(25)
 @given(seeds, st.integers(1, 60))
 def test_outputs_that_do_not_go_together_are_not_believed_to(seed: int, count: int) -> None:
     """However few gradients there are, feedback never makes true errors much larger."""
