@@ -15,9 +15,11 @@ from rpqfx.codebook.spec import CodebookSpec
 from rpqfx.conversion.checkpoint import Checkpoint, fingerprint
 from rpqfx.conversion.dense_weight import StandIn
 from rpqfx.conversion.fitting import fit_weight, train_codebooks
+from rpqfx.conversion.gradients import Gradients
 from rpqfx.conversion.importance import importance
 from rpqfx.conversion.layerwise import Turns
 from rpqfx.conversion.observe import Observer, Seen
+from rpqfx.conversion.row_weights import RowWeights
 from rpqfx.errors import CodeError, InputError, RewriteError
 from rpqfx.graph.calibration.batch_norm import estimate_norms
 from rpqfx.graph.calibration.batches import Batches
@@ -34,8 +36,8 @@ from rpqfx.reporting.progress import Progress
 
 Decide = Callable[[Mapping[str, float]], Mapping[str, Hold | Skip]]
 
-_GRADIENT_BATCHES = 8
 _NAMED = 4
+_METHOD = "rows and columns"  # of fitting: a folder that was begun with another holds another conversion
 
 
 def convert(
@@ -62,7 +64,8 @@ def convert(
         decide: From the importance of each held site to decisions. Called first with nothing; once more, if ``weigh``
             is set and there is calibration.
         calibration: Batches (see ``Batches``).
-        weigh: Whether to measure importance, by gradients of a few batches.
+        weigh: Whether to run batches backwards as well: gradients show what errors cost, of each weight, and of each
+            row of its inputs and each of its outputs.
         seed: Of codebooks.
         progress: Called with (done, total, site name).
         checkpoint: Folder in which finished weights are kept.
@@ -95,6 +98,7 @@ class _Conversion:
         self._errors: dict[str, float | None] = {}
         self._calibrated: set[str] = set()
         self._by_name = {site.name: site for site in sites}
+        self._gradients: Gradients | None = None
 
     def run(self) -> None:
         settled = settle(self._decide({}), self._sites)
@@ -104,16 +108,15 @@ class _Conversion:
             seen = self._observe(self._weights.values())
             notes = self._check_seen(seen)
             if self._batches.runs and self._weigh:
-                costs = importance(
-                    self._model, list(self._weights.values()), seen, self._batches.runs[:_GRADIENT_BATCHES]
-                )
+                assert self._gradients is not None
+                costs = importance(list(self._weights.values()), self._gradients, len(self._batches.runs))
                 settled = settle(self._decide({name: costs[w] for name, w in self._weights.items()}), self._sites)
             self._settle_specs(settled)
             self._store = self._open_store()
             self._codebooks = self._train(seen)
             for name, weight in self._weights.items():
                 if not seen[weight].once:
-                    self._fit(name, seen[weight].moments.mean)
+                    self._fit(name, self._metric(weight, seen))
             self._fit_in_turn(seen)
             estimate_norms(self._model, self._batches.runs)
         adapt_pretrained(self._model)  # not before: only now is it known which weights share codebooks
@@ -136,15 +139,24 @@ class _Conversion:
     def _observe(self, weights: Iterable[StandIn]) -> dict[RPQWeight, Seen]:
         """Energies of inputs; of weights that one batch uses several times, second moments as well."""
         weights = list(weights)
-        observer = Observer(weights)
+        self._gradients = Gradients(self._model, weights) if self._weigh else None
+        observer = Observer(weights) if self._gradients is None else self._gradients
         self._watch(observer, "reading inputs")
         often = [w for w in weights if observer.seen[w].uses > 1 and not observer.seen[w].looked_up]
         if often:
-            closer = Observer(often, energy_only=False)
+            closer = Observer(often, energy_only=False, rows=self._rows())
             self._watch(closer, "reading inputs that are met several times")
             for weight in often:
                 observer.seen[weight].moments = closer.seen[weight].moments
         return observer.seen
+
+    def _rows(self) -> RowWeights | None:
+        return None if self._gradients is None else self._gradients.rows
+
+    def _metric(self, weight: StandIn, seen: Mapping[RPQWeight, Seen]) -> Tensor | None:
+        """Returns what is known of the inputs of a weight that runs do not stop for; of a table, of what it gives."""
+        table = None if self._gradients is None else self._gradients.tables.get(weight)
+        return seen[weight].moments.mean if table is None else table.mean
 
     def _check_seen(self, seen: Mapping[RPQWeight, Seen]) -> list[str]:
         """Remarks for the report on what calibration did not show.
@@ -195,9 +207,8 @@ class _Conversion:
             return None
         inputs, shape = tree_flatten(self._batches.calls)
         plain = [repr(leaf) for leaf in inputs if isinstance(leaf, (bool, int, float, str))]
-        words = [
-            repr(sorted((name, repr(hold)) for name, hold in self._holds.items())), str(self._seed), str(shape),
-        ]  # fmt: skip
+        decided = repr(sorted((name, repr(hold)) for name, hold in self._holds.items()))
+        words = [decided, str(self._seed), str(shape), _METHOD]
         held = [
             *(w.vectors for w in self._weights.values()),
             *self._model.parameters(),
@@ -215,7 +226,7 @@ class _Conversion:
             shapes = {"codebooks": weights[0].spec.codebooks_shape}
             kept = None if self._store is None else self._store.load(f"codebooks of {group[0]}", shapes)
             if kept is None:
-                members = [(w.vectors, w.spec, _energy(seen[w].moments.mean)) for w in weights]
+                members = [(w.vectors, w.spec, _energy(self._metric(w, seen))) for w in weights]
                 kept = {"codebooks": train_codebooks(members, seed=self._seed)}
                 if self._store is not None:
                     self._store.save(f"codebooks of {group[0]}", kept)
@@ -228,7 +239,9 @@ class _Conversion:
     def _fit_in_turn(self, seen: Mapping[RPQWeight, Seen]) -> None:
         names: dict[RPQWeight, str] = {w: name for name, w in self._weights.items() if seen[w].once}
         ranks = {weight: seen[weight].rank for weight in names}
-        turns = Turns(self._batches, names, ranks, lambda weight, moment: self._fit(names[weight], moment))
+        turns = Turns(
+            self._batches, names, ranks, lambda weight, moment: self._fit(names[weight], moment), self._rows()
+        )
         turns.run()
         for weight, name in names.items():
             if isinstance(weight, StandIn):  # batches no longer come here
@@ -237,17 +250,23 @@ class _Conversion:
     def _fit(self, name: str, moment: Tensor | Callable[[], Tensor] | None) -> None:
         weight = self._weights[name]
         assert isinstance(weight, StandIn)
+        outputs = None if self._gradients is None else self._gradients.outputs.pop(weight, None)
         kept = None if self._store is None else self._store.load(name, _shapes(weight.spec))
         if kept is None or not _in_range(kept["codes"], weight.spec):
             known = moment() if callable(moment) else moment
             full = known if known is not None and known.dim() == 2 else None
             energy = known if full is None else None
-            fit = fit_weight(weight.vectors, weight.spec, self._codebooks[name].detach(), full, energy)
+            fit = fit_weight(
+                weight.vectors, weight.spec, self._codebooks[name].detach(), full, energy,
+                None if outputs is None or full is None else outputs.trusted(_sizes(weight.vectors)),
+            )  # fmt: skip
             kept = {"codes": fit.codes.to(weight.spec.code_dtype), **fit.factors, "error": torch.tensor(fit.error)}
             if fit.signs is not None:
                 kept["signs"] = fit.signs
             if self._store is not None:
                 self._store.save(name, kept)
+        if self._gradients is not None:
+            self._gradients.rows.forget(weight)
         self._errors[name] = float(kept.pop("error"))
         if moment is not None:
             self._calibrated.add(name)
@@ -277,6 +296,11 @@ def _in_range(codes: Tensor, spec: CodebookSpec) -> bool:
     except CodeError:
         return False
     return True
+
+
+def _sizes(vectors: Tensor) -> Tensor:
+    """Returns the root mean squares of rows, which their errors are in proportion to."""
+    return (vectors if vectors.dtype == torch.float64 else vectors.float()).square().mean(1).sqrt()
 
 
 def _energy(mean: Tensor | None) -> Tensor | None:

@@ -26,7 +26,7 @@ class Listener(Protocol):
         """Before a product (``"linear"``, ``"linear_t"``, ``"conv"``) or a ``"lookup"`` with input ``x``."""
 
     def made(self, weight: RPQWeight, y: Tensor) -> Tensor:
-        """After a product, with its result; what it returns is passed on."""
+        """After a product or a lookup, with its result; what it returns is passed on."""
 
     def read(self, weight: RPQWeight) -> None:
         """Before the whole tensor is handed out, whose use nobody hears of."""
@@ -109,7 +109,7 @@ class _StandInPart(Recorded):
     def lookup(self, ids: Tensor, sparse: bool = False) -> Tensor:
         self._tell("lookup", ids)
         current = self._current()
-        return super().lookup(ids, sparse) if current is None else current.lookup(ids, sparse)
+        return self._made(super().lookup(ids, sparse)) if current is None else current.lookup(ids, sparse)
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         self._tell("linear", x)

@@ -131,8 +131,9 @@ def fit_weight(
     codebooks: Tensor,
     moment: Tensor | None,
     energy: Tensor | None = None,
+    outputs: Tensor | None = None,
 ) -> Fitted:
-    """Codes and factors of a weight for given codebooks.
+    """Finds codes and factors of a weight for given codebooks.
 
     Args:
         vectors: The weight, ``[N, D]``.
@@ -140,6 +141,8 @@ def fit_weight(
         codebooks: ``[R, G, K, d]``.
         moment: Mean second moment of its inputs ``[D, D]``, or None.
         energy: Mean squared inputs ``[D]``, where the moment is not known.
+        outputs: Mean second moment of the gradients of its outputs ``[N, N]``, or None where they are not known. Used
+            with ``moment`` only.
 
     Returns:
         What is stored, but for the codebooks.
@@ -149,22 +152,28 @@ def fit_weight(
     if moment is not None and columns is not None:
         wide = columns.repeat_interleave(spec.dim_scale).to(moment.dtype)
         moment = moment * wide * wide[:, None]
+    if moment is None:
+        outputs = None
+    elif outputs is not None and view.rows is not None:
+        outputs = outputs * view.rows.to(outputs.dtype) * view.rows.to(outputs.dtype)[:, None]
     minus = None
     if spec.signs:  # an entry or its negative, whichever is nearer: a codebook of both
-        both = encode(view.matrix, torch.cat([codebooks, -codebooks], 2), moment, beam=_BEAM)
+        both = encode(view.matrix, torch.cat([codebooks, -codebooks], 2), moment, outputs, beam=_BEAM)
         minus = both.codes >= spec.entries
         coded = both._replace(codes=both.codes % spec.entries)
     else:
-        coded = encode(view.matrix, codebooks, moment, beam=_BEAM)
+        coded = encode(view.matrix, codebooks, moment, outputs, beam=_BEAM)
     rows, decoded = view.rows, coded.decoded
     if moment is not None:
         seen = moment.to(decoded.dtype)
+        felt = None if outputs is None else outputs.to(decoded.dtype)
         if columns is not None:
-            better = stored(columns * refit_columns(view.matrix, decoded, seen, spec.dim_scale), vectors.dtype)
+            moved = refit_columns(view.matrix, decoded, seen, spec.dim_scale, outputs=felt)
+            better = stored(columns * moved, vectors.dtype)
             decoded = decoded * (better / columns).repeat_interleave(spec.dim_scale)
             columns = better
         if rows is not None:
-            rows = stored(rows * refit_rows(view.matrix, decoded, seen), vectors.dtype)
+            rows = stored(rows * refit_rows(view.matrix, decoded, seen, outputs=felt), vectors.dtype)
     made = coded.decoded
     made = made if columns is None else made * columns.repeat_interleave(spec.dim_scale)
     made = made if rows is None else made * rows[:, None]
@@ -176,7 +185,10 @@ def fit_weight(
 
 
 def stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Numbers as they will be stored: in half precision, where the model's dtype is wider and they fit.
+    """Returns numbers as they will be stored: in 16 bits, where the model's dtype is wider.
+
+    In half precision, where none of them becomes infinite or zero; in bfloat16 otherwise, which reaches as far as
+    float32.
 
     Args:
         tensor: Any numbers.
@@ -184,6 +196,8 @@ def stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if dtype.itemsize <= 2:
         return tensor.to(dtype).to(tensor.dtype)
-    small = tensor.to(torch.float16).to(tensor.dtype)
-    fits = bool(torch.isfinite(small).all()) and bool(((small != 0) == (tensor != 0)).all())
-    return small if fits else tensor
+    for narrow in (torch.float16, torch.bfloat16):
+        small = tensor.to(narrow).to(tensor.dtype)
+        if bool(torch.isfinite(small).all()) and bool(((small != 0) == (tensor != 0)).all()):
+            return small
+    return tensor

@@ -11,6 +11,7 @@ from rpqfx.conversion.dense_weight import StandIn
 from rpqfx.conversion.moments import Moments, input_rows
 from rpqfx.conversion.observe import Observer
 from rpqfx.conversion.parallel_runs import Lockstep, RunError
+from rpqfx.conversion.row_weights import RowWeights
 from rpqfx.graph.calibration.batches import Batches
 from rpqfx.nn.layout import Layout
 from rpqfx.nn.weight import RPQWeight
@@ -27,12 +28,15 @@ class Turns:
         names: Qualified names of the stand-ins to stop for.
         ranks: When each is used.
         fit: Fits a weight, given how its inputs' mean second moment is made.
+        rows: What rows of inputs weigh; all alike if left out.
     """
 
     def __init__(
-        self, batches: Batches, names: Mapping[RPQWeight, str], ranks: Mapping[RPQWeight, int], fit: FitWeight
-    ) -> None:
+        self, batches: Batches, names: Mapping[RPQWeight, str], ranks: Mapping[RPQWeight, int], fit: FitWeight,
+        rows: RowWeights | None = None,
+    ) -> None:  # fmt: skip
         self._batches, self._names, self._ranks, self._fit = batches, names, ranks, fit
+        self._rows = RowWeights() if rows is None else rows
         self._last: tuple[list[Asked], list[object], Tensor] | None = None
 
     def run(self) -> None:
@@ -57,7 +61,7 @@ class Turns:
 
         def handle(weight: Hashable, seen: dict[int, Any]) -> None:
             assert isinstance(weight, RPQWeight)
-            self._fit(weight, lambda: self._moment(list(seen.values())))
+            self._fit(weight, lambda: self._moment(weight, seen))
 
         try:
             lockstep.run(handle, self._rank)
@@ -70,18 +74,22 @@ class Turns:
         assert isinstance(weight, RPQWeight)
         return self._ranks[weight]
 
-    def _moment(self, inputs: list[Asked]) -> Tensor:
-        """Of inputs that several weights have in common made once."""
+    def _moment(self, weight: RPQWeight, seen: Mapping[int, Asked]) -> Tensor:
+        """Of inputs that several weights have in common, all rows alike, made once."""
+        inputs = list(seen.values())
+        weights = [self._rows.of(weight, number, 0) for number in seen]
+        alike = all(one is None for one in weights)
         marks = [_mark(asked) for asked in inputs]
-        if self._last is None or self._last[1] != marks:
-            moments = Moments()
-            for asked in inputs:
-                for rows in input_rows(*asked):
-                    moments.add(rows)
-            mean = moments.mean
-            assert mean is not None
+        if alike and self._last is not None and self._last[1] == marks:
+            return self._last[2]
+        moments = Moments()
+        for asked, own in zip(inputs, weights, strict=True):
+            moments.add_all(input_rows(*asked), own)
+        mean = moments.mean
+        assert mean is not None
+        if alike:
             self._last = inputs, marks, mean  # inputs live on, so that no other has their address
-        return self._last[2]
+        return mean
 
 
 def _mark(asked: Asked) -> object:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -30,11 +30,25 @@ def input_rows(product: str, x: Tensor, layout: Layout, geometry: tuple[Any, ...
         meets one element of the input only, errors of its elements weigh alike.
     """
     work = x if x.dtype == torch.float64 else x.float()
+    if not lies_along(product, layout, geometry):
+        return
     if product == "conv":
-        if not geometry[4]:
-            yield from _unfolded(work, layout, *geometry[:4])
-    elif layout.transposed == (product == "linear_t") and x.shape[-1] == layout.dim:
+        yield from _unfolded(work, layout, *geometry[:4])
+    elif x.shape[-1] == layout.dim:
         yield work.reshape(-1, layout.dim)
+
+
+def lies_along(product: str, layout: Layout, geometry: tuple[Any, ...] = ()) -> bool:
+    """Returns whether a product's inputs lie along the weight's vectors, so that each output is of one vector.
+
+    Args:
+        product: ``"linear"``, ``"linear_t"``, ``"conv"`` or ``"lookup"``.
+        layout: Of the weight's tensor.
+        geometry: Of a convolution.
+    """
+    if product == "conv":
+        return not geometry[4]
+    return product != "lookup" and layout.transposed == (product == "linear_t")
 
 
 def _unfolded(x: Tensor, layout: Layout, stride: Any, padding: Any, dilation: Any, groups: int) -> Iterator[Tensor]:
@@ -60,15 +74,36 @@ class Moments:
     def __init__(self, energy_only: bool = False) -> None:
         self._energy_only = energy_only
         self._sum: Tensor | None = None
+        self._total = 0.0
         self.rows = 0
 
-    def add(self, rows: Tensor) -> None:
-        """Adds inputs, ``[B, D]``."""
+    def add(self, rows: Tensor, weights: Tensor | None = None) -> None:
+        """Adds inputs.
+
+        Args:
+            rows: ``[B, D]``.
+            weights: ``[B]``, how much each counts; ones if left out.
+        """
+        if weights is not None:
+            rows = rows * weights.to(rows.dtype).sqrt()[:, None]
         new = rows.square().sum(0) if self._energy_only else rows.t() @ rows
         self._sum = new if self._sum is None else self._sum.add_(new)
+        self._total += len(rows) if weights is None else float(weights.sum(dtype=torch.float64))
         self.rows += len(rows)
+
+    def add_all(self, blocks: Iterable[Tensor], weights: Tensor | None = None) -> None:
+        """Adds inputs that come in blocks.
+
+        Args:
+            blocks: Each ``[B, D]``.
+            weights: One for each row of all blocks; ones if left out.
+        """
+        start = 0
+        for rows in blocks:
+            self.add(rows, None if weights is None else weights[start : start + len(rows)])
+            start += len(rows)
 
     @property
     def mean(self) -> Tensor | None:
         """The mean over inputs, ``[D, D]``, or ``[D]`` of the diagonal alone; None before the first."""
-        return None if self._sum is None else self._sum / max(1, self.rows)
+        return None if self._sum is None else self._sum / (self._total if self._total > 0 else 1)

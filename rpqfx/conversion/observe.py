@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rpqfx.conversion.dense_weight import StandIn
 from rpqfx.conversion.moments import Moments, input_rows
+from rpqfx.conversion.row_weights import RowWeights
 from rpqfx.nn.layout import Layout
 from rpqfx.nn.weight import RPQWeight
 
@@ -49,10 +50,13 @@ class Observer:
     Args:
         weights: What to listen to.
         energy_only: Keep mean squared inputs only, not their second moments.
+        rows: What rows of inputs weigh; all alike if left out.
     """
 
-    def __init__(self, weights: Iterable[StandIn], energy_only: bool = True) -> None:
+    def __init__(self, weights: Iterable[StandIn], energy_only: bool = True, rows: RowWeights | None = None) -> None:
         self.seen: dict[RPQWeight, Seen] = {weight: Seen(Moments(energy_only)) for weight in weights}
+        self.batch = 0
+        self._weigh = rows
         self._ranks = 0
 
     def watch(self, runs: Sequence[Callable[[], Any]], after: Callable[[int], None]) -> None:
@@ -66,6 +70,7 @@ class Observer:
             assert isinstance(weight, StandIn)
             weight.listener = self
         for number, run in enumerate(runs):
+            self.batch = number
             run()
             for seen in self.seen.values():
                 seen.uses, seen.now = max(seen.uses, seen.now), 0
@@ -83,8 +88,8 @@ class Observer:
             return
         seen.now += 1
         if layout.dim == weight.layout.dim:
-            for rows in input_rows(product, x, layout, geometry):
-                seen.moments.add(rows)
+            weights = None if self._weigh is None else self._weigh.of(weight, self.batch, seen.now - 1)
+            seen.moments.add_all(input_rows(product, x, layout, geometry), weights)
 
     def made(self, weight: RPQWeight, y: Tensor) -> Tensor:
         """See ``Listener``."""

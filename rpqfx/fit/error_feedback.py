@@ -1,4 +1,4 @@
-"""Codes chosen column by column, each column making up for the errors of those before it."""
+"""Codes chosen column by column and row by row, each making up for the errors of those before it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from rpqfx.ops.search import beam_search
 # Columns whose corrections are applied to all later columns at once.
 _COLUMNS = 128
 _TRIES = 8
+# Blocks of rows that are coded one after the other where outputs go together. More of them gain little and take longer.
+_ROW_BLOCKS = 8
+_FEWEST_ROWS = 16  # of a block
 
 
 class Coded(NamedTuple):
@@ -29,11 +32,33 @@ class Coded(NamedTuple):
     decoded: Tensor
 
 
+class _Metric(NamedTuple):
+    """What errors of a row cost, as the order of its columns and how later ones make up for earlier ones.
+
+    Args:
+        order: ``[M]``, sub-vectors, those with the strongest inputs first.
+        columns: ``[D]``, their columns.
+        upper: ``[D, D]``, the upper Cholesky factor of the moment's inverse, in that order.
+        to_metric: ``[M, d, d]``, the inverses of its diagonal blocks.
+    """
+
+    order: Tensor
+    columns: Tensor
+    upper: Tensor
+    to_metric: Tensor
+
+
 @torch.no_grad()
 def encode(
-    matrix: Tensor, codebooks: Tensor, moment: Tensor | None = None, *, damping: float = 0.01, beam: int = 8
+    matrix: Tensor,
+    codebooks: Tensor,
+    moment: Tensor | None = None,
+    outputs: Tensor | None = None,
+    *,
+    damping: float = 0.01,
+    beam: int = 8,
 ) -> Coded:
-    """Codes of a matrix for given codebooks.
+    """Finds codes of a matrix for given codebooks.
 
     With the second moment ``H`` of the inputs that the matrix is multiplied with, sub-vectors are coded one after the
     other, those with the strongest inputs first. Each is rounded in the metric of its block of ``H`` given the columns
@@ -41,32 +66,98 @@ def encode(
     columns (Frantar et al., "GPTQ", 2210.17323, equations 2 and 3), with sub-vectors in the place of columns (van
     Baalen et al., "GPTVQ", 2402.15319, section 3). Without it every sub-vector is coded by itself.
 
+    With the second moment ``G`` of the outputs' gradients as well, the error is ``tr G E H E^T``, the Kronecker-
+    factored Fisher information (Martens and Grosse, 1503.05671), and rows make up for the errors of other rows, too
+    (Tseng et al., "YAQA", 2505.22988): blocks of rows are coded one after the other, those with the strongest gradients
+    first, and the rows still open move by ``G_oo^-1 G_oc E_c``, to where ``tr G E H E^T`` is least, whatever ``H`` is.
+
     Args:
         matrix: ``[N, D]``.
         codebooks: ``[R, G, K, d]``, ``M = D / d`` a multiple of ``G``.
         moment: ``H [D, D]``, the sum of ``x x^T`` over inputs; symmetric, positive semidefinite.
-        damping: Share of the mean of ``H``'s diagonal that is added to it.
+        outputs: ``G [N, N]``, the sum of ``y y^T`` over gradients of outputs; as ``H``. Used with ``moment`` only.
+        damping: Share of the mean of ``H``'s diagonal that is added to it, and of ``G``'s five times as much.
         beam: Sums of stages that are kept (see ``rpqfx.ops.search.beam_search``).
 
     Returns:
         Codes, in float32 at least.
 
     Raises:
-        InputError: If the moment is not finite.
+        InputError: If a moment is not finite, or not positive semidefinite.
     """
     work = matrix if matrix.dtype == torch.float64 else matrix.float()
     books = codebooks.to(work.dtype)
     d = books.shape[3]
     count = work.shape[1] // d
-    share = count // books.shape[1]
     if moment is None:
+        share = count // books.shape[1]
         found = [_search(work[:, m * d : m * d + d], books[:, m // share], beam) for m in range(count)]
         codes = torch.stack([code for code, _ in found], 1)
         return Coded(codes, work, torch.cat([entry for _, entry in found], 1))
+    metric = _metric(moment, d, damping, work.dtype)
+    if outputs is None:
+        return _by_columns(work, books, metric, beam)
+    return _by_rows(work, books, metric, outputs, 5 * damping, beam)
+
+
+def _metric(moment: Tensor, d: int, damping: float, dtype: torch.dtype) -> _Metric:
+    count = len(moment) // d
     order = moment.diagonal().view(count, d).sum(1).argsort(descending=True, stable=True)
     columns = (order[:, None] * d + torch.arange(d, device=order.device)).reshape(-1)
-    upper = _inverse_root(moment[columns][:, columns], damping).to(work.dtype)
-    open_ = work[:, columns]
+    upper = _inverse_root(moment[columns][:, columns], damping, "inputs'").to(dtype)
+    blocks = upper.view(count, d, count, d).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    return _Metric(order, columns, upper, torch.linalg.inv(blocks))
+
+
+@torch.no_grad()
+def feedback_between_rows(outputs: Tensor, damping: float = 0.05) -> tuple[Tensor, Tensor]:
+    """Returns what errors come to when rows that are coded later take over those of rows before.
+
+    Args:
+        outputs: ``G [N, N]``, symmetric, positive semidefinite.
+        damping: Share of the mean of its diagonal that is added to it.
+
+    Returns:
+        The order ``[N]`` in which rows are coded, and ``T [N, N]`` in that order: if a block of rows is rounded with
+        the error ``e``, all end with the error ``T e``. Blocks on the diagonal are the identity, those above zero.
+
+    Raises:
+        InputError: If the moment is not finite, or not positive semidefinite.
+    """
+    order = outputs.diagonal().argsort(descending=True, stable=True)
+    upper = _inverse_root(outputs[order][:, order], damping, "outputs' gradients'").to(outputs.dtype)
+    spread = torch.eye(len(order), dtype=outputs.dtype, device=outputs.device)
+    for start, stop in _row_blocks(len(order)):
+        block = upper[start:stop, start:stop]
+        spread[stop:, start:stop] = torch.linalg.solve_triangular(block, upper[start:stop, stop:], upper=True).t()
+    return order, spread
+
+
+def _row_blocks(rows: int) -> list[tuple[int, int]]:
+    step = max(_FEWEST_ROWS, -(-rows // _ROW_BLOCKS))
+    return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _by_rows(work: Tensor, books: Tensor, metric: _Metric, outputs: Tensor, damping: float, beam: int) -> Coded:
+    """Codes blocks of rows, those after a block taking over what their outputs can make up for."""
+    order, spread = feedback_between_rows(outputs, damping)
+    open_ = work[order]
+    codes = torch.empty(len(books), len(metric.order), len(work), dtype=torch.long, device=work.device)
+    corrected, decoded = torch.empty_like(work), torch.empty_like(work)
+    for start, stop in _row_blocks(len(work)):
+        found = _by_columns(open_[start:stop], books, metric, beam)
+        codes[..., order[start:stop]], decoded[order[start:stop]] = found.codes, found.decoded
+        error = open_[start:stop] - found.decoded
+        open_[stop:] -= spread[stop:, start:stop].to(work.dtype) @ error
+        corrected[order[start:stop]] = found.corrected
+    return Coded(codes, corrected, decoded)
+
+
+def _by_columns(work: Tensor, books: Tensor, metric: _Metric, beam: int) -> Coded:
+    """Codes sub-vectors of all rows, those after one taking over what their inputs can make up for."""
+    d, count = books.shape[3], len(metric.order)
+    share, upper = count // books.shape[1], metric.upper
+    open_ = work[:, metric.columns]
     codes = torch.empty(len(books), count, len(work), dtype=torch.long, device=work.device)
     decoded = torch.empty_like(work)
     step = max(1, _COLUMNS // d) * d
@@ -74,8 +165,7 @@ def encode(
         stop = min(start + step, work.shape[1])
         errors = torch.empty_like(open_[:, start:stop])
         for at in range(start, stop, d):
-            m = int(order[at // d])
-            to_metric = torch.linalg.inv(upper[at : at + d, at : at + d])
+            m, to_metric = int(metric.order[at // d]), metric.to_metric[at // d]
             seen = open_[:, at : at + d] @ to_metric
             codes[:, m], near = _search(seen, books[:, m // share] @ to_metric, beam)
             error = seen - near
@@ -84,7 +174,7 @@ def encode(
             decoded[:, m * d : m * d + d] = _entries(books[:, m // share], codes[:, m])
         open_[:, stop:] -= errors @ upper[start:stop, stop:]
     corrected = torch.empty_like(work)
-    corrected[:, columns] = open_
+    corrected[:, metric.columns] = open_
     return Coded(codes, corrected, decoded)
 
 
@@ -98,10 +188,10 @@ def _entries(books: Tensor, codes: Tensor) -> Tensor:
     return torch.stack([book[code] for book, code in zip(books, codes, strict=True)]).sum(0)
 
 
-def _inverse_root(moment: Tensor, damping: float) -> Tensor:
+def _inverse_root(moment: Tensor, damping: float, whose: str) -> Tensor:
     """The upper Cholesky factor of the inverse, with as much damping as it takes."""
     if not bool(torch.isfinite(moment).all()):
-        raise InputError("the inputs' second moment has infinite or NaN elements; look at the calibration batches")
+        raise InputError(f"the {whose} second moment has infinite or NaN elements; look at the calibration batches")
     work = moment.double()
     mean = work.diagonal().mean()
     if mean <= 0:  # no input ever: any code is as good
@@ -115,4 +205,4 @@ def _inverse_root(moment: Tensor, damping: float) -> Tensor:
             if not wrong:
                 return inverse
         damping *= 10
-    raise InputError("the inputs' second moment is not positive semidefinite")
+    raise InputError(f"the {whose} second moment is not positive semidefinite")

@@ -46,10 +46,17 @@ def balance(matrix: Tensor, energy: Tensor | None, *, share: int = 1, power: flo
 
 
 @torch.no_grad()
-def refit_columns(matrix: Tensor, decoded: Tensor, moment: Tensor, share: int = 1, ridge: float = 1e-3) -> Tensor:
-    """The factors of columns that bring the products nearest, with the codes as they are.
+def refit_columns(
+    matrix: Tensor,
+    decoded: Tensor,
+    moment: Tensor,
+    share: int = 1,
+    ridge: float = 1e-3,
+    outputs: Tensor | None = None,
+) -> Tensor:
+    """Finds the factors of columns that bring the products nearest, with the codes as they are.
 
-    Minimises ``tr (W - Q diag(t)) H (W - Q diag(t))^T`` over ``t``, a linear system.
+    Minimises ``tr G (W - Q diag(t)) H (W - Q diag(t))^T`` over ``t``, a linear system.
 
     Args:
         matrix: ``W [N, D]``.
@@ -57,12 +64,14 @@ def refit_columns(matrix: Tensor, decoded: Tensor, moment: Tensor, share: int = 
         moment: ``H [D, D]``.
         share: Consecutive columns that have one factor.
         ridge: Pull toward 1, relative to the system's diagonal.
+        outputs: ``G [N, N]``; the identity if left out.
 
     Returns:
         ``t [D // share]``.
     """
-    system = ((decoded.t() @ decoded) * moment).double()
-    right = ((matrix @ moment) * decoded).sum(0).double()
+    felt = decoded if outputs is None else outputs @ decoded
+    system = ((decoded.t() @ felt) * moment).double()
+    right = ((matrix @ moment) * felt).sum(0).double()
     groups = len(right) // share
     system = system.view(groups, share, groups, share).sum((1, 3))
     pull = ridge * system.diagonal() + torch.finfo(matrix.dtype).tiny
@@ -71,20 +80,29 @@ def refit_columns(matrix: Tensor, decoded: Tensor, moment: Tensor, share: int = 
 
 
 @torch.no_grad()
-def refit_rows(matrix: Tensor, decoded: Tensor, moment: Tensor) -> Tensor:
-    """The same for one factor a row.
+def refit_rows(
+    matrix: Tensor, decoded: Tensor, moment: Tensor, ridge: float = 1e-3, outputs: Tensor | None = None
+) -> Tensor:
+    """Finds the same for one factor a row.
 
     Args:
         matrix: ``W [N, D]``.
         decoded: ``Q [N, D]``.
         moment: ``H [D, D]``.
+        ridge: Pull toward 1, relative to the system's diagonal, where rows are not independent.
+        outputs: ``G [N, N]``; the identity if left out, and then rows are.
 
     Returns:
         ``[N]``; 1 where a row decodes to nothing that the inputs see.
     """
     seen = decoded @ moment
-    norms = (seen * decoded).sum(1)
-    return torch.where(norms > 0, (seen * matrix).sum(1) / norms.clamp_min(1e-30), torch.ones_like(norms))
+    if outputs is None:
+        norms = (seen * decoded).sum(1)
+        return torch.where(norms > 0, (seen * matrix).sum(1) / norms.clamp_min(1e-30), torch.ones_like(norms))
+    system = ((seen @ decoded.t()) * outputs).double()
+    right = ((seen @ matrix.t()) * outputs).sum(1).double()
+    pull = ridge * system.diagonal() + torch.finfo(matrix.dtype).tiny
+    return torch.linalg.solve(system + torch.diag(pull), right + pull).to(matrix.dtype)
 
 
 def _root(squares: Tensor, factors: Tensor, count: int) -> Tensor:

@@ -212,9 +212,8 @@ class _Ways:
                 layout.num_vectors, layout.dim, d, fast_shapes.ENTRIES, stages, 1, scale=True, dim_scale=factors,
                 tiled=True
             )  # fmt: skip
-            size = (
-                site.numel // d * stages * fast_shapes.STAGE_BITS + (spec.num_vectors + spec.dim_scales) * _FLOAT_BITS
-            )
+            size = _whole_bytes(site.numel // d * stages * fast_shapes.STAGE_BITS)
+            size += (spec.num_vectors + spec.dim_scales) * _FLOAT_BITS
             hold = Hold(spec, "row", group=f"{self._group} {site.dtype}")
             self._staged[key, *shape] = Candidate(hold, size, cost * fast_shapes.LEFT[shape])
         return [self._staged[key, *shape]]
@@ -244,10 +243,15 @@ class _Ways:
         spec = CodebookSpec(
             layout.num_vectors, layout.dim, length, 2**k, 1, 1, dim_scale=_factors(site, self._bits)
         )  # fmt: skip
-        size = site.numel // length * k + spec.dim_scales * _FLOAT_BITS
+        size = _whole_bytes(site.numel // length * k) + spec.dim_scales * _FLOAT_BITS
         size += 2**k * length * _FLOAT_BITS if own else 0
         hold = Hold(spec, "row", group=None if own else f"{self._group} {site.dtype}")
         return Candidate(hold, size, cost * min(1.0, _ZADOR[length] * 4.0 ** (-k / length)))
+
+
+def _whole_bytes(bits: int) -> int:
+    """Returns the bits of the bytes that codes are packed into."""
+    return -(-bits // 8) * 8
 
 
 def _factors(site: Site, bits: float) -> int:

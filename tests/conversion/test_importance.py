@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import rpqfx
 from rpqfx.conversion.dense_weight import StandIn
+from rpqfx.conversion.gradients import Gradients
 from rpqfx.conversion.importance import importance
 from rpqfx.conversion.observe import Observer
 from rpqfx.graph.calibration.probe import probe
@@ -38,11 +39,9 @@ class Chain(nn.Module):
 
 
 def measured(model: Chain, batches: list[Tensor], **options: Any) -> list[float]:
-    runs = [lambda x=x: model(x) for x in batches]
-    observer = Observer(model.stands)
-    with torch.no_grad():
-        observer.watch(runs, lambda number: None)
-    found = importance(model, list(model.stands), observer.seen, runs, **options)
+    gradients = Gradients(model, model.stands, **options)
+    gradients.watch([lambda x=x: model(x) for x in batches], lambda number: None)
+    found = importance(list(model.stands), gradients, len(batches))
     return [found[stand] for stand in model.stands]
 
 

@@ -21,9 +21,9 @@ def inputs(seed: int, dim: int, rows: int = 64) -> Tensor:
     return x.t() @ x / rows
 
 
-def loss(matrix: Tensor, decoded: Tensor, moment: Tensor) -> float:
+def loss(matrix: Tensor, decoded: Tensor, moment: Tensor, outputs: Tensor | None = None) -> float:
     rest = matrix - decoded
-    return float(((rest @ moment) * rest).sum())
+    return float(((rest @ moment) * (rest if outputs is None else outputs @ rest)).sum())
 
 
 @given(seeds, *shapes)
@@ -65,6 +65,67 @@ def test_feedback_comes_nearer_to_what_inputs_see(d: int) -> None:
         nearer += with_inputs < without
         ratios.append(with_inputs / without)
     assert nearer == 30 and sum(ratios) / 30 < 0.6
+
+
+@given(seeds, st.sampled_from([3, 16, 40, 200]), st.floats(0.01, 100), st.booleans())
+def test_outputs_that_do_not_go_together_change_nothing(seed: int, rows: int, size: float, alike: bool) -> None:
+    matrix, books, moment = randn(seed, rows, 12), randn(seed + 1, 2, 1, 5, 3), inputs(seed + 2, 12)
+    outputs = torch.diag(torch.full((rows,), size) if alike else size * (0.1 + randn(seed + 3, rows).square()))
+    found, wanted = encode(matrix, books, moment, outputs), encode(matrix, books, moment)
+    assert torch.equal(found.codes, wanted.codes)
+    torch.testing.assert_close(found.corrected, wanted.corrected)
+
+
+@given(seeds, st.sampled_from([3, 16, 40]))
+def test_what_is_decoded_are_the_entries_with_outputs_too(seed: int, rows: int) -> None:
+    matrix, books = randn(seed, rows, 12), randn(seed + 1, 2, 2, 5, 3)
+    coded = encode(matrix, books, inputs(seed + 2, 12), inputs(seed + 3, rows))
+    torch.testing.assert_close(coded.decoded, naive_expand(books, coded.codes))
+
+
+def test_rows_come_nearer_to_what_outputs_feel() -> None:
+    ratios = []
+    for seed in range(20):
+        matrix, books, moment = randn(seed, 64, 16), randn(seed + 1, 1, 1, 16, 2), inputs(seed + 2, 16)
+        outputs = inputs(seed + 3, 64, 400) + 2 * torch.eye(64, dtype=torch.float64)
+        both = loss(matrix, encode(matrix, books, moment, outputs).decoded, moment, outputs)
+        ratios.append(both / loss(matrix, encode(matrix, books, moment).decoded, moment, outputs))
+    assert max(ratios) < 1 and sum(ratios) / 20 < 0.7
+
+
+@pytest.mark.few(25)
+@given(seeds, st.sampled_from([17, 40, 150]))
+def test_open_rows_move_to_the_least_that_is_left_to_them(seed: int, rows: int) -> None:
+    """Each block of rows is coded as if the rows after it could be any numbers."""
+    matrix, books, moment = randn(seed, rows, 8), randn(seed + 1, 1, 1, 4, 2), inputs(seed + 2, 8)
+    outputs = inputs(seed + 3, rows, 500)
+    coded = encode(matrix, books, moment, outputs)
+    order = outputs.diagonal().argsort(descending=True, stable=True)
+    work = outputs[order][:, order] / outputs.diagonal().mean()
+    work = work + torch.diag(0.05 * (work.diagonal() + 0.1))
+    error = (matrix - coded.decoded)[order]
+    start = rows - (rows - 1) % max(16, -(-rows // 8)) - 1  # of the last block
+    moved = -torch.linalg.solve(work[start:, start:], work[start:, :start] @ error[:start])
+    columns = moment.diagonal().view(-1, 2).sum(1).argsort(descending=True, stable=True)
+    first = torch.arange(2) + 2 * int(columns[0])  # which no other column has moved
+    torch.testing.assert_close(
+        coded.corrected[order][start:, first], (matrix[order][start:] - moved)[:, first], rtol=1e-6, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3])
+def test_outputs_of_few_dimensions_are_no_obstacle(rank: int) -> None:
+    matrix, books, moment = randn(0, 40, 12), randn(1, 1, 1, 8, 2), inputs(4, 12)
+    y = randn(2, 20, rank) @ randn(3, rank, 40)
+    coded = encode(matrix, books, moment, y.t() @ y)
+    assert bool(torch.isfinite(coded.corrected).all())
+    if not rank:
+        assert torch.equal(coded.codes, encode(matrix, books, moment).codes)
+
+
+def test_without_inputs_outputs_are_not_looked_at() -> None:
+    matrix, books = randn(0, 40, 12), randn(1, 1, 1, 8, 2)
+    assert torch.equal(encode(matrix, books, None, inputs(2, 40)).codes, encode(matrix, books).codes)
 
 
 @pytest.mark.few(25)
@@ -137,6 +198,13 @@ def test_inputs_that_are_not_finite_are_refused(wrong: float) -> None:
     moment[1, 2] = wrong
     with pytest.raises(InputError, match="second moment has infinite or NaN elements"):
         encode(randn(0, 3, 4), randn(1, 1, 1, 4, 2), moment)
+
+
+def test_outputs_that_are_not_finite_are_refused() -> None:
+    outputs = torch.eye(3)
+    outputs[1, 2] = float("nan")
+    with pytest.raises(InputError, match="outputs' gradients' second moment has infinite or NaN"):
+        encode(randn(0, 3, 4), randn(1, 1, 1, 4, 2), torch.eye(4), outputs)
 
 
 def test_what_is_no_second_moment_is_refused() -> None:

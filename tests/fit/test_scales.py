@@ -89,6 +89,35 @@ def test_refitted_rows_are_the_least_squares_solution_and_never_worse(seed: int)
             assert best <= loss(row[None], other * entries[None], moment) * (1 + 1e-9)
 
 
+@given(seeds, shares)
+def test_refits_with_outputs_are_the_least_of_their_loss(seed: int, share: int) -> None:
+    """No small change of any factor brings the products nearer."""
+    matrix, decoded = randn(seed, 5, 12), randn(seed + 1, 5, 12)
+    moment, outputs = moments(seed + 2, 12), moments(seed + 3, 5)
+
+    def felt(factored: Tensor) -> float:
+        rest = matrix - factored
+        return float(((rest @ moment) * (outputs @ rest)).sum())
+
+    columns = refit_columns(matrix, decoded, moment, share, 0.0, outputs)
+    rows = refit_rows(matrix, decoded, moment, 0.0, outputs)
+    moved_columns, moved_rows = randn(seed + 4, 12 // share), randn(seed + 5, 5)
+    for size in (0.1, -0.1):
+        other = (columns + size * moved_columns).repeat_interleave(share)
+        assert felt(decoded * columns.repeat_interleave(share)) <= felt(decoded * other) * (1 + 1e-6)
+        assert felt(decoded * rows[:, None]) <= felt(decoded * (rows + size * moved_rows)[:, None]) * (1 + 1e-6)
+
+
+@given(seeds, shares)
+def test_outputs_that_do_not_go_together_change_no_factor(seed: int, share: int) -> None:
+    matrix, decoded, moment = randn(seed, 5, 12), randn(seed + 1, 5, 12), moments(seed + 2, 12)
+    outputs = 3 * torch.eye(5, dtype=torch.float64)
+    found = refit_columns(matrix, decoded, moment, share, outputs=outputs)
+    torch.testing.assert_close(found, refit_columns(matrix, decoded, moment, share))
+    found = refit_rows(matrix, decoded, moment, 0.0, outputs)
+    torch.testing.assert_close(found, refit_rows(matrix, decoded, moment))
+
+
 def test_rows_that_inputs_do_not_see_keep_their_factor() -> None:
     moment = torch.diag(torch.tensor([1.0, 1.0, 0.0, 0.0]))
     decoded = torch.tensor([[0.0, 0.0, 1.0, 2.0], [1.0, 1.0, 0.0, 0.0]])

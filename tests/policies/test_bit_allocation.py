@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from rpqfx import Hold, Policy, Rule, Site, Skip
+from rpqfx.codebook.packing import packed_bytes
 from rpqfx.errors import PolicyError
 from rpqfx.fit.refitting import left_over
 from rpqfx.fit.residual import improve, train
@@ -48,7 +49,7 @@ def models(draw: st.DrawFn) -> list[Site]:
 
 
 def stored(holds: Mapping[str, Hold]) -> float:
-    """Bits of codes, factors and codebooks, shared ones once."""
+    """Bits of codes in whole bytes, of factors, and of codebooks, shared ones once."""
     bits = 0.0
     for names in groups_of(holds).values():
         spec = holds[names[0]].spec
@@ -56,7 +57,7 @@ def stored(holds: Mapping[str, Hold]) -> float:
         for name in names:
             spec = holds[name].spec
             factors = spec.dim_scales + (spec.num_vectors if spec.scale else 0)
-            bits += spec.num_vectors * spec.sub_vectors * spec.stages * spec.bits + 16 * factors
+            bits += 8 * packed_bytes(spec.num_vectors * spec.sub_vectors * spec.stages, spec.entries) + 16 * factors
     return bits
 
 

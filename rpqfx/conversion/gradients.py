@@ -1,0 +1,142 @@
+"""What a model's output feels of its weights' inputs and outputs, heard while batches run backwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rpqfx.conversion.dense_weight import StandIn
+from rpqfx.conversion.moments import Moments, input_rows, lies_along
+from rpqfx.conversion.observe import Observer
+from rpqfx.conversion.row_weights import RowWeights, limited
+from rpqfx.fit.output_moments import OutputMoments
+from rpqfx.graph.calibration.probe import probe
+from rpqfx.nn.layout import Layout
+from rpqfx.nn.weight import RPQWeight
+
+# Vectors of a weight whose outputs' second moment is kept: it takes as many numbers as the square of this at most.
+_MOST_VECTORS = 4096
+# Gradients that a second moment is made of: so many for each vector, or so many numbers where vectors are few.
+_GRADIENTS_PER_VECTOR = 8
+_GRADIENT_ELEMENTS = 2**24
+
+
+class Gradients(Observer):
+    """Observes inputs, as ``Observer`` does, and gradients of each product's result.
+
+    The gradient is of a random direction in which the model's outputs could change: of logits (outputs under that
+    name) one drawn so that its mean square is the Fisher information, and so the squared gradient what the Kullback-
+    Leibler divergence grows by; of others a Gaussian one, for the squared error.
+
+    Args:
+        model: The model; its Parameters are left without gradients.
+        weights: What to listen to.
+        seed: Of the random directions.
+
+    Attributes:
+        sums: Mean squared gradient of each weight's results, summed over batches.
+        rows: How much the model's output feels of each row of inputs.
+        outputs: Second moments ``[N, N]`` of the gradients of the results, for weights of up to 4,096 vectors.
+        tables: Metrics ``[D, D]`` of the vectors that are looked up: of the gradients of what was looked up, and of
+            inputs, weighted, where the same weight has products (a tied head). A vector is met about as often as an
+            input as it is a likely output, so one metric serves all of them.
+    """
+
+    def __init__(self, model: nn.Module, weights: Iterable[StandIn], seed: int = 0) -> None:
+        super().__init__(weights)
+        self._model = model
+        self.sums: dict[RPQWeight, float] = {}
+        self.rows = RowWeights()
+        self.outputs: dict[RPQWeight, OutputMoments] = {}
+        self.tables: dict[RPQWeight, Moments] = {}
+        self._seed = seed
+        self._asked: dict[RPQWeight, tuple[str, Tensor, Layout, tuple[Any, ...]]] = {}
+        self._share = 1
+
+    def watch(self, runs: Sequence[Callable[[], Any]], after: Callable[[int], None]) -> None:
+        """Runs a model forwards and backwards, batch after batch.
+
+        Args:
+            runs: What runs each batch.
+            after: Called with each batch's number when it is done.
+        """
+        self._share = max(1, len(runs))
+        trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        try:
+            for parameter in trained:
+                parameter.requires_grad_(False)
+            super().watch([partial(self._backwards, run, number) for number, run in enumerate(runs)], after)
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_()
+
+    def _backwards(self, run: Callable[[], Any], number: int) -> None:
+        with torch.enable_grad():
+            loss = probe(run(), self._seed + number)
+            if loss is not None:
+                loss.backward()
+
+    def asked(self, weight: RPQWeight, product: str, x: Tensor, layout: Layout, geometry: tuple[Any, ...]) -> None:
+        """See ``Listener``."""
+        super().asked(weight, product, x, layout, geometry)
+        self._asked[weight] = product, x, layout, geometry
+
+    def made(self, weight: RPQWeight, y: Tensor) -> Tensor:
+        """See ``Listener``."""
+        product, x, layout, geometry = self._asked.pop(weight)
+        if not torch.is_grad_enabled() or not y.is_floating_point():
+            return y
+        if not y.requires_grad:
+            y = y.detach().requires_grad_().clone()  # a leaf could not be changed in place
+        if product == "lookup":
+            y.register_hook(partial(self._looked_up, weight, layout))
+        else:
+            place = self.batch, self.seen[weight].now - 1
+            kept = x if self.seen[weight].looked_up else None  # others are met again when their turn comes
+            y.register_hook(partial(self._felt, weight, place, product, kept, layout, geometry))
+        return y
+
+    def _looked_up(self, weight: RPQWeight, layout: Layout, grad: Tensor) -> None:
+        if grad.shape[-1] == weight.layout.dim == layout.dim and not layout.transposed:
+            found, shares = _tamed(grad.reshape(-1, layout.dim))
+            self.tables.setdefault(weight, Moments()).add(found, shares / weight.layout.num_vectors)
+
+    def _felt(
+        self, weight: RPQWeight, place: tuple[int, int], product: str, x: Tensor | None, layout: Layout,
+        geometry: tuple[Any, ...], grad: Tensor,
+    ) -> None:  # fmt: skip
+        self.sums[weight] = self.sums.get(weight, 0.0) + float(grad.detach().float().square().mean())
+        if layout.dim != weight.layout.dim or not lies_along(product, layout, geometry):
+            return
+        groups = 1
+        if product == "conv":
+            groups = geometry[3]
+            grad = grad if grad.dim() == len(layout.shape) else grad[None]
+            grad = grad.unflatten(1, (groups, -1)).movedim(2, -1)  # [B, groups, *places, N / groups]
+        found, shares = _tamed(grad.reshape(-1, grad.shape[-1]))
+        energies = shares * found.square().mean(1)
+        self.rows.put(weight, *place, energies)
+        if x is not None:
+            self.tables.setdefault(weight, Moments()).add_all(input_rows(product, x, layout, geometry), energies)
+        count = weight.layout.num_vectors
+        if groups == 1 and found.shape[1] == count <= _MOST_VECTORS:
+            most = max(_GRADIENTS_PER_VECTOR * count, _GRADIENT_ELEMENTS // count) // self._share + 1
+            step = -(-len(found) // most)
+            self.outputs.setdefault(weight, OutputMoments()).add(
+                self.batch, found[::step] * shares[::step].sqrt()[:, None]
+            )
+
+
+def _tamed(grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns gradients ``[B, N]``, and how much of each counts so that none has more than its share of the energy.
+
+    One that is not finite, as of an attention that looks nowhere, says nothing.
+    """
+    found = grad.detach().float()
+    found = torch.where(torch.isfinite(found).all(1, keepdim=True), found, 0)
+    energy = found.square().mean(1)
+    return found, limited(energy) / energy.clamp_min(torch.finfo(energy.dtype).tiny)
