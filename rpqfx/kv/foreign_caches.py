@@ -29,7 +29,7 @@ def check_cache(name: str, module: nn.Module, given: Iterable[Any]) -> None:
         if not hasattr(cache, "get_seq_length") or not isinstance(getattr(cache, "layers", None), list):
             continue
         number = getattr(module, "layer_idx", None)
-        layer = cache.layers[number] if isinstance(number, int) and number < len(cache.layers) else None
+        layer: Any = cache.layers[number] if isinstance(number, int) and number < len(cache.layers) else None
         static = getattr(layer, "is_compileable", False)
         if static or (getattr(layer, "is_sliding", False) and layer.get_seq_length()):
             what = "is of a fixed size" if static else "keeps the tokens of a sliding window alone"
