@@ -191,9 +191,10 @@ def _padding(dense: Subject, wide: Subject, small: Subject, x: Tensor) -> Result
 
 def _two_turns(dense: Subject, small: Subject, x: Tensor) -> Result:
     """The second turn of a conversation, with the first one's cache, against all of it afresh."""
-    with_cache, afresh = _second_turn(dense, x, codes=False)
-    if not torch.equal(with_cache, afresh):
-        return {"state": "n/a", "detail": "dense: other tokens"}
+    # generate of some models with an encoder goes on otherwise with a cache than afresh, for most prompts
+    for prompt in (x, *(tokens(seed, *x.shape) for seed in ((2, 3, 4) if dense.both else ()))):
+        if not torch.equal(*_second_turn(dense, prompt, codes=False)):
+            return {"state": "n/a", "detail": "dense: other tokens"}
     return _equal(*_second_turn(small, x, codes=True))
 
 
