@@ -187,6 +187,47 @@ def ranks() -> str:
     return "\n".join([said, "", head, "|---" * 9 + "|", *lines]) + "\n"
 
 
+def kv_zoo() -> str:
+    """Returns which architectures of transformers have their caches in codes, and what was checked of each."""
+    found = results.read("kv-zoo")
+    rows = {state: [row for row in found["rows"] if row["state"] == state] for state in _STATES}
+    served, tried = len(rows["served"]), sum(len(rows[state]) for state in ("served", "refused", "failed"))
+    head = [
+        f"transformers {found['machine']['versions']['transformers']}, torch {found['machine']['versions']['torch']}: "
+        f"`{found['command']}`.", "",
+        f"Of {tried} architectures {served} are served ({100 * served / tried:.1f} %), {len(rows['refused'])} are "
+        f"refused before calibration and {len(rows['failed'])} fail. {len(rows['none'])} more keep no keys, so that "
+        f"there is nothing to serve, and of {len(rows['unknown'])} more there is no tiny model that runs.", "",
+    ]  # fmt: skip
+    most = max((row["checks"] for row in rows["served"]), key=len)
+    checks = list(most)
+    lines = [f"| architecture | {' | '.join(checks)} |", "|---" * (len(checks) + 1) + "|"]
+    for row in (*rows["served"], *rows["failed"]):
+        lines.append(f"| {row['id']} | {' | '.join(_checked(row['checks'].get(name)) for name in checks)} |")
+    more = [(state, title) for state, title in _STATES.items() if title and rows[state]]
+    for state, title in more:
+        lines += ["", f"| {title} | why |", "|---|---|"]
+        lines += [f"| {row['id']} | {_in_a_cell(row['detail'])} |" for row in rows[state]]
+    return "\n".join([*head, *lines]) + "\n"
+
+
+_STATES = {"served": "", "refused": "refused", "failed": "", "none": "keeps no keys", "unknown": "not tried"}
+
+
+def _checked(outcome: dict[str, Any] | None) -> str:
+    if outcome is None:
+        return "?"
+    if outcome["state"] == "n/a":
+        return "-"
+    if outcome["state"] == "failed":
+        return "**no**"
+    return f"{outcome['error']:.0e}" if "error" in outcome else "yes"
+
+
+def _in_a_cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")[:220]
+
+
 def _megabytes(count: int) -> str:
     return f"{count / 1e6:.2f}" if count else "-"
 
@@ -213,6 +254,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "distributed": distributed,
     "ranks": ranks,
     "pretrained": opening,
+    "kv-zoo": kv_zoo,
     "gpu-layers": gpu_layers,
     "gpu-models": gpu_models,
 }

@@ -15,6 +15,7 @@ from rpqfx.errors import InputError, RewriteError
 from rpqfx.graph.attention import AttentionSite
 from rpqfx.kv.attention.rotary import Rotary
 from rpqfx.kv.attention.rotary_conventions import turning_of
+from rpqfx.kv.foreign_caches import check_cache
 from rpqfx.kv.module import KVAttention
 from rpqfx.nn.attention import Attends
 from rpqfx.nn.hosting.host import READ_AS, class_of, named_class
@@ -84,6 +85,8 @@ class _Turning(_Wrapped):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """See the class this extends."""
         core = getattr(self, CORE)
+        if core.trial is None and core.watch is None:
+            check_cache(core.name, self, (*args, *kwargs.values()))
         with _angles(core, _found(core, args, kwargs)):
             return super().forward(*args, **kwargs)
 

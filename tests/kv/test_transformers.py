@@ -246,3 +246,33 @@ def test_training_gives_a_loss_and_gradients_pass_straight() -> None:
     core = next(iter(attentions(small).values()))
     assert core.keys.quantizer.codebooks.grad is not None
     assert all(p.grad is not None for name, p in small.named_parameters() if "proj" in name)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("make", "keys"), [(gpt2, "auto"), (llama, "after"), (llama, "auto")])
+def test_a_static_cache_is_refused_where_it_would_count_tokens_that_have_not_come(make: Any, keys: str) -> None:
+    small, x = small_of(make(), keys=keys), ids(3)
+    with pytest.raises(InputError, match=r"fixed size.*CodebookCache\.for_model"):
+        small(x, past_key_values=transformers.StaticCache(config=small.config, max_cache_len=64))
+
+
+@torch.no_grad()
+def test_a_cache_of_a_sliding_window_is_refused_once_it_has_tokens() -> None:
+    torch.manual_seed(0)
+    config = transformers.MistralConfig(**_SIZES, initializer_range=0.3, sliding_window=12)
+    small, x = small_of(transformers.MistralForCausalLM(config).eval(), keys="after"), ids(3)
+    cache = transformers.DynamicCache(config=config)
+    found = small(x[:, :20], past_key_values=cache).logits
+    torch.testing.assert_close(found, small(x, use_cache=False).logits[:, :20], rtol=1e-3, atol=1e-3)
+    with pytest.raises(InputError, match=r"sliding window alone.*CodebookCache\.for_model"):
+        small(x[:, 20:21], past_key_values=cache)
+
+
+@torch.no_grad()
+def test_assisted_decoding_gives_what_plain_decoding_gives() -> None:
+    for window in (0, 6):
+        small, x = small_of(llama(), window=window), ids(1, 1) % 8 + 2
+        options = {"max_new_tokens": 16, "do_sample": False}
+        plain = small.generate(x, **options)
+        for more in ({"prompt_lookup_num_tokens": 9}, {"assistant_model": llama()}, {"assistant_model": llama(1)}):
+            assert torch.equal(small.generate(x, **options, **more), plain)

@@ -1,0 +1,39 @@
+"""Caches of transformers that a model with attention on codes may not be handed: they keep other tokens than came."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from rpqfx.errors import InputError
+
+
+def check_cache(name: str, module: nn.Module, given: Iterable[Any]) -> None:
+    """Raises where a call's cache is static, or has dropped tokens past a sliding window.
+
+    Which keys a query finds as codes depends on how many tokens there are. A static cache shows room for tokens that
+    have not come, and one of a sliding window no longer shows the first.
+
+    Args:
+        name: Of the module, for the message.
+        module: The attention module.
+        given: Arguments of its call.
+
+    Raises:
+        InputError: If there is such a cache.
+    """
+    for value in given:
+        cache = getattr(value, "self_attention_cache", value)
+        if not hasattr(cache, "get_seq_length") or not isinstance(getattr(cache, "layers", None), list):
+            continue
+        number = getattr(module, "layer_idx", None)
+        layer: Any = cache.layers[number] if isinstance(number, int) and number < len(cache.layers) else None
+        static = getattr(layer, "is_compileable", False)
+        if static or (getattr(layer, "is_sliding", False) and layer.get_seq_length()):
+            what = "is of a fixed size" if static else "keeps the tokens of a sliding window alone"
+            raise InputError(
+                f"{name}: the {type(layer).__name__} that was passed {what}, and holds no codes; pass "
+                "rpqfx.kv.CodebookCache.for_model(model)"
+            )
