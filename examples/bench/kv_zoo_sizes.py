@@ -109,8 +109,13 @@ for _kinds, _values in _SHARED:
     for _kind in _kinds:
         OPTIONS[_kind] = {**_values, **OPTIONS.get(_kind, {})}
 
+
+def _sound(*shape: int) -> Tensor:
+    return torch.randn(1, *shape, generator=torch.Generator().manual_seed(7))
+
+
 # Inputs of encoders that are not tokens: the batch to keyword arguments.
 ENCODED: dict[str, Callable[[int], dict[str, Tensor]]] = {
-    "whisper": lambda batch: {"input_features": torch.randn(1, 16, 40).repeat(batch, 1, 1)},
-    "speech_to_text": lambda batch: {"input_features": torch.randn(1, 40, 16).repeat(batch, 1, 1)},
+    "whisper": lambda batch: {"input_features": _sound(16, 40).repeat(batch, 1, 1)},
+    "speech_to_text": lambda batch: {"input_features": _sound(40, 16).repeat(batch, 1, 1)},
 }
