@@ -67,6 +67,6 @@ def __getattr__(name: str) -> _Any:
     """Imports ``RPQConfig``, and transformers with it, when it is asked for."""
     if name != "RPQConfig":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from rpqfx.integrations.transformers import RPQConfig
+    from rpqfx.integrations.config import RPQConfig
 
     return RPQConfig

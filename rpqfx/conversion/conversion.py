@@ -10,17 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from rpqfx.codebook.packing import check_codes
-from rpqfx.codebook.spec import CodebookSpec
 from rpqfx.conversion.checkpoint import Checkpoint, fingerprint
 from rpqfx.conversion.dense_weight import StandIn
+from rpqfx.conversion.finished import in_range, shapes_of
 from rpqfx.conversion.fitting import fit_weight, train_codebooks
 from rpqfx.conversion.gradients import Gradients
 from rpqfx.conversion.importance import importance
 from rpqfx.conversion.layerwise import Turns
 from rpqfx.conversion.observe import Observer, Seen
 from rpqfx.conversion.row_weights import RowWeights
-from rpqfx.errors import CodeError, InputError, RewriteError
+from rpqfx.errors import InputError, RewriteError
 from rpqfx.graph.calibration.batch_norm import estimate_norms
 from rpqfx.graph.calibration.batches import Batches
 from rpqfx.graph.module_graphs import evaluating
@@ -251,8 +250,8 @@ class _Conversion:
         weight = self._weights[name]
         assert isinstance(weight, StandIn)
         outputs = None if self._gradients is None else self._gradients.outputs.pop(weight, None)
-        kept = None if self._store is None else self._store.load(name, _shapes(weight.spec))
-        if kept is None or not _in_range(kept["codes"], weight.spec):
+        kept = None if self._store is None else self._store.load(name, shapes_of(weight.spec))
+        if kept is None or not in_range(kept["codes"], weight.spec):
             known = moment() if callable(moment) else moment
             full = known if known is not None and known.dim() == 2 else None
             energy = known if full is None else None
@@ -276,26 +275,6 @@ class _Conversion:
         weight.become(self._codebooks[name], codes, held, signs)
         if self._progress is not None:
             self._progress(len(self._errors), len(self._weights), name)
-
-
-def _shapes(spec: CodebookSpec) -> dict[str, tuple[int, ...]]:
-    """Of what is kept of a finished weight."""
-    shapes: dict[str, tuple[int, ...]] = {"codes": spec.codes_shape, "error": ()}
-    if spec.scale:
-        shapes["scale"] = (spec.num_vectors,)
-    if spec.dim_scale:
-        shapes["dim_scale"] = (spec.dim_scales,)
-    return shapes
-
-
-def _in_range(codes: Tensor, spec: CodebookSpec) -> bool:
-    if codes.dtype is not spec.code_dtype:
-        return False
-    try:
-        check_codes(codes, spec.entries)
-    except CodeError:
-        return False
-    return True
 
 
 def _sizes(vectors: Tensor) -> Tensor:

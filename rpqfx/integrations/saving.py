@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from rpqfx.errors import FormatError, InputError, RPQError
 from rpqfx.graph.sites import is_rewritten
 from rpqfx.integrations.card import write_card
+from rpqfx.integrations.config import RPQConfig
 from rpqfx.integrations.content import content
-from rpqfx.integrations.transformers import RPQConfig, RPQQuantizer
+from rpqfx.integrations.transformers import RPQQuantizer
 from rpqfx.kv.module import attentions
 from rpqfx.reporting.report import report
 from rpqfx.routing.rewrite.rewrite import route, routed, routing_of

@@ -1,4 +1,4 @@
-"""Packages import downwards only, no modules import each other in a circle, and no name hides a module."""
+"""Packages import downwards only, no modules import each other in a circle, no name hides a module, no file is long."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ ORDER = (
     "reporting", "policies", "nn", "fit", "ops", "codebook", "validation", "errors",
 )  # fmt: skip
 AT_MOST = 20  # entries that a newcomer has to look through
+LINES = 300  # of a file; a longer one holds a second idea
 
 
 def modules() -> dict[str, Path]:
@@ -92,6 +93,12 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
         TopologicalSorter(found).prepare()
     except CycleError as error:
         pytest.fail(f"a circle: {' -> '.join(error.args[1])}")
+
+
+def test_no_file_is_longer_than_one_idea() -> None:
+    sources = [path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".h", ".cpp")]
+    lengths = {path.name: len(path.read_text().splitlines()) for path in sources}
+    assert {name: count for name, count in lengths.items() if count > LINES} == {}
 
 
 @pytest.mark.parametrize("package", sorted(name for name, path in MODULES.items() if path.name == "__init__.py"))

@@ -93,7 +93,7 @@ def _while_loading(given: argparse.Namespace, policy: Policy) -> tuple[Any, dict
         assert data.measure is not None
         quality["before"] = data.measure(model)
         del model
-    from rpqfx.integrations.transformers import RPQConfig
+    from rpqfx.integrations.config import RPQConfig
 
     if not given.quiet:
         transformers().logging.enable_progress_bar()

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rpqfx.errors import FormatError, InputError
+from rpqfx.errors import InputError
 from rpqfx.kv.attention import attend
 from rpqfx.kv.attention.attend import Rope
 from rpqfx.kv.attention.joint_softmax import Parts, attention
 from rpqfx.kv.attention.rotary import turned_back
 from rpqfx.kv.attention.score_options import Changes
 from rpqfx.kv.attention.slots import UNIT
-from rpqfx.kv.cache.codes import Side, fingerprint
+from rpqfx.kv.cache.codes import fingerprint
+from rpqfx.kv.cache.layer_tensors import LayerTensors
 from rpqfx.kv.cache.positions import Positions
 from rpqfx.kv.cache.shared_rotary import LayerPositions
 from rpqfx.kv.cache.token_checks import check_queries, check_tokens, full_mask
@@ -40,7 +40,7 @@ class Arrival(NamedTuple):
     left: tuple[Tensor, ...]
 
 
-class LayerStore:
+class LayerStore(LayerTensors):
     """Keys and values of one layer, most of them in codes.
 
     Tokens leave the window for codes in whole chunks: of ``total`` tokens, those after the sinks that are in codes are
@@ -72,34 +72,9 @@ class LayerStore:
             )
         if keys.heads != values.heads:
             raise InputError(f"{name}: the coders are of {keys.heads} heads of keys and {values.heads} of values")
-        self.name, self.sinks, self.window, self.chunk, self.dtype = name, sinks, window, chunk, dtype
-        self.keys, self.values = Side(keys, f"{name}, keys"), Side(values, f"{name}, values")
-        self._own = Positions() if positions is None else None
-        self.positions: Positions | LayerPositions = positions or self._own  # type: ignore[assignment]
-        self.total = 0
+        super().__init__(keys, values, sinks, window + chunk, positions, name)
+        self.window, self.chunk, self.dtype = window, chunk, dtype
         self.taken = 0  # tokens that ever came
-        self._left: tuple[Tensor, ...] = ()  # keys and values that the last append sent into codes, as they were
-        self._plain: list[Tensor] = []  # keys and values [B, H, sinks + window + chunk, D]: sinks, then the window
-        self._turned: bool | None = None  # whether keys come with a rotary embedding
-
-    @property
-    def encoded(self) -> int:
-        """Tokens in codes."""
-        return self.keys.length
-
-    @property
-    def batch(self) -> int:
-        """Rows; 0 of an empty store."""
-        return self._plain[0].shape[0] if self._plain else 0
-
-    @property
-    def turned(self) -> bool:
-        """Whether keys came with a rotary embedding, before which they are coded."""
-        return bool(self._turned)
-
-    @property
-    def _filled(self) -> int:
-        return self.total - self.encoded
 
     def adopt(self, keys: Coder, values: Coder) -> None:
         """Goes on with the coders of a copy of the model.
@@ -140,7 +115,7 @@ class LayerStore:
         if rope is not None:
             self.positions.put(self.total, *rope, self.name)
         if not self._plain:
-            room = self.sinks + self.window + self.chunk
+            room = self.sinks + self.recent
             self._plain = [x.new_empty(*x.shape[:2], room, x.shape[3], dtype=self.dtype or x.dtype) for x in (k, v)]
         self._turned = rope is not None
         total = self.total + k.shape[2]
@@ -188,41 +163,6 @@ class LayerStore:
         y = attention(rows, self._parts(dtype, arrival), mask, changes, self._coded(q, arrival))
         return y.to(q.dtype)
 
-    def nbytes(self) -> dict[str, int]:
-        """Bytes that tokens take: ``codes``, ``scales``, ``window`` (with the sinks), ``positions`` (of its own)."""
-        sides = [side.nbytes() for side in (self.keys, self.values)]
-        as_they_are = (*(plain[:, :, : self._filled] for plain in self._plain), *self._left)
-        window = sum(x.numel() * x.element_size() for x in as_they_are)
-        own = 0 if self._own is None else self._own.nbytes()
-        codes, scales = (sum(side[i] for side in sides) for i in range(2))
-        return {"codes": codes, "scales": scales, "window": window, "positions": own}
-
-    def allocated(self) -> int:
-        """Bytes of all tensors, with the room for tokens to come, but for positions that are shared."""
-        plain = sum(x.numel() * x.element_size() for x in (*self._plain, *self._left))
-        own = 0 if self._own is None else self._own.nbytes()
-        return self.keys.allocated() + self.values.allocated() + plain + own
-
-    def reset(self) -> None:
-        """Forgets all tokens."""
-        self.total, self._plain, self._turned, self._left = 0, [], None, ()
-        for side in (self.keys, self.values):
-            side.reset()
-        if self._own is not None:
-            self._own.reset()
-
-    def reorder(self, beams: Tensor) -> None:
-        """Rows of the batch in another order, some more than once: ``beams`` ``[B]``, an integer, on any device."""
-        self.select(beams)
-
-    def select(self, indices: Tensor) -> None:
-        """Some rows of the batch: ``indices`` ``[B']``, an integer, on any device."""
-        self._map_rows(lambda x: x.index_select(0, indices.to(x.device)))
-
-    def repeat(self, times: int) -> None:
-        """Each row of the batch so many times, beside each other."""
-        self._map_rows(lambda x: x.repeat_interleave(times, 0))
-
     def crop(self, length: int) -> None:
         """Forgets the newest tokens.
 
@@ -247,31 +187,6 @@ class LayerStore:
         self.total = left
         if self._own is not None:
             self._own.crop(left)
-
-    def state(self) -> dict[str, Tensor]:
-        """All that ``restore`` needs but the coders, as tensors of their own."""
-        state = {"tokens": torch.tensor([self.total, self.encoded, int(bool(self._turned)), self.sinks])}
-        for name, plain in zip(("k", "v"), self._plain, strict=False):
-            state[f"window.{name}"] = plain[:, :, : self._filled].clone()
-        parts = {"keys": self.keys.state(), "values": self.values.state()}
-        parts["positions"] = {} if self._own is None else self._own.state()
-        return {**state, **{f"{name}.{key}": x for name, part in parts.items() for key, x in part.items()}}
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Takes what ``state`` gave.
-
-        Raises:
-            FormatError: If it is not complete, or of other codebooks; the store is empty then.
-        """
-        self.reset()
-        try:
-            self._restore(state)
-        except KeyError as missing:
-            self.reset()
-            raise FormatError(f"{self.name}: the state has no {missing}") from None
-        except FormatError:
-            self.reset()
-            raise
 
     # ------------------------------------------------------------------------------------------------- steps
 
@@ -301,7 +216,7 @@ class LayerStore:
 
     def _take_back(self, back: int) -> None:
         """Puts the newest tokens in codes, which the last append sent there, into the window again."""
-        room = self.sinks + self.window + self.chunk
+        room = self.sinks + self.recent
         for i, (plain, left) in enumerate(zip(self._plain, self._left, strict=True)):
             parts = plain[:, :, : self.sinks], left[:, :, -back:], plain[:, :, self.sinks : self._filled]
             joined = torch.cat(parts, 2)[:, :, :room]  # what is beyond goes anyway
@@ -333,34 +248,3 @@ class LayerStore:
         held_values = attend.hold(self.values.coder, self.values.codes(), self.values.scale(), dtype)
         turns = self.positions.get(self.sinks, self.sinks + self.encoded) if self._turned else None
         return Parts(keys, values, self.sinks, held_keys, held_values, turns, twice)
-
-    def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        self._plain = [change(plain) for plain in self._plain]
-        self._left = tuple(change(left) for left in self._left)
-        for side in (self.keys, self.values):
-            side.map_rows(change)
-        if self._own is not None:
-            self._own.map_rows(change)
-
-    def _restore(self, state: dict[str, Tensor]) -> None:
-        total, encoded, turned, sinks = state["tokens"].tolist()
-        if sinks != self.sinks:
-            raise FormatError(f"{self.name}: the cache was saved with {sinks} sinks, this one has {self.sinks}")
-        parts: dict[str, dict[str, Tensor]] = {"keys": {}, "values": {}, "positions": {}, "window": {}}
-        for key, x in state.items():
-            name, _, rest = key.partition(".")
-            parts.setdefault(name, {})[rest] = x
-        plain = [parts["window"][name] for name in ("k", "v")] if total else []
-        for x, side in zip(plain, (self.keys, self.values), strict=False):
-            if x.dim() != 4 or x.shape[1:] != (side.coder.heads, total - encoded, side.coder.dim):
-                raise FormatError(f"{side.name}: the window saved is {tuple(x.shape)}")
-        batch = plain[0].shape[0] if plain else 0
-        room = max(self.sinks + self.window + self.chunk, total - encoded)
-        self._plain = [torch.cat([x, x.new_empty(*x.shape[:2], room - x.shape[2], x.shape[3])], 2) for x in plain]
-        for name, side in (("keys", self.keys), ("values", self.values)):
-            side.restore(parts[name], encoded, batch)
-        if self._own is not None:
-            self._own.restore(parts["positions"], self.name)
-            if turned and self._own.length != total:
-                raise FormatError(f"{self.name}: the positions saved are not of {total} tokens")
-        self.total, self._turned = total, bool(turned) if total else None

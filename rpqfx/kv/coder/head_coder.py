@@ -4,30 +4,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Unpack
+from typing import Any, Unpack
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from rpqfx.errors import SpecError
+from rpqfx.kv.coder.coded import Coded
 from rpqfx.kv.coder.transform import Map
 from rpqfx.kv.quantizer.moving_averages import Batch
 from rpqfx.kv.quantizer.options import QuantizerOptions
 from rpqfx.kv.quantizer.quantizer import VectorQuantizer
 from rpqfx.validation.spelling import defaults_of, show_options
-
-
-class Coded(NamedTuple):
-    """Vectors as codes.
-
-    Args:
-        codes: ``[B, S, T]``, integer.
-        scale: ``[B, H, T]`` float16, or None.
-    """
-
-    codes: Tensor
-    scale: Tensor | None
 
 
 class HeadCoder(nn.Module):
