@@ -1,15 +1,14 @@
 """Products and rows as operators of the compiled CPU kernels, for graphs that call them with no Python in between.
 
 Each function is that of ``rpqfx.ops.library`` with its name, or returns None where kernels do not take the tensors;
-graphs call an operator that Python runs then. Each is one step where there may be a backward pass: a compiler that saw
-a part of it alone would keep that for it.
+graphs call an operator that Python runs then. Each is one step: a compiler that saw a part of it alone would keep that
+for the backward pass.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rpqfx.ops.cpu import build, kernels
@@ -30,18 +29,10 @@ def matmul(x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None, bi
 
 
 def conv(x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None, *geometry: Any) -> Tensor | None:
-    """A convolution with expanded filters: of two operators where nothing is kept for a backward pass.
-
-    A compiler chooses the layout in memory for torch's own convolution, and fuses what surrounds it.
-    """
+    """A convolution with expanded filters."""
     if not _usable(x, codes):
         return None
-    if torch.is_grad_enabled():
-        return kernels.conv(x, codebooks.to(x.dtype), codes, signs, None, None, None, *geometry)
-    weight_shape, *numbers = geometry
-    weight = kernels.expand(codebooks.to(x.dtype), codes, None, signs).view(weight_shape)
-    stride, padding, dilation, transposed, output_padding, groups = numbers
-    return torch.convolution(x, weight, None, stride, padding, dilation, transposed, output_padding, groups)
+    return kernels.conv(x, codebooks.to(x.dtype), codes, signs, None, None, None, *geometry)
 
 
 def tiled(

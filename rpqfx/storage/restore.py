@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from rpqfx.codebook import CodebookSpec
@@ -140,8 +139,7 @@ def _install_sites(
                 raise FormatError(f"{path} holds {name}, which the model that {maker} made has not") from error
             if shape != layout.shape:
                 raise FormatError(f"{path} holds {name} of shape {layout.shape}, {maker} made it {shape}")
-        with torch._C.DisableTorchFunction():  # where it goes is said, and a mode of the caller's takes its time
-            weight = RPQWeight(spec, layout, std=site["std"], device="meta")
+        weight = RPQWeight(spec, layout, std=site["std"], device="meta")
         for flag in FLAGS:
             setattr(weight, flag, site[flag])
         weight.take_notes(parameter_at(model, names[0]))

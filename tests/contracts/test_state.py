@@ -15,6 +15,7 @@ PACKAGE = Path(rpqfx.__file__).parent
 KEPT = {
     # Filled while the package is imported, only read afterwards.
     "nn/tensor/virtual.py: SERVED": "which function serves a torch call; filled by nn/tensor/served.py",
+    "kv/calibration_files.py: _OPENERS": "what opens saved calibrations; filled by storage/kv_calibration.py",
     "nn/hosting/host.py: _LAYERS": "which layer stands for which class; filled by register_layer",
     "nn/hosting/host.py: _ADAPTERS": "what classes of torch.nn need besides; filled by register_adapter",
     # Found once for a class or the machine; two threads that ask at once find the same.

@@ -68,12 +68,19 @@ def test_what_is_no_policy_is_refused(what: str) -> None:
         rpqfx.rpqify(MLP(), value)
 
 
-@pytest.mark.parametrize("policy", [SMALL, Policy, {"bits": 2}, "x", Rule("x"), 3, lambda site: None])
+@pytest.mark.parametrize("policy", [SMALL, Policy, {"bits": 2}, Rule("x"), 3, lambda site: None])
 def test_other_calls_take_policies_of_their_own(policy: Any) -> None:
     with pytest.raises(PolicyError, match="quantize_kv takes a KVPolicy, got"):
         rpqfx.quantize_kv(MLP(), policy, calibration=[x12()])
     with pytest.raises(PolicyError, match="route takes a RoutePolicy, got"):
         rpqfx.route(MLP(), policy)
+
+
+def test_a_path_is_a_calibration_of_keys_and_values_and_no_policy_of_routing() -> None:
+    with pytest.raises(InputError, match="calibration= would do nothing beside a saved calibration"):
+        rpqfx.quantize_kv(MLP(), "x", calibration=[x12()])
+    with pytest.raises(PolicyError, match="route takes a RoutePolicy, got"):
+        rpqfx.route(MLP(), "x")  # type: ignore[arg-type]
 
 
 NOTHING: dict[str, tuple[Any, str]] = {
