@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of a finished weight, and whether it can be what was kept."""
+"""Checks of the tensors that a checkpoint stores for a fitted weight."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rpqfx.errors import CodeError
 
 
 def shapes_of(spec: CodebookSpec) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of what is kept, by name."""
+    """Returns the shapes of the tensors of a fitted weight, by name."""
     shapes: dict[str, tuple[int, ...]] = {"codes": spec.codes_shape, "error": ()}
     if spec.scale:
         shapes["scale"] = (spec.num_vectors,)

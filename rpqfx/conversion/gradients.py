@@ -1,4 +1,4 @@
-"""What a model's output feels of its weights' inputs and outputs, heard while batches run backwards."""
+"""Collects gradients of products' results on calibration batches: row weights and second moments of outputs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Gradients(Observer):
     Args:
         model: The model; its Parameters are left without gradients.
         weights: What to listen to.
-        seed: Of the random directions.
+        seed: Seed of the random directions.
 
     Attributes:
         sums: Mean squared gradient of each weight's results, summed over batches.

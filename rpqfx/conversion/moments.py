@@ -22,8 +22,8 @@ def input_rows(product: str, x: Tensor, layout: Layout, geometry: tuple[Any, ...
     Args:
         product: ``"linear"``, ``"linear_t"`` or ``"conv"``.
         x: Its input.
-        layout: Of the weight's tensor.
-        geometry: Of a convolution: stride, padding, dilation, groups, transposed, output padding.
+        layout: Layout of the weight's tensor.
+        geometry: The numbers of a convolution: stride, padding, dilation, groups, transposed, output padding.
 
     Yields:
         ``[B, D]`` in float32 at least, block after block. Nothing where inputs lie across the vectors: as each then
@@ -43,8 +43,8 @@ def lies_along(product: str, layout: Layout, geometry: tuple[Any, ...] = ()) -> 
 
     Args:
         product: ``"linear"``, ``"linear_t"``, ``"conv"`` or ``"lookup"``.
-        layout: Of the weight's tensor.
-        geometry: Of a convolution.
+        layout: Layout of the weight's tensor.
+        geometry: The numbers of a convolution, as ``input_rows`` takes them.
     """
     if product == "conv":
         return not geometry[4]

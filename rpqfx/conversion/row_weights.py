@@ -1,4 +1,4 @@
-"""How much a model's output feels of each row of a product's inputs."""
+"""Weights of calibration inputs: the mean squared gradient of the model's output at each row."""
 
 from __future__ import annotations
 

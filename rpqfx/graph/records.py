@@ -1,4 +1,4 @@
-"""What a rewrite did with a model, kept for its report."""
+"""Attaches the records of a rewrite to its model, for the report."""
 
 from __future__ import annotations
 

@@ -39,9 +39,9 @@ class Kept:
         """Returns a weight and the error of its fit, or None where it is not done.
 
         Args:
-            name: Of the weight.
+            name: Name of the weight.
             hold: How it is held.
-            layout: Of it.
+            layout: Layout of the weight's tensor.
             dense: What is to be fitted.
 
         Raises:
@@ -67,7 +67,7 @@ class Kept:
         """Keeps a weight.
 
         Args:
-            name: Of the weight.
+            name: Name of the weight.
             dense: What was fitted.
             weight: What came of it.
             error: Of the fit.

@@ -47,10 +47,6 @@ class RPQWeight(Products):
         InputError: If the dtype is not a real floating one.
     """
 
-    codebooks: nn.Parameter
-    scale: nn.Parameter | None
-    dim_scale: nn.Parameter | None
-    signs: Tensor | None
     read_as: ReadAs = "expanded"
     """What reading it gives: an ``ExpandedWeight``; a ``VirtualWeight``, for code that is known to take one; or a
     ``FixedWeight``, to torch a plain tensor, for code that treats others differently."""
@@ -182,28 +178,6 @@ class RPQWeight(Products):
         if plan not in ops.PLANS:
             raise SpecError(f"plan is one of {', '.join(ops.PLANS)}, got {plan!r}")
         self._plan = plan
-
-    @property
-    def tensors(self) -> ops.Tensors:
-        """The stored tensors, as the operations take them."""
-        held, buffers = self._parameters, self._buffers
-        if "codes" in held:  # FSDP changes it for whole codes as long as they are used
-            stored = self.stored_codes.detach()
-            signs = None if self.signs is None else self.signs.detach()
-            tiled = self.tiled_vectors(stored)
-            whole = stored if tiled else self._read(stored)
-            return ops.Tensors(self.codebooks, whole, self.scale, signs, self.dim_scale, tiled)
-        if self.spec.tiled:
-            tiles = self.stored_codes
-            return ops.Tensors(
-                self.codebooks, tiles, self.scale, self.signs, self.dim_scale, self.tiled_vectors(tiles)
-            )  # fmt: skip
-        if "codebooks" in held and "scale" in held and "dim_scale" in held:  # torch's lookup takes longer
-            codes: Any = buffers["codes"] if self.spec.entries <= 256 else self.codes  # bytes, where there are more
-            return ops.Tensors(
-                held["codebooks"], codes, held["scale"], buffers["signs"], held["dim_scale"]  # type: ignore[arg-type]
-            )  # fmt: skip
-        return ops.Tensors(self.codebooks, self.codes, self.scale, self.signs, self.dim_scale)  # one is computed
 
     def extra_repr(self) -> str:
         """The numbers of the spec, and what was chosen besides."""

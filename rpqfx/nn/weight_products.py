@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from rpqfx import ops
 from rpqfx.codebook import CodebookSpec, range_of
@@ -18,16 +18,37 @@ from rpqfx.ops.at_once import conv_at_once, linear_at_once
 
 
 class Products(Loaded):
-    """What a codebook-held tensor is used for; the tensors themselves are those of a subclass."""
+    """Uses a codebook-held tensor: gives its rows, its products and its convolutions, and fires hooks around them."""
 
     spec: CodebookSpec
     layout: Layout
+    codebooks: nn.Parameter
+    scale: nn.Parameter | None
+    dim_scale: nn.Parameter | None
+    signs: Tensor | None
     _plan: ops.Plan = "auto"  # also of modules that were pickled before there was a choice
 
     @property
     def tensors(self) -> ops.Tensors:
         """The stored tensors, as the operations take them."""
-        raise NotImplementedError
+        held, buffers = self._parameters, self._buffers
+        if "codes" in held:  # FSDP changes it for whole codes as long as they are used
+            stored = self.stored_codes.detach()
+            signs = None if self.signs is None else self.signs.detach()
+            tiled = self.tiled_vectors(stored)
+            whole = stored if tiled else self._read(stored)
+            return ops.Tensors(self.codebooks, whole, self.scale, signs, self.dim_scale, tiled)
+        if self.spec.tiled:
+            tiles = self.stored_codes
+            return ops.Tensors(
+                self.codebooks, tiles, self.scale, self.signs, self.dim_scale, self.tiled_vectors(tiles)
+            )  # fmt: skip
+        if "codebooks" in held and "scale" in held and "dim_scale" in held:  # torch's lookup takes longer
+            codes: Any = buffers["codes"] if self.spec.entries <= 256 else self.codes  # bytes, where there are more
+            return ops.Tensors(
+                held["codebooks"], codes, held["scale"], buffers["signs"], held["dim_scale"]  # type: ignore[arg-type]
+            )  # fmt: skip
+        return ops.Tensors(self.codebooks, self.codes, self.scale, self.signs, self.dim_scale)  # one is computed
 
     def part(self) -> Part:
         """The whole tensor as a [`Part`][rpqfx.nn.weight_slice.Part], of which parts may be taken."""

@@ -1,4 +1,4 @@
-"""What was done at each site, kept with the model that it was done to."""
+"""Records of a rewrite, one for each site, attached to the model."""
 
 from __future__ import annotations
 

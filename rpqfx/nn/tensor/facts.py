@@ -1,4 +1,4 @@
-"""What can be told of a codebook-held tensor without making it: its shape, dtype and device, and what was noted."""
+"""Attributes of a codebook-held tensor that need no values: shape, dtype, device, and attributes that were set."""
 
 from __future__ import annotations
 

@@ -15,7 +15,6 @@ namespace rpqfx {
 inline constexpr int64_t TABLE_ROWS = 32;        // of the input up to which tables are faster than an expanded tile
 inline constexpr int64_t TABLE_GRAIN = 1 << 15;  // multiply-adds of tables that are worth another thread
 inline constexpr int64_t PANEL_BYTES = 1 << 19;  // of a thread's expanded tiles at a time: half of a second-level cache
-inline constexpr int64_t MOST_PANEL_BYTES = 1 << 22;  // the same where rows are many
 
 // A product of a few rows: y [B, N] = x [B, D] @ W.T, with a bias or without.
 template <typename T>
@@ -142,11 +141,8 @@ inline Tensor tiled_product(const Tensor& input, const Tensor& codebooks, const 
       return;
     }
     at::AutoDispatchBelowAutograd guard;
-    // Panels of one size, so that threads and products have equal parts. Each product reads (and packs) all rows again,
-    // so where there are many, panels are as large as what goes in and comes out.
-    const int64_t some_bytes = std::min((x.numel() + y.numel()) * int64_t(sizeof(T)) / at::get_num_threads(), MOST_PANEL_BYTES);
-    const int64_t tile_bytes = TILE_VECTORS * held.width() * int64_t(sizeof(T));
-    const int64_t most_tiles = std::max<int64_t>(1, std::max(PANEL_BYTES, some_bytes) / tile_bytes) * at::get_num_threads();
+    // Panels of one size, so that threads and products have equal parts.
+    const int64_t most_tiles = std::max<int64_t>(1, PANEL_BYTES / (TILE_VECTORS * held.width() * int64_t(sizeof(T)))) * at::get_num_threads();
     const int64_t panels = (held.count() + most_tiles - 1) / most_tiles, panel = (held.count() + panels - 1) / panels;
     const Tensor made = at::empty({panel * TILE_VECTORS, held.width()}, x.options());
     const Tensor flat = y.view({rows, vectors}), input_rows = x.view({rows, held.width()});
