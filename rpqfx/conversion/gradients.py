@@ -102,14 +102,19 @@ class Gradients(Observer):
 
     def _looked_up(self, weight: RPQWeight, layout: Layout, grad: Tensor) -> None:
         if grad.shape[-1] == weight.layout.dim == layout.dim and not layout.transposed:
-            found, shares = _tamed(grad.reshape(-1, layout.dim))
-            self.tables.setdefault(weight, Moments()).add(found, shares / weight.layout.num_vectors)
+            rows = grad.detach().reshape(-1, layout.dim)
+            energies = _energies(rows)
+            shares = _shares(energies) / weight.layout.num_vectors
+            self.tables.setdefault(weight, Moments()).add(_known(rows, energies), shares)
 
     def _felt(
         self, weight: RPQWeight, place: tuple[int, int], product: str, x: Tensor | None, layout: Layout,
         geometry: tuple[Any, ...], grad: Tensor,
     ) -> None:  # fmt: skip
-        self.sums[weight] = self.sums.get(weight, 0.0) + float(grad.detach().float().square().mean())
+        grad = grad.detach()
+        self.sums[weight] = (
+            self.sums.get(weight, 0.0) + float(torch.linalg.vector_norm(grad.float())) ** 2 / grad.numel()
+        )
         if layout.dim != weight.layout.dim or not lies_along(product, layout, geometry):
             return
         groups = 1
@@ -117,26 +122,36 @@ class Gradients(Observer):
             groups = geometry[3]
             grad = grad if grad.dim() == len(layout.shape) else grad[None]
             grad = grad.unflatten(1, (groups, -1)).movedim(2, -1)  # [B, groups, *places, N / groups]
-        found, shares = _tamed(grad.reshape(-1, grad.shape[-1]))
-        energies = shares * found.square().mean(1)
-        self.rows.put(weight, *place, energies)
+        rows = grad.reshape(-1, grad.shape[-1])
+        energies = _energies(rows)
+        weights = limited(energies)
+        self.rows.put(weight, *place, weights)
         if x is not None:
-            self.tables.setdefault(weight, Moments()).add_all(input_rows(product, x, layout, geometry), energies)
+            self.tables.setdefault(weight, Moments()).add_all(input_rows(product, x, layout, geometry), weights)
         count = weight.layout.num_vectors
-        if groups == 1 and found.shape[1] == count <= _MOST_VECTORS:
+        if groups == 1 and rows.shape[1] == count <= _MOST_VECTORS:
             most = max(_GRADIENTS_PER_VECTOR * count, _GRADIENT_ELEMENTS // count) // self._share + 1
-            step = -(-len(found) // most)
+            step = -(-len(rows) // most)
+            some = _known(rows[::step], energies[::step])
             self.outputs.setdefault(weight, OutputMoments()).add(
-                self.batch, found[::step] * shares[::step].sqrt()[:, None]
+                self.batch, some * _shares(energies)[::step].sqrt()[:, None]
             )
 
 
-def _tamed(grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns gradients ``[B, N]``, and how much of each counts so that none has more than its share of the energy.
+def _energies(rows: Tensor) -> Tensor:
+    """Returns mean squares ``[B]`` of gradients ``[B, N]``; zero of one that is not finite, as that says nothing.
 
-    One that is not finite, as of an attention that looks nowhere, says nothing.
+    Attention that looks nowhere gives such.
     """
-    found = grad.detach().float()
-    found = torch.where(torch.isfinite(found).all(1, keepdim=True), found, 0)
-    energy = found.square().mean(1)
-    return found, limited(energy) / energy.clamp_min(torch.finfo(energy.dtype).tiny)
+    energies = torch.linalg.vector_norm(rows.float(), dim=1).square() / rows.shape[1]
+    return torch.where(torch.isfinite(energies), energies, 0)
+
+
+def _known(rows: Tensor, energies: Tensor) -> Tensor:
+    """Returns gradients ``[B, N]`` in float32, those without energy as zero."""
+    return torch.where(energies[:, None] > 0, rows.float(), 0)
+
+
+def _shares(energies: Tensor) -> Tensor:
+    """Returns how much of each gradient counts, ``[B]``, so that none has more than its share of the energy."""
+    return limited(energies) / energies.clamp_min(torch.finfo(energies.dtype).tiny)

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from rpqfx.errors import InputError
+from rpqfx.ops.column_search import column_search
 from rpqfx.ops.search import beam_search
 
-# Columns whose corrections are applied to all later columns at once.
-_COLUMNS = 128
 _TRIES = 8
 # Blocks of rows that are coded one after the other where outputs go together. More of them gain little and take longer.
 _ROW_BLOCKS = 8
 _FEWEST_ROWS = 16  # of a block
+_SMALLEST_HALF = 48  # of a triangular matrix that is inverted by halves
 
 
 class Coded(NamedTuple):
@@ -104,7 +104,7 @@ def _metric(moment: Tensor, d: int, damping: float, dtype: torch.dtype) -> _Metr
     count = len(moment) // d
     order = moment.diagonal().view(count, d).sum(1).argsort(descending=True, stable=True)
     columns = (order[:, None] * d + torch.arange(d, device=order.device)).reshape(-1)
-    upper = _inverse_root(moment[columns][:, columns], damping, "inputs'").to(dtype)
+    upper = _inverse_root(moment[columns][:, columns].double(), damping, "inputs'").to(dtype)
     blocks = upper.view(count, d, count, d).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     return _Metric(order, columns, upper, torch.linalg.inv(blocks))
 
@@ -125,7 +125,7 @@ def feedback_between_rows(outputs: Tensor, damping: float = 0.05) -> tuple[Tenso
         InputError: If the moment is not finite, or not positive semidefinite.
     """
     order = outputs.diagonal().argsort(descending=True, stable=True)
-    upper = _inverse_root(outputs[order][:, order], damping, "outputs' gradients'").to(outputs.dtype)
+    upper = _inverse_root(outputs[order][:, order], damping, "outputs' gradients'")
     spread = torch.eye(len(order), dtype=outputs.dtype, device=outputs.device)
     for start, stop in _row_blocks(len(order)):
         block = upper[start:stop, start:stop]
@@ -155,27 +155,19 @@ def _by_rows(work: Tensor, books: Tensor, metric: _Metric, outputs: Tensor, damp
 
 def _by_columns(work: Tensor, books: Tensor, metric: _Metric, beam: int) -> Coded:
     """Codes sub-vectors of all rows, those after one taking over what their inputs can make up for."""
-    d, count = books.shape[3], len(metric.order)
-    share, upper = count // books.shape[1], metric.upper
-    open_ = work[:, metric.columns]
-    codes = torch.empty(len(books), count, len(work), dtype=torch.long, device=work.device)
-    decoded = torch.empty_like(work)
-    step = max(1, _COLUMNS // d) * d
-    for start in range(0, work.shape[1], step):
-        stop = min(start + step, work.shape[1])
-        errors = torch.empty_like(open_[:, start:stop])
-        for at in range(start, stop, d):
-            m, to_metric = int(metric.order[at // d]), metric.to_metric[at // d]
-            seen = open_[:, at : at + d] @ to_metric
-            codes[:, m], near = _search(seen, books[:, m // share] @ to_metric, beam)
-            error = seen - near
-            open_[:, at + d : stop] -= error @ upper[at : at + d, at + d : stop]
-            errors[:, at - start : at - start + d] = error
-            decoded[:, m * d : m * d + d] = _entries(books[:, m // share], codes[:, m])
-        open_[:, stop:] -= errors @ upper[start:stop, stop:]
-    corrected = torch.empty_like(work)
-    corrected[:, metric.columns] = open_
-    return Coded(codes, corrected, decoded)
+    share = len(metric.order) // books.shape[1]
+    groups = metric.order // share
+    found, seen = column_search(work[:, metric.columns], books, groups.tolist(), metric.to_metric, metric.upper, beam)
+    codes, corrected = torch.empty_like(found.permute(2, 1, 0)), torch.empty_like(work)
+    codes[:, metric.order], corrected[:, metric.columns] = found.permute(2, 1, 0), seen
+    return Coded(codes, corrected, _decoded(books, codes, share))
+
+
+def _decoded(books: Tensor, codes: Tensor, share: int) -> Tensor:
+    """Sums of entries ``[N, D]`` of codes ``[R, M, N]``."""
+    groups = torch.arange(codes.shape[1], device=codes.device)[:, None] // share
+    total = torch.stack([book[groups, code] for book, code in zip(books, codes, strict=True)]).sum(0)
+    return total.transpose(0, 1).flatten(1)
 
 
 def _search(points: Tensor, books: Tensor, beam: int) -> tuple[Tensor, Tensor]:
@@ -189,20 +181,33 @@ def _entries(books: Tensor, codes: Tensor) -> Tensor:
 
 
 def _inverse_root(moment: Tensor, damping: float, whose: str) -> Tensor:
-    """The upper Cholesky factor of the inverse, with as much damping as it takes."""
+    """The upper Cholesky factor of the inverse, with as much damping as it takes.
+
+    It is the inverse of the moment's own upper factor, which is the lower factor of the moment read backwards.
+    """
     if not bool(torch.isfinite(moment).all()):
         raise InputError(f"the {whose} second moment has infinite or NaN elements; look at the calibration batches")
-    work = moment.double()
-    mean = work.diagonal().mean()
+    mean = moment.diagonal().mean()
     if mean <= 0:  # no input ever: any code is as good
-        return torch.eye(len(work), dtype=work.dtype, device=work.device)
-    work = work / mean
+        return torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    work = moment / mean
     ridge = work.diagonal() + 0.1
     for _ in range(_TRIES):
-        lower, wrong = torch.linalg.cholesky_ex(work + torch.diag(damping * ridge))
+        lower, wrong = torch.linalg.cholesky_ex((work + torch.diag(damping * ridge)).flip(0, 1))
         if not wrong:
-            inverse, wrong = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not wrong:
-                return inverse
+            return _inverse_upper(lower.flip(0, 1))
         damping *= 10
     raise InputError(f"the {whose} second moment is not positive semidefinite")
+
+
+def _inverse_upper(matrix: Tensor) -> Tensor:
+    """The inverse of an upper triangular matrix, by halves, as a solver would compute with the zeros, too."""
+    half = len(matrix) // 2
+    if half < _SMALLEST_HALF:
+        identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+        return torch.linalg.solve_triangular(matrix, identity, upper=True)
+    first, last = _inverse_upper(matrix[:half, :half]), _inverse_upper(matrix[half:, half:])
+    inverse = torch.zeros_like(matrix)
+    inverse[:half, :half], inverse[half:, half:] = first, last
+    inverse[:half, half:] = -(first @ matrix[:half, half:] @ last)
+    return inverse

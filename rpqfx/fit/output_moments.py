@@ -8,8 +8,9 @@ from torch import Tensor
 from rpqfx.errors import InputError
 from rpqfx.fit.error_feedback import feedback_between_rows
 
-# How much of the elements off the diagonal is tried. At 0 rows are independent, and nothing is taken over.
-_TRIED = (0.9, 0.6, 0.3)
+# How much of the elements off the diagonal is tried, until it gets worse. At 0 rows are independent, and nothing is
+# taken over.
+_TRIED = ((0.6, 0.9), (0.3,))
 # The least share of the error that has to be won for feedback between rows to be worth its time.
 _LEAST = 0.02
 
@@ -40,12 +41,12 @@ class OutputMoments:
 
     @torch.no_grad()
     def trusted(self, rows: Tensor) -> Tensor | None:
-        """Returns the second moment with as much off its diagonal as each half says best of the other.
+        """Returns the second moment with as much off its diagonal as one half says best of the other.
 
         A moment of few gradients, as of a model whose outputs are one vector a sample, knows its small eigenvalues
-        badly, and they are what feedback rests on. So both halves' moments, their elements off the diagonal made
-        smaller, are tried on the other half: on what errors as large as each row's weights come to when later rows take
-        over.
+        badly, and they are what feedback rests on. So the moment of even batches, its elements off the diagonal made
+        smaller, is tried on that of odd ones: on what errors as large as each row's weights come to when later rows
+        take over.
 
         Args:
             rows: ``[N]``, how large errors of each row are.
@@ -62,14 +63,19 @@ class OutputMoments:
         if not bool(torch.isfinite(one).all() and torch.isfinite(other).all()):
             raise InputError("the outputs' gradients' second moment has infinite or NaN elements")
         size = rows[:, None] * rows
-        plain = float(((one + other) * size).diagonal().sum())
-        if not plain > 0:
+        seen, unseen = one * size, other * size
+        plain = float(unseen.diagonal().sum())
+        if not (plain > 0 and bool(seen.diagonal().any())):
             return None
         best, least = None, (1 - _LEAST) * plain
-        for share in _TRIED:
-            left = _left(one * size, other * size, share) + _left(other * size, one * size, share)
-            if left < least:
+        for shares in _TRIED:
+            for share in shares:
+                left = _left(seen, unseen, share)
+                if left >= least:
+                    break
                 best, least = share, left
+            if best is not None:
+                break
         return None if best is None else _shrunk(one + other, best)
 
 

@@ -39,6 +39,8 @@ def against_reference(backend: Any, device: torch.device) -> None:
                     _check(backend, device, dtype, tolerance, code_dtype, entries, with_signs, generator)
         if hasattr(backend, "nearest"):
             _check_search(backend, device, generator)
+        if hasattr(backend, "column_search"):
+            _check_columns(backend, device, generator)
         if hasattr(backend, "residual_search"):
             _check_greedy(backend, device, generator)
         if hasattr(backend, "tiled"):
@@ -172,6 +174,27 @@ def _check_search(backend: Any, device: torch.device, g: torch.Generator) -> Non
         first, second = codes.cpu().long().clamp(0, entries - 1).t()
         every = (books[0][:, None] + books[1]).view(-1, d)
         same("beam_search", points, every, books[0][first] + books[1][second], distances)
+
+
+def _check_columns(backend: Any, device: torch.device, g: torch.Generator) -> None:
+    """Of sub-vectors that are coded in turn: each finds what the ones before it left, with the nearest of all sums."""
+    for rows, count, entries, d in ((1, 1, 1, 1), (37, 3, 7, 4), (5, 2, 40, 3)):
+        matrix, books = torch.randn(rows, count * d, generator=g), torch.randn(2, 2, entries, d, generator=g)
+        turns, upper = torch.randn(count, d, d, generator=g), torch.randn(count * d, count * d, generator=g)
+        groups, left = [c % 2 for c in range(count)], matrix.double()
+        held = [tensor.to(device) for tensor in (matrix, books, turns, upper)]
+        codes, seen = (x.cpu() for x in backend.column_search(*held[:2], groups, *held[2:], entries))
+        for c, group in enumerate(groups):
+            part = slice(c * d, c * d + d)
+            own = books[:, group].double() @ turns[c].double()
+            first, second = codes[:, c].clamp(0, entries - 1).t()
+            point = left[:, part] @ turns[c].double()
+            error = point - own[0][first] - own[1][second]
+            least = torch.cdist(point, (own[0][:, None] + own[1]).view(-1, d)).min(1).values
+            wrong = max(float((error.norm(dim=1) - least).max()), float((seen[:, part] - left[:, part]).abs().max()))
+            if not wrong <= 1e-3 * (1 + float(left.abs().max())):
+                raise RPQError(f"the kernel of column_search is wrong by {wrong:.1e}; plain operators are not")
+            left[:, c * d + d :] -= error @ upper[part, c * d + d :].double()
 
 
 def _check_greedy(backend: Any, device: torch.device, g: torch.Generator) -> None:

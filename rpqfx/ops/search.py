@@ -34,7 +34,7 @@ def nearest(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         ``codes [N]`` int64 and squared ``distances [N]``.
     """
-    if _compiled(points, centres):
+    if compiled(points, centres):
         return kernels.nearest(points, centres)
     codes, distances, first = [], [], firsts(centres)
     for block in points.split(max(1, _BLOCK_ELEMENTS // len(centres))):
@@ -62,7 +62,7 @@ def beam_search(points: Tensor, books: Tensor, beam: int) -> tuple[Tensor, Tenso
     """
     if beam == 1 or len(books) == 1:
         return _greedy(points, books, cosine=False)
-    if _compiled(points, books):
+    if compiled(points, books):
         return kernels.beam_search(points, books, beam)
     found = [_beam(block, books, beam) for block in points.split(max(1, _BLOCK_ELEMENTS // (beam * books.shape[1])))]
     return torch.cat([codes for codes, _ in found]), torch.cat([distances for _, distances in found])
@@ -141,7 +141,13 @@ def _fused(points: Tensor, books: Tensor) -> bool:
     return fits and not torch.compiler.is_compiling() and cuda.usable(points)
 
 
-def _compiled(points: Tensor, centres: Tensor) -> bool:
+def compiled(points: Tensor, centres: Tensor) -> bool:
+    """Returns whether a compiled kernel searches for points among centres: float32 on a CPU, where there are kernels.
+
+    Args:
+        points: Of any shape.
+        centres: Of any shape.
+    """
     plain = all(type(x) in (Tensor, nn.Parameter) and x.dtype == torch.float32 for x in (points, centres))
     on_cpu = points.device.type == centres.device.type == "cpu"
     return plain and on_cpu and not torch.compiler.is_compiling() and build.ready()

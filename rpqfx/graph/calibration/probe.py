@@ -25,11 +25,10 @@ def probe(output: Any, seed: int) -> Tensor | None:
     """
     logits = getattr(output, "logits", None)
     if isinstance(logits, Tensor):
-        noise = _noise(logits, seed)
         chances = logits.detach().float().softmax(-1)
-        root = chances.sqrt() * noise
-        direction = root - chances * root.sum(-1, keepdim=True)
-        return (logits.float() * direction).sum()
+        root = _noise(logits, seed).mul_(chances.sqrt())
+        direction = root.sub_(chances.mul_(root.sum(-1, keepdim=True)))
+        return torch.dot(logits.float().reshape(-1), direction.reshape(-1))
     total = None
     for tensor in tree_leaves(output):
         if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.requires_grad:

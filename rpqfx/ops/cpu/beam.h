@@ -11,6 +11,7 @@
 namespace rpqfx {
 
 inline constexpr int64_t SMALL_BOOK = 64;  // entries up to which all scores of a stage are made before the best are taken
+inline constexpr int64_t RANKED = 64;      // steps of a beam that are put in order by counting
 inline constexpr int64_t BLOCKS = 4;  // of centres whose lowest scores are compared with the worst of the beam at once
 
 // A partial sum that a stage may keep; of sums with the same score, the one of the first parent and the first code.
@@ -73,24 +74,40 @@ void extend(const float* rest, float error, int32_t parent, const Centres& centr
   }
 }
 
-// What the beam's sums leave of a point, and their codes, from stage to stage.
-struct Paths {
-  std::vector<float> rests, next_rests, turned, scores;
-  std::vector<int32_t> codes, next_codes, keys;
-  Beam beam;
-
-  Paths(int64_t most, int64_t stages, int64_t d)
-      : rests(most * d), next_rests(most * d), turned(d), codes(most * stages), next_codes(most * stages) {
-    beam.steps.resize(most);
-  }
-};
-
 // An integer that is as large as the number is, compared with others; what is no number is larger than all.
 inline int32_t key_of(float score) {
   int32_t bits;
   __builtin_memcpy(&bits, &score, sizeof(bits));
   return score == score ? bits ^ (bits >> 31 & 0x7fffffff) : std::numeric_limits<int32_t>::max();
 }
+
+// What the beam's sums leave of a point, and their codes, from stage to stage.
+struct Paths {
+  std::vector<float> rests, next_rests, turned, scores;
+  std::vector<int32_t> codes, next_codes, keys;
+  std::vector<Step> ordered;
+  Beam beam;
+
+  Paths(int64_t most, int64_t stages, int64_t d)
+      : rests(most * d), next_rests(most * d), turned(d), codes(most * stages), next_codes(most * stages), ordered(most) {
+    beam.steps.resize(most);
+  }
+
+  // Puts the steps of keep_best in order, the best first. The place of each is how many are before it: for a few steps
+  // that takes less time than comparing and moving them.
+  void rank() {
+    keys.resize(beam.count);
+    for (int64_t i = 0; i < beam.count; ++i) keys[i] = key_of(beam.steps[i].score);
+    for (int64_t i = 0; i < beam.count; ++i) {
+      const int32_t key = keys[i];
+      int32_t before = 0;
+      for (int64_t j = 0; j < i; ++j) before += keys[j] <= key;
+      for (int64_t j = i + 1; j < beam.count; ++j) before += keys[j] < key;
+      ordered[before] = beam.steps[i];
+    }
+    beam.steps.swap(ordered);
+  }
+};
 
 // The key that exactly `most` of them do not exceed, or the least one that more do not.
 inline int32_t bound_of(const int32_t* keys, int64_t count, int64_t most) {
@@ -155,6 +172,19 @@ inline void keep_best(int64_t parents, const Centres& centres, Paths& paths) {
   }
 }
 
+// The same where one is kept: the least score, of equal ones the first.
+inline void keep_least(int64_t parents, const Centres& centres, Paths& paths) {
+  const int64_t entries = centres.count, width = centres.blocks * LANES;
+  Step best{std::numeric_limits<float>::infinity(), 0, 0};
+  for (int64_t parent = 0; parent < parents; ++parent) {
+    const float* scores = &paths.scores[parent * width];
+    float least = std::numeric_limits<float>::infinity();
+    for (int64_t k = 0; k < entries; ++k) least = scores[k] < least ? scores[k] : least;
+    if (least < best.score) best = {least, int32_t(parent), int32_t(std::find(scores, scores + entries, least) - scores)};
+  }
+  paths.beam.steps[paths.beam.count++] = best;
+}
+
 template <int64_t D>
 void beam_of(const float* point, const std::vector<Centres>& stages, int64_t most, Paths& paths, int64_t* codes,
              float* distance) {
@@ -169,7 +199,8 @@ void beam_of(const float* point, const std::vector<Centres>& stages, int64_t mos
     const bool small = centres.blocks * LANES <= SMALL_BOOK;
     if (small) {
       score_all<D>(parents, centres, paths);
-      keep_best(parents, centres, paths);
+      if (beam.most == 1) keep_least(parents, centres, paths);
+      else keep_best(parents, centres, paths);
     }
     for (int64_t parent = 0; parent < parents && !small; ++parent) {
       float error = 0;
@@ -182,7 +213,8 @@ void beam_of(const float* point, const std::vector<Centres>& stages, int64_t mos
     }
     if (beam.count == 0) beam.add({0, 0, 0});  // nothing compares with NaN, and codes are in range all the same
     // The best goes first, as it lowers the limit of the next stage at once.
-    std::sort(beam.steps.begin(), beam.steps.begin() + beam.count);
+    if (small && beam.count <= RANKED) paths.rank();
+    else std::sort(beam.steps.begin(), beam.steps.begin() + beam.count);
     parents = beam.count;
     for (int64_t j = 0; j < parents; ++j) {
       const Step& step = beam.steps[j];

@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "beam.h"
+#include "columns.h"
 #include "nearest.h"
 #include "pick.h"
 #include "rotated.h"
@@ -11,6 +12,10 @@
 TORCH_LIBRARY_FRAGMENT(rpqfx_cpu, m) {
   m.def("nearest(Tensor points, Tensor centres) -> (Tensor, Tensor)", rpqfx::nearest);
   m.def("beam_search(Tensor points, Tensor books, int beam) -> (Tensor, Tensor)", rpqfx::beam_search);
+  m.def(
+      "column_search(Tensor matrix, Tensor books, int[] groups, Tensor to_metric, Tensor upper, int beam)"
+      " -> (Tensor, Tensor)",
+      rpqfx::column_search);
   m.def("slot_tables(Tensor parts, Tensor books, int[] which) -> Tensor", rpqfx::slot_tables);
   m.def("slot_sums(Tensor bins, int rows, Tensor books, int[] which) -> Tensor", rpqfx::slot_sums);
   m.def(

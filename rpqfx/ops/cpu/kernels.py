@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -174,6 +175,13 @@ def nearest(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
 def beam_search(points: Tensor, books: Tensor, beam: int) -> tuple[Tensor, Tensor]:
     """See ``rpqfx.ops.search.beam_search``; float32 only."""
     return torch.ops.rpqfx_cpu.beam_search(points, books, beam)
+
+
+def column_search(
+    matrix: Tensor, books: Tensor, groups: Sequence[int], to_metric: Tensor, upper: Tensor, beam: int
+) -> tuple[Tensor, Tensor]:
+    """See ``rpqfx.ops.column_search.column_search``; float32 only."""
+    return torch.ops.rpqfx_cpu.column_search(matrix, books, list(groups), to_metric, upper, beam)
 
 
 def slot_tables(parts: Tensor, books: Tensor, which: list[int]) -> Tensor:
