@@ -35,7 +35,7 @@ from rpqfx.policies.arguments import (
 )
 from rpqfx.policies.decide import decide_all
 from rpqfx.policies.decision import Skip
-from rpqfx.policies.policy import Decide, Hold, Policy
+from rpqfx.policies.policy import Decide, Hold, Policy, Rate
 from rpqfx.reporting.progress import Progress
 from rpqfx.reporting.progress import shown as shown_progress
 from rpqfx.reporting.records import attach_records, attached_records
@@ -124,7 +124,7 @@ def rpqify(
     kwargs = keyword(example_kwargs, "example_kwargs") if runs else None
     if args is not None and kwargs is not None:
         check_call(model, args, kwargs)
-    converts = calibration is not None or (isinstance(policy, Policy) and policy.bits_per_weight is not None)
+    converts = calibration is not None or (isinstance(policy, Policy) and isinstance(policy.amount, Rate))
     if checkpoint is not None:
         check_path(checkpoint, "checkpoint")
         if not converts:
@@ -161,7 +161,7 @@ def _rewritten(
     sites = find_sites(captured)
     others = dense_bytes(model) - sum(site.dense_bytes for site in sites)
     decisions, notes = decide_all(policy, sites, others)
-    weigh = isinstance(policy, Policy) and policy.bits_per_weight is not None
+    weigh = isinstance(policy, Policy) and isinstance(policy.amount, Rate)
     if batches or weigh:
         _check_fitted(decisions, "calibration" if batches else "bits_per_weight")
     check_loaded(captured.model, sites, decisions)

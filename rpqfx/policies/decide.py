@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from rpqfx.errors import PolicyError
+from rpqfx.policies.amount import EMBEDDING_BITS, Rate
 from rpqfx.policies.decision import Hold, Skip, as_decision
-from rpqfx.policies.policy import EMBEDDING_BITS, Decide, Policy
+from rpqfx.policies.policy import Decide, Policy
 from rpqfx.policies.site import Site
 
 
@@ -51,7 +52,7 @@ def _remarks(policy: Policy, sites: Sequence[Site]) -> list[str]:
             found.append(f"rule {rule.match!r} matches no site")
         elif not any(rule is other for other in followed):
             found.append(f"rule {rule.match!r} is never followed: rules before it match every site that it does")
-    asked = policy.embedding_bits not in (None, EMBEDDING_BITS)
+    asked = isinstance(policy.amount, Rate) and policy.amount.embedding_bits not in (None, EMBEDDING_BITS)
     if asked and not any(site.kind in ("embedding", "embedding_bag") for site in sites):
         found.append("embedding_bits: the model has no embedding")
     return found

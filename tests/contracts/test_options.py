@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 import rpqfx
-from rpqfx import KVPolicy, KVRule, Policy, RoutePolicy, RouteRule, Rule, Site
+from rpqfx import Budget, Fixed, KVPolicy, KVRule, Policy, Rate, RoutePolicy, RouteRule, Rule, Site
 from rpqfx.conversion.checkpoint import Checkpoint
 from rpqfx.errors import InputError, PolicyError, RPQError
 from rpqfx.kv.module import attentions
+from rpqfx.policies.amount import Amount
 from rpqfx.policies.options import Options
 from rpqfx.timing import clock
 from rpqfx.training.parameters import Rates
@@ -74,10 +75,13 @@ VALUES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 POLICY_ONLY: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "rules": ((), (Rule("a.*", skip="mine"),), {}),
     "kinds": (("linear",), ("conv",), {}),
-    "ratio": (0.5, 0.25, {}),
-    "total_bytes": (10**6, 2 * 10**6, {}),
-    "bits_per_weight": (2, 3, {}),
-    "embedding_bits": (2, 4, {"bits_per_weight": 3}),
+    "amount": (Fixed(), Budget(ratio=0.25), {}),
+}
+AMOUNTS: dict[str, tuple[Amount, Amount]] = {
+    "ratio": (Budget(ratio=0.5), Budget(ratio=0.25)),
+    "bytes": (Budget(bytes=10**6), Budget(bytes=2 * 10**6)),
+    "bits_per_weight": (Rate(2), Rate(3)),
+    "embedding_bits": (Rate(3, embedding_bits=2), Rate(3, embedding_bits=4)),
 }
 MODES: dict[str, Callable[..., Policy]] = {
     "plain": lambda **options: Policy(**options),
@@ -86,7 +90,7 @@ MODES: dict[str, Callable[..., Policy]] = {
     "rate": lambda **options: Policy.pretrained(4, **options),
 }
 SHAPING = set(VALUES) - {"grad_scale", "plan", "min_size"}
-IDLE = {"plain": set[str](), "scratch": set[str](), "budget": {"allow_growth"}, "rate": SHAPING}
+IDLE = {"plain": set[str](), "scratch": {"init"}, "budget": {"allow_growth"}, "rate": SHAPING}
 
 
 def outcome(make: Callable[[Any], Policy], values: tuple[Any, Any], name: str) -> str:
@@ -108,6 +112,7 @@ def outcome(make: Callable[[Any], Policy], values: tuple[Any, Any], name: str) -
 
 def test_each_option_of_a_policy_has_values_to_tell_apart() -> None:
     assert {field.name for field in dataclasses.fields(Options)} == set(VALUES)
+    assert {f.name for kind in (Fixed, Budget, Rate) for f in dataclasses.fields(kind)} == set(AMOUNTS)
     assert {field.name for field in dataclasses.fields(Policy)} == {*VALUES, *POLICY_ONLY}
     assert {field.name for field in dataclasses.fields(Rule)} == {*VALUES, "match", "skip"}
 
@@ -132,6 +137,22 @@ def test_what_only_a_policy_says_changes_decisions(name: str) -> None:
     assert outcome(lambda value: Policy(**{**extra, name: value}), (first, second), name) == OTHER
 
 
+@pytest.mark.parametrize("name", AMOUNTS)
+def test_each_number_of_an_amount_changes_decisions(name: str) -> None:
+    assert outcome(lambda amount: Policy(amount=amount), AMOUNTS[name], name) == OTHER
+
+
+@pytest.mark.parametrize("name", SHAPING)
+def test_what_an_amount_chooses_is_refused_beside_it_in_words(name: str) -> None:
+    """Also where the class is called, and not a constructor that has no such argument."""
+    with pytest.raises(PolicyError, match=f"{name}=.* would do nothing: .*; leave it out, or give it in a Rule that"):
+        Policy(amount=Rate(4), **{name: VALUES[name][1]})
+    for constructor, idle in ((Policy.pretrained, SHAPING), (Policy.budget, {"allow_growth"})):
+        if name in idle:
+            with pytest.raises(PolicyError, match=f"{constructor.__qualname__} has no option '{name}'; it has "):
+                constructor(**{name: VALUES[name][1]})
+
+
 @pytest.mark.parametrize("shaped", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", VALUES)
@@ -150,7 +171,8 @@ def test_an_option_of_a_rule_changes_decisions_or_is_refused(name: str, mode: st
         return MODES[mode](**of_policy, rules=(Rule(match, **{**own, name: value}),))
 
     sets_shape = bool({"codebook_dim", "codebooks", "bits"} & {*own, name})
-    refused = (name in IDLE[mode] and not sets_shape) or (mode == "rate" and name == "init")
+    idle = IDLE[mode] if mode != "scratch" else set()  # a rule may fit what the policy draws
+    refused = (name in idle and not sets_shape) or (mode == "rate" and name == "init")
     assert outcome(make, (first, second), name) == (REFUSED if refused else OTHER)
 
 
@@ -669,13 +691,12 @@ def _report(folder: Path) -> None:
     assert str(rpqfx.report(small())) != str(rpqfx.report(rpqfx.rpqify(MLP(), FITTED)))
 
 
-@tried("Policy.from_scratch", *VALUES, "rules", "kinds", "ratio", "total_bytes")
-@tried("Policy.budget", *VALUES, "rules", "kinds", "ratio", "bytes")
+@tried("Policy.from_scratch", *VALUES.keys() - {"init"}, "rules", "kinds")
+@tried("Policy.budget", *VALUES.keys() - {"allow_growth"}, "rules", "kinds", "ratio", "bytes")
 @tried("Policy.pretrained", "grad_scale", "plan", "min_size", "rules", "kinds", "bits_per_weight", "embedding_bits")
 def _constructors(folder: Path) -> None:
     """Their options are those of the class, each tried in each mode above; what they show is what they take."""
     assert Policy.from_scratch().init == "random" and Policy.from_scratch(bits=2).min_bits == 2
-    assert Policy.from_scratch(ratio=0.5) != Policy.from_scratch(total_bytes=10**6)
     assert Policy.budget(ratio=0.5) != Policy.budget(bytes=10**6)
     assert Policy.pretrained(3) == Policy.pretrained(bits_per_weight=3) != Policy.pretrained(3, embedding_bits=4)
 
