@@ -4,6 +4,8 @@ from typing import Any as _Any
 
 from rpqfx import errors, graph, kv, nn, routing
 from rpqfx.codebook import CodebookSpec
+from rpqfx.conversion.check import check_outputs
+from rpqfx.conversion.convert import convert
 from rpqfx.conversion.dequantize import dequantize
 from rpqfx.conversion.rpqify import rpqify
 from rpqfx.errors import RPQError
@@ -43,6 +45,8 @@ __all__ = [
     "Rule",
     "Site",
     "Skip",
+    "check_outputs",
+    "convert",
     "dequantize",
     "errors",
     "finetune",

@@ -140,7 +140,7 @@ def take_shapes(
         return
     if example_inputs is None and example_kwargs is None:
         raise CaptureError(
-            f"{lazy} that has never run, so its shapes are unknown; run the model once, or pass example_inputs"
+            f"{lazy} that has never run, so its shapes are unknown; run the model once on inputs, model(x)"
         )
     flags, ambient = Flags(model), Ambient()
     try:

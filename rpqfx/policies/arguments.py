@@ -45,12 +45,13 @@ def check_model(model: Any, call: str, error: type[RPQError] = InputError) -> No
     raise error(f"{said}{type(model).__name__}")
 
 
-def check_policy(policy: Any, kind: type, *, any_callable: bool = False) -> None:
+def check_policy(policy: Any, kind: type, *, call: str | None = None, any_callable: bool = False) -> None:
     """Sees that a call was given a policy of its own kind.
 
     Args:
         policy: What it was given.
         kind: ``Policy``, ``KVPolicy`` or ``RoutePolicy``.
+        call: The call's name, for messages; the one that takes such policies if left out.
         any_callable: Whether it may be a function as well.
 
     Raises:
@@ -58,13 +59,13 @@ def check_policy(policy: Any, kind: type, *, any_callable: bool = False) -> None
     """
     if isinstance(policy, kind):
         return
-    call, name = kind.goes_with, kind.__name__  # type: ignore[attr-defined]
+    call, name = call or kind.goes_with, kind.__name__  # type: ignore[attr-defined]
     said = f"{call} takes a {name}, got "
     if policy is None:
         raise PolicyError(
-            f"{said}none; {call}(model, Policy()) fits codebooks to the weights that are there, Policy.from_scratch() "
-            "draws them for training, and Policy.pretrained(bits_per_weight=3), with calibration, converts a trained "
-            "model"
+            f"{said}none; rpqify(model, Policy()) fits codebooks to the weights that are there, Policy.from_scratch() "
+            "draws them for training, and convert(model, Policy.pretrained(bits_per_weight=3), batches) converts a "
+            "trained model"
         )
     if isinstance(policy, type):
         example = f"{name}()" if policy is kind else f"{name}(...)"

@@ -249,7 +249,7 @@ def test_an_option_changes_what_calibration_makes(name: str) -> None:
     found = []
     for value in (first, second):
         try:
-            found.append(written(rpqfx.rpqify(stack(), Policy(**{**base, name: value}), calibration=inputs(1))))
+            found.append(written(rpqfx.convert(stack(), Policy(**{**base, name: value}), inputs(1))))
         except PolicyError as error:  # that nothing would shrink, or all is too small, is another outcome
             found.append([str(error)])
     assert found[0] != found[1]
@@ -263,7 +263,7 @@ def test_what_a_rate_leaves_open_changes_what_calibration_makes(name: str) -> No
     for value in (first, second):
         policy = Policy.pretrained(4, **{"min_size": 0, name: value})
         try:
-            found.append(written(rpqfx.rpqify(stack(), policy, calibration=inputs(1))))
+            found.append(written(rpqfx.convert(stack(), policy, inputs(1))))
         except PolicyError as error:
             found.append([str(error)])
     assert found[0] != found[1]
@@ -276,7 +276,7 @@ def test_what_a_rate_leaves_open_changes_what_calibration_makes(name: str) -> No
 def test_random_codebooks_are_not_calibrated(policy: Policy) -> None:
     model = stack()
     with pytest.raises(PolicyError, match=r"init='random' draws codebooks anew, and calibration fits them"):
-        rpqfx.rpqify(model, policy, calibration=inputs(), inplace=True)
+        rpqfx.convert(model, policy, inputs(), inplace=True)
     assert type(model[0]) is nn.Linear
     with pytest.raises(PolicyError, match="init"):
         Policy.pretrained(4, rules=(Rule("2", init="random", bits=3),))
@@ -292,7 +292,7 @@ def test_signs_are_fitted(sharing: str, stages: int, calibrated: bool) -> None:
     errors = {}
     for signs in (False, True):
         policy = Policy(bits=2, codebook_dim=2, min_size=0, sharing=sharing, stages=stages, signs=signs)
-        small = rpqfx.rpqify(model, policy, calibration=inputs(1) if calibrated else None)
+        small = rpqfx.convert(model, policy, inputs(1)) if calibrated else rpqfx.rpqify(model, policy)
         errors[signs] = sum(record.error or 0.0 for record in rpqfx.report(small).rewritten)
         for weight in held_weights(small).values():
             if weight.signs is not None:
@@ -429,8 +429,8 @@ def test_an_option_of_a_route_rule_changes_what_is_computed() -> None:
 CALLS = {
     call.__qualname__: call
     for call in (
-        rpqfx.rpqify, rpqfx.quantize_kv, rpqfx.route, rpqfx.finetune, rpqfx.tune, rpqfx.save, rpqfx.load,
-        rpqfx.materialize, rpqfx.Recoding, rpqfx.dequantize, rpqfx.report,
+        rpqfx.rpqify, rpqfx.convert, rpqfx.check_outputs, rpqfx.quantize_kv, rpqfx.route, rpqfx.finetune, rpqfx.tune,
+        rpqfx.save, rpqfx.load, rpqfx.materialize, rpqfx.Recoding, rpqfx.dequantize, rpqfx.report,
         Policy.from_scratch, Policy.budget, Policy.pretrained,
     )
 }  # fmt: skip
@@ -458,18 +458,24 @@ def _model_and_policy(folder: Path) -> None:
     assert set(held_weights(rpqfx.rpqify(MLP(), FITTED))) == {"fc1.weight", "fc2.weight"}
 
 
-@tried("rpqify", "example_inputs", "example_kwargs")
-def _examples(folder: Path) -> None:
-    lazy = nn.Sequential(nn.LazyLinear(32))
-    for given in ({"example_inputs": torch.zeros(1, 64)}, {"example_kwargs": {"input": torch.zeros(1, 64)}}):
-        assert held_weights(rpqfx.rpqify(lazy, FITTED, **given))["0.weight"].layout.shape == (32, 64)
+@tried("check_outputs", "model", "example_inputs", "example_kwargs")
+def _checked(folder: Path) -> None:
+    ran: list[tuple[int, ...]] = []
+    model = small()
+    model[0].register_forward_hook(lambda module, args, output: ran.append(tuple(output.shape)))
+    rpqfx.check_outputs(model, torch.zeros(1, 32))
+    rpqfx.check_outputs(model, example_kwargs={"input": torch.zeros(3, 32)})
+    assert ran == [(1, 64), (1, 64), (3, 64), (3, 64)]  # each of the two models
+    with pytest.raises(RPQError, match="no weight of this model is in codebooks"):
+        rpqfx.check_outputs(stack(), torch.zeros(1, 32))
 
 
-@tried("rpqify", "inplace", "as_graph")
+@tried("rpqify", "inplace")
+@tried("convert", "inplace")
 def _kinds_of_result(folder: Path) -> None:
-    model = stack()
-    assert rpqfx.rpqify(model, FITTED) is not model and rpqfx.rpqify(model, FITTED, inplace=True) is model
-    assert isinstance(small(as_graph=True), torch.fx.GraphModule) and not isinstance(small(), torch.fx.GraphModule)
+    for call in (lambda *given, **more: rpqfx.convert(*given, inputs(1), **more), rpqfx.rpqify):
+        model = stack()
+        assert call(model, FITTED) is not model and call(model, FITTED, inplace=True) is model
 
 
 @tried("Recoding", "model", "optimizer", "steps", "recipe", "every", "schedule", "seed")
@@ -514,15 +520,27 @@ def _seeds(folder: Path) -> None:
     assert torch.get_rng_state().shape == before.shape
 
 
-@tried("rpqify", "progress", "calibration", "checkpoint")
-def _conversion(folder: Path) -> None:
+@tried("rpqify", "progress")
+def _progress(folder: Path) -> None:
     told: list[str] = []
-    plain = small(calibration=inputs(), progress=lambda done, total, name: told.append(name))
-    assert told and written(plain) != written(small())
-    small(calibration=inputs(), checkpoint=folder / "kept")
-    assert any((folder / "kept").iterdir())
+    small(progress=lambda done, total, name: told.append(name))
+    assert told == ["0.weight", "2.weight"]
+
+
+@tried("convert", "model", "policy", "calibration", "checkpoint", "seed", "progress")
+def _conversion(folder: Path) -> None:
+    def converted(policy: Policy = FITTED, batches: Any = None, **options: Any) -> Any:
+        return written(rpqfx.convert(stack(), policy, inputs() if batches is None else batches, **options))
+
+    told: list[str] = []
+    plain = converted(progress=lambda done, total, name: told.append(name))
+    assert told and plain != written(small()) and plain != converted(dataclasses.replace(FITTED, bits=2))
+    assert plain != converted(batches=inputs(1)) and plain == converted(seed=0) != converted(seed=1)
+    assert converted(checkpoint=folder / "kept") == plain and any((folder / "kept").iterdir())
+    alone = Policy.pretrained(4, min_size=0)
+    assert written(rpqfx.convert(stack(), alone, None)) == written(rpqfx.rpqify(stack(), alone))
     with pytest.raises(InputError, match=r"give calibration batches"):
-        small(checkpoint=folder / "kept")
+        rpqfx.convert(stack(), FITTED, None, checkpoint=folder / "kept")
 
 
 @tried("quantize_kv", "model", "policy", "calibration", "inplace", "seed", "progress", "fit")

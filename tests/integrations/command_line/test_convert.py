@@ -79,7 +79,7 @@ def test_it_is_what_the_library_makes(dense: Path, text: Path, small: Path) -> N
     tokens = texts.tokens_of(transformers.AutoTokenizer.from_pretrained(dense), text.read_text(encoding="utf-8"))
     calibration, held = texts.split(tokens, 8192)
     assert len(held) == len(tokens) // 5
-    wanted = rpqfx.rpqify(model, Policy.pretrained(5), calibration=texts.windows(calibration, 32, 3))
+    wanted = rpqfx.convert(model, Policy.pretrained(5), texts.windows(calibration, 32, 3))
     found = transformers.AutoModelForCausalLM.from_pretrained(small)
     ids = tokens[None, :16]
     assert torch.equal(found(ids).logits, wanted(ids).logits)

@@ -1,0 +1,67 @@
+"""``check_outputs`` compares a rewritten model with the dense model that it stands for, on example inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from rpqfx.conversion.dequantize import dequantize
+from rpqfx.errors import RewriteError
+from rpqfx.graph.copying import copy_model
+from rpqfx.graph.generators import generator_states, set_generator_states
+from rpqfx.graph.module_graphs import evaluating
+from rpqfx.nn.wrappers import unwrapped
+from rpqfx.policies.arguments import check_call, check_model, keyword, positional
+
+
+def check_outputs(
+    model: nn.Module,
+    example_inputs: Tensor | Sequence[Any] = (),
+    example_kwargs: Mapping[str, Any] | None = None,
+) -> None:
+    """Raises an error unless a rewritten model computes what the dense model with the same weights does.
+
+    Copies of both run in eval mode, the dense one as [`dequantize`][rpqfx.conversion.dequantize.dequantize] makes it;
+    ``model`` is left untouched.
+
+    Args:
+        model: What ``rpqify`` or ``convert`` returned.
+        example_inputs: Positional inputs of one call, or the one tensor that the model takes.
+        example_kwargs: Keyword inputs of that call.
+
+    Raises:
+        InputError: If ``model`` is no module, or the inputs are not those of one call of it.
+        RPQError: If no weight of it is in codebooks, or ``dequantize`` cannot make the dense model.
+        RewriteError: If the outputs differ.
+    """
+    check_model(model, "check_outputs")
+    args, kwargs = positional(example_inputs, "example_inputs"), keyword(example_kwargs, "example_kwargs")
+    inner = unwrapped(model)
+    check_call(inner, args, kwargs)
+    found, wanted = (_outputs(one, args, kwargs) for one in (copy_model(inner), dequantize(inner)))
+    if found[1] != wanted[1] or not all(_near(a, b) for a, b in zip(found[0], wanted[0], strict=True)):
+        raise RewriteError(
+            "on the example inputs the rewritten model does not compute what the dense model with the expanded "
+            "weights does; please report the model, and skip the layers that cause it with a Rule"
+        )
+
+
+def _outputs(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], Any]:
+    states = generator_states(tensor.device for tensor in model.parameters())
+    try:
+        with evaluating(model):
+            return tree_flatten(model(*args, **kwargs))
+    finally:
+        set_generator_states(states)
+
+
+def _near(found: Any, wanted: Any) -> bool:
+    if not isinstance(found, Tensor) or not isinstance(wanted, Tensor) or not found.is_floating_point():
+        return True
+    tolerance = 1e-4 if found.dtype in (torch.float32, torch.float64) else 5e-2
+    largest = max(1.0, float(wanted.abs().max())) if wanted.numel() else 1.0
+    return found.shape == wanted.shape and torch.allclose(found, wanted, rtol=tolerance, atol=tolerance * largest)
