@@ -88,8 +88,8 @@ class StandIn(RPQWeight):
 class _StandInPart(Recorded):
     """A part of a stand-in. When the weight has become codebooks meanwhile, the same part of those."""
 
-    def __init__(self, weight: RPQWeight, *args: Any) -> None:
-        super().__init__(*(args or (weight.tensors, weight.layout)))
+    def __init__(self, weight: RPQWeight, tensors: ops.Tensors | None = None, layout: Layout | None = None) -> None:
+        super().__init__(weight.tensors if tensors is None else tensors, weight.layout if layout is None else layout)
         self.plan = "expand"
         self._weight = weight
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from typing import Self, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -11,28 +11,15 @@ from rpqfx.errors import InputError
 from rpqfx.nn.bags import bags
 from rpqfx.nn.hosting.backed import held, weight_of
 from rpqfx.nn.hosting.host import register_layer
-from rpqfx.nn.layer import CodebookOptions, Device, LayerOptions, RPQLayer
+from rpqfx.nn.layer import DenseOptions, Device, LayerOptions, RPQLayer
 from rpqfx.ops import scale_grad
+from rpqfx.validation.spelling import defaults_of, show_options
 
 
 class _Table(RPQLayer):
     """A table whose vectors are its rows."""
 
     weight = held("weight")
-
-    @classmethod
-    def from_pretrained(cls: Any, embeddings: Tensor, freeze: bool = True, *args: Any, **kwargs: Any) -> Any:
-        """As the dense layer's; further keywords are those of ``RPQLayer.from_dense``.
-
-        Args:
-            embeddings: The table, ``[num_embeddings, embedding_dim]``.
-            freeze: Whether the codebooks are not trained.
-            *args: As for the dense layer.
-            **kwargs: As for the dense layer and ``from_dense``.
-        """
-        ours = {*CodebookOptions.__annotations__, "init", "plan", "steps", "seed"} & kwargs.keys()
-        options = {name: kwargs.pop(name) for name in ours}
-        return cls.from_dense(cls._dense.from_pretrained(embeddings, freeze, *args, **kwargs), **options)
 
 
 class RPQEmbedding(_Table, nn.Embedding):
@@ -72,6 +59,28 @@ class RPQEmbedding(_Table, nn.Embedding):
             "meta", dtype,
         )  # fmt: skip
         super().__init__(dense, device, options)
+
+    @classmethod
+    def from_pretrained(
+        cls, embeddings: Tensor, freeze: bool = True, padding_idx: int | None = None, max_norm: float | None = None,
+        norm_type: float = 2.0, scale_grad_by_freq: bool = False, sparse: bool = False, **options: Unpack[DenseOptions],
+    ) -> Self:  # fmt: skip
+        """Returns a table fitted to a given one, as the dense layer's; further arguments are those of ``from_dense``.
+
+        Args:
+            embeddings: The table, ``[num_embeddings, embedding_dim]``.
+            freeze: Whether the codebooks are not trained.
+            padding_idx: As in the constructor.
+            max_norm: As in the constructor.
+            norm_type: As in the constructor.
+            scale_grad_by_freq: As in the constructor.
+            sparse: As in the constructor.
+            **options: As for ``from_dense``.
+        """
+        dense = nn.Embedding.from_pretrained(
+            embeddings, freeze, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
+        )
+        return cls.from_dense(dense, **options)
 
     def forward(self, input: Tensor) -> Tensor:
         """Integer ids of any shape to ``[*ids.shape, embedding_dim]``."""
@@ -116,11 +125,40 @@ class RPQEmbeddingBag(_Table, nn.EmbeddingBag):
         )  # fmt: skip
         super().__init__(dense, device, options)
 
+    @classmethod
+    def from_pretrained(
+        cls, embeddings: Tensor, freeze: bool = True, max_norm: float | None = None, norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False, mode: str = "mean", sparse: bool = False, include_last_offset: bool = False,
+        padding_idx: int | None = None, **options: Unpack[DenseOptions],
+    ) -> Self:  # fmt: skip
+        """Returns a table fitted to a given one, as the dense layer's; further arguments are those of ``from_dense``.
+
+        Args:
+            embeddings: The table, ``[num_embeddings, embedding_dim]``.
+            freeze: Whether the codebooks are not trained.
+            max_norm: As in the constructor.
+            norm_type: As in the constructor.
+            scale_grad_by_freq: As in the constructor.
+            mode: As in the constructor.
+            sparse: As in the constructor.
+            include_last_offset: As in the constructor.
+            padding_idx: As in the constructor.
+            **options: As for ``from_dense``.
+        """
+        dense = nn.EmbeddingBag.from_pretrained(
+            embeddings, freeze, max_norm, norm_type, scale_grad_by_freq, mode, sparse, include_last_offset, padding_idx
+        )
+        return cls.from_dense(dense, **options)
+
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """Bags ``[B, L]``, or ``[T]`` with ``offsets [B]``, to ``[B, embedding_dim]``."""
         rows = _rows(self, input.reshape(-1))
         last = self.include_last_offset
         return bags(input, rows, self.padding_idx, offsets, per_sample_weights, self.mode, last)
+
+
+for _kind in (RPQEmbedding, RPQEmbeddingBag):
+    show_options(_kind.from_pretrained.__func__, DenseOptions, defaults_of(RPQLayer.from_dense))  # type: ignore[union-attr]
 
 
 def _check_drawn(kind: type, weight: Tensor | None) -> None:

@@ -118,7 +118,11 @@ class Loaded(nn.Module):
         if not self.spec.tiled and "codes" in self._buffers:
             destination[prefix + "codes"] = self._read(destination[prefix + "codes"])
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        rest = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         name = prefix + "codes"
         codes = state_dict.get(name)
         if isinstance(codes, Tensor) and self._as_bytes(codes):
@@ -130,12 +134,12 @@ class Loaded(nn.Module):
                 right = checked(codes, self.spec.entries, self.spec.code_dtype, name)
                 state_dict[name] = to_bytes(right, self.spec.tiled)
             self._share_out(state_dict, prefix)
-            super()._load_from_state_dict(state_dict, prefix, *args)
+            super()._load_from_state_dict(state_dict, prefix, *rest)
             return
         here, stored = self.codes, self.stored_codes
         self._buffers["codes"] = here  # torch compares shapes, copies and assigns
         try:
-            super()._load_from_state_dict(state_dict, prefix, *args)
+            super()._load_from_state_dict(state_dict, prefix, *rest)
         finally:
             now = self._buffers["codes"]
             self._buffers["codes"] = stored if now is here else to_bytes(self.codes)

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from rpqfx import ops
 from rpqfx.nn.layout import Layout
-from rpqfx.nn.weight_slice import Part
+from rpqfx.nn.weight_slice import Note, Part
 
 if TYPE_CHECKING:
     from rpqfx.nn.weight_products import Products
@@ -73,13 +74,21 @@ class CalledPart(Recorded):
 
     Args:
         weight: The weight.
-        *args: Of ``Part``.
+        tensors: As for ``Part``.
+        layout: As for ``Part``.
+        grad_factor: As for ``Part``.
+        plan: As for ``Part``.
+        path: As for ``Part``.
+        note: As for ``Part``.
     """
 
     lasting = False
 
-    def __init__(self, weight: Products, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(
+        self, weight: Products, tensors: ops.Tensors, layout: Layout, grad_factor: float = 1.0, plan: ops.Plan = "auto",
+        path: tuple[tuple[Any, ...], ...] = (), note: Note | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(tensors, layout, grad_factor, plan, path, note)
         self._weight = weight
 
     def _part(self, tensors: Any, layout: Layout, *steps: tuple[Any, ...]) -> Part:

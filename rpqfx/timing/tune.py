@@ -116,7 +116,7 @@ def tune(
     backward: bool = False,
     repeats: int = 9,
 ) -> Tuning:
-    """Measures which way each codebook-held weight runs faster, and pins its plan.
+    """Measures in which way each weight in codebooks runs faster, and sets its plan, in place.
 
     Runs a copy of the model once, in the mode it is in, to see what is asked of each weight: by layers, and by modules
     that use a Parameter of their own. Each distinct product is then timed both ways on random inputs of the same shape,

@@ -90,7 +90,7 @@ def finetune(
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int | None = None,
 ) -> Finetuned:
-    """Trains what a model in codebooks has left to train, so that it comes near to its dense teacher.
+    """Trains a model in codebooks in place, so that it comes near to its dense teacher.
 
     Codebooks, scales, norms and biases take the steps of Adam, with a short warm-up and a cosine to zero. With
     ``recode`` codes change as well: behind each weight a dense matrix takes the gradients that the quantised one gets,
@@ -102,9 +102,9 @@ def finetune(
     ``recode`` of three more.
 
     Args:
-        small: What [`rpqify`][rpqfx.rpqify] returned, in float32; trained in place, in eval mode (no dropout), and
-            left in the mode it is in. Of a wrapped one (``torch.compile``, ``DataParallel``, ``AveragedModel``) the
-            model within is trained, as it is without the wrapper.
+        small: What [`rpqify`][rpqfx.rpqify] or [`convert`][rpqfx.convert] returned, in float32; it is trained in eval
+            mode (no dropout), and left in the mode it is in. Of a wrapped one (``torch.compile``, ``DataParallel``,
+            ``AveragedModel``) the model within is trained, as it is without the wrapper.
         teacher: The dense model. May be left out where ``loss`` needs none.
         data: Batches, each a tensor, a tuple of positional inputs or a mapping of keyword inputs: a sequence, which is
             gone through in a new order each time; another iterable; or a callable that is given 0, 1, 2, ...
@@ -155,10 +155,6 @@ def finetune(
     settings = Settings(steps, recode, recode_every or 1, rates or Rates(), norms, autocast, accumulate, clip, order)
     compare = loss or Distillation(logits)
     run, store, began = Run(model, guide, compare, settings), None, time.perf_counter()
-    if guide is model:
-        raise InputError(
-            "teacher is the dense model, got the model that is to be trained: it has nothing to teach itself"
-        )
     if guide is model:
         raise InputError(
             "teacher is the dense model, got the model that is to be trained, which has nothing to teach it"
