@@ -113,7 +113,8 @@ def _defaults(value: Any) -> dict[str, Any]:
 
 def _values(value: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what differs from defaults, as JSON has it."""
-    found = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    names = sorted((field.name for field in dataclasses.fields(value)), key=lambda name: name != "match")
+    found = {name: getattr(value, name) for name in names}  # rules begin with what they are for
     return {name: _encoded(one) for name, one in found.items() if one != defaults[name]}
 
 

@@ -170,7 +170,7 @@ def test_what_cannot_be_done_is_refused_before(
     def stopped(*args: Any, **kwargs: Any) -> None:
         raise ValueError("the work began")
 
-    monkeypatch.setattr("rpqfx.integrations.command_line.convert.rpqify", stopped)
+    monkeypatch.setattr("rpqfx.integrations.command_line.convert.convert", stopped)
     typed = [paths.get(option, option) for option in options]
     assert main(["convert", str(dense), "--bits", "5", "--out", str(tmp_path / "out"), *typed]) == FAILED
     assert (said or "the work began") in capsys.readouterr().err
