@@ -1,4 +1,4 @@
-"""Checks of what the public calls are given: models, policies, batches' containers, callables."""
+"""Checks of the arguments of public calls: models, policies, containers of batches, callables."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from rpqfx.validation.values import shown
 
 
 def check_model(model: Any, call: str, error: type[RPQError] = InputError) -> None:
-    """Sees that a call was given a model.
+    """Raises an error unless a call was given a model.
 
     Args:
-        model: What it was given.
-        call: Its name, for the message.
-        error: What to raise.
+        model: The argument.
+        call: Name of the call, for the message.
+        error: Class of the error.
 
     Raises:
         RPQError: Of the class ``error``, if it is no ``torch.nn.Module``; says what to pass instead.
@@ -46,10 +46,10 @@ def check_model(model: Any, call: str, error: type[RPQError] = InputError) -> No
 
 
 def check_policy(policy: Any, kind: type, *, call: str | None = None, any_callable: bool = False) -> None:
-    """Sees that a call was given a policy of its own kind.
+    """Raises an error unless a call was given a policy of its own kind.
 
     Args:
-        policy: What it was given.
+        policy: The argument.
         kind: ``Policy``, ``KVPolicy`` or ``RoutePolicy``.
         call: The call's name, for messages; the one that takes such policies if left out.
         any_callable: Whether it may be a function as well.
@@ -88,11 +88,11 @@ def check_policy(policy: Any, kind: type, *, call: str | None = None, any_callab
 
 
 def positional(inputs: Any, name: str) -> tuple[Any, ...]:
-    """The positional inputs of one call.
+    """Returns the positional inputs of one call.
 
     Args:
         inputs: A sequence of inputs, or the one tensor that a model takes; None for none.
-        name: Of the argument, for the message.
+        name: Name of the argument, for the message.
 
     Raises:
         InputError: If it is something else.
@@ -110,11 +110,11 @@ def positional(inputs: Any, name: str) -> tuple[Any, ...]:
 
 
 def keyword(inputs: Any, name: str) -> dict[str, Any]:
-    """The keyword inputs of one call.
+    """Returns the keyword inputs of one call.
 
     Args:
         inputs: A mapping from names to inputs; None for none.
-        name: Of the argument, for the message.
+        name: Name of the argument, for the message.
 
     Raises:
         InputError: If it is something else.
@@ -127,7 +127,7 @@ def keyword(inputs: Any, name: str) -> dict[str, Any]:
 
 
 def check_call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Sees that inputs are those that a model's forward has arguments for.
+    """Raises an error unless inputs are those that a model's forward has arguments for.
 
     Args:
         model: The model.
@@ -151,10 +151,10 @@ def check_call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
 
 
 def check_progress(progress: Any, *, switches: bool = True) -> None:
-    """Sees that what is to be told of progress can be called.
+    """Raises an error unless ``progress`` can be called.
 
     Args:
-        progress: What was given.
+        progress: The argument.
         switches: Whether True and False mean something.
 
     Raises:
@@ -167,11 +167,11 @@ def check_progress(progress: Any, *, switches: bool = True) -> None:
 
 
 def check_path(path: Any, name: str) -> None:
-    """Sees that a path is one.
+    """Raises an error unless an argument is a path.
 
     Args:
-        path: What was given.
-        name: Of the argument, for the message.
+        path: The argument.
+        name: Name of the argument, for the message.
 
     Raises:
         InputError: If it is something else.

@@ -1,4 +1,4 @@
-"""How each weight of a trained model is held so that all of them take so many bits a weight, everything counted.
+"""Chooses codebooks for the weights of a trained model that share a number of bits a weight, everything counted.
 
 Weights are scaled to look alike, so one codebook can serve the whole model. What differs from weight to weight is its
 rate: a few codebooks make the rungs of a ladder, and each weight gets a rung by what its errors cost the model. Weights
@@ -46,7 +46,7 @@ def spread(
 
     Args:
         sites: The weights; vectors are along their outputs.
-        bits: For each weight, codes, codebooks and factors together.
+        bits: Bits for each weight, codes, codebooks and factors together.
         importance: What an error as large as the weight itself would cost, by name; left out, as much as it has
             elements.
         group: Name of their codebooks.
@@ -97,7 +97,7 @@ def _best_tiled(
 def _best(
     sites: Sequence[Site], bits: float, cost: Mapping[str, float], group: str
 ) -> tuple[float, dict[str, Hold]] | float:
-    """Expected cost and decisions, or about how many bits a weight it would take at least."""
+    """Returns the expected cost and decisions, or about how many bits a weight it would take at least."""
     total = sum(site.numel for site in sites)
     ways = _Ways(sites, bits, cost, group)
     best: tuple[float, dict[str, Hold]] | None = None
@@ -136,7 +136,7 @@ def _too_few(
 
 
 def _ladders(d: int, bits: float, total: int) -> list[range]:
-    """Ranges of entries (as ``log2``) that are worth a try around a rate."""
+    """Returns ranges of entries (as ``log2``) that are worth a try around a rate."""
     most = _MOST_BITS if total / d * 2**_MOST_BITS <= _MOST_DISTANCES else _LARGE_BITS
     middle = bits * d
     tops = {min(most, math.floor(middle) + up) for up in range(-1, 4)}
@@ -152,7 +152,7 @@ def _ladders(d: int, bits: float, total: int) -> list[range]:
 def _allocate(
     sites: Sequence[Site], d: int, rungs: range, bits: float, ways: _Ways
 ) -> tuple[float, dict[str, Hold]] | float:
-    """Expected cost and decisions for one ladder, or the bits that it takes at least."""
+    """Returns the expected cost and decisions for one ladder, or the bits that it takes at least."""
     total = sum(site.numel for site in sites)
     if max(rungs) > 1 and total // d < _FEWEST_USERS * 2 ** max(rungs):
         return math.inf
@@ -164,7 +164,7 @@ def _allocate(
 def _choose_within(
     groups: Mapping[str, Sequence[Candidate[Hold]]], books: int, bits: float, total: int
 ) -> tuple[float, dict[str, Hold]] | float:
-    """Expected cost and decisions for given candidates and bits of their codebooks, or the bits that it takes."""
+    """Returns the expected cost and decisions for candidates and bits of codebooks, or the bits that it takes."""
     if not all(groups.values()):
         return math.inf
     least = books + sum(min(c.size for c in group) for group in groups.values())
@@ -177,7 +177,7 @@ def _choose_within(
 
 
 class _Ways:
-    """The ways to hold each weight, made once for all ladders. Weights that are alike share theirs."""
+    """The candidates of each weight, made once for all ladders. Weights that are alike share theirs."""
 
     def __init__(self, sites: Sequence[Site], bits: float, cost: Mapping[str, float], group: str) -> None:
         self._bits, self._group = bits, group
@@ -192,12 +192,12 @@ class _Ways:
         self._staged: dict[tuple[object, int, int], Candidate[Hold]] = {}
 
     def of(self, d: int, rungs: range) -> dict[str, list[Candidate[Hold]]]:
-        """Candidates by name: on each rung of a ladder, and with a codebook of their own."""
+        """Returns candidates by name: on each rung of a ladder, and with a codebook of their own."""
         found = {key: [*self._on(key, d, rungs), *self._own[key]] for key in self._kinds}
         return {name: found[key] for name, key in self._kind_of.items()}
 
     def tiled(self, some: Sequence[fast_shapes.Shape]) -> dict[str, list[Candidate[Hold]]]:
-        """Candidates by name, of some shapes of stages; none of them for a weight that no shape divides."""
+        """Returns candidates by name, of some shapes of stages; none of them for a weight that no shape divides."""
         found = {key: [c for shape in some for c in self._in_stages(key, shape)] for key in self._kinds}
         return {name: found[key] + self._own[key] for name, key in self._kind_of.items()}
 
@@ -255,6 +255,6 @@ def _whole_bytes(bits: int) -> int:
 
 
 def _factors(site: Site, bits: float) -> int:
-    """How many columns share a factor: a channel's, where that is cheap, else all."""
+    """Returns how many columns share a factor: a channel's, where that is cheap, else all."""
     dim = site.layout("row").dim
     return site.taps if _FLOAT_BITS * (dim // site.taps) <= _FACTORS_SHARE * bits * site.numel else dim

@@ -1,4 +1,4 @@
-"""All sites of a model decided at once, by a policy or by any callable."""
+"""Decides all sites of a model at once, by a policy or by any callable."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def decide_all(
     other_bytes: int = 0,
     importance: Mapping[str, float] | None = None,
 ) -> tuple[dict[str, Hold | Skip], list[str]]:
-    """Decisions of a policy, or of any callable from a site to a spec or a skip.
+    """Returns the decisions of a policy, or of any callable from a site to a spec or a skip.
 
     Args:
         policy: A [`Policy`][rpqfx.policies.policy.Policy], or a callable ``Site -> CodebookSpec | Hold | Skip``.
@@ -43,7 +43,7 @@ def decide_all(
 
 
 def _remarks(policy: Policy, sites: Sequence[Site]) -> list[str]:
-    """What of a policy came to nothing with these sites."""
+    """Returns notes on the parts of a policy that have no effect on these sites."""
     unmatched = policy.unmatched_rules(sites)
     followed = [policy.rule_for(site) for site in sites]
     found = []

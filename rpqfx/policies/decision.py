@@ -1,4 +1,4 @@
-"""Decisions about a site, and the ones that options leave open."""
+"""Decisions about a site, and the candidates that options leave open."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Skip:
 
 @dataclass(frozen=True)
 class Hold:
-    """A decision to hold a site's weight in codebooks.
+    """A decision to quantize a site's weight.
 
     Args:
         spec: Shape of the codebooks.
@@ -50,12 +50,12 @@ class Hold:
 
     @property
     def shared(self) -> tuple[object, ...]:
-        """What sites of one group must agree in to share codebooks: their shape, and how they are fitted."""
+        """The values that sites of one group must agree in to share codebooks: their shape, and how they are fitted."""
         return (self.spec.codebooks_shape, self.spec.scale, self.spec.signs, self.init)
 
 
 def as_decision(site: Site, answer: CodebookSpec | Hold | Skip) -> Hold | Skip:
-    """A spec as a decision: its shape says along which side of the site its vectors lie.
+    """Returns a spec as a decision: its shape says along which side of the site its vectors lie.
 
     Args:
         site: The site.
@@ -108,7 +108,7 @@ def together(members: Sequence[tuple[Site, Options]]) -> dict[str, Hold | Skip]:
 
     A site takes part where its codes are smaller than its dense tensor; the codebooks are taken on where they are
     smaller than what those sites gain. Otherwise fewer bits are tried, down to ``min_bits``, and then all are left, or
-    with ``allow_growth`` all are held with as many bits as were asked for.
+    with ``allow_growth`` all are quantized with the number of bits that the options give.
 
     Args:
         members: Sites whose codebooks have one shape, with their options; none empty.
@@ -219,11 +219,11 @@ def _group(site: Site, options: Options, dim: int) -> str | None:
 
 
 def stored_bytes(site: Site, decision: Hold | Skip) -> int:
-    """Bytes of a site's tensors after a decision."""
+    """Returns the bytes of a site's tensors after a decision."""
     return site.dense_bytes if isinstance(decision, Skip) else decision.spec.stored_bytes(site.dtype)
 
 
 def _distortion(spec: CodebookSpec) -> float:
-    """Expected squared error of holding unit-variance weights so, by rule of thumb: ``4**-rate`` an element."""
+    """Returns the expected squared error of unit-variance weights, by rule of thumb: ``4**-rate`` an element."""
     rate = spec.stages * spec.bits / spec.codebook_dim
     return spec.num_vectors * spec.dim * (1 - 1 / spec.users_per_entry) * 4.0**-rate

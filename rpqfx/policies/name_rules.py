@@ -62,7 +62,7 @@ def check_rules(rules: Iterable[NameRule], names: Sequence[str], what: str) -> N
 
     Args:
         rules: The rules.
-        names: Of the modules there are.
+        names: Names of the modules there are.
         what: One of them, in words.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The options that say how one weight is held, written down in part or complete, and rules for some sites only."""
+"""The options of one weight, written down in part or complete, and rules that override them for some sites."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Policies: frozen values that decide, site by site, how a weight is held."""
+"""Policies: frozen values that decide, site by site, how a weight is quantized."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _TABLES = ("embedding", "embedding_bag")
 @spelled
 @dataclass(frozen=True, kw_only=True)
 class Policy(PartialOptions, PolicyBase):
-    """Decides how each weight of a model is held.
+    """Decides how each weight of a model is quantized.
 
     Precedence, strongest first: what a site cannot do (it is skipped, with the reason); the first rule that matches
     it; the policy's own options. Of a rule, only the options it sets count; the others come from the policy.
@@ -248,7 +248,7 @@ class Policy(PartialOptions, PolicyBase):
         return PartialOptions(**{**merged, **own})
 
     def unmatched_rules(self, sites: Sequence[Site]) -> list[Rule]:
-        """Rules that match no site: most often a name that was mistyped."""
+        """Returns the rules that match no site: most often a name that was mistyped."""
         return [rule for rule in self.rules if not any(rule.matches(site) for site in sites)]
 
     def _rule_sets_shape(self, site: Site) -> bool:
@@ -256,7 +256,7 @@ class Policy(PartialOptions, PolicyBase):
         return rule is not None and rule.sets_shape
 
     def _shared(self, sites: Sequence[Site]) -> dict[str, Hold | Skip]:
-        """Decisions for the sites whose codebooks other layers share: each group is decided as one."""
+        """Returns the decisions for the sites whose codebooks other layers share: each group is decided as one."""
         groups: dict[object, list[tuple[Site, Options]]] = defaultdict(list)
         for site in sites:
             options = self.options_for(site)

@@ -1,4 +1,4 @@
-"""A place in a model where a weight could be held in codebooks."""
+"""A tensor of a model that could be quantized."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ def kinds_of(kinds: Any) -> tuple[Kind, ...]:
 
 @dataclass(frozen=True)
 class Site:
-    """One tensor of a model, with all that a policy may want to know of it.
+    """One tensor of a model that could be quantized, with all that a policy may want to know of it.
 
     Args:
         name: Qualified name of the Parameter, such as ``"blocks.0.fc.weight"``.
         names: All its names, where it is tied.
-        kind: What it does; ``"parameter"`` where the graphs that could be read do not say.
-        module_type: Class of its owner.
-        shape: Of the Parameter.
-        dtype: Of the Parameter.
+        kind: Its use; ``"parameter"`` where the graphs that could be read do not show it.
+        module_type: Class of the module that owns it.
+        shape: Shape of the Parameter.
+        dtype: Dtype of the Parameter.
         lead: Axes that make the rows of its matrix.
         flipped: Whether its outputs are the matrix's columns (``x @ w``) rather than its rows (``x @ w.T``).
         experts: Whether it is a matrix for each index of its first axis.
@@ -111,7 +111,7 @@ class Site:
         return self.numel * self.dtype.itemsize
 
     def layout(self, split: Split = "row", experts: Experts = "shared") -> Layout:
-        """How the tensor is seen as vectors.
+        """Returns how the tensor is seen as vectors.
 
         Args:
             split: ``"row"`` for one vector an output, ``"column"`` for one vector an input.
