@@ -20,7 +20,7 @@ from rpqfx.nn.weight_slice import Part
 
 
 class Listener(Protocol):
-    """What hears of the uses of stand-ins."""
+    """Receives the uses of dense weights that stand in for codebooks."""
 
     def asked(self, weight: RPQWeight, product: str, x: Tensor, layout: Layout, geometry: tuple[Any, ...]) -> None:
         """Before a product (``"linear"``, ``"linear_t"``, ``"conv"``) or a ``"lookup"`` with input ``x``."""
@@ -58,7 +58,7 @@ class StandIn(RPQWeight):
         return ops.Tensors(self.vectors[None, None], self._ids)
 
     def part(self) -> Part:
-        """The whole tensor."""
+        """Returns the whole tensor."""
         return _StandInPart(self)
 
     def become(
@@ -97,7 +97,7 @@ class _StandInPart(Recorded):
         return _StandInPart(self._weight, tensors, layout)
 
     def _current(self) -> Part | None:
-        """The part of the codebooks, or None while the weight is a stand-in, or where they cannot be cut so."""
+        """Returns the part of the codebooks, or None while the weight is a stand-in, or where they cannot be cut so."""
         return None if isinstance(self._weight, StandIn) else self.again(self._weight.part())
 
     def dense(self) -> Tensor:

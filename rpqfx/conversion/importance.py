@@ -1,4 +1,4 @@
-"""What errors of each weight cost the model, measured by gradients."""
+"""Measures by gradients how much errors of each weight cost the model."""
 
 from __future__ import annotations
 

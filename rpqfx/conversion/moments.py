@@ -1,4 +1,4 @@
-"""What a weight's vectors are multiplied with, and the second moments of that."""
+"""The rows that a weight's vectors are multiplied with, and their second moments."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BLOCK_ELEMENTS = 2**24
 
 
 def input_rows(product: str, x: Tensor, layout: Layout, geometry: tuple[Any, ...] = ()) -> Iterator[Tensor]:
-    """The inputs of a product as rows that lie along the weight's vectors.
+    """Yields the inputs of a product as rows that lie along the weight's vectors.
 
     Args:
         product: ``"linear"``, ``"linear_t"`` or ``"conv"``.

@@ -1,4 +1,4 @@
-"""What calibration shows of a model before anything of it is changed."""
+"""Runs calibration batches through a dense model and collects statistics of the inputs of its weights."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from rpqfx.nn.weight import RPQWeight
 
 @dataclass
 class Seen:
-    """What is known of one weight's inputs.
+    """Statistics of one weight's inputs.
 
     Args:
-        moments: Of inputs that lie along its vectors.
+        moments: Moments of inputs that lie along its vectors.
         uses: Products a batch, at most.
         looked_up: Whether rows were looked up.
         rank: When it was first used.
