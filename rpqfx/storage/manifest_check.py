@@ -1,4 +1,4 @@
-"""What a manifest has to be before anything is built from it.
+"""Checks a manifest before anything is built from it.
 
 A manifest may come from anywhere, with a seal that fits. Each value is held against its type and its range, and each
 size against the tensors that the file has, whose bytes are there; so nothing that is made from a manifest that passed
@@ -56,7 +56,7 @@ def _fresh(names: Iterable[str], seen: set[str]) -> None:
 
 
 def _entries(tensors: list[dict[str, Any]], stored: Stored) -> dict[str, dict[str, Any]]:
-    """The entries of a manifest by all names of their tensors, each held against what is in the file."""
+    """Returns the entries of a manifest by all names of their tensors, each held against what is in the file."""
     entries: dict[str, dict[str, Any]] = {}
     seen: set[str] = set()
     for entry in tensors:
@@ -160,7 +160,7 @@ def _check_record(record: dict[str, Any]) -> None:
 
 
 def _entry_of(entries: dict[str, dict[str, Any]], names: list[str], shape: tuple[int, ...]) -> dict[str, Any]:
-    """The entry of a tensor under all of these names, which has this shape."""
+    """Returns the entry of a tensor under all of these names, which has this shape."""
     found = [entries.get(name) for name in names]
     if found[0] is None:
         raise FormatError(f"its manifest lacks {names[0]}")

@@ -136,7 +136,7 @@ def _initialise(
 
 
 def _resets(module: nn.Module) -> bool:
-    """Whether a module draws all its tensors itself; torch's layers know nothing of what norms and pruning add."""
+    """Returns whether a module draws all its tensors; torch's layers know nothing of what norms and pruning add."""
     return hasattr(module, "reset_parameters") and not hooked(module)
 
 
@@ -149,7 +149,7 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 
 
 def check_init(init: Any) -> None:
-    """Sees that ``init`` is a function, or left out.
+    """Raises an error unless ``init`` is a function, or left out.
 
     Args:
         init: What a caller gave.

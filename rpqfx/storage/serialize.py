@@ -150,7 +150,7 @@ _EXAMPLE = "rpqfx.load(path, lambda: Model(config))"
 
 
 def _builder(manifest: Mapping[str, Any]) -> Callable[[], nn.Module]:
-    """What makes the dense model of a file, where nobody has said so."""
+    """Returns the function that builds the dense model of a file, where the caller gave none."""
     if "build" not in manifest:
         raise InputError(
             f"load needs a function that builds the dense model, without arguments: {_EXAMPLE}; the file holds its "
@@ -160,7 +160,7 @@ def _builder(manifest: Mapping[str, Any]) -> Callable[[], nn.Module]:
 
 
 def _check_recipe(recipe: Mapping[str, Any], manifest: dict[str, Any]) -> None:
-    """Sees that a class makes the model that is to be saved."""
+    """Raises an error unless a class makes the model that is to be saved."""
     try:
         with torch.device("meta"):
             model = builder_of(recipe)()
@@ -177,7 +177,7 @@ def _check_recipe(recipe: Mapping[str, Any], manifest: dict[str, Any]) -> None:
 
 
 def _check_build(build: Any) -> None:
-    """Sees that what is given as build is a function that builds the dense model."""
+    """Raises an error unless what is given as build is a function that builds the dense model."""
     example = _EXAMPLE
     if build is None:
         return  # the file may name a class
