@@ -20,7 +20,7 @@ def check_options(
     rates: Any, train: Any, norms: Any, autocast: Any, accumulate: Any, clip: Any, seed: Any, progress: Any,
     checkpoint: Any, checkpoint_every: Any,
 ) -> None:  # fmt: skip
-    """Sees that the arguments of a fine-tuning are what they are to be, and that each of them does something.
+    """Raises an error unless the arguments of a fine-tuning are valid and each of them has an effect.
 
     Args:
         small: As in ``finetune``, and so are all.

@@ -55,5 +55,5 @@ class CutWeight(RPQWeight):
         return ops.Tensors(self.vectors[None, None], self._ids)
 
     def part(self) -> Part:
-        """The whole tensor."""
+        """Returns the whole tensor."""
         return Part(self.tensors, self.layout, plan="expand")

@@ -30,7 +30,7 @@ class Distillation:
         self._logits, self._temperature = logits, temperature
 
     def __call__(self, student: Any, teacher: Any, batch: Any = None) -> Tensor:
-        """The loss, a scalar in float32 at least.
+        """Returns the loss, a scalar in float32 at least.
 
         Args:
             student: Output of the student.

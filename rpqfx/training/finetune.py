@@ -26,10 +26,10 @@ _EVERY = 50  # steps between two states on disk
 
 @dataclass(frozen=True)
 class Finetuned:
-    """What `finetune` did; ``str`` says it in words.
+    """The result of `finetune`; ``str`` says it in words.
 
     Args:
-        losses: Of each step.
+        losses: Loss of each step.
         weights: How many weights are in codebooks.
         trained: How many numbers were trained, codes not counted.
         recoded: How often a sub-vector has been given another code.
@@ -108,7 +108,7 @@ def finetune(
         teacher: The dense model. May be left out where ``loss`` needs none.
         data: Batches, each a tensor, a tuple of positional inputs or a mapping of keyword inputs: a sequence, which is
             gone through in a new order each time; another iterable; or a callable that is given 0, 1, 2, ...
-        steps: Of the optimiser.
+        steps: Steps of the optimiser.
         loss: From the student's output, the teacher's (or None) and the batch to a scalar. Left out, the divergence of
             logits or the relative squared difference of outputs
             ([`Distillation`][rpqfx.training.distillation.Distillation]).
@@ -123,7 +123,7 @@ def finetune(
         autocast: Products in this dtype, of student and teacher.
         accumulate: Batches a step.
         clip: Norm to which a step's gradient is shortened.
-        seed: Of the order of batches, where ``data`` is a sequence; 0 if left out.
+        seed: Seeds the order of batches, where ``data`` is a sequence; 0 if left out.
         progress: Called with (done, total, loss in words) after each step.
         checkpoint: Folder for the state of the training. The same call with the same folder, on the model as it was
             at first, goes on where it was interrupted, to the same result to the last bit; one that is finished gives

@@ -24,9 +24,9 @@ class Rates:
 
     Args:
         codebooks: Relative to the root mean square of a codebook, as it is at the start.
-        scales: Of ``scale`` and ``dim_scale``, relative in the same way.
-        dense: Of norms, biases and whatever dense Parameters are trained besides.
-        codes: Of the dense matrices that codes follow, relative to the codebook.
+        scales: Learning rate of ``scale`` and ``dim_scale``, relative in the same way.
+        dense: Learning rate of norms, biases and whatever dense Parameters are trained besides.
+        codes: Learning rate of the latent matrices that codes follow, relative to the codebook.
 
     Raises:
         InputError: If one is no finite number, or negative.
@@ -44,7 +44,7 @@ class Rates:
 
 
 def held(model: nn.Module) -> list[RPQWeight]:
-    """The codebook-held weights of a model.
+    """Returns the codebook-held weights of a model.
 
     Raises:
         InputError: If there are none, or they cannot be trained as they are.

@@ -33,7 +33,7 @@ class Resume:
         words: All that the run depends on, in words.
         tensors: And in numbers.
         data: Its batches.
-        seed: Of their order.
+        seed: Seeds the order of batches.
 
     Raises:
         FormatError: If the folder holds another fine-tuning.
@@ -158,7 +158,7 @@ def _described(loss: Any) -> str:
 
 
 def _sum(batch: Any) -> Tensor:
-    """A hash of a batch, in a tensor."""
+    """Returns a hash of a batch, in a tensor."""
     leaves, shape = tree_flatten(arguments(batch, "a batch"))
     words = [str(shape), *(repr(leaf) for leaf in leaves if isinstance(leaf, _PLAIN))]
     digest = fingerprint(words, [leaf for leaf in leaves if isinstance(leaf, Tensor)])
