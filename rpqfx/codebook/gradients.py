@@ -19,7 +19,7 @@ def accumulate(
     signs: Tensor | None = None,
     bins: steps.Bins = steps.bins,
 ) -> Tensor:
-    """The gradient of the codebooks in ``contract(x)`` when ``y`` is the gradient of its result.
+    """Returns the gradient of the codebooks in ``contract(x)`` when ``y`` is the gradient of its result.
 
     Args:
         x: ``[..., D]``.
@@ -49,7 +49,7 @@ def contract_grads(
     signs: Tensor | None = None,
     bins: steps.Bins = steps.bins,
 ) -> tuple[Tensor, Tensor]:
-    """Both gradients of ``contract(x)`` from one pass over the bins of ``y``, the gradient of its result.
+    """Returns both gradients of ``contract(x)`` from one pass over the bins of ``y``, the gradient of its result.
 
     Args:
         x: ``[..., D]``.
@@ -73,7 +73,7 @@ def contract_grads(
 
 
 def collect(grad: Tensor, codes: Tensor, books: int, entries: int, signs: Tensor | None = None) -> Tensor:
-    """The adjoint of ``expand``: sums the gradient of every use of an entry.
+    """Returns the adjoint of ``expand``: sums the gradient of every use of an entry.
 
     Args:
         grad: ``[N, D]``, the gradient of the rows that ``codes`` describe.
@@ -119,6 +119,6 @@ def collect_sparse(grad: Tensor, codes: Tensor, books: int, entries: int, signs:
 
 
 def _like_codebooks(x: Tensor, codes: Tensor, books: int, entries: int) -> Tensor:
-    """Zeros ``[R, G, K, d]`` to sum a gradient of codebooks in."""
+    """Returns zeros ``[R, G, K, d]`` to sum a gradient of codebooks in."""
     shape = (codes.shape[0], books, entries, x.shape[-1] // codes.shape[1])
     return x.new_zeros(shape, dtype=steps.sum_dtype(x.dtype))
