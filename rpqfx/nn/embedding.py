@@ -167,7 +167,7 @@ def _check_drawn(kind: type, weight: Tensor | None) -> None:
 
 
 def _rows(layer: RPQEmbedding | RPQEmbeddingBag, ids: Tensor) -> Tensor:
-    """The rows that a table's own options make of ``ids``."""
+    """Returns the rows that a table's own options make of ``ids``."""
     held = weight_of(layer, "weight")
     assert held is not None
     rows = held.lookup(ids, layer.sparse)

@@ -1,4 +1,4 @@
-"""What a codebook-held tensor checks and completes when its codes are read, assigned, saved, loaded and unpickled."""
+"""Checks and completes codes of a weight when they are read, assigned, saved, loaded and unpickled."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ class Loaded(nn.Module):
                 state_dict[prefix + name] = part_of(given, part) if given.shape == part.shape else given
 
     def _as_bytes(self, codes: Tensor) -> bool:
-        """Whether these are whole codes of two bytes each, as a sharded model's state dict has them."""
+        """Returns whether these are whole codes of two bytes each, as a sharded model's state dict has them."""
         if self.spec.tiled or self.spec.code_dtype.itemsize == 1 or is_shard(codes):
             return False
         *stages, vectors = self.saved_spec.codes_shape

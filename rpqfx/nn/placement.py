@@ -19,7 +19,7 @@ def check_placed(tensors: Tensors, x: Tensor | None, owner: nn.Module | None, bi
     Shapes are still worked out on the meta device: with a weight that is there altogether, or for an input that is.
 
     Args:
-        tensors: Of the weight.
+        tensors: Tensors of the weight.
         x: The input, or None where the weight is read by itself.
         owner: The module that holds the weight, to name it by; None where there is none.
         bias: What is added to the product, or None.
@@ -42,7 +42,7 @@ def refuse_meta(weight: nn.Module, tensors: Tensors, values: Iterable[Any]) -> N
 
     Args:
         weight: The module that holds the weight.
-        tensors: Of the weight, which is on the meta device.
+        tensors: Tensors of the weight, which is on the meta device.
         values: The arguments of the call.
 
     Raises:

@@ -26,7 +26,7 @@ class Recorded(Part):
         """Takes the same part of another whole tensor.
 
         Args:
-            whole: Of the same layout.
+            whole: A whole tensor of the same layout.
 
         Returns:
             The part, or None where this whole cannot be cut so.

@@ -80,7 +80,7 @@ def resize_rows(held: RPQWeight, tensor: Tensor) -> None:
 
 
 def row_obstacle(held: RPQWeight) -> str | None:
-    """Why a codebook-held tensor cannot get more or fewer rows, or None.
+    """Returns why a codebook-held tensor cannot get more or fewer rows, or None.
 
     Args:
         held: The tensor.
@@ -94,7 +94,7 @@ def row_obstacle(held: RPQWeight) -> str | None:
 
 
 def _set_vectors(held: RPQWeight, kept: int, added: Tensor) -> None:
-    """The first ``kept`` vectors as they are, and then the ones of ``added [n, D]``."""
+    """Keeps the first ``kept`` vectors as they are, and appends those of ``added [n, D]``."""
     codes, scale, minus = _encode(held, added)
     before = held.spec.num_vectors
     held.codes = _join(held.codes[..., :kept], codes)
@@ -105,7 +105,7 @@ def _set_vectors(held: RPQWeight, kept: int, added: Tensor) -> None:
 
 
 def _encode(held: RPQWeight, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes ``[R, M, n]``, scale ``[n]`` and minus signs ``[R, M, n]`` of the nearest that the codebooks hold."""
+    """Returns codes ``[R, M, n]``, scale ``[n]`` and minus signs ``[R, M, n]`` of the nearest vectors there are."""
     spec, codebooks = held.spec, held.codebooks.detach()
     shape = (spec.stages, spec.sub_vectors, len(vectors))
     if codebooks.is_meta or not len(vectors):
@@ -129,7 +129,7 @@ def _encode(held: RPQWeight, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _nearest_codes(vectors: Tensor, books: Tensor, spec: CodebookSpec, signs: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Folded codes ``[R, M, n]`` (``K`` more where the sign is minus), and the vectors ``[n, D]`` they stand for."""
+    """Returns folded codes ``[R, M, n]`` (``K`` more where the sign is minus), and their vectors ``[n, D]``."""
     rest = rearrange(vectors, "n (m d) -> m n d", d=spec.codebook_dim)
     found, codes = torch.zeros_like(rest), []
     share = spec.sub_vectors // books.shape[1]
@@ -141,7 +141,7 @@ def _nearest_codes(vectors: Tensor, books: Tensor, spec: CodebookSpec, signs: Te
 
 
 def _join(first: Tensor, second: Tensor) -> Tensor:
-    """Two sets of codes along their last axis."""
+    """Returns two sets of codes along their last axis."""
     if first.dtype is torch.uint16:  # torch does not join it everywhere; int16 holds the same bits
         return torch.cat([first.contiguous().view(torch.int16), second.view(torch.int16)], -1).view(torch.uint16)
     return torch.cat([first, second], -1)

@@ -55,18 +55,18 @@ def _fixed(module: nn.Module, name: str) -> RewriteError:
 
 
 def weight_of(module: nn.Module, name: str) -> RPQWeight | None:
-    """The codebooks that hold a module's Parameter, or None where it is dense.
+    """Returns the codebooks that hold a module's Parameter, or None where it is dense.
 
     Args:
         module: Any module.
-        name: Of the Parameter.
+        name: Name of the Parameter.
     """
     found = module._modules.get(name + SUFFIX)
     return found if isinstance(found, RPQWeight) else None
 
 
 def backed_weights(module: nn.Module) -> dict[str, RPQWeight]:
-    """Every Parameter of a module itself that is held in codebooks, by the Parameter's name."""
+    """Returns every Parameter of a module itself that is held in codebooks, by the Parameter's name."""
     return {
         name.removesuffix(SUFFIX): child
         for name, child in module._modules.items()
@@ -75,10 +75,10 @@ def backed_weights(module: nn.Module) -> dict[str, RPQWeight]:
 
 
 def held(name: str, plain_when_compiled: bool = False) -> property:
-    """A property that reads a Parameter wherever it is held.
+    """Returns a property that reads a Parameter wherever it is held.
 
     Args:
-        name: Of the Parameter.
+        name: Name of the Parameter.
         plain_when_compiled: Whether compiled code is to read a plain tensor.
 
     Returns:
@@ -103,7 +103,7 @@ def held(name: str, plain_when_compiled: bool = False) -> property:
 
 
 def _tie(name: str) -> Callable[[nn.Module, Any], None]:
-    """What assigning to such a property does: another module's codebook-held tensor is tied, anything else refused."""
+    """Ties another module's tensor in codebooks where one is assigned to such a property, and refuses anything else."""
 
     def write(self: nn.Module, value: Any) -> None:
         read = value._virtual if type(value) in (ExpandedWeight, FixedWeight) else value

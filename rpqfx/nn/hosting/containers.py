@@ -66,7 +66,7 @@ class BackedDict(BackedContainer):
         return key in self._items()
 
     def keys(self) -> KeysView[str]:
-        """Of the items."""
+        """Returns the number of items."""
         return self._items().keys()
 
     def items(self) -> ItemsView[str, nn.Module]:
@@ -74,7 +74,7 @@ class BackedDict(BackedContainer):
         return self._items().items()
 
     def values(self) -> ValuesView[nn.Module]:
-        """The items."""
+        """Returns the items."""
         return self._items().values()
 
 

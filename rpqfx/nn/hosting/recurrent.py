@@ -21,7 +21,7 @@ _OWN_RESETS = (nn.RNNBase.reset_parameters, nn.RNNCellBase.reset_parameters)
 
 
 class BackedCell(Backed):
-    """What a recurrent cell with held weights does in its own way: drawing itself anew."""
+    """A recurrent cell with weights in codebooks, which draws itself anew in its own way."""
 
     _rpq_base: Any
     hidden_size: int
@@ -45,7 +45,7 @@ class BackedCell(Backed):
 
 
 class BackedRecurrent(BackedCell):
-    """What ``LSTM``, ``GRU`` and ``RNN`` with held weights do in their own way."""
+    """``LSTM``, ``GRU`` and ``RNN`` with weights in codebooks."""
 
     _flat_weights_names: list[str]
     _flat_weight_refs: list[Any]

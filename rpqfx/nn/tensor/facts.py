@@ -52,10 +52,10 @@ class Facts(Views):
         check_for_good(Tensor.grad.__set__, (self, value))  # type: ignore[union-attr]
 
     def noted(self, name: str) -> Any:
-        """An attribute that somebody gave the Parameter that this stands for.
+        """Returns an attribute that somebody gave the Parameter that this stands for.
 
         Args:
-            name: Of the attribute.
+            name: Name of the attribute.
 
         Raises:
             AttributeError: If there is none.
@@ -68,7 +68,7 @@ class Facts(Views):
         """Gives the Parameter that this stands for an attribute; it is kept with the codebooks.
 
         Args:
-            name: Of the attribute.
+            name: Name of the attribute.
             value: Its value.
         """
         self.held.noted = {**self.held.noted, name: value}
@@ -81,15 +81,15 @@ class Facts(Views):
         return self.shape if dim is None else self.shape[dim]
 
     def dim(self) -> int:
-        """Number of axes."""
+        """Returns the number of axes."""
         return self.ndim
 
     def numel(self) -> int:
-        """Number of elements."""
+        """Returns the number of elements."""
         return self.shape.numel()
 
     def element_size(self) -> int:
-        """Bytes of an element."""
+        """Returns the bytes of an element."""
         return self.dtype.itemsize
 
     def __len__(self) -> int:

@@ -24,7 +24,7 @@ _FOR_GOOD = {
 
 
 def refused(what: str) -> RewriteError:
-    """The error for a change of what is made anew at each read.
+    """Returns the error for a change of what is made anew at each read.
 
     Args:
         what: Name of the function.
@@ -115,7 +115,7 @@ def _marked(result: Any, memory: set[int]) -> Any:
 
 
 def _memory(tensor: Tensor) -> int:
-    """Where a tensor lies; 0 where it has no memory, as wrappers of torch.func and of tracers."""
+    """Returns where a tensor lies; 0 where it has no memory, as wrappers of torch.func and of tracers."""
     try:
         return tensor.untyped_storage().data_ptr()
     except RuntimeError:
