@@ -28,7 +28,7 @@ def accumulate(
         books: ``G``.
         entries: ``K``.
         signs: Packed signs or None.
-        bins: What sums into bins.
+        bins: The function that sums into bins.
 
     Returns:
         ``[R, G, K, d]``, float32 where ``x`` is float16 or bfloat16, else of ``x``'s dtype.
@@ -57,7 +57,7 @@ def contract_grads(
         codebooks: ``[R, G, K, d]``.
         codes: ``[R, M, N]``.
         signs: Packed signs or None.
-        bins: What sums into bins.
+        bins: The function that sums into bins.
 
     Returns:
         The gradient of ``x`` (``contract_t(y)``) and that of the codebooks (``accumulate(x, y)``).

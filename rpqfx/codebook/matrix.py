@@ -136,7 +136,7 @@ def contract_t(
         codes: ``[R, M, N]``.
         scale: ``[N]`` or None.
         signs: Packed signs or None.
-        bins: What sums into bins.
+        bins: The function that sums into bins.
 
     Returns:
         ``[..., D]``, at the cost of ``contract``, whose adjoint this is.

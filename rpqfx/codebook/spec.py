@@ -1,4 +1,4 @@
-"""The shape of one codebook-held matrix, and the arithmetic of its sizes."""
+"""The shape of one quantized matrix, and the arithmetic of its sizes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GradScale = Literal["sum", "sqrt", "mean"]
 
 @dataclass(frozen=True)
 class CodebookSpec:
-    """The shape of one codebook-held matrix.
+    """The shape of one quantized matrix.
 
     Args:
         num_vectors: ``N``, the number of vectors.
@@ -242,7 +242,7 @@ def nearest_divisor(dim: int, target: int) -> int:
 
     Args:
         dim: The number to divide, at least 1.
-        target: The divisor asked for, at least 1.
+        target: The divisor that is wanted, at least 1.
 
     Returns:
         A divisor of ``dim``; always exists, since 1 and ``dim`` are divisors.
@@ -252,7 +252,7 @@ def nearest_divisor(dim: int, target: int) -> int:
 
 
 def default_codebook_dim(dim: int, taps: int = 1) -> int:
-    """Returns the length of a sub-vector where none is asked for: the divisor of ``dim`` nearest to 64.
+    """Returns the length of a sub-vector where none is given: the divisor of ``dim`` nearest to 64.
 
     The sub-vectors of filters are blocks of whole channels, so that a convolution can contract, where such a divisor is
     within a factor of two of 64.

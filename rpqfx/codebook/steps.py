@@ -1,4 +1,4 @@
-"""The steps that the products of a codebook-held matrix are made of: tables, sums of gathers, bins, blocks.
+"""The steps that the products of a quantized matrix are made of: tables, sums of gathers, bins, blocks.
 
 Axes as in ``rpqfx.codebook``; ``b`` is a row of the batch.
 """

@@ -29,7 +29,7 @@ def check_outputs(
     ``model`` is left untouched.
 
     Args:
-        model: What ``rpqify`` or ``convert`` returned.
+        model: A model that ``rpqify`` or ``convert`` returned.
         example_inputs: Positional inputs of one call, or the one tensor that the model takes.
         example_kwargs: Keyword inputs of that call.
 

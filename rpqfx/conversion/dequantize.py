@@ -53,7 +53,7 @@ def dequantize(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     refuse_distributed(model, "dequantize")
     inner = unwrapped(model)
     if not is_rewritten(inner):
-        raise RPQError("no weight of this model is in codebooks, so there is nothing to dequantize")
+        raise RPQError("no weight of this model is quantized, so there is nothing to dequantize")
     check_not_offloaded(offloaded(inner), "dequantized")
     kinds = {module: _kind(inner, path) for path, module in inner.named_modules() if backed_weights(module)}
     if not inplace:

@@ -20,7 +20,7 @@ def importance(weights: Sequence[StandIn], gradients: Gradients, batches: int) -
 
     Args:
         weights: The stand-ins.
-        gradients: What was heard of them.
+        gradients: The gradients that were collected.
         batches: How many were run.
 
     Returns:

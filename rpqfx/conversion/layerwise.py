@@ -28,7 +28,7 @@ class Turns:
         names: Qualified names of the stand-ins to stop for.
         ranks: When each is used.
         fit: Fits a weight, given how its inputs' mean second moment is made.
-        rows: What rows of inputs weigh; all alike if left out.
+        rows: Weights of the rows of inputs; all alike if left out.
     """
 
     def __init__(

@@ -26,8 +26,8 @@ def input_rows(product: str, x: Tensor, layout: Layout, geometry: tuple[Any, ...
         geometry: The numbers of a convolution: stride, padding, dilation, groups, transposed, output padding.
 
     Yields:
-        ``[B, D]`` in float32 at least, block after block. Nothing where inputs lie across the vectors: as each then
-        meets one element of the input only, errors of its elements weigh alike.
+        ``[B, D]`` in float32 at least, block after block. Nothing where inputs lie across the vectors: as each is then
+        multiplied by one element of the input only, errors of its elements weigh alike.
     """
     work = x if x.dtype == torch.float64 else x.float()
     if not lies_along(product, layout, geometry):

@@ -45,12 +45,12 @@ class Seen:
 
 
 class Observer:
-    """Hears what stand-ins are asked, run after run.
+    """Collects statistics of the inputs of dense weights, run after run.
 
     Args:
-        weights: What to listen to.
+        weights: The dense weights to observe.
         energy_only: Keep mean squared inputs only, not their second moments.
-        rows: What rows of inputs weigh; all alike if left out.
+        rows: Weights of the rows of inputs; all alike if left out.
     """
 
     def __init__(self, weights: Iterable[StandIn], energy_only: bool = True, rows: RowWeights | None = None) -> None:
@@ -63,7 +63,7 @@ class Observer:
         """Runs a model, batch after batch.
 
         Args:
-            runs: What runs each batch.
+            runs: Callables that run one batch each.
             after: Called with each batch's number when it is done.
         """
         for weight in self.seen:

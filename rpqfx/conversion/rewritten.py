@@ -75,7 +75,7 @@ def rewritten(
         return rewrapped(model, small)
     if is_rewritten(model):
         raise RewriteError(
-            "this model already holds weights in codebooks; start from the dense model, with one policy whose rules "
+            "this model already has quantized weights; start from the dense model, with one policy whose rules "
             "say what differs from layer to layer"
         )
     converts = calibration is not None or has_rate(policy)

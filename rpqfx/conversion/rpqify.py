@@ -46,7 +46,7 @@ def rpqify(
 
     Raises:
         InputError: If ``model`` is not a module, or an argument would do nothing.
-        RewriteError: If the model already holds weights in codebooks, cannot be copied, is in
+        RewriteError: If the model already has quantized weights, cannot be copied, is in
             ``DistributedDataParallel`` or FSDP (rewrite it before), or has been loaded in part (some weights are on the
             meta device, or offloaded by accelerate).
         PolicyError: If there is no policy, or it rewrites nothing or cannot be followed.

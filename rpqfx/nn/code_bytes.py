@@ -42,8 +42,8 @@ def from_bytes(stored: Tensor, dtype: torch.dtype, vectors: int = 0) -> Tensor:
     memory as another type, nor vmap of torch before 2.13; the codes are then int32.
 
     Args:
-        stored: What ``to_bytes`` returned. Codes of the dtype itself are taken as they are, because code that moves
-            tensors between devices (accelerate) writes what it read past every setter.
+        stored: Bytes that ``to_bytes`` returned. Codes of the dtype itself are taken as they are, because code that
+            moves tensors between devices (accelerate) writes what it read past every setter.
         dtype: Dtype of the codes: uint8, int16 or uint16.
         vectors: ``N``, where they lie in tiles.
     """
@@ -64,7 +64,7 @@ def checked(codes: Tensor, entries: int, dtype: torch.dtype, name: str) -> Tenso
     Args:
         codes: Integers of any dtype. Those of another dtype are held against the codebook before they are converted.
         entries: ``K``.
-        dtype: What codes of so many entries have.
+        dtype: Dtype of codes of so many entries.
         name: Name of the tensor, for messages.
 
     Raises:

@@ -23,7 +23,7 @@ class _Table(RPQLayer):
 
 
 class RPQEmbedding(_Table, nn.Embedding):
-    """A table of embeddings, as ``torch.nn.Embedding``, whose rows are put together from codebooks when asked for.
+    """A table of embeddings, as ``torch.nn.Embedding``, whose rows are made from codebooks when they are looked up.
 
     ``padding_idx`` is a row that is zero and stays zero. ``max_norm`` shrinks the rows that are looked up, not the
     ones that are stored. ``sparse`` gives the codebooks a sparse gradient. Further arguments are those of

@@ -196,7 +196,7 @@ class RPQLayer(Backed):
 
     @torch.no_grad()
     def reset_rest(self) -> None:
-        """Draws what is not held in codebooks: the bias, from the interval from which torch.nn draws both."""
+        """Draws what is not quantized: the bias, from the interval from which torch.nn draws both."""
         bias = self._parameters.get("bias")
         if bias is not None:
             bound = math.sqrt(3) * initial_std(self, "weight")
@@ -236,7 +236,7 @@ def random_weight(
         name: Name of the Parameter.
         spec: Shape of the codebooks.
         layout: How the Parameter is seen as vectors.
-        std: What a Parameter without values (on the meta device) would be drawn with; torch.nn's own if left out.
+        std: Standard deviation for a Parameter without values (on the meta device); torch.nn's own if left out.
         plan: Which way products run.
     """
     tensor = module._parameters[name]

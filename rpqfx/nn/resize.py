@@ -21,7 +21,7 @@ from rpqfx.ops.search import nearest
 
 @torch.no_grad()
 def multiply(held: RPQWeight, factor: float) -> None:
-    """Multiplies a codebook-held tensor by a number, in place.
+    """Multiplies a quantized tensor by a number, in place.
 
     Args:
         held: The tensor.
@@ -41,7 +41,7 @@ def multiply(held: RPQWeight, factor: float) -> None:
 
 @torch.no_grad()
 def resize_rows(held: RPQWeight, tensor: Tensor) -> None:
-    """Gives a codebook-held tensor more or fewer rows (indices of its first axis), in place.
+    """Gives a quantized tensor more or fewer rows (indices of its first axis), in place.
 
     The codebooks stay, so whatever shares them is not changed; where the tensor is tied, all its names are resized at
     once. New rows are encoded greedily, stage upon stage, by the nearest entries; a scale is then the one of least
@@ -49,7 +49,7 @@ def resize_rows(held: RPQWeight, tensor: Tensor) -> None:
 
     Args:
         held: The tensor.
-        tensor: What it becomes, ``[rows, ...]``: up to the smaller of both numbers of rows, those that it has now.
+        tensor: The new tensor, ``[rows, ...]``: up to the smaller of both numbers of rows, those that it has now.
 
     Raises:
         RewriteError: If a row that stays would change, which codebooks cannot promise to hold, or its vectors do not
@@ -58,7 +58,7 @@ def resize_rows(held: RPQWeight, tensor: Tensor) -> None:
     shape, rows = held.layout.shape, held.layout.to_vectors
     if tuple(tensor.shape[1:]) != shape[1:] or not len(tensor) or tensor.dtype != held.codebooks.dtype:
         raise RewriteError(
-            f"a weight of shape {shape} and {held.codebooks.dtype} that is held in codebooks can get more or fewer "
+            f"a quantized weight of shape {shape} and {held.codebooks.dtype} can get more or fewer "
             f"rows, and nothing else; got {tuple(tensor.shape)} and {tensor.dtype}"
         )
     obstacle = None if len(tensor) == shape[0] else row_obstacle(held)
@@ -71,8 +71,8 @@ def resize_rows(held: RPQWeight, tensor: Tensor) -> None:
     vectors = layout.to_vectors(tensor.detach())
     if not tensor.is_meta and not torch.equal(rows(held())[:kept], vectors[:kept]):
         raise RewriteError(
-            "this would change the values of a weight that is held in codebooks, which hold no others than they have "
-            "learned; train its codebooks, keep the change apart (as an adapter), or leave this layer dense with a Rule"
+            "this would change the values of a quantized weight, whose codebooks hold only what they learned; "
+            "train its codebooks, keep the change apart (as an adapter), or leave this layer dense with a Rule"
         )
     _set_vectors(held, kept, vectors[kept:])
     held.spec = dataclasses.replace(held.spec, num_vectors=layout.num_vectors)
@@ -80,7 +80,7 @@ def resize_rows(held: RPQWeight, tensor: Tensor) -> None:
 
 
 def row_obstacle(held: RPQWeight) -> str | None:
-    """Returns why a codebook-held tensor cannot get more or fewer rows, or None.
+    """Returns why a quantized tensor cannot get more or fewer rows, or None.
 
     Args:
         held: The tensor.

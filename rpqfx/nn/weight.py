@@ -1,4 +1,4 @@
-"""The codebook-held tensor as a module: codebooks, codes, and the ways a layer uses them."""
+"""The quantized tensor as a module: codebooks, codes, and the ways a layer uses them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ReadAs = Literal["expanded", "virtual", "tensor"]
 
 
 class RPQWeight(Products):
-    """A tensor held in codebooks; calling it gives the tensor, or some of its rows.
+    """A quantized tensor; calling it gives the tensor, or some of its rows.
 
     Tensors: ``codebooks [R, G, K, d]`` (Parameter), ``codes [R, M, N]`` (buffer, the narrowest integer; one of two
     bytes lies there as bytes, and codes of a tiled spec as tiles (``rpqfx.nn.code_bytes``)), and where the spec has

@@ -1,4 +1,4 @@
-"""The ways in which a layer uses a codebook-held tensor: rows, products, convolutions, and hooks around them."""
+"""The ways in which a layer uses a quantized tensor: rows, products, convolutions, and hooks around them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rpqfx.ops.at_once import conv_at_once, linear_at_once
 
 
 class Products(Loaded):
-    """Uses a codebook-held tensor: gives its rows, its products and its convolutions, and fires hooks around them."""
+    """Uses a quantized tensor: gives its rows, its products and its convolutions, and fires hooks around them."""
 
     spec: CodebookSpec
     layout: Layout

@@ -1,4 +1,4 @@
-"""A codebook-held tensor or a part of it: the ways it is used, without the tensor."""
+"""A quantized tensor or a part of it: the ways it is used, without the tensor."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Note = Callable[[Any, Tensor, tuple[Any, ...], tuple[Any, ...]], None]
 
 
 class Part:
-    """A tensor held in codebooks, or some of its vectors or sub-vectors.
+    """A quantized tensor, or some of its vectors or sub-vectors.
 
     Parts of a part are views of the codes and codebooks: nothing is expanded to take one.
 
     Args:
-        tensors: What is stored.
+        tensors: The stored tensors.
         layout: How the tensor is seen as vectors.
-        grad_factor: What the gradient of the codebooks is multiplied by.
+        grad_factor: Factor of the gradient of the codebooks.
         plan: Which way products run.
         path: How the part was taken from the whole: names and arguments of the methods here.
         note: Called with the name, the input, the arguments and the path of each product, where somebody listens.

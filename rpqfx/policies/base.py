@@ -87,7 +87,7 @@ def rules_of(rules: Any, kind: type) -> tuple[Any, ...]:
     """Returns the rules of a policy as a tuple.
 
     Args:
-        rules: What was given.
+        rules: The argument.
         kind: Class of a rule.
 
     Raises:

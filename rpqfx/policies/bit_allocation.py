@@ -32,7 +32,7 @@ _FLOAT_BITS = 16  # codebooks and factors are rounded to half precision
 _FACTORS_SHARE = 0.05  # of the budget, what factors of columns may take
 _OWN_BELOW = 32_768  # weights this small may have a codebook of their own
 _FEWEST_USERS = 4  # sub-vectors an entry
-_NEXT = 1.25  # from one number of bits that is tried to the next, where those that were asked for cannot be had
+_NEXT = 1.25  # from one number of bits that is tried to the next, where the ones that are wanted cannot be had
 
 
 def spread(
@@ -47,10 +47,10 @@ def spread(
     Args:
         sites: The weights; vectors are along their outputs.
         bits: Bits for each weight, codes, codebooks and factors together.
-        importance: What an error as large as the weight itself would cost, by name; left out, as much as it has
+        importance: Cost of an error as large as the weight itself, by name; left out, as much as it has
             elements.
         group: Name of their codebooks.
-        option: What the budget is called where it is given, for the message.
+        option: Name of the argument that gives the budget, for the message.
 
     Returns:
         Decisions by name.

@@ -48,7 +48,7 @@ def check_skip(skip: Any) -> None:
     """Raises an error unless the reason to skip is words or None.
 
     Args:
-        skip: What was given.
+        skip: The argument.
 
     Raises:
         PolicyError: If it is something else.

@@ -172,7 +172,7 @@ class Policy(PartialOptions, PolicyBase):
         Args:
             sites: All sites of a model.
             other_bytes: Bytes of the model's other tensors (a budget counts them).
-            importance: What errors as large as a weight itself cost the model, by name, where that was measured
+            importance: Cost of errors as large as a weight itself, by name, where that was measured
                 (bits a weight are spread by it).
 
         Returns:

@@ -76,7 +76,7 @@ class SiteRecord:
 
         Args:
             site: The site.
-            decision: What was decided.
+            decision: The decision.
             error: Error of the fit; None where nothing was fitted, as on the meta device.
             calibrated: Whether it was fitted to what its inputs showed.
         """

@@ -49,7 +49,7 @@ class Report:
 
     @property
     def stored_bits(self) -> int:
-        """Bits that all sites held in codebooks take in a saved file, shared codebooks once."""
+        """Bits that all quantized sites take in a saved file, shared codebooks once."""
         return sum(site.stored_bits for site in self.rewritten)
 
     @property
@@ -59,12 +59,12 @@ class Report:
 
     @property
     def weights(self) -> int:
-        """Elements of all tensors held in codebooks."""
+        """Elements of all quantized tensors."""
         return sum(math.prod(site.shape) for site in self.rewritten)
 
     @property
     def rewritten(self) -> tuple[SiteRecord, ...]:
-        """Sites that are held in codebooks."""
+        """Sites that are quantized."""
         return tuple(site for site in self.sites if site.spec is not None)
 
     @property
@@ -109,7 +109,7 @@ def report(model: nn.Module) -> Report:
         The report.
 
     Raises:
-        RPQError: If nothing in the model is held in codebooks.
+        RPQError: If no weight of the model is quantized.
         InputError: If it is no module.
     """
     if not isinstance(model, nn.Module):
@@ -121,7 +121,7 @@ def report(model: nn.Module) -> Report:
         for name, weight in backed_weights(module).items()
     }
     if not held:
-        raise RPQError("nothing in this model is held in codebooks; pass the model that rpqify returned")
+        raise RPQError("no weight of this model is quantized; pass the model that rpqify returned")
     records, notes = attached_records(model) or (tuple(_found(model, held)), ())
     seen: set[int] = set()
     sites, codebooks, codes = [], 0, 0

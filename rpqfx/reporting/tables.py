@@ -52,7 +52,7 @@ def to_html(table: Table, bars: Sequence[tuple[int, int, bool]]) -> str:
     """Returns a page that needs nothing else.
 
     Args:
-        table: What is shown.
+        table: Rows and totals.
         bars: For each row, two lengths that are drawn on one scale, and whether the second stands for codebooks.
     """
     most = max((max(before, after) for before, after, _ in bars), default=1) or 1

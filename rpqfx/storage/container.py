@@ -38,7 +38,7 @@ class Container:
 
     Args:
         text: The manifest.
-        seal: What the manifest's hash was when the file was written.
+        seal: Hash of the manifest when the file was written.
         stored: Dtype and shape of each tensor; the bytes for them are there.
         read: Gives the tensors of these names, on the CPU.
         pieces: Gives the bytes of one tensor, piece by piece, each of which is gone with the next.
@@ -56,7 +56,7 @@ class Container:
         Args:
             digest: A digest of ``hashlib``.
             name: Name of the tensor.
-            shape: What it counts as being of, where that is not the shape in the file.
+            shape: The shape that counts, where it is not the one in the file.
 
         Raises:
             FormatError: If the file has become shorter.

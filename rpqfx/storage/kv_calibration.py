@@ -35,7 +35,7 @@ def save_calibration(model: nn.Module, path: Place) -> None:
     """Saves what ``quantize_kv`` fitted, for ``quantize_kv(model, path)`` to use again.
 
     Args:
-        model: What ``quantize_kv`` returned, on any device but meta; it stays as it is.
+        model: A model that ``quantize_kv`` returned, on any device but meta; it stays as it is.
         path: As ``save`` takes it.
 
     Raises:

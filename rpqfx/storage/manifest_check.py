@@ -27,7 +27,7 @@ def check_manifest(manifest: Any, stored: Stored) -> None:
     """Raises unless a manifest is one that ``describe`` could have made of a file's tensors.
 
     Args:
-        manifest: What JSON gave.
+        manifest: The manifest as read from JSON.
         stored: Dtype and shape of each tensor that is in the file, by name.
 
     Raises:
@@ -149,7 +149,9 @@ def _check_spec(name: str, spec: dict[str, Any]) -> None:
     try:
         CodebookSpec.from_dict(spec)
     except SpecError as error:
-        raise FormatError(f"its manifest says that {name} is held in codebooks that cannot be: {error}") from error
+        raise FormatError(
+            f"its manifest says that {name} is quantized with codebooks that cannot be: {error}"
+        ) from error
 
 
 def _check_record(record: dict[str, Any]) -> None:
@@ -206,7 +208,7 @@ def as_unsavable(error: FormatError) -> RPQError:
     """Returns what ``save`` raises where a model's manifest would be refused.
 
     Args:
-        error: What ``check_manifest`` raised.
+        error: The error that ``check_manifest`` raised.
     """
     why = str(error).removeprefix("its manifest ")
     return RPQError(

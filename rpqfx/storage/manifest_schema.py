@@ -136,7 +136,7 @@ def wrong_at(manifest: Any) -> str | None:
     """Returns what is wrong with a manifest by itself; None where each value is one that it may have.
 
     Args:
-        manifest: What JSON gave.
+        manifest: The manifest as read from JSON.
     """
     wrong = _WHOLE.wrong(manifest)
     return None if wrong is None else _told(manifest, wrong)

@@ -152,7 +152,7 @@ def check_init(init: Any) -> None:
     """Raises an error unless ``init`` is a function, or left out.
 
     Args:
-        init: What a caller gave.
+        init: The caller's argument.
 
     Raises:
         InputError: If it is neither.
@@ -162,10 +162,10 @@ def check_init(init: Any) -> None:
 
 
 def device_with_values(device: Any) -> torch.device:
-    """Returns the device that was asked for.
+    """Returns the device to allocate on.
 
     Args:
-        device: What a caller gave.
+        device: The caller's argument.
 
     Raises:
         InputError: If it is none, or none that holds values.

@@ -55,7 +55,7 @@ def is_recipe(value: Any) -> bool:
     """Returns whether a manifest's value is one that ``recipe_of`` could have returned.
 
     Args:
-        value: What JSON gave.
+        value: A value read from JSON.
     """
     if type(value) is not dict or value.keys() != {CLASS, ARGUMENTS} or type(value[ARGUMENTS]) is not dict:
         return False

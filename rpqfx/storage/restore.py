@@ -32,7 +32,7 @@ def unpacked(entry: dict[str, Any], stored: Tensor, entries: int | None = None, 
     """Returns a tensor as it was in the model.
 
     Args:
-        entry: What the manifest says of it.
+        entry: Its entry in the manifest.
         stored: As it is in the file.
         entries: Entries of the codebook that it holds codes of, if it does.
         tiled: Whether these codes lie in tiles in the model; as such they are returned, before others are unpacked.
@@ -58,7 +58,7 @@ def codes_of(manifest: dict[str, Any]) -> dict[str, tuple[int, bool]]:
     """Returns the entries of the codebooks that tensors of codes refer to, and whether these lie in tiles, by name.
 
     Args:
-        manifest: What ``describe`` said.
+        manifest: The manifest that ``describe`` wrote.
     """
     return {
         f"{name}{SUFFIX}.codes": (s["spec"]["entries"], s["spec"].get("tiled", False))
@@ -75,10 +75,10 @@ def put_back(
 
     Args:
         model: As it was before it was rewritten; on any device, also meta.
-        manifest: What ``describe`` said, checked.
+        manifest: The manifest that ``describe`` wrote, checked.
         tensors: Unpacked, under their first names.
         path: Path of the file, for messages.
-        maker: What made the model, for messages.
+        maker: The call that made the model, for messages.
         partial: Whether the model may have tensors that the manifest does not name.
 
     Raises:
@@ -157,10 +157,10 @@ def assign(
 
     Args:
         model: With a place for each.
-        manifest: What ``describe`` said, checked.
+        manifest: The manifest that ``describe`` wrote, checked.
         tensors: Unpacked, under their first names.
         path: Path of the file, for messages.
-        maker: What made the model, for messages.
+        maker: The call that made the model, for messages.
 
     Returns:
         The names of those places for which there is no tensor.

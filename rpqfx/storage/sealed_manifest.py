@@ -47,7 +47,7 @@ def read_manifest(
 
     Args:
         text: Text of the manifest.
-        seal: What its hash was.
+        seal: Its hash when it was written.
         stored: Gives dtype and shape of each tensor, by name, for a manifest that nothing is known of yet.
 
     Raises:

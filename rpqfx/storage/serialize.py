@@ -63,7 +63,7 @@ def save(
         RewriteError: If the model is sharded.
         CodeError: If codes point outside their codebook.
         OSError: If the file cannot be written, as on a full disk, or the path leads to a folder.
-        ImportError: If safetensors is asked for and not installed.
+        ImportError: If safetensors is to be written and is not installed.
     """
     check_model(model, "save")
     target = target_of(path)
@@ -73,7 +73,7 @@ def save(
     recipe = None if build is None else recipe_of(build, arguments)
     model = unwrapped(model)
     if not is_rewritten(model) and not attentions(model):
-        raise RPQError("nothing in this model is held in codebooks; save a dense model with torch.save(state_dict())")
+        raise RPQError("no weight of this model is quantized; save a dense model with torch.save(state_dict())")
     tensors, text = prepared(model, recipe)
     if recipe is not None:
         _check_recipe(recipe, json.loads(text))

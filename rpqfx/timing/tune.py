@@ -1,4 +1,4 @@
-"""Measuring which way each codebook-held weight runs faster, and pinning it."""
+"""Measuring which way each quantized weight runs faster, and pinning it."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Tuning:
     """What `tune` measured and pinned; ``str`` is a table.
 
     Args:
-        weights: Every codebook-held weight, in the model's order.
+        weights: Every quantized weight, in the model's order.
         backward: Whether times include the gradients.
     """
 
@@ -129,7 +129,7 @@ def tune(
     call it again where they change, or set ``plan`` to ``"auto"`` to be rid of it.
 
     Args:
-        model: A model with codebook-held weights. Compiled parts of it are measured uncompiled, and what stands around
+        model: A model with quantized weights. Compiled parts of it are measured uncompiled, and what stands around
             it (``DataParallel``, ...) is looked through.
         example_inputs: Positional inputs of one call, or the one tensor that it takes; of the size that is going to be
             used.
@@ -189,15 +189,13 @@ def _measure(
 
 
 def _held(model: nn.Module) -> list[tuple[RPQWeight, list[str]]]:
-    """Every codebook-held weight with all its paths."""
+    """Every quantized weight with all its paths."""
     found: dict[RPQWeight, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, RPQWeight):
             found.setdefault(module, []).append(path)
     if not found:
-        raise InputError(
-            "nothing in this model is held in codebooks, so there is nothing to tune; pass what rpqify returned"
-        )
+        raise InputError("no weight of this model is quantized, so there is nothing to tune; pass what rpqify returned")
     for weight, paths in found.items():
         if weight.codebooks.is_meta:
             raise InputError(

@@ -1,4 +1,4 @@
-"""Batches, one after the other, for as many steps as are asked for."""
+"""Feeds batches, one after the other, for a number of steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A codebook-held weight that is decoded once a step, so that the gradient of its dense tensor is there to be read."""
+"""A quantized weight that is decoded once a step, so that the gradient of its dense tensor is there to be read."""
 
 from __future__ import annotations
 

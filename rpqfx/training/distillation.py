@@ -23,7 +23,7 @@ class Distillation:
 
     Args:
         logits: Whether outputs are logits. Left out, those that have ``logits`` are, and that alone of them counts.
-        temperature: What logits are divided by; the divergence is multiplied by its square.
+        temperature: Divisor of the logits; the divergence is multiplied by its square.
     """
 
     def __init__(self, logits: bool | None = None, temperature: float = 1.0) -> None:

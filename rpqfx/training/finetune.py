@@ -34,7 +34,7 @@ class Finetuned:
         trained: How many numbers were trained, codes not counted.
         recoded: How often a sub-vector has been given another code.
         codes: How many codes there are.
-        seconds: What it took.
+        seconds: Time that it took.
     """
 
     losses: tuple[float, ...] = field(repr=False)
@@ -93,18 +93,18 @@ def finetune(
     """Trains a model in codebooks in place, so that it comes near to its dense teacher.
 
     Codebooks, scales, norms and biases take the steps of Adam, with a short warm-up and a cosine to zero. With
-    ``recode`` codes change as well: behind each weight a dense matrix takes the gradients that the quantised one gets,
-    and a sub-vector whose place in it has come nearer to another entry is given that one's code. What a saved file
-    holds stays the same in number and width: shared codebooks stay shared, and numbers that were exact in half
+    ``recode`` codes change as well: a latent dense matrix behind each weight takes the gradients of the quantized one,
+    and a sub-vector whose latent has come nearer to another entry gets that entry's code. The contents of a saved file
+    stay the same in number and width: shared codebooks stay shared, and numbers that were exact in half
     precision are rounded to it at the end.
 
     While it runs, each weight is decoded once a step: it takes the memory of the dense model and its gradient, and with
     ``recode`` of three more.
 
     Args:
-        small: What [`rpqify`][rpqfx.rpqify] or [`convert`][rpqfx.convert] returned, in float32; it is trained in eval
-            mode (no dropout), and left in the mode it is in. Of a wrapped one (``torch.compile``, ``DataParallel``,
-            ``AveragedModel``) the model within is trained, as it is without the wrapper.
+        small: A model that [`rpqify`][rpqfx.rpqify] or [`convert`][rpqfx.convert] returned, in float32; it is trained
+            in eval mode (no dropout), and left in the mode it is in. Of a wrapped one (``torch.compile``,
+            ``DataParallel``, ``AveragedModel``) the model within is trained, as it is without the wrapper.
         teacher: The dense model. May be left out where ``loss`` needs none.
         data: Batches, each a tensor, a tuple of positional inputs or a mapping of keyword inputs: a sequence, which is
             gone through in a new order each time; another iterable; or a callable that is given 0, 1, 2, ...

@@ -25,7 +25,7 @@ class Latent:
     its sub-vector over to another entry, a few a step, as PV-Tuning (Malinovskii et al., 2405.14852) asks for.
 
     Args:
-        weight: Whose codes are to follow. With several stages and signs codes stay as they are.
+        weight: The weight whose codes follow. With several stages and signs codes stay as they are.
     """
 
     def __init__(self, weight: RPQWeight) -> None:

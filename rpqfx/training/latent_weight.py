@@ -1,4 +1,4 @@
-"""A codebook-held weight that trains as a dense matrix, and computes with the entries nearest to it."""
+"""A quantized weight that trains as a dense matrix, and computes with the entries nearest to it."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class Rates:
 
 
 def held(model: nn.Module) -> list[RPQWeight]:
-    """Returns the codebook-held weights of a model.
+    """Returns the quantized weights of a model.
 
     Raises:
         InputError: If there are none, or they cannot be trained as they are.
@@ -53,7 +53,7 @@ def held(model: nn.Module) -> list[RPQWeight]:
     weights = [module for module in model.modules() if isinstance(module, RPQWeight)]
     if not weights:
         raise InputError(
-            "nothing in this model is held in codebooks, so there is nothing to fine-tune; pass what rpqify returned"
+            "no weight of this model is quantized, so there is nothing to fine-tune; pass what rpqify returned"
         )
     for weight in weights:
         if weight.codebooks.is_meta:
@@ -72,7 +72,7 @@ class Trained:
 
     Args:
         model: The model; only what is trained of it asks for gradients afterwards, and none are there.
-        weights: Its codebook-held weights.
+        weights: Its quantized weights.
         train: Chooses by qualified name; left out, all codebooks and factors, and dense Parameters of one axis.
     """
 
@@ -125,7 +125,7 @@ class Good:
 
     Args:
         tensors: All that changes of a model, but for codes.
-        weights: Whose codes may change.
+        weights: The weights whose codes may change.
     """
 
     def __init__(self, tensors: Sequence[Tensor], weights: Sequence[RPQWeight]) -> None:

@@ -183,7 +183,7 @@ class Recoding:
         """Goes on where another one was.
 
         Args:
-            state: What its ``state_dict`` returned.
+            state: A state that ``state_dict`` returned.
 
         Raises:
             InputError: If that was another recipe, seed or number of steps.

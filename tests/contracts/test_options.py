@@ -466,7 +466,7 @@ def _checked(folder: Path) -> None:
     rpqfx.check_outputs(model, torch.zeros(1, 32))
     rpqfx.check_outputs(model, example_kwargs={"input": torch.zeros(3, 32)})
     assert ran == [(1, 64), (1, 64), (3, 64), (3, 64)]  # each of the two models
-    with pytest.raises(RPQError, match="no weight of this model is in codebooks"):
+    with pytest.raises(RPQError, match="no weight of this model is quantized"):
         rpqfx.check_outputs(stack(), torch.zeros(1, 32))
 
 

@@ -15,6 +15,7 @@ import rpqfx.fit
 import rpqfx.routing.rewrite
 import rpqfx.training
 from rpqfx import codebook, graph, kv, nn, routing
+from rpqfx.policies.options import Options
 
 MODULES = (rpqfx, codebook, rpqfx.fit, graph, kv, nn, routing, routing.rewrite, rpqfx.training, rpqfx.distributed)
 _COLLECTING = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -111,3 +112,12 @@ def test_calls_copy_unless_they_are_told_not_to() -> None:
     codebooks = small[0].weight_rpq.codebooks.detach().clone()
     rpqfx.finetune(small, teacher=dense, data=[x], steps=2)
     assert not torch.equal(small[0].weight_rpq.codebooks, codebooks)
+
+
+@pytest.mark.parametrize("call", [rpqfx.Policy.from_scratch, rpqfx.Policy.budget, rpqfx.Policy.pretrained])
+def test_options_have_one_default_wherever_they_are_shown(call: Any) -> None:
+    parameters = inspect.signature(call).parameters
+    shown = {name: p.default for name, p in parameters.items() if name in Options.__dataclass_fields__}
+    own = {"min_bits": None, "min_size": 1024} if call == rpqfx.Policy.pretrained else {"min_bits": None}
+    own |= {"bits": None, "sharing": None} if call == rpqfx.Policy.budget else {}
+    assert shown == {name: own.get(name, getattr(Options(), name)) for name in shown}

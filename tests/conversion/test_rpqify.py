@@ -49,7 +49,7 @@ def test_only_modules_are_rewritten():
 def test_a_rewritten_model_is_refused_whichever_policy():
     small = rpqfx.rpqify(GPT(), SMALL)
     for again in (small, nn.Sequential(small), nn.Sequential(nn.Linear(64, 64), RPQLinear(64, 64))):
-        with pytest.raises(RewriteError, match="already holds weights in codebooks; start from the dense model"):
+        with pytest.raises(RewriteError, match="already has quantized weights; start from the dense model"):
             rpqfx.rpqify(again, SMALL)
 
 

@@ -1,4 +1,4 @@
-"""Containers that own Parameters which are held in codebooks.
+"""Containers that own Parameters which are quantized.
 
 A container counts and lists its children. Codebooks are a child as well, but not one that its owner put in, so they are
 left out of lengths, indices and iteration. They stay in ``named_modules`` and in the state dict.
@@ -101,7 +101,7 @@ class BackedParametrizations(BackedList):
     def right_inverse(self, value: Tensor) -> None:
         """Refuses to lay a tensor over codebooks."""
         raise RewriteError(
-            "this weight is computed from one that is held in codebooks and cannot be assigned; train or load the "
+            "this weight is computed from one that is quantized and cannot be assigned; train or load the "
             "codebooks, or assign it before rewriting"
         )
 

@@ -1,4 +1,4 @@
-"""Modules whose Parameters are held in codebooks, under their own names.
+"""Modules whose Parameters are quantized, under their own names.
 
 Backing a Parameter ``weight`` of a module moves it into a child ``RPQWeight`` named ``weight_rpq`` and gives
 the module a class on which ``weight`` is a property. Everything else of the module stays as it was: the object
@@ -21,7 +21,7 @@ from rpqfx.nn.hosting.reparametrised import refresh
 from rpqfx.nn.weight import RPQWeight
 
 READ_AS = "_rpqfx_read_as"
-"""Attribute of a class made by a rewrite: the class whose forward tells what the module does."""
+"""Attribute of a class made by a rewrite: the class whose forward shows what the module does."""
 
 
 def _is_computed_from(base: type[nn.Module], name: str) -> bool:
@@ -86,7 +86,7 @@ def backed_as(module: nn.Module, names: Iterable[str]) -> type[nn.Module]:
         _become(module, target)  # some classes only refuse when it comes to it
         _become(module, before)
     except Exception as error:  # extending a foreign class runs its own code
-        raise RewriteError(f"{before.__name__} cannot take on codebook-held Parameters: {error}") from error
+        raise RewriteError(f"{before.__name__} cannot take on quantized Parameters: {error}") from error
     return target
 
 
@@ -143,7 +143,7 @@ def register_adapter(dense: type[nn.Module], adapter: type[Backed]) -> None:
 
     Args:
         dense: A class of torch.nn that cannot do with properties alone.
-        adapter: What comes before it in the order of bases.
+        adapter: The class before it in the order of bases.
     """
     _ADAPTERS[dense] = adapter
 
@@ -175,7 +175,7 @@ class _Foreign(Backed):
         held = [name + ending for ending in ("_v", "_orig") if name + ending + SUFFIX in self._modules]
         if held:
             raise RewriteError(
-                f"{type(self).__name__}.{name} is computed from {held[0]}, which is held in codebooks and cannot take "
+                f"{type(self).__name__}.{name} is computed from {held[0]}, which is quantized and cannot take "
                 "its place as a dense Parameter; remove the weight norm, spectral norm or pruning before rewriting"
             )
         super().__delattr__(name)
@@ -208,7 +208,7 @@ def class_of(named: Any) -> type[nn.Module]:
     """Returns the class that ``named_class`` named.
 
     Args:
-        named: What it returned.
+        named: The form that it returned.
     """
     if isinstance(named, type):
         return named

@@ -1,4 +1,4 @@
-"""Recurrent layers whose weights are held in codebooks.
+"""Recurrent layers whose weights are quantized.
 
 ``LSTM``, ``GRU`` and ``RNN`` keep a second list of their Parameters, in the order in which torch's fused function takes
 them. Here that list is made from the names at each read, so that it holds what the codebooks hold, and nothing dense
@@ -38,7 +38,7 @@ class BackedCell(Backed):
 
     @torch.no_grad()
     def reset_rest(self) -> None:
-        """Draws what is not held in codebooks."""
+        """Draws what is not quantized."""
         bound = 1 / math.sqrt(self.hidden_size)
         for parameter in self.parameters(recurse=False):
             parameter.uniform_(-bound, bound)

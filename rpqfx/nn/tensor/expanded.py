@@ -75,7 +75,7 @@ class _Read(Tensor, metaclass=_Related):
 
 
 class ExpandedWeight(_Read):  # type: ignore[metaclass]
-    """The tensor of a codebook-held weight, made when it was read.
+    """The tensor of a quantized weight, made when it was read.
 
     A tensor like any other, but that products with it run on the codebooks, that autograd does not keep it for
     backward, and that changing it in place is refused, since the change would be lost (but for multiplying it by a
@@ -129,7 +129,7 @@ def _turned(weight: ExpandedWeight, func: Callable[..., Any], args: tuple[Any, .
 
 
 class FixedWeight(_Read):  # type: ignore[metaclass]
-    """The tensor of a codebook-held weight, for a reader that treats tensors with a torch function differently.
+    """The tensor of a quantized weight, for a reader that treats tensors with a torch function differently.
 
     To torch it is a plain tensor, which it keeps for backward; changes in place are answered as anywhere else.
     """

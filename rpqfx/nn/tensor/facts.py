@@ -1,4 +1,4 @@
-"""Attributes of a codebook-held tensor that need no values: shape, dtype, device, and attributes that were set."""
+"""Attributes of a quantized tensor that need no values: shape, dtype, device, and attributes that were set."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rpqfx.nn.tensor.views import Views
 
 
 class Facts(Views):
-    """A codebook-held tensor, seen through views, that answers as a tensor does where nothing has to be made."""
+    """A quantized tensor, seen through views, that answers as a tensor does where nothing has to be made."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -61,7 +61,7 @@ class Facts(Views):
             AttributeError: If there is none.
         """
         if name not in self.held.noted or not self.is_whole:
-            raise AttributeError(f"a weight that is held in codebooks has no attribute {name!r}")
+            raise AttributeError(f"a quantized weight has no attribute {name!r}")
         return self.held.noted[name]
 
     def note(self, name: str, value: Any) -> None:

@@ -30,7 +30,7 @@ def refused(what: str) -> RewriteError:
         what: Name of the function.
     """
     return RewriteError(
-        f"{what} would change a weight that is held in codebooks and made anew at each read; "
+        f"{what} would change a quantized weight, which is computed anew at each read; "
         "change its codebooks, keep the change apart (an adapter: do not merge it, or call rpqfx.dequantize first), "
         "or leave this layer dense with a Rule"
     )
@@ -51,7 +51,7 @@ def check_for_good(func: Callable[..., Any], args: Sequence[Any]) -> None:
         name = "grad"
     if name is not None:
         raise RewriteError(
-            f"{name} would be lost on a weight that is held in codebooks and made anew at each read; "
+            f"{name} would be lost on a quantized weight, which is computed anew at each read; "
             "use the Parameter weight_rpq.codebooks, whose gradient it is, or leave this layer dense with a Rule"
         )
 

@@ -22,7 +22,7 @@ class Remade:
     Args:
         tensor: The tensor, as long as the call takes.
         make: Makes an equal one.
-        sources: What it is made of; changing one in place before backward is an error, as it is for a saved tensor.
+        sources: The tensors that it is made of; changing one in place before backward is an error, as for a saved one.
     """
 
     def __init__(self, tensor: Tensor, make: Callable[[], Tensor], sources: Sequence[Tensor]) -> None:

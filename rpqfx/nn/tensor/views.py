@@ -1,4 +1,4 @@
-"""Views of a codebook-held tensor: parts of the codes where that can be, and otherwise a note of what to view later."""
+"""Views of a quantized tensor: parts of the codes where that can be, and otherwise a note of what to view later."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def tracing() -> Iterator[None]:
 
 
 class Views:
-    """A codebook-held tensor seen through views.
+    """A quantized tensor seen through views.
 
     Args:
         weight: The codebooks.
-        part: What of them this is; all, if left out.
+        part: The part of them that this is; all, if left out.
         order: The axes of the part, in the order they have here.
         views: Further views, as (method, arguments, keywords), of which codebooks know nothing.
     """
@@ -73,7 +73,7 @@ class Views:
 
     @property
     def is_whole(self) -> bool:
-        """Whether it is all of a codebook-held tensor, as it is."""
+        """Whether it is all of a quantized tensor, as it is."""
         return not self.part.path and not self.flipped and not self.views
 
     @property

@@ -1,4 +1,4 @@
-"""A Parameter that is not there: what foreign code reads in place of a codebook-held weight.
+"""A Parameter that is not there: what foreign code reads in place of a quantized weight.
 
 It knows the shape, and when torch is called with it in a place that the codebooks can serve (a linear map, a matrix
 product, a convolution, a lookup, an einsum of two operands) it is never made. Views of it, such as slices, chunks, one
@@ -62,11 +62,11 @@ CHANGES = {
 
 
 class VirtualWeight(Facts):
-    """A codebook-held tensor, or a view of one, that torch functions accept in place of a tensor.
+    """A quantized tensor, or a view of one, that torch functions accept in place of a tensor.
 
     Args:
         weight: The codebooks.
-        part: What of them this is; all, if left out.
+        part: The part of them that this is; all, if left out.
         order: The axes of the part, in the order they have here.
         views: Further views, as (method, arguments, keywords), of which codebooks know nothing.
     """

@@ -82,7 +82,7 @@ def test_a_conversion_and_a_new_bias_are_seen_at_the_next_call():
 
 def test_a_held_weight_cannot_be_laid_over():
     _, small, _ = made("lstm")
-    with pytest.raises(RewriteError, match="weight_ih_l0 is held in codebooks"):
+    with pytest.raises(RewriteError, match="weight_ih_l0 is quantized"):
         small.weight_ih_l0 = nn.Parameter(torch.zeros(64, 12))
 
 
