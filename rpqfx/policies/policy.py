@@ -56,6 +56,10 @@ class Policy(PartialOptions, PolicyBase):
 
     goes_with: ClassVar[str] = "rpqify"
     rule: ClassVar[type] = Rule
+    elsewhere: ClassVar[Mapping[str, str]] = {
+        "ratio": "Policy.budget(ratio=...)", "bytes": "Policy.budget(bytes=...)",
+        "bits_per_weight": "Policy.pretrained(...)", "embedding_bits": "Policy.pretrained(..., embedding_bits=...)",
+    }  # fmt: skip
 
     amount: Amount = field(default=Fixed())
     rules: tuple[Rule, ...] = ()

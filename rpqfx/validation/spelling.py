@@ -17,7 +17,8 @@ def spelled(made: T) -> T:
     """Has a dataclass, or a function that makes one, refuse wrong names with a PolicyError that says which there are.
 
     Args:
-        made: The class, or a function whose first parameter is ``self`` or ``cls``; its signature stays.
+        made: The class, or a function whose first parameter is ``self`` or ``cls``; its signature stays. A class may
+            say in ``elsewhere`` what to write in place of a name.
     """
     call = made.__init__ if isinstance(made, type) else made  # type: ignore[misc]
     name = f"a {made.__name__}" if isinstance(made, type) else made.__qualname__
@@ -28,10 +29,9 @@ def spelled(made: T) -> T:
     def checked(self: Any, *args: Any, **options: Any) -> Any:
         wrong = next((name for name in options if name not in known), None)
         if wrong is not None:
-            raise PolicyError(
-                f"{name} has no option {shown(wrong)}; it has {', '.join(sorted(known)) or 'none'}"
-                f"{closest(wrong, known)}"
-            )
+            there = getattr(made, "elsewhere", {}).get(wrong)
+            hint = closest(wrong, known) if there is None else f"; write {there}"
+            raise PolicyError(f"{name} has no option {shown(wrong)}; it has {', '.join(sorted(known)) or 'none'}{hint}")
         try:
             signature.bind(self, *args, **options)
         except TypeError as error:

@@ -38,6 +38,16 @@ def test_defaults_alone_are_never_idle(amount: Amount) -> None:
     assert amount.idle(PartialOptions(**amount.defaults())) is None and amount.idle(PartialOptions()) is None
 
 
+@pytest.mark.parametrize(
+    ("name", "there"),
+    [("ratio", r"budget\(ratio="), ("bytes", r"budget\(bytes="), ("bits_per_weight", "pretrained"),
+     ("embedding_bits", "pretrained")],
+)  # fmt: skip
+def test_a_number_of_an_amount_that_is_given_to_the_policy_is_refused_with_the_call_to_write(name, there) -> None:
+    with pytest.raises(PolicyError, match=rf"a Policy has no option '{name}'; it has .*; write Policy\.{there}"):
+        Policy(**{name: 3})
+
+
 @given(st.floats(0.01, 1.0), st.integers(1, 10**12))
 def test_a_ratio_is_a_share_of_the_bytes_before_and_bytes_are_bytes(ratio: float, before: int) -> None:
     assert Budget(ratio=ratio).limit(before) == int(ratio * before) <= before
