@@ -15,7 +15,7 @@ from rpqfx.graph.copying import copy_model
 from rpqfx.graph.generators import generator_states, set_generator_states
 from rpqfx.graph.module_graphs import evaluating
 from rpqfx.nn.wrappers import unwrapped
-from rpqfx.policies.arguments import check_call, check_model, keyword, positional
+from rpqfx.policies.arguments import check_model, example_call
 
 
 def check_outputs(
@@ -39,9 +39,8 @@ def check_outputs(
         RewriteError: If the outputs differ.
     """
     check_model(model, "check_outputs")
-    args, kwargs = positional(example_inputs, "example_inputs"), keyword(example_kwargs, "example_kwargs")
     inner = unwrapped(model)
-    check_call(inner, args, kwargs)
+    args, kwargs = example_call(inner, example_inputs, example_kwargs)
     found, wanted = (_outputs(one, args, kwargs) for one in (copy_model(inner), dequantize(inner)))
     if found[1] != wanted[1] or not all(_near(a, b) for a, b in zip(found[0], wanted[0], strict=True)):
         raise RewriteError(

@@ -55,11 +55,10 @@ def convert(
     Raises:
         InputError: If ``model`` is not a module, or rejects a batch; if there is no batch, or one is empty or not
             finite, or reaches no weight.
-        RewriteError: As ``rpqify``.
+        RewriteError, CaptureError: As ``rpqify``.
         PolicyError: As ``rpqify``; and if codebooks are drawn anew (``init="random"``), which are not calibrated.
         FormatError: If the checkpoint folder holds another conversion.
         OSError: If the checkpoint folder cannot be written; what was saved before stays.
-        CaptureError: If a lazy module has never run.
     """
     check_model(model, "convert")
     check_policy(policy, Policy, call="convert", any_callable=True)

@@ -34,31 +34,11 @@ from rpqfx.validation.values import check_seed, flag
 
 
 def rewritten(
-    call: str,
-    model: nn.Module,
-    policy: Policy | Decide | None,
-    *,
-    inplace: bool,
-    seed: int | None,
-    progress: Progress | bool | None,
-    calibration: Iterable[Any] | None = None,
+    call: str, model: nn.Module, policy: Policy | Decide | None, *, inplace: bool, seed: int | None,
+    progress: Progress | bool | None, calibration: Iterable[Any] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
-) -> nn.Module:
-    """Returns a copy of a model, or with ``inplace`` the model itself, whose weights live in codebooks.
-
-    Args:
-        call: The public function that was called, for messages.
-        model: Any module.
-        policy: A policy, or a callable from a site to a decision.
-        inplace: Rewrite ``model`` itself.
-        seed: Seeds fits, and codebooks that are drawn.
-        progress: Called with (done, total, site name).
-        calibration: Batches of the model's inputs.
-        checkpoint: Folder for finished weights of a conversion.
-
-    Raises:
-        RPQError: As ``rpqify`` and ``convert`` say. Whatever is raised, ``model`` is as it was.
-    """
+) -> nn.Module:  # fmt: skip
+    """Returns what the public function ``call`` does; whatever this raises, ``model`` is as it was."""
     check_model(model, call)
     check_policy(policy, Policy, call=call, any_callable=True)
     assert policy is not None

@@ -65,18 +65,7 @@ class RPQEmbedding(_Table, nn.Embedding):
         cls, embeddings: Tensor, freeze: bool = True, padding_idx: int | None = None, max_norm: float | None = None,
         norm_type: float = 2.0, scale_grad_by_freq: bool = False, sparse: bool = False, **options: Unpack[DenseOptions],
     ) -> Self:  # fmt: skip
-        """Returns a table fitted to a given one, as the dense layer's; further arguments are those of ``from_dense``.
-
-        Args:
-            embeddings: The table, ``[num_embeddings, embedding_dim]``.
-            freeze: Whether the codebooks are not trained.
-            padding_idx: As in the constructor.
-            max_norm: As in the constructor.
-            norm_type: As in the constructor.
-            scale_grad_by_freq: As in the constructor.
-            sparse: As in the constructor.
-            **options: As for ``from_dense``.
-        """
+        """Returns a table fitted to ``embeddings``; arguments are the dense layer's, and those of ``from_dense``."""
         dense = nn.Embedding.from_pretrained(
             embeddings, freeze, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
         )
@@ -131,20 +120,7 @@ class RPQEmbeddingBag(_Table, nn.EmbeddingBag):
         scale_grad_by_freq: bool = False, mode: str = "mean", sparse: bool = False, include_last_offset: bool = False,
         padding_idx: int | None = None, **options: Unpack[DenseOptions],
     ) -> Self:  # fmt: skip
-        """Returns a table fitted to a given one, as the dense layer's; further arguments are those of ``from_dense``.
-
-        Args:
-            embeddings: The table, ``[num_embeddings, embedding_dim]``.
-            freeze: Whether the codebooks are not trained.
-            max_norm: As in the constructor.
-            norm_type: As in the constructor.
-            scale_grad_by_freq: As in the constructor.
-            mode: As in the constructor.
-            sparse: As in the constructor.
-            include_last_offset: As in the constructor.
-            padding_idx: As in the constructor.
-            **options: As for ``from_dense``.
-        """
+        """Returns a table fitted to ``embeddings``; arguments are the dense layer's, and those of ``from_dense``."""
         dense = nn.EmbeddingBag.from_pretrained(
             embeddings, freeze, max_norm, norm_type, scale_grad_by_freq, mode, sparse, include_last_offset, padding_idx
         )

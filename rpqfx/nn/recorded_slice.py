@@ -72,14 +72,7 @@ class CalledPart(Recorded):
     Hooks may bring the tensors in before a call and take them away after it, as accelerate's do and those of sharding.
     The weight's call takes the operand as its argument and returns the product.
 
-    Args:
-        weight: The weight.
-        tensors: As for ``Part``.
-        layout: As for ``Part``.
-        grad_factor: As for ``Part``.
-        plan: As for ``Part``.
-        path: As for ``Part``.
-        note: As for ``Part``.
+    It takes the weight, and the arguments of ``Part``.
     """
 
     lasting = False

@@ -27,12 +27,8 @@ class Amount:
         """Returns the values of options that are left out and not chosen."""
         return {f.name: f.default for f in dataclasses.fields(Options) if f.name not in self.chosen}
 
-    def idle(self, options: PartialOptions) -> tuple[str, str] | None:
-        """Returns the first option that would do nothing, and why, or None.
-
-        Args:
-            options: Those of a policy or a rule.
-        """
+    def _idle(self, options: PartialOptions) -> tuple[str, str] | None:
+        """Returns the first option of a policy or a rule that would do nothing, and why, or None."""
         return None
 
     def check(self, options: PartialOptions, rules: Sequence[Rule]) -> None:
@@ -45,24 +41,20 @@ class Amount:
         Raises:
             PolicyError: Names the option, and says what to do instead.
         """
-        if (found := self.idle(options)) is not None:
-            name, why = found
-            raise PolicyError(
-                f"{name}={getattr(options, name)!r} would do nothing: {why}; leave it out, or give it in a Rule that "
-                "sets codebook_dim, codebooks or bits"
-            )
-        for rule in rules:
-            own = rule.given()
-            if rule.sets_shape:  # which leaves nothing to be chosen
-                own = {name: value for name, value in own.items() if name in self.never}
-            if (found := self.idle(PartialOptions(**own))) is None:
+        for rule in (None, *rules):
+            given: PartialOptions = options if rule is None else rule
+            if rule is not None and rule.sets_shape:  # which leaves nothing to be chosen
+                given = PartialOptions(**{name: rule.given().get(name) for name in self.never})
+            if (found := self._idle(given)) is None:
                 continue
             name, why = found
-            more = ", or set codebook_dim, codebooks or bits in the rule as well, so that its weights have a shape of "
-            more = "" if name in self.never else more + "their own"
+            whose = "" if rule is None else f" of the rule for {shown(rule.match)}"
+            advice = ", or give it in a Rule that sets codebook_dim, codebooks or bits"
+            if rule is not None:
+                advice = ", or set codebook_dim, codebooks or bits in the rule as well, for a shape of its own"
             raise PolicyError(
-                f"{name}={getattr(rule, name)!r} of the rule for {shown(rule.match)} would do nothing: {why}; leave it "
-                f"out{more}"
+                f"{name}={getattr(given, name)!r}{whose} would do nothing: {why}; leave it out"
+                f"{'' if name in self.never else advice}"
             )
 
 
@@ -107,12 +99,7 @@ class Budget(Amount):
         """
         return int(self.ratio * before) if self.bytes is None else self.bytes  # type: ignore[operator]
 
-    def idle(self, options: PartialOptions) -> tuple[str, str] | None:
-        """Returns the first option that would do nothing, and why, or None.
-
-        Args:
-            options: Those of a policy or a rule.
-        """
+    def _idle(self, options: PartialOptions) -> tuple[str, str] | None:
         if options.allow_growth:
             return "allow_growth", "under a budget no weight is given more bytes than it has"
         if options.sharing in ("shape", "role"):
@@ -147,12 +134,7 @@ class Rate(Amount):
         if self.embedding_bits is not None:
             number("embedding_bits", self.embedding_bits, meaning, lambda value: 0 < value <= 16)
 
-    def idle(self, options: PartialOptions) -> tuple[str, str] | None:
-        """Returns the first option that would do nothing, and why, or None.
-
-        Args:
-            options: Those of a policy or a rule.
-        """
+    def _idle(self, options: PartialOptions) -> tuple[str, str] | None:
         if (name := next((name for name in options.given() if name in self.chosen), None)) is not None:
             return name, f"bits_per_weight chooses {name} for each weight"
         if options.allow_growth:

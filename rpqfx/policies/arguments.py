@@ -87,67 +87,38 @@ def check_policy(policy: Any, kind: type, *, call: str | None = None, any_callab
     raise PolicyError(f"{said}{shown(policy)}")
 
 
-def positional(inputs: Any, name: str) -> tuple[Any, ...]:
-    """Returns the positional inputs of one call.
-
-    Args:
-        inputs: A sequence of inputs, or the one tensor that a model takes; None for none.
-        name: Name of the argument, for the message.
-
-    Raises:
-        InputError: If it is something else.
-    """
-    if inputs is None:
-        return ()
-    if isinstance(inputs, Mapping):
-        keyword = name.replace("inputs", "kwargs")
-        raise InputError(f"{name} are positional, got a mapping; pass it as {keyword}")
-    if isinstance(inputs, Tensor):
-        return (inputs,)
-    if not isinstance(inputs, Sequence) or isinstance(inputs, str):
-        raise InputError(f"{name} is a sequence of inputs or one tensor, got {type(inputs).__name__}")
-    return tuple(inputs)
-
-
-def keyword(inputs: Any, name: str) -> dict[str, Any]:
-    """Returns the keyword inputs of one call.
-
-    Args:
-        inputs: A mapping from names to inputs; None for none.
-        name: Name of the argument, for the message.
-
-    Raises:
-        InputError: If it is something else.
-    """
-    if inputs is None:
-        return {}
-    if not isinstance(inputs, Mapping) or not all(isinstance(key, str) for key in inputs):
-        raise InputError(f"{name} is a mapping from names to inputs, got {shown(inputs)}")
-    return dict(inputs)
-
-
-def check_call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Raises an error unless inputs are those that a model's forward has arguments for.
+def example_call(
+    model: nn.Module, example_inputs: Any, example_kwargs: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:  # fmt: skip
+    """Returns the positional and the keyword inputs of one call of a model.
 
     Args:
         model: The model.
-        args: Positional inputs.
-        kwargs: Keyword inputs.
+        example_inputs: A sequence of inputs, or the one tensor that the model takes; None for none.
+        example_kwargs: A mapping from names to inputs; None for none.
 
     Raises:
-        InputError: If one is missing, or there is one too many.
+        InputError: If they are something else, or not the inputs that the model's forward has arguments for.
     """
-    if model._forward_pre_hooks:  # which may give it others
-        return
+    args, kwargs = example_inputs, {} if example_kwargs is None else example_kwargs
+    if isinstance(args, Mapping):
+        raise InputError("example_inputs are positional, got a mapping; pass it as example_kwargs")
+    if (args is not None and not isinstance(args, (Tensor, Sequence))) or isinstance(args, str):
+        raise InputError(f"example_inputs is a sequence of inputs or one tensor, got {type(args).__name__}")
+    if not isinstance(kwargs, Mapping) or not all(isinstance(key, str) for key in kwargs):
+        raise InputError(f"example_kwargs is a mapping from names to inputs, got {shown(kwargs)}")
+    args, kwargs = (args,) if isinstance(args, Tensor) else tuple(args or ()), dict(kwargs)
     try:
-        inspect.signature(model.forward).bind(*args, **kwargs)
+        if not model._forward_pre_hooks:  # which may give it others
+            inspect.signature(model.forward).bind(*args, **kwargs)
     except TypeError as error:
         raise InputError(
             f"the example inputs are not those of one call of {type(model).__name__}: {error}; example_inputs are the "
             "positional ones, example_kwargs those by keyword"
         ) from error
     except ValueError:  # a forward without a signature
-        return
+        pass
+    return args, kwargs
 
 
 def check_progress(progress: Any, *, switches: bool = True) -> None:

@@ -26,11 +26,7 @@ class PolicyBase:
     rules: tuple[Any, ...]
 
     def rule_for(self, what: Any) -> Any:
-        """Returns the rule that is followed, the first that matches, or None.
-
-        Args:
-            what: A site, or the name of a module, as the rules match them.
-        """
+        """Returns the rule that a site, or the module of a name, follows: the first that matches; or None."""
         return next((rule for rule in self.rules if rule.matches(what)), None)
 
     def defaults(self) -> Mapping[str, Any]:
@@ -75,11 +71,7 @@ class PolicyBase:
 
     @classmethod
     def decoded(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Returns the fields that JSON stands for, the rules apart.
-
-        Args:
-            values: As JSON has them.
-        """
+        """Returns the fields that the values of a JSON stand for, the rules apart."""
         return values
 
 

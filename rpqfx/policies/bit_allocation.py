@@ -9,7 +9,7 @@ codebook, on ladders of one sub-vector length.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rpqfx.codebook import CodebookSpec, nearest_divisor
 from rpqfx.errors import PolicyError
@@ -32,6 +32,7 @@ _FLOAT_BITS = 16  # codebooks and factors are rounded to half precision
 _FACTORS_SHARE = 0.05  # of the budget, what factors of columns may take
 _OWN_BELOW = 32_768  # weights this small may have a codebook of their own
 _FEWEST_USERS = 4  # sub-vectors an entry
+Found = tuple[float, dict[str, Hold]] | float  # the expected cost and the decisions, or the bits that it takes at least
 _NEXT = 1.25  # from one number of bits that is tried to the next, where the ones that are wanted cannot be had
 
 
@@ -75,40 +76,36 @@ def spread(
     return held
 
 
-def _best_tiled(
-    sites: Sequence[Site], bits: float, cost: Mapping[str, float], group: str
-) -> tuple[float, dict[str, Hold]] | float:
+def _best_tiled(sites: Sequence[Site], bits: float, cost: Mapping[str, float], group: str) -> Found:
     """As ``_best``, with stages of 16 entries."""
     total = sum(site.numel for site in sites)
     dtypes = {site.dtype for site in sites}  # which cannot share
     ways = _Ways(sites, bits, cost, group)
+
+    def tried(some: tuple[fast_shapes.Shape, ...]) -> Found:
+        books = len(dtypes) * sum(stages * fast_shapes.ENTRIES * d * _FLOAT_BITS for d, stages in some)
+        return _choose_within(ways.tiled(some), books, bits, total)
+
+    return _cheapest((tried(some) for some in fast_shapes.ranges(bits)), total)
+
+
+def _best(sites: Sequence[Site], bits: float, cost: Mapping[str, float], group: str) -> Found:
+    """Returns the expected cost and decisions, or about how many bits a weight it would take at least."""
+    total = sum(site.numel for site in sites)
+    ways = _Ways(sites, bits, cost, group)
+    ladders = ((d, rungs) for d in _ZADOR for rungs in _ladders(d, bits, total))
+    return _cheapest((_allocate(sites, d, rungs, bits, ways) for d, rungs in ladders), total)
+
+
+def _cheapest(tries: Iterable[Found], total: int) -> Found:
+    """Returns the try with the least expected cost, or the fewest bits a weight that one would take."""
     best: tuple[float, dict[str, Hold]] | None = None
     least = math.inf
-    for some in fast_shapes.ranges(bits):
-        books = len(dtypes) * sum(stages * fast_shapes.ENTRIES * d * _FLOAT_BITS for d, stages in some)
-        found = _choose_within(ways.tiled(some), books, bits, total)
+    for found in tries:
         if isinstance(found, float):
             least = min(least, found / total)
         elif best is None or found[0] < best[0]:
             best = found
-    return least if best is None else best
-
-
-def _best(
-    sites: Sequence[Site], bits: float, cost: Mapping[str, float], group: str
-) -> tuple[float, dict[str, Hold]] | float:
-    """Returns the expected cost and decisions, or about how many bits a weight it would take at least."""
-    total = sum(site.numel for site in sites)
-    ways = _Ways(sites, bits, cost, group)
-    best: tuple[float, dict[str, Hold]] | None = None
-    least = math.inf
-    for d in _ZADOR:
-        for rungs in _ladders(d, bits, total):
-            found = _allocate(sites, d, rungs, bits, ways)
-            if isinstance(found, float):
-                least = min(least, found / total)
-            elif best is None or found[0] < best[0]:
-                best = found
     return least if best is None else best
 
 
@@ -149,9 +146,7 @@ def _ladders(d: int, bits: float, total: int) -> list[range]:
     ]
 
 
-def _allocate(
-    sites: Sequence[Site], d: int, rungs: range, bits: float, ways: _Ways
-) -> tuple[float, dict[str, Hold]] | float:
+def _allocate(sites: Sequence[Site], d: int, rungs: range, bits: float, ways: _Ways) -> Found:
     """Returns the expected cost and decisions for one ladder, or the bits that it takes at least."""
     total = sum(site.numel for site in sites)
     if max(rungs) > 1 and total // d < _FEWEST_USERS * 2 ** max(rungs):
@@ -161,9 +156,7 @@ def _allocate(
     return _choose_within(ways.of(d, rungs), books, bits, total)
 
 
-def _choose_within(
-    groups: Mapping[str, Sequence[Candidate[Hold]]], books: int, bits: float, total: int
-) -> tuple[float, dict[str, Hold]] | float:
+def _choose_within(groups: Mapping[str, Sequence[Candidate[Hold]]], books: int, bits: float, total: int) -> Found:
     """Returns the expected cost and decisions for candidates and bits of codebooks, or the bits that it takes."""
     if not all(groups.values()):
         return math.inf

@@ -44,11 +44,10 @@ def decide_all(
 
 def _remarks(policy: Policy, sites: Sequence[Site]) -> list[str]:
     """Returns notes on the parts of a policy that have no effect on these sites."""
-    unmatched = policy.unmatched_rules(sites)
     followed = [policy.rule_for(site) for site in sites]
     found = []
     for rule in policy.rules:
-        if any(rule is other for other in unmatched):
+        if not any(rule.matches(site) for site in sites):
             found.append(f"rule {rule.match!r} matches no site")
         elif not any(rule is other for other in followed):
             found.append(f"rule {rule.match!r} is never followed: rules before it match every site that it does")

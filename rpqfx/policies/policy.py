@@ -251,10 +251,6 @@ class Policy(PartialOptions, PolicyBase):
             del merged["min_bits"]  # the rule asks for fewer than the policy would go down to
         return PartialOptions(**{**merged, **own})
 
-    def unmatched_rules(self, sites: Sequence[Site]) -> list[Rule]:
-        """Returns the rules that match no site: most often a name that was mistyped."""
-        return [rule for rule in self.rules if not any(rule.matches(site) for site in sites)]
-
     def _rule_sets_shape(self, site: Site) -> bool:
         rule = self.rule_for(site)
         return rule is not None and rule.sets_shape
@@ -290,9 +286,5 @@ class Policy(PartialOptions, PolicyBase):
 
     @classmethod
     def decoded(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Returns the fields that JSON stands for, the rules apart.
-
-        Args:
-            values: As JSON has them.
-        """
+        """Returns the fields that the values of a JSON stand for, the rules apart."""
         return {**values, "amount": amount_from(values["amount"])} if "amount" in values else values

@@ -15,7 +15,7 @@ from rpqfx.nn.hosting.backed import SUFFIX
 from rpqfx.nn.weight import RPQWeight
 from rpqfx.nn.wrappers import refuse_sharded, unwrapped
 from rpqfx.ops import Plan
-from rpqfx.policies.arguments import check_call, check_model, keyword, positional
+from rpqfx.policies.arguments import check_model, example_call
 from rpqfx.reporting.tables import Table, to_text
 from rpqfx.timing import clock
 from rpqfx.timing.record import Trial, Use, observe
@@ -146,13 +146,12 @@ def tune(
         RewriteError: If the model cannot be copied, or is sharded.
     """
     check_model(model, "tune")
-    args, kwargs = positional(example_inputs, "example_inputs"), keyword(example_kwargs, "example_kwargs")
     flag("backward", backward, error=InputError)
     whole("repeats", repeats, 1, error=InputError)
     refuse_sharded(model, "tune")
     written = unwrapped(model)
     held = _held(written)
-    check_call(written, args, kwargs)
+    args, kwargs = example_call(written, example_inputs, example_kwargs)
     times: dict[_Asked, list[float]] = {}
     with torch.inference_mode(False):  # under which there are no gradients to time
         seen = observe(written, args, kwargs, backward)

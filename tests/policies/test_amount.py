@@ -35,7 +35,8 @@ def test_what_is_left_out_is_chosen_or_has_the_one_default(amount: Amount) -> No
 
 @pytest.mark.parametrize("amount", AMOUNTS, ids=repr)
 def test_defaults_alone_are_never_idle(amount: Amount) -> None:
-    assert amount.idle(PartialOptions(**amount.defaults())) is None and amount.idle(PartialOptions()) is None
+    amount.check(PartialOptions(**amount.defaults()), ())
+    amount.check(PartialOptions(), (Rule("a", min_size=0, init="fit", allow_growth=False),))
 
 
 @pytest.mark.parametrize(
