@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from rpqfx.errors import PolicyError
-from rpqfx.policies.base import PolicyBase, rules_of
+from rpqfx.policies.base import PolicyBase
 from rpqfx.policies.name_rules import NameRule
 from rpqfx.validation.spelling import spelled
 from rpqfx.validation.values import flag, number, one_of, shown, whole
@@ -120,7 +120,7 @@ class KVPolicy(PolicyBase):
             raise PolicyError(
                 f"chunk is a multiple of {_UNIT}, so that codes fill whole bytes, got {self.chunk}; give {near}"
             )
-        object.__setattr__(self, "rules", rules_of(self.rules, KVRule))
+        self._check_rules()
         self._check_skipped()
         self._check_idle()
         defaults = {"joint": self.transform and not self.scaled, "beam": 1 if self.cosine else _BEAM}

@@ -92,11 +92,7 @@ class Budget(Amount):
             whole("bytes", self.bytes, 1, what="of bytes")
 
     def limit(self, before: int) -> int:
-        """Returns the bytes that the model may take.
-
-        Args:
-            before: Those that it takes dense.
-        """
+        """Returns the bytes that a model may take, which takes ``before`` bytes dense."""
         return int(self.ratio * before) if self.bytes is None else self.bytes  # type: ignore[operator]
 
     def _idle(self, options: PartialOptions) -> tuple[str, str] | None:
@@ -145,14 +141,7 @@ class Rate(Amount):
 
 
 def amount_from(values: Any) -> Amount:
-    """Returns the amount that JSON stands for.
-
-    Args:
-        values: An object with one field, whose name is that of the class.
-
-    Raises:
-        PolicyError: If it is something else.
-    """
+    """Returns the amount that JSON stands for, an object with one field, whose name is that of the class."""
     kinds = {kind.__name__: kind for kind in (Fixed, Budget, Rate)}
     if not isinstance(values, dict) or len(values) != 1 or not isinstance(next(iter(values.values())), dict):
         raise PolicyError(f"amount is an object with one field, one of {', '.join(kinds)}, got {shown(values)}")

@@ -29,6 +29,20 @@ class PolicyBase:
         """Returns the rule that a site, or the module of a name, follows: the first that matches; or None."""
         return next((rule for rule in self.rules if rule.matches(what)), None)
 
+    def _check_rules(self) -> None:
+        """Makes the rules a tuple; raises an error where they are no sequence of rules."""
+        rules, name = self.rules, self.rule.__name__
+        if isinstance(rules, self.rule):
+            raise PolicyError(
+                f"rules is a sequence of {name}s, got one {name}; put it in a tuple: rules=({name}(...),)"
+            )
+        if not isinstance(rules, Sequence) or isinstance(rules, str):
+            raise PolicyError(f"rules is a sequence of {name}s, got {shown(rules)}")
+        for each in rules:
+            if not isinstance(each, self.rule):
+                raise PolicyError(f"rules are {name} values, got {shown(each)}; write {name}('a glob', ...)")
+        object.__setattr__(self, "rules", tuple(rules))
+
     def defaults(self) -> Mapping[str, Any]:
         """Returns the values that fields have where they are left out."""
         return _defaults(self)
@@ -73,27 +87,6 @@ class PolicyBase:
     def decoded(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Returns the fields that the values of a JSON stand for, the rules apart."""
         return values
-
-
-def rules_of(rules: Any, kind: type) -> tuple[Any, ...]:
-    """Returns the rules of a policy as a tuple.
-
-    Args:
-        rules: The argument.
-        kind: Class of a rule.
-
-    Raises:
-        PolicyError: If it is no sequence of rules.
-    """
-    name = kind.__name__
-    if isinstance(rules, kind):
-        raise PolicyError(f"rules is a sequence of {name}s, got one {name}; put it in a tuple: rules=({name}(...),)")
-    if not isinstance(rules, Sequence) or isinstance(rules, str):
-        raise PolicyError(f"rules is a sequence of {name}s, got {shown(rules)}")
-    for rule in rules:
-        if not isinstance(rule, kind):
-            raise PolicyError(f"rules are {name} values, got {shown(rule)}; write {name}('a glob', ...)")
-    return tuple(rules)
 
 
 def _defaults(value: Any) -> dict[str, Any]:

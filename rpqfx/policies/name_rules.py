@@ -45,14 +45,7 @@ class NameRule:
 
 
 def check_skip(skip: Any) -> None:
-    """Raises an error unless the reason to skip is words or None.
-
-    Args:
-        skip: The argument.
-
-    Raises:
-        PolicyError: If it is something else.
-    """
+    """Raises an error unless the reason to skip is words or None."""
     if skip is not None and not isinstance(skip, str):
         raise PolicyError(f"skip is the reason why modules are left alone, in words, or None, got {shown(skip)}")
 

@@ -14,14 +14,14 @@ from rpqfx.nn.layer import Split
 from rpqfx.nn.layout import Experts
 from rpqfx.ops import Plan
 from rpqfx.policies.amount import EMBEDDING_BITS, Amount, Budget, Fixed, Rate, amount_from
-from rpqfx.policies.base import PolicyBase, rules_of
+from rpqfx.policies.base import PolicyBase
 from rpqfx.policies.bit_allocation import spread
 from rpqfx.policies.budget import Candidate, choose
 from rpqfx.policies.decision import Hold, Skip, candidates, smallest, stored_bytes, together
 from rpqfx.policies.options import Init, Options, PartialOptions, Rule, Sharing
-from rpqfx.policies.site import KINDS, Kind, Site, kinds_of
+from rpqfx.policies.site import KINDS, Kind, Site
 from rpqfx.validation.spelling import spelled
-from rpqfx.validation.values import shown
+from rpqfx.validation.values import one_of, shown
 
 __all__ = ["Budget", "Decide", "Fixed", "Hold", "Options", "Policy", "Rate", "Rule", "Skip"]
 
@@ -66,8 +66,8 @@ class Policy(PartialOptions, PolicyBase):
     kinds: tuple[Kind, ...] = KINDS
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rules", rules_of(self.rules, Rule))
-        object.__setattr__(self, "kinds", kinds_of(self.kinds))
+        self._check_rules()
+        object.__setattr__(self, "kinds", _kinds(self.kinds))
         if not isinstance(self.amount, Amount):
             raise PolicyError(
                 f"amount is Fixed(), Budget(ratio=...) or Rate(bits_per_weight), got {shown(self.amount)}"
@@ -288,3 +288,12 @@ class Policy(PartialOptions, PolicyBase):
     def decoded(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Returns the fields that the values of a JSON stand for, the rules apart."""
         return {**values, "amount": amount_from(values["amount"])} if "amount" in values else values
+
+
+def _kinds(kinds: Any) -> tuple[Kind, ...]:
+    """Returns kinds of sites as a tuple, sorted where they are a set."""
+    if isinstance(kinds, str) or not isinstance(kinds, (Sequence, set, frozenset)):
+        raise PolicyError(f"kinds is a sequence of some of {', '.join(KINDS)}, got {shown(kinds)}; put it in a tuple")
+    for kind in kinds:
+        one_of("each of kinds", kind, KINDS)
+    return tuple(sorted(kinds)) if isinstance(kinds, (set, frozenset)) else tuple(kinds)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import nn
 
-from rpqfx.errors import PolicyError, SpecError
+from rpqfx.errors import SpecError
 from rpqfx.nn.layer import Split
 from rpqfx.nn.layout import Experts, Layout
-from rpqfx.validation.values import one_of, shown
 
 Kind = Literal[
     "linear",
@@ -28,22 +26,6 @@ Kind = Literal[
     "parameter",
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-
-
-def kinds_of(kinds: Any) -> tuple[Kind, ...]:
-    """Returns kinds of sites as a tuple.
-
-    Args:
-        kinds: A sequence or a set of them.
-
-    Raises:
-        PolicyError: If it is neither, or has what is no kind.
-    """
-    if isinstance(kinds, str) or not isinstance(kinds, (Sequence, set, frozenset)):
-        raise PolicyError(f"kinds is a sequence of some of {', '.join(KINDS)}, got {shown(kinds)}; put it in a tuple")
-    for kind in kinds:
-        one_of("each of kinds", kind, KINDS)
-    return tuple(sorted(kinds)) if isinstance(kinds, (set, frozenset)) else tuple(kinds)
 
 
 @dataclass(frozen=True)

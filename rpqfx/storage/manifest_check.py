@@ -149,9 +149,7 @@ def _check_spec(name: str, spec: dict[str, Any]) -> None:
     try:
         CodebookSpec.from_dict(spec)
     except SpecError as error:
-        raise FormatError(
-            f"its manifest says that {name} is quantized with codebooks that cannot be: {error}"
-        ) from error
+        raise FormatError(f"its manifest says that {name} has codebooks that cannot be: {error}") from error
 
 
 def _check_record(record: dict[str, Any]) -> None:

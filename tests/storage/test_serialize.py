@@ -468,7 +468,7 @@ def test_codebooks_that_cannot_be_are_refused(of: str, changes: dict[str, Any], 
     held = json.loads(torch.load(tmp_path / "m.rpq", weights_only=True)["rpqfx"])[of]
     next(values["spec"] for values in held if values["spec"] is not None).update(changes)
     rewrite_manifest(tmp_path / "m.rpq", **{of: held})
-    with pytest.raises(FormatError, match=f"is quantized with codebooks that cannot be: {message}"):
+    with pytest.raises(FormatError, match=f"has codebooks that cannot be: {message}"):
         rpqfx.load(tmp_path / "m.rpq", forbidden)
 
 

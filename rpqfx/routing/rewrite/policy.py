@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from rpqfx.errors import PolicyError, SpecError
-from rpqfx.policies.base import PolicyBase, rules_of
+from rpqfx.policies.base import PolicyBase
 from rpqfx.policies.name_rules import NameRule
 from rpqfx.routing.router import Router
 from rpqfx.validation.spelling import spelled
@@ -90,7 +90,7 @@ class RoutePolicy(PolicyBase):
         if self.window is not None:
             whole("window", self.window, 1, _MOST, what="of tokens, or None,")
         flag("look_ahead", self.look_ahead)
-        object.__setattr__(self, "rules", rules_of(self.rules, RouteRule))
+        self._check_rules()
         object.__setattr__(self, "router", _router(self.router))
         self._check_light_window()
         if self.window is not None and self.look_ahead:
