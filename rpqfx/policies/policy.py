@@ -87,12 +87,10 @@ class Policy(PartialOptions, PolicyBase):
     @classmethod
     @spelled
     def from_scratch(
-        cls, *, codebook_dim: int | None = None, codebooks: int | Literal["heads"] | None = None,
-        bits: int = Options.bits, min_bits: int | None = None, stages: int = Options.stages,
-        sharing: Sharing = Options.sharing, experts: Experts = Options.experts,
-        split: Split | Literal["auto"] = Options.split, scale: bool = Options.scale,
-        dim_scale: bool = Options.dim_scale, signs: bool = Options.signs, grad_scale: GradScale = Options.grad_scale,
-        plan: Plan = Options.plan, min_size: int = Options.min_size, allow_growth: bool = Options.allow_growth,
+        cls, *, codebook_dim: int | None = None, codebooks: int | Literal["heads"] | None = None, bits: int = 8,
+        min_bits: int | None = None, stages: int = 1, sharing: Sharing = "own", experts: Experts = "shared",
+        split: Split | Literal["auto"] = "auto", scale: bool = False, dim_scale: bool = False, signs: bool = False,
+        grad_scale: GradScale = "sum", plan: Plan = "auto", min_size: int = 4096, allow_growth: bool = False,
         rules: tuple[Rule, ...] = (), kinds: tuple[Kind, ...] = KINDS,
     ) -> Policy:  # fmt: skip
         """Makes a policy for training from scratch: codebooks are drawn anew, with fewer entries in small layers.
@@ -116,10 +114,9 @@ class Policy(PartialOptions, PolicyBase):
     def budget(
         cls, *, ratio: float | None = None, bytes: int | None = None, codebook_dim: int | None = None,
         codebooks: int | Literal["heads"] | None = None, bits: int | None = None, min_bits: int | None = None,
-        stages: int = Options.stages, sharing: Literal["own", "layer"] | None = None,
-        experts: Experts = Options.experts, split: Split | Literal["auto"] = Options.split, scale: bool = Options.scale,
-        dim_scale: bool = Options.dim_scale, signs: bool = Options.signs, grad_scale: GradScale = Options.grad_scale,
-        init: Init = Options.init, plan: Plan = Options.plan, min_size: int = Options.min_size,
+        stages: int = 1, sharing: Literal["own", "layer"] | None = None, experts: Experts = "shared",
+        split: Split | Literal["auto"] = "auto", scale: bool = False, dim_scale: bool = False, signs: bool = False,
+        grad_scale: GradScale = "sum", init: Init = "fit", plan: Plan = "auto", min_size: int = 4096,
         rules: tuple[Rule, ...] = (), kinds: tuple[Kind, ...] = KINDS,
     ) -> Policy:  # fmt: skip
         """Makes a policy that meets a total of bytes, everything in it counted.
@@ -146,7 +143,7 @@ class Policy(PartialOptions, PolicyBase):
     @spelled
     def pretrained(
         cls, bits_per_weight: float, *, embedding_bits: float | None = EMBEDDING_BITS, min_size: int = 1024,
-        grad_scale: GradScale = Options.grad_scale, plan: Plan = Options.plan, rules: tuple[Rule, ...] = (),
+        grad_scale: GradScale = "sum", plan: Plan = "auto", rules: tuple[Rule, ...] = (),
         kinds: tuple[Kind, ...] = KINDS,
     ) -> Policy:  # fmt: skip
         """Makes a policy for converting a trained model: so many bits a weight, all that is stored counted.
