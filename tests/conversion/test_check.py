@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rpqfx
-from rpqfx.errors import RewriteError
+from rpqfx.errors import InputError, RewriteError
 from rpqfx.nn import RPQLinear
 from tests.models import CASES, MLP, SMALL, floating, held_weights
 
@@ -44,6 +44,32 @@ def test_another_structure_of_outputs_is_noticed(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(RPQLinear, "forward", lambda self, x: (F.linear(x, self.weight, self.bias),))
     with pytest.raises(RewriteError, match="does not compute"):
         rpqfx.check_outputs(rpqfx.rpqify(nn.Sequential(nn.Linear(12, 32)), SMALL), x12())
+
+
+class Masked(nn.Module):
+    """Returns scores of which some are minus infinity, and one that is not a number."""
+
+    def __init__(self, off: float = 0.0) -> None:
+        super().__init__()
+        self.fc, self.off = nn.Linear(12, 32), off
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x)
+        y = y + self.off * isinstance(self.fc, RPQLinear)
+        return y.masked_fill(torch.arange(32) > 20, float("-inf")).masked_fill(torch.arange(32) == 3, float("nan"))
+
+
+def test_infinite_outputs_are_equal_and_hide_no_difference():
+    rpqfx.check_outputs(rpqfx.rpqify(Masked(), SMALL), x12())
+    with pytest.raises(RewriteError, match="does not compute"):
+        rpqfx.check_outputs(rpqfx.rpqify(Masked(off=0.1), SMALL), x12())
+
+
+def test_a_model_without_values_is_refused():
+    with torch.device("meta"):
+        small = rpqfx.rpqify(MLP(), SMALL)
+    with pytest.raises(InputError, match=r"on the meta device and has no values to compare; call rpqfx\.materialize"):
+        rpqfx.check_outputs(small, x12())
 
 
 def test_inputs_may_be_given_by_name():
