@@ -29,9 +29,8 @@ def dequantize(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
     Modules have their original classes. Each weight becomes the tensor that its codebooks stand for, with their dtype,
     device and ``requires_grad``, under the name that it had before ``rpqify``; what was tied is tied again. State dicts
-    then have the names and shapes of the dense model's, so that adapters can be merged into the weights, or the model
-    be handed to code that knows dense layers only. Attention on codes (``quantize_kv``) and routed blocks (``route``)
-    stay.
+    then have the names and shapes of the dense model's, so that adapters can be merged, or the model be handed to code
+    that knows dense layers only. Attention on codes (``quantize_kv``) and routed blocks (``route``) stay.
 
     Args:
         model: A model with weights in codebooks, on any device. Of a wrapped one (``torch.compile``, ``DataParallel``)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from rpqfx.errors import PolicyError
 from rpqfx.policies.base import PolicyBase
@@ -27,9 +27,6 @@ class KVRule(NameRule):
         match: A pattern (as of file names) for the qualified names of attention modules.
         skip: Why these keep their cache as it is, or None where they do not.
         bits: Bits for these, in place of the policy's, and a budget of their own.
-
-    Raises:
-        PolicyError: If it has both a skip and bits, or neither.
     """
 
     goes_with: ClassVar[str] = "KVPolicy"
@@ -123,12 +120,14 @@ class KVPolicy(PolicyBase):
         self._check_rules()
         self._check_skipped()
         self._check_idle()
-        defaults = {"joint": self.transform and not self.scaled, "beam": 1 if self.cosine else _BEAM}
-        if self.transform:
-            defaults["stages"] = _STAGES
-        for name, value in defaults.items():
+        for name, value in self.defaults().items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+
+    def defaults(self) -> dict[str, Any]:
+        """Returns the values that fields have where they are left out, which depend on the others."""
+        joint, beam = self.transform and not self.scaled, 1 if self.cosine else _BEAM
+        return {**super().defaults(), "joint": joint, "beam": beam, "stages": _STAGES if self.transform else None}
 
     def _check_skipped(self) -> None:
         layers = self.skip_layers

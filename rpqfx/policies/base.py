@@ -43,7 +43,7 @@ class PolicyBase:
                 raise PolicyError(f"rules are {name} values, got {shown(each)}; write {name}('a glob', ...)")
         object.__setattr__(self, "rules", tuple(rules))
 
-    def defaults(self) -> Mapping[str, Any]:
+    def defaults(self) -> dict[str, Any]:
         """Returns the values that fields have where they are left out."""
         return _defaults(self)
 

@@ -19,9 +19,6 @@ class NameRule:
     Args:
         match: A pattern (as of file names) for the qualified names of modules.
         skip: Why these are left alone, or None where they are not.
-
-    Raises:
-        PolicyError: If it has both a skip and the option, or neither.
     """
 
     match: str

@@ -277,7 +277,7 @@ class Policy(PartialOptions, PolicyBase):
 
     # ---------------------------------------------------------------------------------------------------- JSON
 
-    def defaults(self) -> Mapping[str, Any]:
+    def defaults(self) -> dict[str, Any]:
         """Returns the values that fields have where they are left out, which depend on the amount."""
         return {**super().defaults(), **self.amount.defaults()}
 

@@ -161,6 +161,11 @@ def test_what_is_no_text_is_refused(kind: Any, text: Any) -> None:
         kind.from_json(text)
 
 
+@pytest.mark.parametrize("kind", [Policy, KVPolicy, RoutePolicy])
+def test_only_what_differs_from_the_defaults_is_written(kind: Any) -> None:
+    assert json.loads(kind().to_json()) == {"policy": kind.__name__, "version": 1}
+
+
 @pytest.mark.parametrize("policy", POLICIES, ids=range(len(POLICIES)))
 def test_each_policy_is_read_as_it_was_written(policy: Any) -> None:
     assert type(policy).from_json(policy.to_json()) == policy

@@ -98,6 +98,10 @@ class RoutePolicy(PolicyBase):
         if self.window is not None and self.router.get("method", "exact") != "exact":
             raise PolicyError("a window is routed by the exact router's offset; leave out its method")
 
+    def defaults(self) -> dict[str, Any]:
+        """Returns the values that fields have where they are left out."""
+        return {**super().defaults(), "light_window": LIGHT_WINDOW}
+
     def _check_light_window(self) -> None:
         if self.light_window is None:
             object.__setattr__(self, "light_window", LIGHT_WINDOW)
