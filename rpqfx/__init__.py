@@ -4,6 +4,8 @@ from typing import Any as _Any
 
 from rpqfx import errors, graph, kv, nn, routing
 from rpqfx.codebook import CodebookSpec
+from rpqfx.conversion.check import check_outputs
+from rpqfx.conversion.convert import convert
 from rpqfx.conversion.dequantize import dequantize
 from rpqfx.conversion.rpqify import rpqify
 from rpqfx.errors import RPQError
@@ -12,7 +14,7 @@ from rpqfx.kv.policy import KVPolicy, KVRule
 from rpqfx.kv.rewrite import quantize_kv
 from rpqfx.ops.cpu.prepare import load_kernels
 from rpqfx.ops.inductor import inductor_options
-from rpqfx.policies.policy import Hold, Policy, Rule, Skip
+from rpqfx.policies.policy import Budget, Fixed, Hold, Policy, Rate, Rule, Skip
 from rpqfx.policies.site import Site
 from rpqfx.reporting.report import Report, report
 from rpqfx.routing.rewrite.policy import RoutePolicy, RouteRule
@@ -27,12 +29,15 @@ from rpqfx.training.recoding import Recoding
 __version__ = "0.1.0"
 
 __all__ = [
+    "Budget",
     "CodebookSpec",
+    "Fixed",
     "Hold",
     "KVPolicy",
     "KVRule",
     "Policy",
     "RPQError",
+    "Rate",
     "Recoding",
     "Report",
     "RoutePolicy",
@@ -40,6 +45,8 @@ __all__ = [
     "Rule",
     "Site",
     "Skip",
+    "check_outputs",
+    "convert",
     "dequantize",
     "errors",
     "finetune",

@@ -51,12 +51,12 @@ _POLICY = Policy(codebook_dim=4, bits=3, scale=True, sharing="shape", min_size=2
 
 def _alone(folder: pathlib.Path) -> dict[str, Tensor]:
     policy = Policy.pretrained(bits_per_weight=5, min_size=200)
-    return rpqfx.rpqify(_model()[0], policy, checkpoint=folder).state_dict()
+    return rpqfx.convert(_model()[0], policy, None, checkpoint=folder).state_dict()
 
 
 def _converted(folder: pathlib.Path) -> dict[str, Tensor]:
     batches = list(_numbers(2, 24, 16))
-    return rpqfx.rpqify(_model(), _POLICY, calibration=batches, checkpoint=folder, progress=False).state_dict()
+    return rpqfx.convert(_model(), _POLICY, batches, checkpoint=folder, progress=False).state_dict()
 
 
 def _finetuned(folder: pathlib.Path) -> dict[str, Tensor]:

@@ -569,7 +569,7 @@ BY_NAME = {case.name: case for case in CASES}
 
 
 def held_weights(model: nn.Module) -> dict[str, RPQWeight]:
-    """Every codebook-held Parameter by its qualified name; tied ones under each name."""
+    """Every quantized Parameter by its qualified name; tied ones under each name."""
     return {
         name.removesuffix(SUFFIX): module
         for name, module in model.named_modules(remove_duplicate=False)

@@ -119,7 +119,7 @@ def _ours(subject: Subject, loaded: Loaded, bits: float, tuned: bool, quick: boo
     else:
         batches = loaded.calibration(recipe.batches)
     began = time.perf_counter()
-    small = rpqfx.rpqify(loaded.model, policy, calibration=batches)
+    small = rpqfx.convert(loaded.model, policy, batches)
     minutes = _minutes(began)
     report = rpqfx.report(small)
     yield Row(

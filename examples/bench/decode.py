@@ -65,7 +65,7 @@ def converted(model: str, bits: float, folder: Path) -> Path:
         from convert_models import load_smollm2
 
         loaded = load_smollm2()
-        small = rpqfx.rpqify(loaded.model, rpqfx.Policy.pretrained(bits), calibration=loaded.calibration(16))
+        small = rpqfx.convert(loaded.model, rpqfx.Policy.pretrained(bits), loaded.calibration(16))
     else:
         small = with_random_codes(dense(model), rpqfx.Policy.pretrained(bits))
     rpqfx.save(small, path)

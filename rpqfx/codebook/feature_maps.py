@@ -55,7 +55,7 @@ def bin_sum(y: Tensor, codes: Tensor, entries: int, runs: tuple[Tensor, Tensor] 
         y: ``[B, N, L]``, floating.
         codes: ``[R, M, N]``, integer, 0 to ``entries - 1``.
         entries: ``K``.
-        runs: What ``rpqfx.codebook.steps.runs(codes, entries)`` gives, for callers that need it more than once.
+        runs: The result of ``rpqfx.codebook.steps.runs(codes, entries)``, for callers that need it more than once.
 
     Returns:
         ``[B, R, M, K, L]``, zeros where an entry has no use; float32 where ``y`` is float16 or bfloat16, else of

@@ -19,7 +19,7 @@ def accumulate(
     signs: Tensor | None = None,
     bins: steps.Bins = steps.bins,
 ) -> Tensor:
-    """The gradient of the codebooks in ``contract(x)`` when ``y`` is the gradient of its result.
+    """Returns the gradient of the codebooks in ``contract(x)`` when ``y`` is the gradient of its result.
 
     Args:
         x: ``[..., D]``.
@@ -28,7 +28,7 @@ def accumulate(
         books: ``G``.
         entries: ``K``.
         signs: Packed signs or None.
-        bins: What sums into bins.
+        bins: The function that sums into bins.
 
     Returns:
         ``[R, G, K, d]``, float32 where ``x`` is float16 or bfloat16, else of ``x``'s dtype.
@@ -49,7 +49,7 @@ def contract_grads(
     signs: Tensor | None = None,
     bins: steps.Bins = steps.bins,
 ) -> tuple[Tensor, Tensor]:
-    """Both gradients of ``contract(x)`` from one pass over the bins of ``y``, the gradient of its result.
+    """Returns both gradients of ``contract(x)`` from one pass over the bins of ``y``, the gradient of its result.
 
     Args:
         x: ``[..., D]``.
@@ -57,7 +57,7 @@ def contract_grads(
         codebooks: ``[R, G, K, d]``.
         codes: ``[R, M, N]``.
         signs: Packed signs or None.
-        bins: What sums into bins.
+        bins: The function that sums into bins.
 
     Returns:
         The gradient of ``x`` (``contract_t(y)``) and that of the codebooks (``accumulate(x, y)``).
@@ -73,7 +73,7 @@ def contract_grads(
 
 
 def collect(grad: Tensor, codes: Tensor, books: int, entries: int, signs: Tensor | None = None) -> Tensor:
-    """The adjoint of ``expand``: sums the gradient of every use of an entry.
+    """Returns the adjoint of ``expand``: sums the gradient of every use of an entry.
 
     Args:
         grad: ``[N, D]``, the gradient of the rows that ``codes`` describe.
@@ -119,6 +119,6 @@ def collect_sparse(grad: Tensor, codes: Tensor, books: int, entries: int, signs:
 
 
 def _like_codebooks(x: Tensor, codes: Tensor, books: int, entries: int) -> Tensor:
-    """Zeros ``[R, G, K, d]`` to sum a gradient of codebooks in."""
+    """Returns zeros ``[R, G, K, d]`` to sum a gradient of codebooks in."""
     shape = (codes.shape[0], books, entries, x.shape[-1] // codes.shape[1])
     return x.new_zeros(shape, dtype=steps.sum_dtype(x.dtype))

@@ -41,7 +41,7 @@ __all__ = ["contract", "contract_t", "expand", "lookup", "range_of", "select_sub
 
 
 def expand(codebooks: Tensor, codes: Tensor, scale: Tensor | None = None, signs: Tensor | None = None) -> Tensor:
-    """The matrix itself.
+    """Returns the matrix itself.
 
     Args:
         codebooks: ``[R, G, K, d]``.
@@ -66,7 +66,7 @@ def expand(codebooks: Tensor, codes: Tensor, scale: Tensor | None = None, signs:
 def lookup(
     ids: Tensor, codebooks: Tensor, codes: Tensor, scale: Tensor | None = None, signs: Tensor | None = None
 ) -> Tensor:
-    """Some rows of the matrix, ``W[ids]``, at the cost of those rows alone.
+    """Returns some rows of the matrix, ``W[ids]``, at the cost of those rows alone.
 
     Args:
         ids: Integer tensor of any shape, values 0 to N - 1.
@@ -136,7 +136,7 @@ def contract_t(
         codes: ``[R, M, N]``.
         scale: ``[N]`` or None.
         signs: Packed signs or None.
-        bins: What sums into bins.
+        bins: The function that sums into bins.
 
     Returns:
         ``[..., D]``, at the cost of ``contract``, whose adjoint this is.
@@ -156,7 +156,7 @@ def contract_t(
 def select_vectors(
     index: Tensor | slice, codes: Tensor, scale: Tensor | None = None, signs: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The codes, scale and signs of some vectors.
+    """Returns the codes, scale and signs of some vectors.
 
     Args:
         index: One-dimensional integer tensor (none below zero), or a slice.
@@ -179,7 +179,7 @@ def select_vectors(
 def select_sub_vectors(
     index: Tensor | slice, codebooks: Tensor, codes: Tensor, signs: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The codebooks, codes and signs of some sub-vectors, of every vector.
+    """Returns the codebooks, codes and signs of some sub-vectors, of every vector.
 
     Args:
         index: One-dimensional integer tensor (none below zero), or a slice. Where several sub-vectors share a codebook
@@ -205,7 +205,7 @@ def range_of(index: slice, size: int) -> tuple[int, int, int]:
 
     Args:
         index: A slice.
-        size: Of what it is taken of.
+        size: Number of elements along the axis that is indexed.
 
     Returns:
         Start, stop (not below start) and step.

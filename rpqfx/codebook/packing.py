@@ -1,4 +1,4 @@
-"""What a weight's tensors are in a saved file: codes without idle bits, floats as narrow as they lose nothing.
+"""Packs a weight's tensors for a saved file: codes without idle bits, floats as narrow as they lose nothing.
 
 Packed codes are one stream of bits, lowest bit first: with ``b = ceil(log2(K))`` bits a code, code ``i`` takes the bits
 ``i*b`` to ``(i+1)*b - 1``, and bit ``j`` of the stream is bit ``j % 8`` of byte ``j // 8``. The last byte is filled up
@@ -27,7 +27,7 @@ _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 def code_bits(entries: int) -> int:
-    """The width of a code.
+    """Returns the width of a code.
 
     Args:
         entries: ``K``, 2 to 65,536.
@@ -44,7 +44,7 @@ def code_bits(entries: int) -> int:
 
 
 def packed_bytes(count: int, entries: int) -> int:
-    """Bytes that codes take when they are packed.
+    """Returns the bytes that codes take when they are packed.
 
     Args:
         count: How many codes.
@@ -60,7 +60,7 @@ def packed_bytes(count: int, entries: int) -> int:
 
 
 def pack_codes(codes: Tensor, entries: int) -> Tensor:
-    """Codes at the width that they need.
+    """Returns codes in the width that they need.
 
     Args:
         codes: Integers 0 to ``entries - 1``, of any shape.
@@ -95,13 +95,13 @@ def pack_codes(codes: Tensor, entries: int) -> Tensor:
 
 
 def unpack_codes(packed: Tensor, entries: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """The inverse of ``pack_codes``.
+    """Returns the inverse of ``pack_codes``.
 
     Args:
         packed: ``[packed_bytes(prod(shape), entries)]`` uint8.
         entries: ``K``, 2 to 65,536.
-        shape: Of the codes.
-        dtype: Of the codes, an integer one that holds ``entries - 1``.
+        shape: Shape of the codes.
+        dtype: Dtype of the codes, an integer one that holds ``entries - 1``.
 
     Returns:
         Codes of that shape and dtype, every one below ``entries``; may share the memory of ``packed``.
@@ -149,10 +149,10 @@ def unpack_codes(packed: Tensor, entries: int, shape: Sequence[int], dtype: torc
 
 
 def stored_dtype(tensor: Tensor) -> torch.dtype:
-    """The narrowest floating dtype that holds every value of a tensor exactly.
+    """Returns the narrowest floating dtype that holds every value of a tensor exactly.
 
     Args:
-        tensor: Of any dtype and shape.
+        tensor: A tensor of any dtype and shape.
 
     Returns:
         float16 or bfloat16 (of float64 also float32) where widening it again gives the same bits, else the tensor's
@@ -168,10 +168,10 @@ def stored_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def pack_floats(tensor: Tensor) -> Tensor:
-    """A tensor in its ``stored_dtype``; ``.to(tensor.dtype)`` gives it back, the same to the last bit.
+    """Returns a tensor in its ``stored_dtype``; ``.to(tensor.dtype)`` gives it back, the same to the last bit.
 
     Args:
-        tensor: Of any dtype and shape.
+        tensor: A tensor of any dtype and shape.
 
     Returns:
         The same values; the tensor itself where nothing narrower holds them.
@@ -180,7 +180,7 @@ def pack_floats(tensor: Tensor) -> Tensor:
 
 
 def stored_bits(tensor: Tensor, entries: int | None = None) -> int:
-    """Bits that a tensor of a weight in codebooks takes in a saved file.
+    """Returns the bits that a tensor of a weight in codebooks takes in a saved file.
 
     Args:
         tensor: Codebooks, codes, signs or a scale.
@@ -201,7 +201,7 @@ def _columns(block: Tensor, size: int) -> Tensor:
 
 
 def _overlaps(width: int) -> list[tuple[int, int, int]]:
-    """Which of eight codes lies in which of their bytes, and by how many bits it is shifted to the left there."""
+    """Returns which of eight codes lies in which of their bytes, and by how many bits it is shifted left there."""
     return [
         (code, byte, code * width - 8 * byte)
         for code in range(8)
@@ -232,6 +232,6 @@ def check_codes(codes: Tensor, entries: int) -> None:
 
 
 def _holds(block: Tensor, narrow: torch.dtype) -> bool:
-    """Both by value, which NaN never equals, and by bits, since processors may be set to take small numbers for 0."""
+    """Compares both by value, which NaN never equals, and by bits, since processors may take small numbers for 0."""
     back, bits = block.to(narrow).to(block.dtype), _BITS[block.dtype]
     return torch.equal(back, block) and torch.equal(back.view(bits), block.view(bits))

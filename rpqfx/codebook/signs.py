@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def pack_signs(minus: Tensor) -> Tensor:
-    """Eight signs a byte.
+    """Returns eight signs a byte.
 
     Args:
         minus: ``[..., N]`` bool, True for minus.
@@ -22,7 +22,7 @@ def pack_signs(minus: Tensor) -> Tensor:
 
 
 def unpack_signs(signs: Tensor, num_vectors: int) -> Tensor:
-    """The inverse of ``pack_signs``.
+    """Returns the inverse of ``pack_signs``.
 
     Args:
         signs: ``[..., ceil(N/8)]`` uint8.
@@ -44,12 +44,12 @@ def _bits(device: torch.device) -> Tensor:
 
 
 def fold_codebooks(codebooks: Tensor, signs: Tensor | None) -> Tensor:
-    """A signed codebook as a plain one that also lists each entry's negative: ``[R, G, 2K, d]``."""
+    """Returns a signed codebook as a plain one that also lists each entry's negative: ``[R, G, 2K, d]``."""
     return codebooks if signs is None else torch.cat([codebooks, -codebooks], 2)
 
 
 def unfold_codebooks(folded: Tensor, signs: Tensor | None) -> Tensor:
-    """The adjoint of ``fold_codebooks``."""
+    """Returns the adjoint of ``fold_codebooks``."""
     if signs is None:
         return folded
     plus, minus = folded.chunk(2, 2)
@@ -57,5 +57,5 @@ def unfold_codebooks(folded: Tensor, signs: Tensor | None) -> Tensor:
 
 
 def fold_codes(codes: Tensor, entries: int, signs: Tensor | None) -> Tensor:
-    """The codes that go with ``fold_codebooks``: a minus picks the negative, ``K`` entries further on."""
+    """Returns the codes that go with ``fold_codebooks``: a minus picks the negative, ``K`` entries further on."""
     return codes if signs is None else codes.int() + entries * unpack_signs(signs, codes.shape[-1])

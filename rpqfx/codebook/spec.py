@@ -1,4 +1,4 @@
-"""The shape of one codebook-held matrix, and the arithmetic of its sizes."""
+"""The shape of one quantized matrix, and the arithmetic of its sizes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GradScale = Literal["sum", "sqrt", "mean"]
 
 @dataclass(frozen=True)
 class CodebookSpec:
-    """The shape of one codebook-held matrix.
+    """The shape of one quantized matrix.
 
     Args:
         num_vectors: ``N``, the number of vectors.
@@ -103,7 +103,7 @@ class CodebookSpec:
         grad_scale: GradScale = "sum",
         dim_scale: bool = False,
     ) -> CodebookSpec:
-        """A spec from what a person says of a layer.
+        """Returns a spec from what a person says of a layer.
 
         Args:
             num_vectors: ``N``.
@@ -195,14 +195,14 @@ class CodebookSpec:
 
     @property
     def grad_factor(self) -> float:
-        """What the summed gradient of an entry is multiplied by (see ``grad_scale``)."""
+        """Factor of the summed gradient of an entry (see ``grad_scale``)."""
         if self.grad_scale == "sum":  # asked for at every call of a layer
             return 1.0
         power = 0.5 if self.grad_scale == "sqrt" else 1.0
         return float(max(self.users_per_entry, 1.0) ** -power)
 
     def stored_bytes(self, dtype: torch.dtype = torch.float32, *, codebooks: bool = True) -> int:
-        """Bytes of all stored tensors, with codebooks and factors in ``dtype``.
+        """Returns the bytes of all stored tensors, with codebooks and factors in ``dtype``.
 
         Args:
             dtype: The floating dtype.
@@ -214,17 +214,17 @@ class CodebookSpec:
         return total + (math.prod(self.signs_shape) if self.signs else 0)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Returns plain values, for JSON."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> CodebookSpec:
-        """The inverse of ``to_dict``."""
+        """Returns the inverse of ``to_dict``."""
         return cls(**values)
 
 
 def code_dtype(entries: int) -> torch.dtype:
-    """The narrowest torch integer that holds the codes of ``entries`` entries.
+    """Returns the narrowest torch integer that holds the codes of ``entries`` entries.
 
     Args:
         entries: ``K``.
@@ -238,11 +238,11 @@ def code_dtype(entries: int) -> torch.dtype:
 
 
 def nearest_divisor(dim: int, target: int) -> int:
-    """The divisor of ``dim`` nearest to ``target`` on a log scale, the smaller of two equally near.
+    """Returns the divisor of ``dim`` nearest to ``target`` on a log scale, the smaller of two equally near.
 
     Args:
         dim: The number to divide, at least 1.
-        target: The divisor asked for, at least 1.
+        target: The divisor that is wanted, at least 1.
 
     Returns:
         A divisor of ``dim``; always exists, since 1 and ``dim`` are divisors.
@@ -252,7 +252,7 @@ def nearest_divisor(dim: int, target: int) -> int:
 
 
 def default_codebook_dim(dim: int, taps: int = 1) -> int:
-    """The length of a sub-vector where none is asked for: the divisor of ``dim`` nearest to 64.
+    """Returns the length of a sub-vector where none is given: the divisor of ``dim`` nearest to 64.
 
     The sub-vectors of filters are blocks of whole channels, so that a convolution can contract, where such a divisor is
     within a factor of two of 64.

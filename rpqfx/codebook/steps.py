@@ -1,4 +1,4 @@
-"""The steps that the products of a codebook-held matrix are made of: tables, sums of gathers, bins, blocks.
+"""The steps that the products of a quantized matrix are made of: tables, sums of gathers, bins, blocks.
 
 Axes as in ``rpqfx.codebook``; ``b`` is a row of the batch.
 """
@@ -29,7 +29,7 @@ SCATTER_ROWS = 48
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What terms of a dtype are summed in."""
+    """Returns the dtype in which terms of a dtype are summed."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
@@ -73,7 +73,7 @@ def table_index(codes: Tensor, codebooks: Tensor) -> Tensor:
 
 
 def for_onnx() -> bool:
-    """Whether ``torch.onnx.export`` is tracing, whose operators have no bags."""
+    """Returns whether ``torch.onnx.export`` is tracing, whose operators have no bags."""
     return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
@@ -93,7 +93,7 @@ def gather_few(dots: Tensor, codes: Tensor, codebooks: Tensor) -> Tensor:
 
 
 def runs(codes: Tensor, entries: int) -> tuple[Tensor, Tensor]:
-    """The vectors in the order of their codes, and where each entry's run of them begins.
+    """Returns the vectors in the order of their codes, and where each entry's run of them begins.
 
     Returns:
         ``order [(r m n)]`` and ``first [(r m k)]``, int64: the index and the offsets of an embedding bag.

@@ -40,7 +40,7 @@ class Checkpoint:
 
     Args:
         folder: Made if it is not there.
-        fingerprint: Of all that the result depends on.
+        fingerprint: Fingerprint of all that the result depends on.
         work: The kind of work.
 
     Raises:
@@ -72,8 +72,8 @@ class Checkpoint:
         """Returns the tensors that were saved under a name, or None; a damaged file counts as none.
 
         Args:
-            name: Of the piece of work.
-            shapes: Of each tensor that there is to be; left out, any will do.
+            name: Name of the piece of work.
+            shapes: Shape of each tensor that there is to be; left out, any will do.
             mapped: Leave the tensors in the file until they are read, where a second copy in memory would be too much.
 
         Raises:

@@ -39,7 +39,7 @@ _NAMED = 4
 _METHOD = "rows and columns"  # of fitting: a folder that was begun with another holds another conversion
 
 
-def convert(
+def convert_sites(
     model: nn.Module,
     sites: Sequence[Site],
     decide: Decide,

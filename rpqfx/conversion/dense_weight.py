@@ -1,4 +1,4 @@
-"""A codebook-held weight that for now is its dense tensor, and tells what is asked of it.
+"""A dense weight in the place of a quantized one, which reports each of its uses to a listener.
 
 It stands where the codebooks will be, so whatever a rewritten model can do with codebooks, calibration can see: any
 architecture that runs rewritten can be calibrated.
@@ -20,26 +20,26 @@ from rpqfx.nn.weight_slice import Part
 
 
 class Listener(Protocol):
-    """What hears of the uses of stand-ins."""
+    """Receives the uses of dense weights that stand in for codebooks."""
 
     def asked(self, weight: RPQWeight, product: str, x: Tensor, layout: Layout, geometry: tuple[Any, ...]) -> None:
-        """Before a product (``"linear"``, ``"linear_t"``, ``"conv"``) or a ``"lookup"`` with input ``x``."""
+        """Called before a product (``"linear"``, ``"linear_t"``, ``"conv"``) or a ``"lookup"`` with input ``x``."""
 
     def made(self, weight: RPQWeight, y: Tensor) -> Tensor:
-        """After a product or a lookup, with its result; what it returns is passed on."""
+        """Called after a product or a lookup with its result; returns the result that is passed on."""
 
     def read(self, weight: RPQWeight) -> None:
-        """Before the whole tensor is handed out, whose use nobody hears of."""
+        """Called before the whole tensor is handed out, whose further uses are not seen."""
 
 
 class StandIn(RPQWeight):
     """A weight whose products run with the dense tensor it is made of.
 
     Args:
-        spec: What it will be.
+        spec: The spec that it will have.
         layout: How the tensor is seen as vectors.
         tensor: The dense tensor, which is shared and not copied where its vectors are rows in memory.
-        listener: Hears of every use.
+        listener: Called at every use.
     """
 
     vectors: Tensor
@@ -58,7 +58,7 @@ class StandIn(RPQWeight):
         return ops.Tensors(self.vectors[None, None], self._ids)
 
     def part(self) -> Part:
-        """The whole tensor."""
+        """Returns the whole tensor."""
         return _StandInPart(self)
 
     def become(
@@ -70,14 +70,14 @@ class StandIn(RPQWeight):
             codebooks: ``[R, G, K, d]``.
             codes: ``[R, M, N]``.
             factors: ``scale`` and ``dim_scale``, where the spec has them.
-            signs: ``[R, M, ceil(N/8)]``, where the spec has them; left out, no use is turned.
+            signs: ``[R, M, ceil(N/8)]``, where the spec has them; left out, all are plus.
         """
         trained = codebooks.requires_grad
         self.codebooks, self.codes = codebooks, codes.to(self.spec.code_dtype)
         for name in ("scale", "dim_scale"):  # the spec may have been settled after this was made
             factor = factors.get(name)
             setattr(self, name, None if factor is None else torch.nn.Parameter(factor, trained))
-        if self.signs is not None:  # where there are none, nothing is turned
+        if self.signs is not None:  # where none are given, all are plus
             none = torch.zeros(self.spec.signs_shape, dtype=torch.uint8, device=codes.device)
             self.signs = none if signs is None else signs
         self.__class__ = RPQWeight  # type: ignore[assignment]
@@ -88,8 +88,8 @@ class StandIn(RPQWeight):
 class _StandInPart(Recorded):
     """A part of a stand-in. When the weight has become codebooks meanwhile, the same part of those."""
 
-    def __init__(self, weight: RPQWeight, *args: Any) -> None:
-        super().__init__(*(args or (weight.tensors, weight.layout)))
+    def __init__(self, weight: RPQWeight, tensors: ops.Tensors | None = None, layout: Layout | None = None) -> None:
+        super().__init__(weight.tensors if tensors is None else tensors, weight.layout if layout is None else layout)
         self.plan = "expand"
         self._weight = weight
 
@@ -97,7 +97,7 @@ class _StandInPart(Recorded):
         return _StandInPart(self._weight, tensors, layout)
 
     def _current(self) -> Part | None:
-        """The part of the codebooks, or None while the weight is a stand-in, or where they cannot be cut so."""
+        """Returns the part of the codebooks, or None while the weight is a stand-in, or where they cannot be cut so."""
         return None if isinstance(self._weight, StandIn) else self.again(self._weight.part())
 
     def dense(self) -> Tensor:

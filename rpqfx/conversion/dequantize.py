@@ -25,12 +25,12 @@ from rpqfx.validation.values import flag
 
 
 def dequantize(model: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """Returns a copy of a model whose weights are plain dense Parameters again, in modules of their original classes.
+    """Returns a copy of a model, or with ``inplace`` the model itself, whose weights are dense Parameters again.
 
-    Each weight becomes the tensor that its codebooks stand for, with their dtype, device and ``requires_grad``, under
-    the name that it had before ``rpqify``; what was tied is tied again. State dicts then have the names and shapes of
-    the dense model's, so that adapters can be merged into the weights, or the model be handed to code that knows dense
-    layers only. Attention on codes (``quantize_kv``) and routed blocks (``route``) stay.
+    Modules have their original classes. Each weight becomes the tensor that its codebooks stand for, with their dtype,
+    device and ``requires_grad``, under the name that it had before ``rpqify``; what was tied is tied again. State dicts
+    then have the names and shapes of the dense model's, so that adapters can be merged, or the model be handed to code
+    that knows dense layers only. Attention on codes (``quantize_kv``) and routed blocks (``route``) stay.
 
     Args:
         model: A model with weights in codebooks, on any device. Of a wrapped one (``torch.compile``, ``DataParallel``)
@@ -52,7 +52,7 @@ def dequantize(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     refuse_distributed(model, "dequantize")
     inner = unwrapped(model)
     if not is_rewritten(inner):
-        raise RPQError("no weight of this model is in codebooks, so there is nothing to dequantize")
+        raise RPQError("no weight of this model is quantized, so there is nothing to dequantize")
     check_not_offloaded(offloaded(inner), "dequantized")
     kinds = {module: _kind(inner, path) for path, module in inner.named_modules() if backed_weights(module)}
     if not inplace:

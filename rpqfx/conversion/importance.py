@@ -1,4 +1,4 @@
-"""What errors of each weight cost the model, measured by gradients."""
+"""Measures by gradients how much errors of each weight cost the model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def importance(weights: Sequence[StandIn], gradients: Gradients, batches: int) -
 
     Args:
         weights: The stand-ins.
-        gradients: What was heard of them.
+        gradients: The gradients that were collected.
         batches: How many were run.
 
     Returns:

@@ -24,11 +24,11 @@ class Turns:
     """Runs of the model side by side that stop before each weight.
 
     Args:
-        batches: Of the model that is being rewritten.
+        batches: Batches of the model that is being rewritten.
         names: Qualified names of the stand-ins to stop for.
         ranks: When each is used.
         fit: Fits a weight, given how its inputs' mean second moment is made.
-        rows: What rows of inputs weigh; all alike if left out.
+        rows: Weights of the rows of inputs; all alike if left out.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Turns:
         return self._ranks[weight]
 
     def _moment(self, weight: RPQWeight, seen: Mapping[int, Asked]) -> Tensor:
-        """Of inputs that several weights have in common, all rows alike, made once."""
+        """Makes the moments of inputs that several weights have in common, all rows alike, once."""
         inputs = list(seen.values())
         weights = [self._rows.of(weight, number, 0) for number in seen]
         alike = all(one is None for one in weights)
@@ -93,7 +93,7 @@ class Turns:
 
 
 def _mark(asked: Asked) -> object:
-    """Equal for two uses while the first one's input is alive, if their inputs' rows are the same."""
+    """Returns a key, equal for two uses with the same rows of inputs while the first one's input is alive."""
     product, x, layout, geometry = asked
     version = object() if x.is_inference() else x._version
     lies = (layout.transposed, layout.dim, layout.shape[2:] if product == "conv" else ())

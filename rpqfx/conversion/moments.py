@@ -1,4 +1,4 @@
-"""What a weight's vectors are multiplied with, and the second moments of that."""
+"""The rows that a weight's vectors are multiplied with, and their second moments."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BLOCK_ELEMENTS = 2**24
 
 
 def input_rows(product: str, x: Tensor, layout: Layout, geometry: tuple[Any, ...] = ()) -> Iterator[Tensor]:
-    """The inputs of a product as rows that lie along the weight's vectors.
+    """Yields the inputs of a product as rows that lie along the weight's vectors.
 
     Args:
         product: ``"linear"``, ``"linear_t"`` or ``"conv"``.
@@ -26,8 +26,8 @@ def input_rows(product: str, x: Tensor, layout: Layout, geometry: tuple[Any, ...
         geometry: The numbers of a convolution: stride, padding, dilation, groups, transposed, output padding.
 
     Yields:
-        ``[B, D]`` in float32 at least, block after block. Nothing where inputs lie across the vectors: as each then
-        meets one element of the input only, errors of its elements weigh alike.
+        ``[B, D]`` in float32 at least, block after block. Nothing where inputs lie across the vectors: as each is then
+        multiplied by one element of the input only, errors of its elements weigh alike.
     """
     work = x if x.dtype == torch.float64 else x.float()
     if not lies_along(product, layout, geometry):

@@ -1,4 +1,4 @@
-"""What calibration shows of a model before anything of it is changed."""
+"""Runs calibration batches through a dense model and collects statistics of the inputs of its weights."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from rpqfx.nn.weight import RPQWeight
 
 @dataclass
 class Seen:
-    """What is known of one weight's inputs.
+    """Statistics of one weight's inputs.
 
     Args:
-        moments: Of inputs that lie along its vectors.
+        moments: Moments of inputs that lie along its vectors.
         uses: Products a batch, at most.
         looked_up: Whether rows were looked up.
         rank: When it was first used.
@@ -45,12 +45,12 @@ class Seen:
 
 
 class Observer:
-    """Hears what stand-ins are asked, run after run.
+    """Collects statistics of the inputs of dense weights, run after run.
 
     Args:
-        weights: What to listen to.
+        weights: The dense weights to observe.
         energy_only: Keep mean squared inputs only, not their second moments.
-        rows: What rows of inputs weigh; all alike if left out.
+        rows: Weights of the rows of inputs; all alike if left out.
     """
 
     def __init__(self, weights: Iterable[StandIn], energy_only: bool = True, rows: RowWeights | None = None) -> None:
@@ -63,7 +63,7 @@ class Observer:
         """Runs a model, batch after batch.
 
         Args:
-            runs: What runs each batch.
+            runs: Callables that run one batch each.
             after: Called with each batch's number when it is done.
         """
         for weight in self.seen:

@@ -78,7 +78,7 @@ class Lockstep(Generic[T]):
     """Runs jobs side by side.
 
     Args:
-        jobs: What to run, each in a thread of its own, one at a time.
+        jobs: Callables to run, each in a thread of its own, one at a time.
     """
 
     def __init__(self, jobs: Sequence[Callable[[], Any]]) -> None:

@@ -103,7 +103,7 @@ def _codes_of(model: nn.Module, call: str, group: dist.ProcessGroup | None) -> d
         raise DistributedError(f"{call}: this process is not in the group; only those that are call it")
     held = {name: m for name, m in unwrapped(model).named_modules() if isinstance(m, RPQWeight)}
     if not held:
-        raise InputError(f"{call}: nothing in this model is held in codebooks; rewrite it with rpqfx.rpqify first")
+        raise InputError(f"{call}: no weight of this model is quantized; rewrite it with rpqfx.rpqify first")
     for name, weight in held.items():
         if is_shard(weight.stored_codes):
             raise DistributedError(f"{call}: the codes of {name} are shared out over processes, none has all of them")

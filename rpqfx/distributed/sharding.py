@@ -15,7 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.fsdp import fully_shard as shard_parameters
 from torch.distributed.tensor import DTensor, Shard
 
@@ -30,12 +31,15 @@ _SHARDS_INTEGERS = (2, 13)  # FSDP of torch before this one wants gradients of a
 def fully_shard(
     module: nn.Module | list[nn.Module],
     *,
-    mesh: Any = None,
+    mesh: DeviceMesh | None = None,
+    reshard_after_forward: bool | int | None = None,
     shard_placement_fn: Callable[[nn.Parameter], Any] | None = None,
     mp_policy: MixedPrecisionPolicy | None = None,
-    **options: Any,
+    offload_policy: OffloadPolicy | None = None,
+    ignored_params: set[nn.Parameter] | None = None,
+    dp_mesh_dims: Any = None,
 ) -> Any:
-    """Shares out the tensors of a module over processes, as ``torch.distributed.fsdp.fully_shard``, codes included.
+    """Shards a module over processes in place, as ``torch.distributed.fsdp.fully_shard``, codes included.
 
     Call it as torch's: on layers or blocks first and on the model last. Codes and signs become Parameters without a
     gradient, under the same names; they are never cast. Each tensor is cut along an axis that the number of processes
@@ -50,7 +54,10 @@ def fully_shard(
         shard_placement_fn: Says for a Parameter which axis is cut; None, or a function that returns None, leaves it to
             this library.
         mp_policy: Mixed precision of floating Parameters.
-        **options: Further ones of torch's ``fully_shard``, such as ``reshard_after_forward`` and ``offload_policy``.
+        reshard_after_forward: As for torch's: whether gathered tensors are freed between forward and backward.
+        offload_policy: As for torch's: where tensors are while they are not used.
+        ignored_params: As for torch's: Parameters that stay whole.
+        dp_mesh_dims: As for torch's, where its version has it: which axes of the mesh share out, and which replicate.
 
     Returns:
         ``module``.
@@ -72,7 +79,7 @@ def fully_shard(
             "every process"
         )
     _refuse_parts_of_groups(weights)
-    ranks = _ranks(mesh, options.get("dp_mesh_dims"))
+    ranks = _ranks(mesh, dp_mesh_dims)
 
     def place(parameter: nn.Parameter) -> Any:
         asked = None if shard_placement_fn is None else shard_placement_fn(parameter)
@@ -82,7 +89,11 @@ def fully_shard(
     try:
         for weight in changed:
             weight.hold_codes_as_parameters()
-        return shard_parameters(module, mesh=mesh, shard_placement_fn=place, mp_policy=policy, **options)
+        further = {} if dp_mesh_dims is None else {"dp_mesh_dims": dp_mesh_dims}
+        return shard_parameters(
+            module, mesh=mesh, reshard_after_forward=reshard_after_forward, shard_placement_fn=place, mp_policy=policy,
+            offload_policy=offload_policy or OffloadPolicy(), ignored_params=ignored_params, **further,
+        )  # fmt: skip
     except BaseException:
         for weight in changed:
             weight.hold_codes_as_buffers()

@@ -16,11 +16,11 @@ M = TypeVar("M")
 def leaf(module: M) -> M:
     """Keeps a module, or every module of a class, out of tracing.
 
-    Its forward is then never run by [`capture`][rpqfx.graph.module_graphs.capture], nor followed by ``as_graph=True``:
-    use it where tracing a forward is slow or has effects outside of the module. Its weights are found all the same,
-    those of torch.nn layers by their class and its own Parameters of two or more axes as kind ``"parameter"``; its
-    children are read as usual. To keep a weight out of rewriting, write a [`Rule`][rpqfx.policies.policy.Rule] with
-    ``skip``.
+    Its forward is then never run by [`capture`][rpqfx.graph.module_graphs.capture], nor followed by
+    [`whole_graph`][rpqfx.graph.whole_graph]: use it where tracing a forward is slow or has effects outside of the
+    module. Its weights are found all the same, those of torch.nn layers by their class and its own Parameters of two or
+    more axes as kind ``"parameter"``; its children are read as usual. To keep a weight out of rewriting, write a
+    [`Rule`][rpqfx.policies.policy.Rule] with ``skip``.
 
     The mark is an attribute of the module itself, so it goes where the module goes: copies and pickles have it, and
     nothing outlives the module. A class hands it on to its subclasses.

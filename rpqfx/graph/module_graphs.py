@@ -109,7 +109,7 @@ def capture(
         CaptureError: If a lazy module has never run and there are no example inputs.
     """
     runs = example_inputs is not None or example_kwargs is not None
-    take_shapes(model, example_inputs, example_kwargs)
+    _take_shapes(model, example_inputs, example_kwargs)
     before = Snapshot(model)
     try:
         graphs = {name: _read(module, leaves) for name, module in model.named_modules()}
@@ -122,25 +122,16 @@ def capture(
         raise
 
 
-def take_shapes(
-    model: nn.Module, example_inputs: Sequence[Any] | None = None, example_kwargs: Mapping[str, Any] | None = None
+def _take_shapes(
+    model: nn.Module, example_inputs: Sequence[Any] | None, example_kwargs: Mapping[str, Any] | None
 ) -> None:
-    """Has lazy modules take their shapes, by a run of the model if there are any.
-
-    Args:
-        model: The model.
-        example_inputs: Positional inputs of one call.
-        example_kwargs: Keyword inputs of that call.
-
-    Raises:
-        CaptureError: If a lazy module has never run and there are no example inputs.
-    """
+    """Has lazy modules take their shapes, by a run of the model if there are any."""
     lazy = _lazy(model)
     if not lazy:
         return
     if example_inputs is None and example_kwargs is None:
         raise CaptureError(
-            f"{lazy} that has never run, so its shapes are unknown; run the model once, or pass example_inputs"
+            f"{lazy} that has never run, so its shapes are unknown; run the model once on inputs, model(x)"
         )
     flags, ambient = Flags(model), Ambient()
     try:

@@ -30,7 +30,7 @@ class Obstacles:
         self._asked = _asked_whether_leaves(model)
 
     def to(self, parameter: nn.Parameter, owners: Sequence[tuple[nn.Module, str]]) -> str | None:
-        """Why a Parameter cannot be held in codebooks, or None.
+        """Why a Parameter cannot be quantized, or None.
 
         Args:
             parameter: The Parameter.

@@ -1,7 +1,7 @@
 """Step three: replace, by the least intrusive means.
 
 A torch.nn layer becomes its RPQ namesake; any other module keeps its class, and its Parameter becomes a
-codebook-held one that it reads under the same name. Either way the module stays the same object, with its hooks,
+quantized one that it reads under the same name. Either way the module stays the same object, with its hooks,
 flags, attributes and methods, so nothing that refers to it has to be found and mended.
 """
 
@@ -101,7 +101,7 @@ def _rewrite(
 
 
 def put(model: nn.Module, sites: Sequence[Site], made: Mapping[str, RPQWeight]) -> None:
-    """Puts codebook-held tensors in their places, all of them or, where one cannot be, none.
+    """Puts quantized tensors in their places, all of them or, where one cannot be, none.
 
     Args:
         model: The model.
@@ -120,7 +120,7 @@ def put(model: nn.Module, sites: Sequence[Site], made: Mapping[str, RPQWeight]) 
 
 
 def install(model: nn.Module, names: Sequence[str], weight: RPQWeight) -> None:
-    """Puts one codebook-held tensor in the place of a Parameter, under all its names.
+    """Puts one quantized tensor in the place of a Parameter, under all its names.
 
     Args:
         model: The model.

@@ -1,4 +1,4 @@
-"""Step two: find the tensors that could be held in codebooks, and what each is for."""
+"""Step two: find the tensors that could be quantized, and what each is for."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class GetSubmodule:
         return GetSubmodule, (self._model(),)
 
     def __call__(self, target: str) -> nn.Module:
-        """Returns the submodule of that name, or for peft's name of it the table, where it is held in codebooks.
+        """Returns the submodule of that name, or for peft's name of it the table, where it is quantized.
 
         Args:
             target: Qualified name.

@@ -59,7 +59,7 @@ class ThreadTracer(fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def create_arg(self, a: Any) -> Any:
-        """As the base class; a codebook-held Parameter of a traced module becomes a call of its codebooks."""
+        """As the base class; a quantized Parameter of a traced module becomes a call of its codebooks."""
         return super().create_arg(a.expand_dense() if isinstance(a, VirtualWeight) else a)
 
 

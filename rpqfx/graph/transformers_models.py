@@ -130,7 +130,7 @@ def _names(model: nn.Module, ties: dict[str, str]) -> dict[str, str]:
 
 
 def _tied(model: nn.Module, target: str, source: str) -> RPQWeight | None:
-    """The codebook-held tensor that both names stand for, if there is one."""
+    """The quantized tensor that both names stand for, if there is one."""
     held = _held(model, target)
     return held if held is _held(model, source) else None
 
@@ -182,14 +182,14 @@ class ResizeTokenEmbeddings:
 
 
 def _weights(table: nn.Module | None) -> Iterator[RPQWeight]:
-    """The codebook-held ``weight`` of a table, if there is one."""
+    """The quantized ``weight`` of a table, if there is one."""
     held = None if table is None else weight_of(table, "weight")
     if held is not None:
         yield held
 
 
 def _take_over(head: nn.Module, new: nn.Module) -> None:
-    """Makes a codebook-held head of the size of a dense one, with its rows and bias."""
+    """Makes a quantized head of the size of a dense one, with its rows and bias."""
     for held in _weights(head):
         resize_rows(held, new._parameters["weight"].detach())  # type: ignore[union-attr]
     bias, values = head._parameters.get("bias"), new._parameters.get("bias")

@@ -33,7 +33,7 @@ def settle(decisions: Mapping[str, CodebookSpec | Hold | Skip], sites: Sequence[
     settled = {name: as_decision(by_name[name], decision) for name, decision in decisions.items()}
     for name, decision in settled.items():
         if isinstance(decision, Hold) and by_name[name].blocked is not None:
-            raise RewriteError(f"{name} cannot be held in codebooks: {by_name[name].blocked}")
+            raise RewriteError(f"{name} cannot be quantized: {by_name[name].blocked}")
     return settled
 
 

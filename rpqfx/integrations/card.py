@@ -70,7 +70,7 @@ def _held(model: nn.Module) -> list[str]:
             "random": "drawn anew and trained",
         }
         lines += [
-            f"{len(made.rewritten)} of {len(made.sites)} weights are held in codebooks "
+            f"{len(made.rewritten)} of {len(made.sites)} weights are quantized "
             "(product and residual quantization), "
             f"{made.bits_per_weight:.2f} bits a weight as saved, codes, codebooks and factors together; "
             f"{made.weights:,} weights in all.",

@@ -11,10 +11,11 @@ except ImportError as error:
     raise ImportError("this needs transformers 5, the extra: pip install 'rpqfx[transformers]'") from error
 
 from rpqfx.errors import FormatError, PolicyError
+from rpqfx.policies.amount import EMBEDDING_BITS, Rate
 from rpqfx.policies.arguments import check_path
 from rpqfx.policies.options import Rule
-from rpqfx.policies.policy import EMBEDDING_BITS, Policy
-from rpqfx.validation.values import closest, number, shown, whole
+from rpqfx.policies.policy import Policy
+from rpqfx.validation.values import closest, shown, whole
 
 METHOD = "rpq"
 FORMAT = 1  # of what a saved config says
@@ -94,10 +95,7 @@ class RPQConfig(QuantizationConfigMixin):
         if self.policy is None:
             if self.bits_per_weight is None:
                 raise PolicyError("RPQConfig needs a number of bits, as in RPQConfig(bits_per_weight=3), or a policy")
-            for name in ("bits_per_weight", "embedding_bits"):
-                if getattr(self, name) is not None:
-                    meaning = "a number of bits, above 0 and at most 16"
-                    number(name, getattr(self, name), meaning, lambda value: 0 < value <= 16)
+            Rate(self.bits_per_weight, self.embedding_bits)  # which checks them
             self._skips()
         elif (self.bits_per_weight, self.embedding_bits, self.modules_to_not_convert) != (None, EMBEDDING_BITS, None):
             raise PolicyError("RPQConfig takes a policy, or bits_per_weight and what goes with it; give one of them")

@@ -29,7 +29,7 @@ from rpqfx.integrations.kept import Kept
 from rpqfx.nn.weight import RPQWeight
 from rpqfx.policies.decide import decide_all
 from rpqfx.policies.decision import Hold, Skip
-from rpqfx.policies.policy import Policy
+from rpqfx.policies.policy import Policy, Rate
 from rpqfx.reporting.report import dense_bytes
 from rpqfx.storage.files import take_in
 
@@ -54,7 +54,7 @@ class Quantizing(ConversionOps):
     def __init__(
         self, model: nn.Module, policy: Policy, seed: int, checkpoint: str | os.PathLike[str] | None = None
     ) -> None:  # fmt: skip
-        self._seed, self._by_rate = seed, policy.bits_per_weight is not None
+        self._seed, self._by_rate = seed, isinstance(policy.amount, Rate)
         _tie(model)
         captured = capture(model)
         self._sites = find_sites(captured)

@@ -20,8 +20,8 @@ except ImportError as error:
 from rpqfx.conversion.rpqify import rpqify
 from rpqfx.errors import PolicyError
 from rpqfx.graph.sites import is_rewritten
-from rpqfx.policies.policy import Policy
-from rpqfx.validation.values import check_seed, number, shown
+from rpqfx.policies.policy import Policy, Rate
+from rpqfx.validation.values import check_seed, shown
 
 
 @dataclasses.dataclass
@@ -55,8 +55,7 @@ class RPQConfig(AOBaseConfig):
         if self.policy is not None and not isinstance(self.policy, Policy):
             raise PolicyError(f"policy is a Policy, got {shown(self.policy)}")
         if self.bits_per_weight is not None:
-            meaning = "a number of bits, above 0 and at most 16"
-            number("bits_per_weight", self.bits_per_weight, meaning, lambda value: 0 < value <= 16)
+            Rate(self.bits_per_weight)  # which checks it
 
 
 @register_quantize_module_handler(RPQConfig)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from rpqfx.errors import PolicyError
-from rpqfx.policies import name_rules
+from rpqfx.policies.base import PolicyBase
+from rpqfx.policies.name_rules import NameRule
 from rpqfx.validation.spelling import spelled
 from rpqfx.validation.values import flag, number, one_of, shown, whole
 
@@ -20,39 +20,28 @@ _UNIT = 8  # tokens whose codes fill whole bytes, whatever their bits
 
 @spelled
 @dataclass(frozen=True)
-class KVRule:
-    """What differs for some attention layers.
+class KVRule(NameRule):
+    """Says what differs for some attention layers.
 
     Args:
         match: A pattern (as of file names) for the qualified names of attention modules.
         skip: Why these keep their cache as it is, or None where they do not.
-        bits: For these, in place of the policy's, and a budget of their own.
+        bits: Bits for these, in place of the policy's, and a budget of their own.
     """
 
     goes_with: ClassVar[str] = "KVPolicy"
 
-    match: str
-    skip: str | None = None
     bits: float | None = None
 
     def __post_init__(self) -> None:
-        name_rules.check_match(self.match, "KVRule")
-        name_rules.check_skip(self.skip)
-        if (self.skip is None) == (self.bits is None):
-            raise PolicyError(
-                f"a KVRule either skips layers or sets bits for them; {shown(self.match)} has both or neither"
-            )
+        super().__post_init__()
         if self.bits is not None:
             _check_bits(self.bits)
-
-    def matches(self, name: str) -> bool:
-        """Whether it holds for the attention module of this name."""
-        return fnmatch.fnmatchcase(name, self.match)
 
 
 @spelled
 @dataclass(frozen=True)
-class KVPolicy:
+class KVPolicy(PolicyBase):
     """How keys and values are held.
 
     Tokens older than the window are codes: each head's vector is turned by a linear map that makes its errors count
@@ -91,6 +80,7 @@ class KVPolicy:
     """
 
     goes_with: ClassVar[str] = "quantize_kv"
+    rule: ClassVar[type] = KVRule
 
     bits: float = 2.0
     window: int = 128
@@ -127,15 +117,17 @@ class KVPolicy:
             raise PolicyError(
                 f"chunk is a multiple of {_UNIT}, so that codes fill whole bytes, got {self.chunk}; give {near}"
             )
-        object.__setattr__(self, "rules", name_rules.rules_of(self.rules, KVRule))
+        self._check_rules()
         self._check_skipped()
         self._check_idle()
-        defaults = {"joint": self.transform and not self.scaled, "beam": 1 if self.cosine else _BEAM}
-        if self.transform:
-            defaults["stages"] = _STAGES
-        for name, value in defaults.items():
+        for name, value in self.defaults().items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+
+    def defaults(self) -> dict[str, Any]:
+        """Returns the values that fields have where they are left out, which depend on the others."""
+        joint, beam = self.transform and not self.scaled, 1 if self.cosine else _BEAM
+        return {**super().defaults(), "joint": joint, "beam": beam, "stages": _STAGES if self.transform else None}
 
     def _check_skipped(self) -> None:
         layers = self.skip_layers
@@ -177,12 +169,10 @@ class KVPolicy:
         Returns:
             A policy without rules, or why the layer is skipped.
         """
-        for rule in self.rules:
-            if rule.matches(name):
-                if rule.skip is not None:
-                    return rule.skip
-                return dataclasses.replace(self, bits=rule.bits or self.bits, rules=(), skip_layers=())
-        return dataclasses.replace(self, rules=(), skip_layers=())
+        rule = self.rule_for(name)
+        if rule is not None and rule.skip is not None:
+            return str(rule.skip)
+        return dataclasses.replace(self, bits=self.bits if rule is None else rule.bits, rules=(), skip_layers=())
 
     @classmethod
     def preset(cls, name: str) -> KVPolicy:
@@ -198,19 +188,6 @@ class KVPolicy:
         """
         one_of("preset", name, tuple(_PRESETS))
         return cls(bits=_PRESETS[name])
-
-    def to_json(self) -> str:
-        """The policy as JSON; ``from_json`` reads it."""
-        return name_rules.to_json(self)
-
-    @classmethod
-    def from_json(cls, text: str) -> KVPolicy:
-        """The policy that ``to_json`` wrote.
-
-        Raises:
-            PolicyError: If the text says something else.
-        """
-        return name_rules.from_json(cls, KVRule, text, cls.__name__)
 
 
 _PRESETS = {"2bit": 2.0, "3bit": 3.0, "4bit": 4.0}

@@ -47,7 +47,7 @@ def quantize_kv(
     seed: int | None = None,
     progress: Progress | bool | None = None,
 ) -> nn.Module:
-    """Holds a model's older keys and values as codes.
+    """Returns a copy of a model, or with ``inplace`` the model itself, that keeps older keys and values as codes.
 
     Attention modules are found as ``rpqify`` finds weights: those whose forward calls
     ``scaled_dot_product_attention``, ``torch.nn.MultiheadAttention``, and those of transformers. Each gets a
@@ -56,14 +56,14 @@ def quantize_kv(
     token.
 
     Args:
-        model: Any model; left alone. The result has copies of its Parameters and buffers and shares none.
+        model: Any model.
         policy: How keys and values are held; ``KVPolicy()`` if left out. Or the path of a calibration that
             ``rpqfx.save_calibration`` wrote, which says all and is used again, without ``calibration``.
         calibration: Batches: each a tensor, a tuple of positional or a mapping of keyword inputs. 16 sequences do. It
             has to be given.
         fit: Whether coders are fitted; if not, batches only show the shapes (one is enough), codebooks are random, and
             are trained or loaded by ``load_state_dict`` afterwards.
-        inplace: Rewrite the model itself.
+        inplace: Rewrite ``model`` itself. Otherwise it is left untouched, and the result shares no tensor with it.
         seed: Of the codebooks, and of the directions in which outputs are changed; left out, 0, and random codebooks
             are drawn from torch's global generator.
         progress: Called with (done, total, what); True or False for a line on standard error or none.

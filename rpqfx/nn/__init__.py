@@ -1,4 +1,4 @@
-"""Layers whose weights are held in codebooks."""
+"""Layers whose weights are quantized."""
 
 from rpqfx.nn.attention import RPQMultiheadAttention
 from rpqfx.nn.bilinear import RPQBilinear

@@ -86,7 +86,7 @@ class Attends(nn.MultiheadAttention):
     def _mask(
         self, q: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None, batched: bool
     ) -> Tensor | None:
-        """Both masks as one to be added to the scores ``[B, H, L, S]``."""
+        """Returns both masks as one to be added to the scores ``[B, H, L, S]``."""
 
         def added(mask: Tensor) -> Tensor:
             if mask.dtype != torch.bool:

@@ -23,7 +23,7 @@ def bags(
         rows: The row of each id, ``[ids.numel(), D]``.
         padding: An id that bags leave out, not below zero.
         offsets: ``[B]``, where each bag starts.
-        per_sample_weights: Of each id, of its shape.
+        per_sample_weights: Weight of each id, of its shape.
         mode: ``"sum"``, ``"mean"`` or ``"max"``.
         include_last_offset: Whether the last offset is the end of the last bag.
 

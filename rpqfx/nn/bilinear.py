@@ -16,7 +16,7 @@ from rpqfx.ops.autocast import autocast_dtype
 
 
 class RPQBilinear(RPQLayer, nn.Bilinear):
-    """``y = x1 @ A @ x2 + b``, as ``torch.nn.Bilinear``, with ``A`` held in codebooks.
+    """``y = x1 @ A @ x2 + b``, as ``torch.nn.Bilinear``, with ``A`` quantized.
 
     ``A [out, in1, in2]`` is seen as ``out * in1`` vectors of length ``in2``: one product with the codebooks gives
     ``A @ x2``, and a dot with ``x1`` does the rest. Further arguments are those of ``RPQLayer``.

@@ -42,9 +42,9 @@ def from_bytes(stored: Tensor, dtype: torch.dtype, vectors: int = 0) -> Tensor:
     memory as another type, nor vmap of torch before 2.13; the codes are then int32.
 
     Args:
-        stored: What ``to_bytes`` returned. Codes of the dtype itself are taken as they are, because code that moves
-            tensors between devices (accelerate) writes what it read past every setter.
-        dtype: Of the codes: uint8, int16 or uint16.
+        stored: Bytes that ``to_bytes`` returned. Codes of the dtype itself are taken as they are, because code that
+            moves tensors between devices (accelerate) writes what it read past every setter.
+        dtype: Dtype of the codes: uint8, int16 or uint16.
         vectors: ``N``, where they lie in tiles.
     """
     if vectors:
@@ -64,8 +64,8 @@ def checked(codes: Tensor, entries: int, dtype: torch.dtype, name: str) -> Tenso
     Args:
         codes: Integers of any dtype. Those of another dtype are held against the codebook before they are converted.
         entries: ``K``.
-        dtype: What codes of so many entries have.
-        name: Of the tensor, for messages.
+        dtype: Dtype of codes of so many entries.
+        name: Name of the tensor, for messages.
 
     Raises:
         InputError: If they are no integers.
@@ -85,7 +85,7 @@ def check_range(codes: Tensor, entries: int, name: str) -> None:
     Args:
         codes: Integers of any dtype.
         entries: ``K``.
-        name: Of the tensor, for messages.
+        name: Name of the tensor, for messages.
 
     Raises:
         CodeError: If one does.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from typing import Self, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,9 @@ from rpqfx.errors import InputError
 from rpqfx.nn.bags import bags
 from rpqfx.nn.hosting.backed import held, weight_of
 from rpqfx.nn.hosting.host import register_layer
-from rpqfx.nn.layer import CodebookOptions, Device, LayerOptions, RPQLayer
+from rpqfx.nn.layer import DenseOptions, Device, LayerOptions, RPQLayer
 from rpqfx.ops import scale_grad
+from rpqfx.validation.spelling import defaults_of, show_options
 
 
 class _Table(RPQLayer):
@@ -20,23 +21,9 @@ class _Table(RPQLayer):
 
     weight = held("weight")
 
-    @classmethod
-    def from_pretrained(cls: Any, embeddings: Tensor, freeze: bool = True, *args: Any, **kwargs: Any) -> Any:
-        """As the dense layer's; further keywords are those of ``RPQLayer.from_dense``.
-
-        Args:
-            embeddings: The table, ``[num_embeddings, embedding_dim]``.
-            freeze: Whether the codebooks are not trained.
-            *args: As for the dense layer.
-            **kwargs: As for the dense layer and ``from_dense``.
-        """
-        ours = {*CodebookOptions.__annotations__, "init", "plan", "steps", "seed"} & kwargs.keys()
-        options = {name: kwargs.pop(name) for name in ours}
-        return cls.from_dense(cls._dense.from_pretrained(embeddings, freeze, *args, **kwargs), **options)
-
 
 class RPQEmbedding(_Table, nn.Embedding):
-    """A table of embeddings, as ``torch.nn.Embedding``, whose rows are put together from codebooks when asked for.
+    """A table of embeddings, as ``torch.nn.Embedding``, whose rows are made from codebooks when they are looked up.
 
     ``padding_idx`` is a row that is zero and stays zero. ``max_norm`` shrinks the rows that are looked up, not the
     ones that are stored. ``sparse`` gives the codebooks a sparse gradient. Further arguments are those of
@@ -72,6 +59,17 @@ class RPQEmbedding(_Table, nn.Embedding):
             "meta", dtype,
         )  # fmt: skip
         super().__init__(dense, device, options)
+
+    @classmethod
+    def from_pretrained(
+        cls, embeddings: Tensor, freeze: bool = True, padding_idx: int | None = None, max_norm: float | None = None,
+        norm_type: float = 2.0, scale_grad_by_freq: bool = False, sparse: bool = False, **options: Unpack[DenseOptions],
+    ) -> Self:  # fmt: skip
+        """Returns a table fitted to ``embeddings``; arguments are the dense layer's, and those of ``from_dense``."""
+        dense = nn.Embedding.from_pretrained(
+            embeddings, freeze, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
+        )
+        return cls.from_dense(dense, **options)
 
     def forward(self, input: Tensor) -> Tensor:
         """Integer ids of any shape to ``[*ids.shape, embedding_dim]``."""
@@ -116,11 +114,27 @@ class RPQEmbeddingBag(_Table, nn.EmbeddingBag):
         )  # fmt: skip
         super().__init__(dense, device, options)
 
+    @classmethod
+    def from_pretrained(
+        cls, embeddings: Tensor, freeze: bool = True, max_norm: float | None = None, norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False, mode: str = "mean", sparse: bool = False, include_last_offset: bool = False,
+        padding_idx: int | None = None, **options: Unpack[DenseOptions],
+    ) -> Self:  # fmt: skip
+        """Returns a table fitted to ``embeddings``; arguments are the dense layer's, and those of ``from_dense``."""
+        dense = nn.EmbeddingBag.from_pretrained(
+            embeddings, freeze, max_norm, norm_type, scale_grad_by_freq, mode, sparse, include_last_offset, padding_idx
+        )
+        return cls.from_dense(dense, **options)
+
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """Bags ``[B, L]``, or ``[T]`` with ``offsets [B]``, to ``[B, embedding_dim]``."""
         rows = _rows(self, input.reshape(-1))
         last = self.include_last_offset
         return bags(input, rows, self.padding_idx, offsets, per_sample_weights, self.mode, last)
+
+
+for _kind in (RPQEmbedding, RPQEmbeddingBag):
+    show_options(_kind.from_pretrained.__func__, DenseOptions, defaults_of(RPQLayer.from_dense))  # type: ignore[union-attr]
 
 
 def _check_drawn(kind: type, weight: Tensor | None) -> None:
@@ -129,7 +143,7 @@ def _check_drawn(kind: type, weight: Tensor | None) -> None:
 
 
 def _rows(layer: RPQEmbedding | RPQEmbeddingBag, ids: Tensor) -> Tensor:
-    """The rows that a table's own options make of ``ids``."""
+    """Returns the rows that a table's own options make of ``ids``."""
     held = weight_of(layer, "weight")
     assert held is not None
     rows = held.lookup(ids, layer.sparse)

@@ -1,4 +1,4 @@
-"""What every RPQ layer shares: how it is built, converted from a dense layer, and initialised.
+"""The base of RPQ layers: how they are built, converted from dense layers, and initialised.
 
 An RPQ layer subclasses its torch.nn namesake, so ``isinstance`` and every attribute still hold; only its weight is
 elsewhere. It is built by building the namesake on the meta device and backing its weights.
@@ -28,7 +28,7 @@ Device = torch.device | str | int | None
 
 
 class CodebookOptions(TypedDict, total=False):
-    """How a layer's weight is held (see ``rpqfx.codebook.CodebookSpec.make``)."""
+    """How a layer's weight is quantized (see ``rpqfx.codebook.CodebookSpec.make``)."""
 
     codebook_dim: int | None
     codebooks: int | None
@@ -42,7 +42,7 @@ class CodebookOptions(TypedDict, total=False):
 
 
 class LayerOptions(CodebookOptions, total=False):
-    """What the constructor of a layer takes beside the arguments of its torch.nn namesake."""
+    """Arguments of the constructor of a layer beside those of its torch.nn namesake."""
 
     split: Split
     plan: Plan
@@ -52,7 +52,7 @@ _DEFAULTS = defaults_of(CodebookSpec.make) | {"split": "row", "plan": "auto"}
 
 
 class DenseOptions(CodebookOptions, total=False):
-    """What ``RPQLayer.from_dense`` takes beside the dense layer."""
+    """Arguments of ``RPQLayer.from_dense`` beside the dense layer."""
 
     init: Literal["fit", "random"]
     split: Split
@@ -115,7 +115,7 @@ class RPQLayer(Backed):
     def _shapes(
         cls, dense: nn.Module, split: Split, options: Mapping[str, Any]
     ) -> Iterator[tuple[str, CodebookSpec, Layout]]:
-        """How each weight that the dense layer has is held."""
+        """Yields how each weight that the dense layer has is held."""
         for name in cls._weights:
             if dense._parameters.get(name) is not None:
                 layout = cls.layout(dense, name, split)
@@ -124,11 +124,11 @@ class RPQLayer(Backed):
 
     @classmethod
     def layout(cls, dense: nn.Module, name: str, split: Split = "row") -> Layout:
-        """How a Parameter of the dense layer is seen as vectors.
+        """Returns how a Parameter of the dense layer is seen as vectors.
 
         Args:
             dense: The dense layer.
-            name: Of its Parameter.
+            name: Name of its Parameter.
             split: Vectors along rows or columns.
 
         Raises:
@@ -163,7 +163,7 @@ class RPQLayer(Backed):
             split: Vectors along rows or columns.
             plan: Which way products run.
             steps: Lloyd steps at most.
-            seed: Of the fit.
+            seed: Seeds the k-means starts of the fit.
             **options: As in the constructor.
 
         Raises:
@@ -196,7 +196,7 @@ class RPQLayer(Backed):
 
     @torch.no_grad()
     def reset_rest(self) -> None:
-        """Draws what is not held in codebooks: the bias, from the interval from which torch.nn draws both."""
+        """Draws what is not quantized: the bias, from the interval from which torch.nn draws both."""
         bias = self._parameters.get("bias")
         if bias is not None:
             bound = math.sqrt(3) * initial_std(self, "weight")
@@ -207,7 +207,7 @@ show_options(RPQLayer.from_dense.__func__, CodebookOptions, _DEFAULTS)  # type: 
 
 
 def zero_row(table: nn.Module) -> int | None:
-    """The padding row of an embedding, where that row is zero (or has no values yet): it then stays zero.
+    """Returns the padding row of an embedding, where that row is zero (or has no values yet): it then stays zero.
 
     A padding row with values of its own (torch only keeps gradients from it) is a row like any other.
 
@@ -229,14 +229,14 @@ def random_weight(
     std: float | None = None,
     plan: Plan = "auto",
 ) -> RPQWeight:
-    """Random codebooks with the standard deviation of a module's Parameter, on its device.
+    """Returns random codebooks with the standard deviation of a module's Parameter, on its device.
 
     Args:
         module: The owner.
-        name: Of the Parameter.
+        name: Name of the Parameter.
         spec: Shape of the codebooks.
         layout: How the Parameter is seen as vectors.
-        std: What a Parameter without values (on the meta device) would be drawn with; torch.nn's own if left out.
+        std: Standard deviation for a Parameter without values (on the meta device); torch.nn's own if left out.
         plan: Which way products run.
     """
     tensor = module._parameters[name]
@@ -261,11 +261,11 @@ def redraw(module: nn.Module) -> None:
 
 
 def initial_std(module: nn.Module, name: str) -> float:
-    """Standard deviation that torch.nn's own initialisation gives a Parameter.
+    """Returns the standard deviation that torch.nn's own initialisation gives a Parameter.
 
     Args:
         module: The owner: a torch.nn layer, an RPQ layer, or any other module (which counts as linear).
-        name: Of the Parameter.
+        name: Name of the Parameter.
     """
     held = weight_of(module, name)
     shape = held.layout.shape if held is not None else tuple(module._parameters[name].shape)  # type: ignore[union-attr]
@@ -285,9 +285,9 @@ def apply_linear(module: nn.Module, name: str, x: Tensor, bias: Tensor | None, r
 
     Args:
         module: The owner.
-        name: Of the Parameter.
+        name: Name of the Parameter.
         x: ``[..., in]``.
-        bias: Of the rows in use.
+        bias: Bias of the rows in use.
         rows: Rows of the Parameter; all if left out.
     """
     held = weight_of(module, name)

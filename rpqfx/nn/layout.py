@@ -24,7 +24,7 @@ class Layout:
     ``transposed`` rows and columns change places in this.
 
     Args:
-        shape: Of the tensor.
+        shape: Shape of the tensor.
         lead: Axes that make the rows.
         transposed: Whether the vectors are the columns.
         zero_vector: A vector that is zero and stays zero (an embedding's ``padding_idx``).
@@ -59,7 +59,7 @@ class Layout:
 
     @property
     def unit(self) -> int:
-        """What the length of a sub-vector must divide: ``D``, or one expert's part of it."""
+        """The length that sub-vectors must divide: ``D``, or one expert's part of it."""
         return self.dim // self.shape[0] if self.experts == "own" else self.dim
 
     @property
@@ -80,7 +80,7 @@ class Layout:
         return axes[: self.lead] if rows else axes[self.lead :]
 
     def to_vectors(self, tensor: Tensor) -> Tensor:
-        """The tensor as ``[N, D]``."""
+        """Returns the tensor as ``[N, D]``."""
         if self.experts:
             return tensor.permute(*self.vector_axes, *self.dim_axes).reshape(self.num_vectors, self.dim)
         matrix = tensor.reshape(self.rows, self.cols)
@@ -95,21 +95,21 @@ class Layout:
         return (vectors.t() if self.transposed else vectors).reshape(self.shape)
 
     def resized(self, axis: int, size: int) -> Layout:
-        """The layout of a tensor with another size along one axis."""
+        """Returns the layout of a tensor with another size along one axis."""
         return replace(self, shape=(*self.shape[:axis], size, *self.shape[axis + 1 :]))
 
     def without(self, axis: int) -> Layout | None:
-        """The layout of the tensor without an axis of size one; None where an expert's own row or column would go."""
+        """Returns the layout without an axis of size one; None where an expert's own row or column would go."""
         shape = self.shape[:axis] + self.shape[axis + 1 :]
         if not self.experts:
             return replace(self, shape=shape, lead=self.lead - (axis < self.lead))
         return replace(self, shape=shape, lead=1, experts=None) if axis == 0 else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Returns plain values, for JSON."""
         return {**asdict(self), "shape": list(self.shape)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Layout:
-        """The inverse of ``to_dict``."""
+        """Returns the inverse of ``to_dict``."""
         return cls(**{**values, "shape": tuple(values["shape"])})

@@ -13,7 +13,7 @@ from rpqfx.nn.layer import Device, LayerOptions, RPQLayer, apply_linear
 
 
 class RPQLinear(RPQLayer, nn.Linear):
-    """``y = x @ W.T + b``, as ``torch.nn.Linear``, with ``W`` held in codebooks.
+    """``y = x @ W.T + b``, as ``torch.nn.Linear``, with ``W`` quantized.
 
     ``split="row"`` cuts the rows of ``W`` (one for each output) into sub-vectors, ``split="column"`` its columns
     (one for each input). The smaller of ``in_features`` and ``out_features`` as the vectors' length makes the

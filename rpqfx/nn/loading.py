@@ -1,4 +1,4 @@
-"""What a codebook-held tensor checks and completes when its codes are read, assigned, saved, loaded and unpickled."""
+"""Checks and completes codes of a weight when they are read, assigned, saved, loaded and unpickled."""
 
 from __future__ import annotations
 
@@ -118,7 +118,11 @@ class Loaded(nn.Module):
         if not self.spec.tiled and "codes" in self._buffers:
             destination[prefix + "codes"] = self._read(destination[prefix + "codes"])
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        rest = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         name = prefix + "codes"
         codes = state_dict.get(name)
         if isinstance(codes, Tensor) and self._as_bytes(codes):
@@ -130,12 +134,12 @@ class Loaded(nn.Module):
                 right = checked(codes, self.spec.entries, self.spec.code_dtype, name)
                 state_dict[name] = to_bytes(right, self.spec.tiled)
             self._share_out(state_dict, prefix)
-            super()._load_from_state_dict(state_dict, prefix, *args)
+            super()._load_from_state_dict(state_dict, prefix, *rest)
             return
         here, stored = self.codes, self.stored_codes
         self._buffers["codes"] = here  # torch compares shapes, copies and assigns
         try:
-            super()._load_from_state_dict(state_dict, prefix, *args)
+            super()._load_from_state_dict(state_dict, prefix, *rest)
         finally:
             now = self._buffers["codes"]
             self._buffers["codes"] = stored if now is here else to_bytes(self.codes)
@@ -148,7 +152,7 @@ class Loaded(nn.Module):
                 state_dict[prefix + name] = part_of(given, part) if given.shape == part.shape else given
 
     def _as_bytes(self, codes: Tensor) -> bool:
-        """Whether these are whole codes of two bytes each, as a sharded model's state dict has them."""
+        """Returns whether these are whole codes of two bytes each, as a sharded model's state dict has them."""
         if self.spec.tiled or self.spec.code_dtype.itemsize == 1 or is_shard(codes):
             return False
         *stages, vectors = self.saved_spec.codes_shape

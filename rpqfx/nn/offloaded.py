@@ -26,7 +26,7 @@ def check_not_offloaded(names: Iterable[str], doing: str) -> None:
 
     Args:
         names: Those that ``offloaded`` returned, or some of them.
-        doing: What was about to be done, for the message.
+        doing: Name of the operation, for the message.
 
     Raises:
         RewriteError: If there are any.

@@ -19,10 +19,10 @@ def check_placed(tensors: Tensors, x: Tensor | None, owner: nn.Module | None, bi
     Shapes are still worked out on the meta device: with a weight that is there altogether, or for an input that is.
 
     Args:
-        tensors: Of the weight.
+        tensors: Tensors of the weight.
         x: The input, or None where the weight is read by itself.
         owner: The module that holds the weight, to name it by; None where there is none.
-        bias: What is added to the product, or None.
+        bias: A bias that is added to the product, or None.
 
     Raises:
         InputError: If they are on several devices.
@@ -36,13 +36,13 @@ def check_placed(tensors: Tensors, x: Tensor | None, owner: nn.Module | None, bi
 
 
 def refuse_meta(weight: nn.Module, tensors: Tensors, values: Iterable[Any]) -> None:
-    """Raises where a weight without values meets tensors that have some, in a call that torch itself serves.
+    """Raises an error where a weight without values is used with tensors that have some, in a call that torch serves.
 
     Torch does not notice everywhere: some of its functions then return memory that nothing was written to.
 
     Args:
         weight: The module that holds the weight.
-        tensors: Of the weight, which is on the meta device.
+        tensors: Tensors of the weight, which is on the meta device.
         values: The arguments of the call.
 
     Raises:
@@ -68,7 +68,7 @@ def _refuse(tensors: Tensors, x: Tensor | None, owner: nn.Module | None, bias: T
         for device in dict.fromkeys(seen.values())
     ]
     unnamed = owner is None or torch.compiler.is_compiling()  # a compiler cannot trace how the name is found
-    name = "a weight held in codebooks" if unnamed else name_of(owner)  # type: ignore[arg-type]
+    name = "a quantized weight" if unnamed else name_of(owner)  # type: ignore[arg-type]
     advice = "move the model, or the input, with .to(device)"
     if missing:
         advice = (

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from rpqfx import ops
 from rpqfx.nn.layout import Layout
-from rpqfx.nn.weight_slice import Part
+from rpqfx.nn.weight_slice import Note, Part
 
 if TYPE_CHECKING:
     from rpqfx.nn.weight_products import Products
@@ -25,7 +26,7 @@ class Recorded(Part):
         """Takes the same part of another whole tensor.
 
         Args:
-            whole: Of the same layout.
+            whole: A whole tensor of the same layout.
 
         Returns:
             The part, or None where this whole cannot be cut so.
@@ -71,15 +72,16 @@ class CalledPart(Recorded):
     Hooks may bring the tensors in before a call and take them away after it, as accelerate's do and those of sharding.
     The weight's call takes the operand as its argument and returns the product.
 
-    Args:
-        weight: The weight.
-        *args: Of ``Part``.
+    It takes the weight, and the arguments of ``Part``.
     """
 
     lasting = False
 
-    def __init__(self, weight: Products, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(
+        self, weight: Products, tensors: ops.Tensors, layout: Layout, grad_factor: float = 1.0, plan: ops.Plan = "auto",
+        path: tuple[tuple[Any, ...], ...] = (), note: Note | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(tensors, layout, grad_factor, plan, path, note)
         self._weight = weight
 
     def _part(self, tensors: Any, layout: Layout, *steps: tuple[Any, ...]) -> Part:

@@ -21,7 +21,7 @@ from rpqfx.ops.search import nearest
 
 @torch.no_grad()
 def multiply(held: RPQWeight, factor: float) -> None:
-    """Multiplies a codebook-held tensor by a number, in place.
+    """Multiplies a quantized tensor by a number, in place.
 
     Args:
         held: The tensor.
@@ -41,7 +41,7 @@ def multiply(held: RPQWeight, factor: float) -> None:
 
 @torch.no_grad()
 def resize_rows(held: RPQWeight, tensor: Tensor) -> None:
-    """Gives a codebook-held tensor more or fewer rows (indices of its first axis), in place.
+    """Gives a quantized tensor more or fewer rows (indices of its first axis), in place.
 
     The codebooks stay, so whatever shares them is not changed; where the tensor is tied, all its names are resized at
     once. New rows are encoded greedily, stage upon stage, by the nearest entries; a scale is then the one of least
@@ -49,7 +49,7 @@ def resize_rows(held: RPQWeight, tensor: Tensor) -> None:
 
     Args:
         held: The tensor.
-        tensor: What it becomes, ``[rows, ...]``: up to the smaller of both numbers of rows, those that it has now.
+        tensor: The new tensor, ``[rows, ...]``: up to the smaller of both numbers of rows, those that it has now.
 
     Raises:
         RewriteError: If a row that stays would change, which codebooks cannot promise to hold, or its vectors do not
@@ -58,7 +58,7 @@ def resize_rows(held: RPQWeight, tensor: Tensor) -> None:
     shape, rows = held.layout.shape, held.layout.to_vectors
     if tuple(tensor.shape[1:]) != shape[1:] or not len(tensor) or tensor.dtype != held.codebooks.dtype:
         raise RewriteError(
-            f"a weight of shape {shape} and {held.codebooks.dtype} that is held in codebooks can get more or fewer "
+            f"a quantized weight of shape {shape} and {held.codebooks.dtype} can get more or fewer "
             f"rows, and nothing else; got {tuple(tensor.shape)} and {tensor.dtype}"
         )
     obstacle = None if len(tensor) == shape[0] else row_obstacle(held)
@@ -71,8 +71,8 @@ def resize_rows(held: RPQWeight, tensor: Tensor) -> None:
     vectors = layout.to_vectors(tensor.detach())
     if not tensor.is_meta and not torch.equal(rows(held())[:kept], vectors[:kept]):
         raise RewriteError(
-            "this would change the values of a weight that is held in codebooks, which hold no others than they have "
-            "learned; train its codebooks, keep the change apart (as an adapter), or leave this layer dense with a Rule"
+            "this would change the values of a quantized weight, whose codebooks hold only what they learned; "
+            "train its codebooks, keep the change apart (as an adapter), or leave this layer dense with a Rule"
         )
     _set_vectors(held, kept, vectors[kept:])
     held.spec = dataclasses.replace(held.spec, num_vectors=layout.num_vectors)
@@ -80,7 +80,7 @@ def resize_rows(held: RPQWeight, tensor: Tensor) -> None:
 
 
 def row_obstacle(held: RPQWeight) -> str | None:
-    """Why a codebook-held tensor cannot get more or fewer rows, or None.
+    """Returns why a quantized tensor cannot get more or fewer rows, or None.
 
     Args:
         held: The tensor.
@@ -94,7 +94,7 @@ def row_obstacle(held: RPQWeight) -> str | None:
 
 
 def _set_vectors(held: RPQWeight, kept: int, added: Tensor) -> None:
-    """The first ``kept`` vectors as they are, and then the ones of ``added [n, D]``."""
+    """Keeps the first ``kept`` vectors as they are, and appends those of ``added [n, D]``."""
     codes, scale, minus = _encode(held, added)
     before = held.spec.num_vectors
     held.codes = _join(held.codes[..., :kept], codes)
@@ -105,7 +105,7 @@ def _set_vectors(held: RPQWeight, kept: int, added: Tensor) -> None:
 
 
 def _encode(held: RPQWeight, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes ``[R, M, n]``, scale ``[n]`` and minus signs ``[R, M, n]`` of the nearest that the codebooks hold."""
+    """Returns codes ``[R, M, n]``, scale ``[n]`` and minus signs ``[R, M, n]`` of the nearest vectors there are."""
     spec, codebooks = held.spec, held.codebooks.detach()
     shape = (spec.stages, spec.sub_vectors, len(vectors))
     if codebooks.is_meta or not len(vectors):
@@ -129,7 +129,7 @@ def _encode(held: RPQWeight, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _nearest_codes(vectors: Tensor, books: Tensor, spec: CodebookSpec, signs: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Folded codes ``[R, M, n]`` (``K`` more where the sign is minus), and the vectors ``[n, D]`` they stand for."""
+    """Returns folded codes ``[R, M, n]`` (``K`` more where the sign is minus), and their vectors ``[n, D]``."""
     rest = rearrange(vectors, "n (m d) -> m n d", d=spec.codebook_dim)
     found, codes = torch.zeros_like(rest), []
     share = spec.sub_vectors // books.shape[1]
@@ -141,7 +141,7 @@ def _nearest_codes(vectors: Tensor, books: Tensor, spec: CodebookSpec, signs: Te
 
 
 def _join(first: Tensor, second: Tensor) -> Tensor:
-    """Two sets of codes along their last axis."""
+    """Returns two sets of codes along their last axis."""
     if first.dtype is torch.uint16:  # torch does not join it everywhere; int16 holds the same bits
         return torch.cat([first.contiguous().view(torch.int16), second.view(torch.int16)], -1).view(torch.uint16)
     return torch.cat([first, second], -1)

@@ -1,4 +1,4 @@
-"""The codebook-held tensor as a module: codebooks, codes, and the ways a layer uses them."""
+"""The quantized tensor as a module: codebooks, codes, and the ways a layer uses them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ReadAs = Literal["expanded", "virtual", "tensor"]
 
 
 class RPQWeight(Products):
-    """A tensor held in codebooks; calling it gives the tensor, or some of its rows.
+    """A quantized tensor; calling it gives the tensor, or some of its rows.
 
     Tensors: ``codebooks [R, G, K, d]`` (Parameter), ``codes [R, M, N]`` (buffer, the narrowest integer; one of two
     bytes lies there as bytes, and codes of a tiled spec as tiles (``rpqfx.nn.code_bytes``)), and where the spec has
@@ -40,7 +40,7 @@ class RPQWeight(Products):
         std: Standard deviation of the tensor that ``reset_parameters`` draws.
         plan: Which way products run (see the attribute).
         device: Where the tensors go.
-        dtype: Of codebooks, scale and ``dim_scale``, floating.
+        dtype: Dtype of codebooks, scale and ``dim_scale``, floating.
 
     Raises:
         SpecError: If spec and layout disagree, or the plan is none.
@@ -101,14 +101,14 @@ class RPQWeight(Products):
         seed: int = 0,
         plan: ops.Plan = "auto",
     ) -> RPQWeight:
-        """Codebooks fitted to a tensor by k-means (``rpqfx.fit.fit_codebooks``).
+        """Returns codebooks fitted to a tensor by k-means (``rpqfx.fit.fit_codebooks``).
 
         Args:
-            tensor: Of the layout's shape; finite.
+            tensor: A tensor of the layout's shape; finite.
             spec: Shape of the codebooks.
             layout: How the tensor is seen as vectors.
             steps: Lloyd steps at most.
-            seed: Of the k-means starts.
+            seed: Seeds the k-means starts.
             plan: Which way products run.
 
         Raises:
@@ -180,7 +180,7 @@ class RPQWeight(Products):
         self._plan = plan
 
     def extra_repr(self) -> str:
-        """The numbers of the spec, and what was chosen besides."""
+        """Returns the numbers of the spec, and what was chosen besides."""
         spec = self.spec
         text = f"N={spec.num_vectors}, D={spec.dim}, M={spec.sub_vectors}, d={spec.codebook_dim}, K={spec.entries}"
         text += f", R={spec.stages}" if spec.stages > 1 else ""

@@ -1,4 +1,4 @@
-"""The ways in which a layer uses a codebook-held tensor: rows, products, convolutions, and hooks around them."""
+"""The ways in which a layer uses a quantized tensor: rows, products, convolutions, and hooks around them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rpqfx.ops.at_once import conv_at_once, linear_at_once
 
 
 class Products(Loaded):
-    """Uses a codebook-held tensor: gives its rows, its products and its convolutions, and fires hooks around them."""
+    """Uses a quantized tensor: gives its rows, its products and its convolutions, and fires hooks around them."""
 
     spec: CodebookSpec
     layout: Layout
@@ -51,13 +51,13 @@ class Products(Loaded):
         return ops.Tensors(self.codebooks, self.codes, self.scale, self.signs, self.dim_scale)  # one is computed
 
     def part(self) -> Part:
-        """The whole tensor as a [`Part`][rpqfx.nn.weight_slice.Part], of which parts may be taken."""
+        """Returns the whole tensor as a [`Part`][rpqfx.nn.weight_slice.Part], of which parts may be taken."""
         if self._hooked:
             return CalledPart(self, self.tensors, self.layout, self.spec.grad_factor, self._plan)
         return self.whole()
 
     def whole(self) -> Part:
-        """The same part, whose products fire no hooks."""
+        """Returns the same part, whose products fire no hooks."""
         return Part(self.tensors, self.layout, self.spec.grad_factor, self._plan, owner=self)
 
     @property
@@ -74,7 +74,7 @@ class Products(Loaded):
         return type(self).part is Products.part and not self._hooked
 
     def forward(self, ids: Tensor | None = None, *operands: Any, use: Callable[..., Tensor] | None = None) -> Tensor:
-        """The tensor, or rows of it.
+        """Returns the tensor, or rows of it.
 
         Layers use the weight without a call, unless it has hooks: then ``linear``, ``lookup`` and the rest call it with
         their operands and with ``use``, so that forward and backward hooks get the operand and the product.
@@ -92,7 +92,7 @@ class Products(Loaded):
         return self.whole().dense() if ids is None else self.whole().lookup(ids)
 
     def lookup(self, ids: Tensor, sparse: bool = False) -> Tensor:
-        """Rows of the matrix ``[rows, cols]``.
+        """Returns rows of the matrix ``[rows, cols]``.
 
         Args:
             ids: Integer rows of any shape.
@@ -159,7 +159,7 @@ class Products(Loaded):
         transposed: bool = False,
         output_padding: tuple[int, ...] | None = None,
     ) -> Tensor:
-        """A convolution (or a transposed one) whose weight is the tensor.
+        """Returns a convolution (or a transposed one) whose weight is the tensor.
 
         Args:
             x: ``[B, C, *spatial]`` or ``[C, *spatial]``.
@@ -169,7 +169,7 @@ class Products(Loaded):
             dilation: Spacing of the taps.
             groups: Channel groups.
             transposed: Whether it is a transposed convolution.
-            output_padding: Of a transposed convolution.
+            output_padding: Output padding of a transposed convolution.
 
         Returns:
             As the dense convolution.

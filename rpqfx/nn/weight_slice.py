@@ -1,4 +1,4 @@
-"""A codebook-held tensor or a part of it: the ways it is used, without the tensor."""
+"""A quantized tensor or a part of it: the ways it is used, without the tensor."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Note = Callable[[Any, Tensor, tuple[Any, ...], tuple[Any, ...]], None]
 
 
 class Part:
-    """A tensor held in codebooks, or some of its vectors or sub-vectors.
+    """A quantized tensor, or some of its vectors or sub-vectors.
 
     Parts of a part are views of the codes and codebooks: nothing is expanded to take one.
 
     Args:
-        tensors: What is stored.
+        tensors: The stored tensors.
         layout: How the tensor is seen as vectors.
-        grad_factor: What the gradient of the codebooks is multiplied by.
+        grad_factor: Factor of the gradient of the codebooks.
         plan: Which way products run.
         path: How the part was taken from the whole: names and arguments of the methods here.
         note: Called with the name, the input, the arguments and the path of each product, where somebody listens.
@@ -58,10 +58,10 @@ class Part:
     # ------------------------------------------------------------------------------------------- parts
 
     def narrow(self, axis: int, start: int, length: int) -> Part | None:
-        """A range of an axis of the tensor, or None where that is not whole vectors or sub-vectors in a row.
+        """Returns a range of an axis of the tensor, or None where that is not whole vectors or sub-vectors in a row.
 
         Args:
-            axis: Of the tensor.
+            axis: Axis of the tensor.
             start: First index.
             length: How many.
         """
@@ -87,16 +87,16 @@ class Part:
         return self._part(tensors, layout.resized(axis, length), ("narrow", axis, start, length))
 
     def seen_as(self, layout: Layout) -> Part:
-        """The same vectors as a tensor of another layout, of as many vectors of the same length."""
+        """Returns the same vectors as a tensor of another layout, of as many vectors of the same length."""
         return self._part(self.tensors, layout, ("seen_as", layout))
 
     def drop(self, axis: int) -> Part | None:
-        """The part without an axis of size one, or None where it cannot be."""
+        """Returns the part without an axis of size one, or None where it cannot be."""
         layout = self.layout.without(axis)
         return None if layout is None else self._part(self.tensors, layout, ("drop", axis))
 
     def take(self, experts: Tensor) -> Part:
-        """Some experts' matrices, ``[len(experts), rows, cols]``, of a tensor of experts.
+        """Returns some experts' matrices, ``[len(experts), rows, cols]``, of a tensor of experts.
 
         Args:
             experts: One-dimensional integer tensor, none below zero.
@@ -110,7 +110,7 @@ class Part:
         return self._part(tensors, layout.resized(0, count), ("take", count))
 
     def experts(self) -> list[Part]:
-        """Each expert's matrix."""
+        """Returns each expert's matrix."""
         tensors, layout = self.tensors, self.layout.without(0)
         assert layout is not None
         total = self.layout.shape[0]
@@ -134,13 +134,13 @@ class Part:
     # ----------------------------------------------------------------------------------------- products
 
     def dense(self) -> Tensor:
-        """The tensor."""
+        """Returns the tensor."""
         check_placed(self.tensors, None, self.owner)
         vectors = ops.expand(self.tensors, self.grad_factor)
         return self.layout.to_tensor(self._zero(vectors, 0))
 
     def lookup(self, ids: Tensor, sparse: bool = False) -> Tensor:
-        """Rows of the matrix ``[rows, cols]`` (see ``RPQWeight.lookup``)."""
+        """Returns rows of the matrix ``[rows, cols]`` (see ``RPQWeight.lookup``)."""
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise InputError(f"rows are looked up by integers, got {ids.dtype}")
         check_placed(self.tensors, ids, self.owner)
@@ -175,7 +175,7 @@ class Part:
         return ops.linear_t(self._zero(y, -1), self.tensors, self.grad_factor, self.plan)
 
     def conv(self, x: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
-        """A convolution (see ``RPQWeight.conv``)."""
+        """Returns a convolution (see ``RPQWeight.conv``)."""
         if self.note is not None:
             self.note("conv", x, geometry, self.path)
         check_placed(self.tensors, x, self.owner, bias)

@@ -48,7 +48,7 @@ def rewrapped(model: nn.Module, within: nn.Module) -> nn.Module:
 
     Args:
         model: A wrapper.
-        within: What is to be in it, in place of ``unwrapped(model)``.
+        within: The model that is to be in it, in place of ``unwrapped(model)``.
 
     Returns:
         ``model`` itself where that is what it holds, else a copy of its wrappers around ``within``.
@@ -102,7 +102,7 @@ def refuse_sharded(model: nn.Module, what: str) -> None:
 
     Args:
         model: Any module.
-        what: What was asked for, for the message.
+        what: Name of the operation, for the message.
 
     Raises:
         RewriteError: If the model, or a part of it, is sharded by FSDP or split by tensor parallelism.
@@ -122,7 +122,7 @@ def refuse_distributed(model: nn.Module, what: str) -> None:
 
     Args:
         model: Any module.
-        what: What was asked for, for the message.
+        what: Name of the operation, for the message.
 
     Raises:
         RewriteError: If the model, or a part of it, is in DistributedDataParallel or sharded by FSDP.

@@ -1,1 +1,1 @@
-"""What each weight of a model gets: its codebooks, or that it stays dense."""
+"""Policies, which decide for each weight of a model which codebooks it gets, or that it stays dense."""

@@ -1,4 +1,4 @@
-"""Checks of what the public calls are given: models, policies, batches' containers, callables."""
+"""Checks of the arguments of public calls: models, policies, containers of batches, callables."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from rpqfx.validation.values import shown
 
 
 def check_model(model: Any, call: str, error: type[RPQError] = InputError) -> None:
-    """Sees that a call was given a model.
+    """Raises an error unless a call was given a model.
 
     Args:
-        model: What it was given.
-        call: Its name, for the message.
-        error: What to raise.
+        model: The argument.
+        call: Name of the call, for the message.
+        error: Class of the error.
 
     Raises:
         RPQError: Of the class ``error``, if it is no ``torch.nn.Module``; says what to pass instead.
@@ -45,12 +45,13 @@ def check_model(model: Any, call: str, error: type[RPQError] = InputError) -> No
     raise error(f"{said}{type(model).__name__}")
 
 
-def check_policy(policy: Any, kind: type, *, any_callable: bool = False) -> None:
-    """Sees that a call was given a policy of its own kind.
+def check_policy(policy: Any, kind: type, *, call: str | None = None, any_callable: bool = False) -> None:
+    """Raises an error unless a call was given a policy of its own kind.
 
     Args:
-        policy: What it was given.
+        policy: The argument.
         kind: ``Policy``, ``KVPolicy`` or ``RoutePolicy``.
+        call: The call's name, for messages; the one that takes such policies if left out.
         any_callable: Whether it may be a function as well.
 
     Raises:
@@ -58,13 +59,13 @@ def check_policy(policy: Any, kind: type, *, any_callable: bool = False) -> None
     """
     if isinstance(policy, kind):
         return
-    call, name = kind.goes_with, kind.__name__  # type: ignore[attr-defined]
+    call, name = call or kind.goes_with, kind.__name__  # type: ignore[attr-defined]
     said = f"{call} takes a {name}, got "
     if policy is None:
         raise PolicyError(
-            f"{said}none; {call}(model, Policy()) fits codebooks to the weights that are there, Policy.from_scratch() "
-            "draws them for training, and Policy.pretrained(bits_per_weight=3), with calibration, converts a trained "
-            "model"
+            f"{said}none; rpqify(model, Policy()) fits codebooks to the weights that are there, Policy.from_scratch() "
+            "draws them for training, and convert(model, Policy.pretrained(bits_per_weight=3), batches) converts a "
+            "trained model"
         )
     if isinstance(policy, type):
         example = f"{name}()" if policy is kind else f"{name}(...)"
@@ -86,74 +87,45 @@ def check_policy(policy: Any, kind: type, *, any_callable: bool = False) -> None
     raise PolicyError(f"{said}{shown(policy)}")
 
 
-def positional(inputs: Any, name: str) -> tuple[Any, ...]:
-    """The positional inputs of one call.
-
-    Args:
-        inputs: A sequence of inputs, or the one tensor that a model takes; None for none.
-        name: Of the argument, for the message.
-
-    Raises:
-        InputError: If it is something else.
-    """
-    if inputs is None:
-        return ()
-    if isinstance(inputs, Mapping):
-        keyword = name.replace("inputs", "kwargs")
-        raise InputError(f"{name} are positional, got a mapping; pass it as {keyword}")
-    if isinstance(inputs, Tensor):
-        return (inputs,)
-    if not isinstance(inputs, Sequence) or isinstance(inputs, str):
-        raise InputError(f"{name} is a sequence of inputs or one tensor, got {type(inputs).__name__}")
-    return tuple(inputs)
-
-
-def keyword(inputs: Any, name: str) -> dict[str, Any]:
-    """The keyword inputs of one call.
-
-    Args:
-        inputs: A mapping from names to inputs; None for none.
-        name: Of the argument, for the message.
-
-    Raises:
-        InputError: If it is something else.
-    """
-    if inputs is None:
-        return {}
-    if not isinstance(inputs, Mapping) or not all(isinstance(key, str) for key in inputs):
-        raise InputError(f"{name} is a mapping from names to inputs, got {shown(inputs)}")
-    return dict(inputs)
-
-
-def check_call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Sees that inputs are those that a model's forward has arguments for.
+def example_call(
+    model: nn.Module, example_inputs: Any, example_kwargs: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:  # fmt: skip
+    """Returns the positional and the keyword inputs of one call of a model.
 
     Args:
         model: The model.
-        args: Positional inputs.
-        kwargs: Keyword inputs.
+        example_inputs: A sequence of inputs, or the one tensor that the model takes; None for none.
+        example_kwargs: A mapping from names to inputs; None for none.
 
     Raises:
-        InputError: If one is missing, or there is one too many.
+        InputError: If they are something else, or not the inputs that the model's forward has arguments for.
     """
-    if model._forward_pre_hooks:  # which may give it others
-        return
+    args, kwargs = example_inputs, {} if example_kwargs is None else example_kwargs
+    if isinstance(args, Mapping):
+        raise InputError("example_inputs are positional, got a mapping; pass it as example_kwargs")
+    if (args is not None and not isinstance(args, (Tensor, Sequence))) or isinstance(args, str):
+        raise InputError(f"example_inputs is a sequence of inputs or one tensor, got {type(args).__name__}")
+    if not isinstance(kwargs, Mapping) or not all(isinstance(key, str) for key in kwargs):
+        raise InputError(f"example_kwargs is a mapping from names to inputs, got {shown(kwargs)}")
+    args, kwargs = (args,) if isinstance(args, Tensor) else tuple(args or ()), dict(kwargs)
     try:
-        inspect.signature(model.forward).bind(*args, **kwargs)
+        if not model._forward_pre_hooks:  # which may give it others
+            inspect.signature(model.forward).bind(*args, **kwargs)
     except TypeError as error:
         raise InputError(
             f"the example inputs are not those of one call of {type(model).__name__}: {error}; example_inputs are the "
             "positional ones, example_kwargs those by keyword"
         ) from error
     except ValueError:  # a forward without a signature
-        return
+        pass
+    return args, kwargs
 
 
 def check_progress(progress: Any, *, switches: bool = True) -> None:
-    """Sees that what is to be told of progress can be called.
+    """Raises an error unless ``progress`` can be called.
 
     Args:
-        progress: What was given.
+        progress: The argument.
         switches: Whether True and False mean something.
 
     Raises:
@@ -166,11 +138,11 @@ def check_progress(progress: Any, *, switches: bool = True) -> None:
 
 
 def check_path(path: Any, name: str) -> None:
-    """Sees that a path is one.
+    """Raises an error unless an argument is a path.
 
     Args:
-        path: What was given.
-        name: Of the argument, for the message.
+        path: The argument.
+        name: Name of the argument, for the message.
 
     Raises:
         InputError: If it is something else.

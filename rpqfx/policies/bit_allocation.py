@@ -1,4 +1,4 @@
-"""How each weight of a trained model is held so that all of them take so many bits a weight, everything counted.
+"""Chooses codebooks for the weights of a trained model that share a number of bits a weight, everything counted.
 
 Weights are scaled to look alike, so one codebook can serve the whole model. What differs from weight to weight is its
 rate: a few codebooks make the rungs of a ladder, and each weight gets a rung by what its errors cost the model. Weights
@@ -9,7 +9,7 @@ codebook, on ladders of one sub-vector length.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rpqfx.codebook import CodebookSpec, nearest_divisor
 from rpqfx.errors import PolicyError
@@ -32,7 +32,8 @@ _FLOAT_BITS = 16  # codebooks and factors are rounded to half precision
 _FACTORS_SHARE = 0.05  # of the budget, what factors of columns may take
 _OWN_BELOW = 32_768  # weights this small may have a codebook of their own
 _FEWEST_USERS = 4  # sub-vectors an entry
-_NEXT = 1.25  # from one number of bits that is tried to the next, where those that were asked for cannot be had
+Found = tuple[float, dict[str, Hold]] | float  # the expected cost and the decisions, or the bits that it takes at least
+_NEXT = 1.25  # from one number of bits that is tried to the next, where the ones that are wanted cannot be had
 
 
 def spread(
@@ -46,11 +47,11 @@ def spread(
 
     Args:
         sites: The weights; vectors are along their outputs.
-        bits: For each weight, codes, codebooks and factors together.
-        importance: What an error as large as the weight itself would cost, by name; left out, as much as it has
+        bits: Bits for each weight, codes, codebooks and factors together.
+        importance: Cost of an error as large as the weight itself, by name; left out, as much as it has
             elements.
         group: Name of their codebooks.
-        option: What the budget is called where it is given, for the message.
+        option: Name of the argument that gives the budget, for the message.
 
     Returns:
         Decisions by name.
@@ -75,40 +76,36 @@ def spread(
     return held
 
 
-def _best_tiled(
-    sites: Sequence[Site], bits: float, cost: Mapping[str, float], group: str
-) -> tuple[float, dict[str, Hold]] | float:
+def _best_tiled(sites: Sequence[Site], bits: float, cost: Mapping[str, float], group: str) -> Found:
     """As ``_best``, with stages of 16 entries."""
     total = sum(site.numel for site in sites)
     dtypes = {site.dtype for site in sites}  # which cannot share
     ways = _Ways(sites, bits, cost, group)
+
+    def tried(some: tuple[fast_shapes.Shape, ...]) -> Found:
+        books = len(dtypes) * sum(stages * fast_shapes.ENTRIES * d * _FLOAT_BITS for d, stages in some)
+        return _choose_within(ways.tiled(some), books, bits, total)
+
+    return _cheapest((tried(some) for some in fast_shapes.ranges(bits)), total)
+
+
+def _best(sites: Sequence[Site], bits: float, cost: Mapping[str, float], group: str) -> Found:
+    """Returns the expected cost and decisions, or about how many bits a weight it would take at least."""
+    total = sum(site.numel for site in sites)
+    ways = _Ways(sites, bits, cost, group)
+    ladders = ((d, rungs) for d in _ZADOR for rungs in _ladders(d, bits, total))
+    return _cheapest((_allocate(sites, d, rungs, bits, ways) for d, rungs in ladders), total)
+
+
+def _cheapest(tries: Iterable[Found], total: int) -> Found:
+    """Returns the try with the least expected cost, or the fewest bits a weight that one would take."""
     best: tuple[float, dict[str, Hold]] | None = None
     least = math.inf
-    for some in fast_shapes.ranges(bits):
-        books = len(dtypes) * sum(stages * fast_shapes.ENTRIES * d * _FLOAT_BITS for d, stages in some)
-        found = _choose_within(ways.tiled(some), books, bits, total)
+    for found in tries:
         if isinstance(found, float):
             least = min(least, found / total)
         elif best is None or found[0] < best[0]:
             best = found
-    return least if best is None else best
-
-
-def _best(
-    sites: Sequence[Site], bits: float, cost: Mapping[str, float], group: str
-) -> tuple[float, dict[str, Hold]] | float:
-    """Expected cost and decisions, or about how many bits a weight it would take at least."""
-    total = sum(site.numel for site in sites)
-    ways = _Ways(sites, bits, cost, group)
-    best: tuple[float, dict[str, Hold]] | None = None
-    least = math.inf
-    for d in _ZADOR:
-        for rungs in _ladders(d, bits, total):
-            found = _allocate(sites, d, rungs, bits, ways)
-            if isinstance(found, float):
-                least = min(least, found / total)
-            elif best is None or found[0] < best[0]:
-                best = found
     return least if best is None else best
 
 
@@ -136,7 +133,7 @@ def _too_few(
 
 
 def _ladders(d: int, bits: float, total: int) -> list[range]:
-    """Ranges of entries (as ``log2``) that are worth a try around a rate."""
+    """Returns ranges of entries (as ``log2``) that are worth a try around a rate."""
     most = _MOST_BITS if total / d * 2**_MOST_BITS <= _MOST_DISTANCES else _LARGE_BITS
     middle = bits * d
     tops = {min(most, math.floor(middle) + up) for up in range(-1, 4)}
@@ -149,10 +146,8 @@ def _ladders(d: int, bits: float, total: int) -> list[range]:
     ]
 
 
-def _allocate(
-    sites: Sequence[Site], d: int, rungs: range, bits: float, ways: _Ways
-) -> tuple[float, dict[str, Hold]] | float:
-    """Expected cost and decisions for one ladder, or the bits that it takes at least."""
+def _allocate(sites: Sequence[Site], d: int, rungs: range, bits: float, ways: _Ways) -> Found:
+    """Returns the expected cost and decisions for one ladder, or the bits that it takes at least."""
     total = sum(site.numel for site in sites)
     if max(rungs) > 1 and total // d < _FEWEST_USERS * 2 ** max(rungs):
         return math.inf
@@ -161,10 +156,8 @@ def _allocate(
     return _choose_within(ways.of(d, rungs), books, bits, total)
 
 
-def _choose_within(
-    groups: Mapping[str, Sequence[Candidate[Hold]]], books: int, bits: float, total: int
-) -> tuple[float, dict[str, Hold]] | float:
-    """Expected cost and decisions for given candidates and bits of their codebooks, or the bits that it takes."""
+def _choose_within(groups: Mapping[str, Sequence[Candidate[Hold]]], books: int, bits: float, total: int) -> Found:
+    """Returns the expected cost and decisions for candidates and bits of codebooks, or the bits that it takes."""
     if not all(groups.values()):
         return math.inf
     least = books + sum(min(c.size for c in group) for group in groups.values())
@@ -177,7 +170,7 @@ def _choose_within(
 
 
 class _Ways:
-    """The ways to hold each weight, made once for all ladders. Weights that are alike share theirs."""
+    """The candidates of each weight, made once for all ladders. Weights that are alike share theirs."""
 
     def __init__(self, sites: Sequence[Site], bits: float, cost: Mapping[str, float], group: str) -> None:
         self._bits, self._group = bits, group
@@ -192,12 +185,12 @@ class _Ways:
         self._staged: dict[tuple[object, int, int], Candidate[Hold]] = {}
 
     def of(self, d: int, rungs: range) -> dict[str, list[Candidate[Hold]]]:
-        """Candidates by name: on each rung of a ladder, and with a codebook of their own."""
+        """Returns candidates by name: on each rung of a ladder, and with a codebook of their own."""
         found = {key: [*self._on(key, d, rungs), *self._own[key]] for key in self._kinds}
         return {name: found[key] for name, key in self._kind_of.items()}
 
     def tiled(self, some: Sequence[fast_shapes.Shape]) -> dict[str, list[Candidate[Hold]]]:
-        """Candidates by name, of some shapes of stages; none of them for a weight that no shape divides."""
+        """Returns candidates by name, of some shapes of stages; none of them for a weight that no shape divides."""
         found = {key: [c for shape in some for c in self._in_stages(key, shape)] for key in self._kinds}
         return {name: found[key] + self._own[key] for name, key in self._kind_of.items()}
 
@@ -255,6 +248,6 @@ def _whole_bytes(bits: int) -> int:
 
 
 def _factors(site: Site, bits: float) -> int:
-    """How many columns share a factor: a channel's, where that is cheap, else all."""
+    """Returns how many columns share a factor: a channel's, where that is cheap, else all."""
     dim = site.layout("row").dim
     return site.taps if _FLOAT_BITS * (dim // site.taps) <= _FACTORS_SHARE * bits * site.numel else dim

@@ -1,4 +1,4 @@
-"""Choosing one candidate a site so that the total fits and the expected error is small.
+"""Chooses one candidate for each site so that the total fits and the expected error is small.
 
 Candidates of a site are points (bytes, distortion). For a price on bytes each site has one best candidate, and all
 sites together trace the lower convex hull of what can be had (Everett, 1963; Shoham and Gersho, "Efficient Bit
@@ -22,12 +22,12 @@ _APART = 1e-6  # of the price: nearer, rounding may decide between candidates
 
 @dataclass(frozen=True)
 class Candidate(Generic[T]):
-    """One way to hold a site.
+    """One way to quantize a site, or to leave it dense.
 
     Args:
-        choice: What is chosen.
-        size: Its bytes.
-        distortion: Its expected squared error.
+        choice: The decision.
+        size: Bytes that the site then takes.
+        distortion: Expected squared error.
     """
 
     choice: T
@@ -36,7 +36,7 @@ class Candidate(Generic[T]):
 
 
 def choose(candidates: Mapping[str, Sequence[Candidate[T]]], limit: int, before: int, other: int) -> dict[str, T]:
-    """One candidate a site, at most ``limit`` bytes in all.
+    """Chooses one candidate for each site, at most ``limit`` bytes in all.
 
     Args:
         candidates: By site name; none empty.

@@ -1,12 +1,13 @@
-"""All sites of a model decided at once, by a policy or by any callable."""
+"""Decides all sites of a model at once, by a policy or by any callable."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
 from rpqfx.errors import PolicyError
+from rpqfx.policies.amount import EMBEDDING_BITS, Rate
 from rpqfx.policies.decision import Hold, Skip, as_decision
-from rpqfx.policies.policy import EMBEDDING_BITS, Decide, Policy
+from rpqfx.policies.policy import Decide, Policy
 from rpqfx.policies.site import Site
 
 
@@ -16,7 +17,7 @@ def decide_all(
     other_bytes: int = 0,
     importance: Mapping[str, float] | None = None,
 ) -> tuple[dict[str, Hold | Skip], list[str]]:
-    """Decisions of a policy, or of any callable from a site to a spec or a skip.
+    """Returns the decisions of a policy, or of any callable from a site to a spec or a skip.
 
     Args:
         policy: A [`Policy`][rpqfx.policies.policy.Policy], or a callable ``Site -> CodebookSpec | Hold | Skip``.
@@ -42,16 +43,15 @@ def decide_all(
 
 
 def _remarks(policy: Policy, sites: Sequence[Site]) -> list[str]:
-    """What of a policy came to nothing with these sites."""
-    unmatched = policy.unmatched_rules(sites)
+    """Returns notes on the parts of a policy that have no effect on these sites."""
     followed = [policy.rule_for(site) for site in sites]
     found = []
     for rule in policy.rules:
-        if any(rule is other for other in unmatched):
+        if not any(rule.matches(site) for site in sites):
             found.append(f"rule {rule.match!r} matches no site")
         elif not any(rule is other for other in followed):
             found.append(f"rule {rule.match!r} is never followed: rules before it match every site that it does")
-    asked = policy.embedding_bits not in (None, EMBEDDING_BITS)
+    asked = isinstance(policy.amount, Rate) and policy.amount.embedding_bits not in (None, EMBEDDING_BITS)
     if asked and not any(site.kind in ("embedding", "embedding_bag") for site in sites):
         found.append("embedding_bits: the model has no embedding")
     return found

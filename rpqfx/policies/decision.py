@@ -1,4 +1,4 @@
-"""Decisions about a site, and the ones that options leave open."""
+"""Decisions about a site, and the candidates that options leave open."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rpqfx.nn.layer import Split
 from rpqfx.nn.layout import Experts
 from rpqfx.ops import Plan
 from rpqfx.policies.budget import Candidate
-from rpqfx.policies.options import Init, Options, Sharing
+from rpqfx.policies.options import Init, Options, PartialOptions, Sharing
 from rpqfx.policies.site import Site
 
 
@@ -30,7 +30,7 @@ class Skip:
 
 @dataclass(frozen=True)
 class Hold:
-    """A decision to hold a site's weight in codebooks.
+    """A decision to quantize a site's weight.
 
     Args:
         spec: Shape of the codebooks.
@@ -50,12 +50,12 @@ class Hold:
 
     @property
     def shared(self) -> tuple[object, ...]:
-        """What sites of one group must agree in to share codebooks: their shape, and how they are fitted."""
+        """The values that sites of one group must agree in to share codebooks: their shape, and how they are fitted."""
         return (self.spec.codebooks_shape, self.spec.scale, self.spec.signs, self.init)
 
 
 def as_decision(site: Site, answer: CodebookSpec | Hold | Skip) -> Hold | Skip:
-    """A spec as a decision: its shape says along which side of the site its vectors lie.
+    """Returns a spec as a decision: its shape says along which side of the site its vectors lie.
 
     Args:
         site: The site.
@@ -82,8 +82,8 @@ def as_decision(site: Site, answer: CodebookSpec | Hold | Skip) -> Hold | Skip:
     )
 
 
-def smallest(site: Site, options: Options, bits: int) -> Hold:
-    """The site's spec at so many bits, with the smaller split where the options leave that open.
+def smallest(site: Site, options: Options) -> Hold:
+    """Returns the site's spec, with the smaller split where the options leave that open.
 
     Raises:
         PolicyError: If the options ask for what the site cannot give.
@@ -91,11 +91,11 @@ def smallest(site: Site, options: Options, bits: int) -> Hold:
     if options.split == "column" and not site.splits:
         raise PolicyError(f"{site.name}: vectors of a {site.kind} lie along its outputs, split='column' cannot be")
     splits: tuple[Split, ...] = ("row",) if not site.splits else ("row", "column")
-    splits = splits if options.split == "auto" else (options.split or "row",)
+    splits = splits if options.split == "auto" else (options.split,)
     holds, errors = [], []
     for split in splits:
         try:
-            holds.append(_hold(site, options, split, bits))
+            holds.append(_hold(site, options, split))
         except PolicyError as error:  # a count may divide one way and not the other
             errors.append(error)
     if not holds:
@@ -108,7 +108,7 @@ def together(members: Sequence[tuple[Site, Options]]) -> dict[str, Hold | Skip]:
 
     A site takes part where its codes are smaller than its dense tensor; the codebooks are taken on where they are
     smaller than what those sites gain. Otherwise fewer bits are tried, down to ``min_bits``, and then all are left, or
-    with ``allow_growth`` all are held with as many bits as were asked for.
+    with ``allow_growth`` all are quantized with the number of bits that the options give.
 
     Args:
         members: Sites whose codebooks have one shape, with their options; none empty.
@@ -120,13 +120,14 @@ def together(members: Sequence[tuple[Site, Options]]) -> dict[str, Hold | Skip]:
         PolicyError: If the options ask for what a site cannot give.
     """
     options = members[0][1]
-    most, growing = options.bits or 8, bool(options.allow_growth)
+    most, growing = options.bits, options.allow_growth
     tries = [(bits, False) for bits in range(most, min(options.min_bits or most, most) - 1, -1)]
     for bits, grown in [*tries, (most, True)] if growing else tries:
         if len(members) == 1:
-            holds = {site.name: smallest(site, own, bits) for site, own in members}
+            site, own = members[0]
+            holds = {site.name: smallest(site, dataclasses.replace(own, bits=bits, min_bits=None))}
         else:  # one shape for all: the split stays the one that made them a group
-            holds = {site.name: _with_bits(smallest(site, own, most), bits) for site, own in members}
+            holds = {site.name: _with_bits(smallest(site, own), bits) for site, own in members}
         gains = {s.name: s.dense_bytes - holds[s.name].spec.stored_bytes(s.dtype, codebooks=False) for s, _ in members}
         taking = {name for name, gain in gains.items() if gain > 0 or grown}
         first = members[0][0]
@@ -142,17 +143,16 @@ def _with_bits(hold: Hold, bits: int) -> Hold:
 
 
 def _no_gain(site: Site, options: Options, sharers: int = 1) -> Skip:
-    bits = options.bits or 8
-    hold = smallest(site, options, bits)
+    hold = smallest(site, options)
     others = f", and {sharers} sites that share codebooks would not either" if sharers > 1 else ""
     return Skip(
-        f"would not shrink: {site.dense_bytes:,} bytes dense, {stored_bytes(site, hold):,} with {bits} bits "
+        f"would not shrink: {site.dense_bytes:,} bytes dense, {stored_bytes(site, hold):,} with {options.bits} bits "
         f"for {hold.spec.num_vectors} vectors of length {hold.spec.dim}{others}"
     )
 
 
-def candidates(site: Site, options: Options) -> list[Candidate[Hold | Skip]]:
-    """Every spec a budget may choose for a site, as its options leave that open, and leaving it dense."""
+def candidates(site: Site, options: PartialOptions) -> list[Candidate[Hold | Skip]]:
+    """Returns every spec that a budget may choose for a site, as its options leave that open, and leaving it dense."""
     found = [Candidate[Hold | Skip](Skip("the budget affords it dense"), site.dense_bytes, 0.0)]
     unit = site.layout("row", options.experts or "shared").unit
     lengths = _LENGTHS if options.codebook_dim is None else (options.codebook_dim,)
@@ -163,9 +163,13 @@ def candidates(site: Site, options: Options) -> list[Candidate[Hold | Skip]]:
     for d in dims if options.codebooks is None else (None,):
         for bits in range(fewest, most + 1):
             for sharing in sharings:
-                own = dataclasses.replace(options, sharing=sharing, bits=bits, min_bits=None)
-                own = own if d is None else dataclasses.replace(own, codebook_dim=d)
-                hold = smallest(site, own, bits)
+                chosen = {
+                    "sharing": sharing,
+                    "bits": bits,
+                    "min_bits": None,
+                    **({} if d is None else {"codebook_dim": d}),
+                }
+                hold = smallest(site, Options(**{**options.given(), **chosen}))
                 size = stored_bytes(site, hold)
                 if size < site.dense_bytes and hold.spec.users_per_entry > 1:
                     found.append(Candidate(hold, size, _distortion(hold.spec)))
@@ -176,9 +180,8 @@ _LENGTHS = (2, 4, 8, 16, 32, 64, 128)
 _FEWEST_BITS, _MOST_BITS = 2, 12
 
 
-def _hold(site: Site, options: Options, split: Split, bits: int) -> Hold:
-    experts = options.experts or "shared"
-    layout = site.layout(split, experts)
+def _hold(site: Site, options: Options, split: Split) -> Hold:
+    layout = site.layout(split, options.experts)
     dim, count = layout.unit, options.codebooks
     if count == "heads":
         if site.heads is None:
@@ -198,13 +201,13 @@ def _hold(site: Site, options: Options, split: Split, bits: int) -> Hold:
     books = layout.dim // dim if options.sharing == "layer" else None  # one, or one an expert
     try:
         spec = CodebookSpec(
-            layout.num_vectors, layout.dim, d, 2**bits, options.stages or 1, books, bool(options.scale),
-            bool(options.signs), options.grad_scale or "sum", site.taps if options.dim_scale else 0,
+            layout.num_vectors, layout.dim, d, 2**options.bits, options.stages, books, options.scale, options.signs,
+            options.grad_scale, site.taps if options.dim_scale else 0,
         )  # fmt: skip
     except SpecError as error:
         raise PolicyError(f"{site.name}: {error}") from error
     group = _group(site, options, layout.dim)
-    return Hold(spec, split, options.init or "fit", group, options.plan or "auto", experts)
+    return Hold(spec, split, options.init, group, options.plan, options.experts)
 
 
 def _group(site: Site, options: Options, dim: int) -> str | None:
@@ -216,11 +219,11 @@ def _group(site: Site, options: Options, dim: int) -> str | None:
 
 
 def stored_bytes(site: Site, decision: Hold | Skip) -> int:
-    """Bytes of a site's tensors after a decision."""
+    """Returns the bytes of a site's tensors after a decision."""
     return site.dense_bytes if isinstance(decision, Skip) else decision.spec.stored_bytes(site.dtype)
 
 
 def _distortion(spec: CodebookSpec) -> float:
-    """Expected squared error of holding unit-variance weights so, by rule of thumb: ``4**-rate`` an element."""
+    """Returns the expected squared error of unit-variance weights, by rule of thumb: ``4**-rate`` an element."""
     rate = spec.stages * spec.bits / spec.codebook_dim
     return spec.num_vectors * spec.dim * (1 - 1 / spec.users_per_entry) * 4.0**-rate

@@ -1,4 +1,4 @@
-"""What a policy can say, and the rules that say it for some sites only."""
+"""The options of one weight, written down in part or complete, and rules that override them for some sites."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
@@ -27,37 +27,8 @@ _TYPE = "type:"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """What a policy and each of its rules can say; None in a rule means: as the policy.
-
-    Args:
-        codebook_dim: Length of a sub-vector; the divisor of the vector length nearest to it is taken. Left
-            out, 64, or near it a multiple of a convolution's taps.
-        codebooks: Number of sub-vectors instead: a number, which must divide, or ``"heads"`` for one an attention
-            head (of the model, where a module has none), or the nearest number that divides.
-        bits: ``log2`` of the entries of a codebook.
-        min_bits: Where ``bits`` would make a layer larger, fewer are tried down to this; left out, the layer is
-            left alone then.
-        stages: Residual stages.
-        sharing: One codebook for each sub-vector (``"own"``), one for the layer (``"layer"``), or for each
-            sub-vector one that all layers of equal shape (``"shape"``) or of equal role (``"role"``: their names
-            differ in numbers only) share.
-        experts: Tensors of experts, ``[E, out, in]``: one set of codebooks for all of them (``"shared"``) or one for
-            each (``"own"``).
-        split: Vectors along outputs (``"row"``), inputs (``"column"``), or whichever is smaller (``"auto"``).
-        scale: A trainable factor for each vector.
-        dim_scale: A trainable factor for each element of the vectors (a Linear's inputs, where its vectors are rows),
-            or for each channel of filters.
-        signs: A random fixed sign for each use of an entry.
-        grad_scale: How gradients of vectors that share an entry are gathered.
-        init: Codebooks fitted to the weights that are there (``"fit"``), or drawn anew with their standard
-            deviation (``"random"``), for training from scratch.
-        plan: Which way products run: the weight made for each call (``"expand"``), the table of dot products
-            (``"contract"``), or the cheaper by a cost model (``"auto"``); [`tune`][rpqfx.timing.tune.tune] measures
-            instead.
-        min_size: Weights of fewer elements are left alone.
-        allow_growth: Whether a layer may become larger than it was.
-    """
+class PartialOptions:
+    """Options as a policy or a rule writes them down, those of ``Options``; None stands for one that is left out."""
 
     codebook_dim: int | None = None
     codebooks: int | Literal["heads"] | None = None
@@ -98,6 +69,11 @@ class Options:
                 "raise bits, or leave min_bits out"
             )
 
+    def given(self) -> dict[str, Any]:
+        """Returns the options that are written down, by name."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(PartialOptions)}
+        return {name: value for name, value in values.items() if value is not None}
+
     @property
     def sets_shape(self) -> bool:
         """Whether it says how long sub-vectors are, or how many entries there are for them."""
@@ -118,10 +94,58 @@ _WORDS = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options(PartialOptions):
+    """All options of one weight, with the values that they have where nothing else is written down.
+
+    Args:
+        codebook_dim: Length of a sub-vector; the divisor of the vector length nearest to it is taken. Left out, 64, or
+            near it a multiple of a convolution's taps.
+        codebooks: Number of sub-vectors instead: a number, which must divide, or ``"heads"`` for one an attention
+            head (of the model, where a module has none), or the nearest number that divides.
+        bits: ``log2`` of the entries of a codebook.
+        min_bits: Where ``bits`` would make a layer larger, fewer are tried down to this; left out, the layer is
+            left alone then.
+        stages: Residual stages.
+        sharing: One codebook for each sub-vector (``"own"``), one for the layer (``"layer"``), or for each
+            sub-vector one that all layers of equal shape (``"shape"``) or of equal role (``"role"``: their names
+            differ in numbers only) share.
+        experts: Tensors of experts, ``[E, out, in]``: one set of codebooks for all of them (``"shared"``) or one for
+            each (``"own"``).
+        split: Vectors along outputs (``"row"``), inputs (``"column"``), or whichever is smaller (``"auto"``).
+        scale: A trainable factor for each vector.
+        dim_scale: A trainable factor for each element of the vectors (a Linear's inputs, where its vectors are rows),
+            or for each channel of filters.
+        signs: A random fixed sign for each use of an entry.
+        grad_scale: How gradients of vectors that share an entry are gathered.
+        init: Codebooks fitted to the weights that are there (``"fit"``), or drawn anew with their standard
+            deviation (``"random"``), for training from scratch.
+        plan: Which way products run: the weight made for each call (``"expand"``), the table of dot products
+            (``"contract"``), or the cheaper by a cost model (``"auto"``); [`tune`][rpqfx.timing.tune.tune] measures
+            instead.
+        min_size: Weights of fewer elements are left alone.
+        allow_growth: Whether a layer may become larger than it was.
+    """
+
+    bits: int = 8
+    stages: int = 1
+    sharing: Sharing = "own"
+    experts: Experts = "shared"
+    split: Split | Literal["auto"] = "auto"
+    scale: bool = False
+    dim_scale: bool = False
+    signs: bool = False
+    grad_scale: GradScale = "sum"
+    init: Init = "fit"
+    plan: Plan = "auto"
+    min_size: int = 4096
+    allow_growth: bool = False
+
+
 @spelled
 @dataclass(frozen=True, kw_only=True)
-class Rule(Options):
-    """Other options, or a skip, for the sites that match.
+class Rule(PartialOptions):
+    """Overrides options, or says to skip, for the sites that match; an option that is left out is the policy's.
 
     Args:
         match: A glob on the qualified name of the Parameter or of its module (``"*.attn.*"``, ``"head"``); a module
@@ -149,17 +173,14 @@ class Rule(Options):
             raise PolicyError(f"a Rule matches by a glob, a module class or a predicate, got {shown(self.match)}")
         check_skip(self.skip)
         super().__post_init__()
-        if self.skip is not None and (names := self.given()):
+        if self.skip is not None and (given := self.given()):
             raise PolicyError(
-                f"the rule for {shown(self.match)} skips, so its {names[0]} does nothing; leave out one of the two"
+                f"the rule for {shown(self.match)} skips, so its {next(iter(given))} does nothing; leave out one of "
+                "the two"
             )
 
-    def given(self) -> list[str]:
-        """Names of the options that this rule sets, the skip apart."""
-        return [f.name for f in dataclasses.fields(Options) if getattr(self, f.name) is not None]
-
     def matches(self, site: Site) -> bool:
-        """Whether this rule is about a site."""
+        """Returns whether this rule is about a site."""
         if callable(self.match):
             return bool(self.match(site))
         assert isinstance(self.match, str)

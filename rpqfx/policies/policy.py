@@ -1,37 +1,38 @@
-"""Policies: frozen values that decide, site by site, how a weight is held."""
+"""Policies: frozen values that decide, site by site, how a weight is quantized."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
-from rpqfx.codebook import CodebookSpec
+from rpqfx.codebook import CodebookSpec, GradScale
 from rpqfx.errors import PolicyError
-from rpqfx.policies.amounts import check_amounts, kinds_of
+from rpqfx.nn.layer import Split
+from rpqfx.nn.layout import Experts
+from rpqfx.ops import Plan
+from rpqfx.policies.amount import EMBEDDING_BITS, Amount, Budget, Fixed, Rate, amount_from
+from rpqfx.policies.base import PolicyBase
 from rpqfx.policies.bit_allocation import spread
 from rpqfx.policies.budget import Candidate, choose
 from rpqfx.policies.decision import Hold, Skip, candidates, smallest, stored_bytes, together
-from rpqfx.policies.modes import DEFAULTS, FREE_OF_RATE, check_mode, mode_of
-from rpqfx.policies.name_rules import rules_of
-from rpqfx.policies.options import Options, Rule
-from rpqfx.policies.policy_json import read, to_json
-from rpqfx.policies.site import Kind, Site
-from rpqfx.validation.spelling import shows, spelled
-from rpqfx.validation.values import shown
+from rpqfx.policies.options import Init, Options, PartialOptions, Rule, Sharing
+from rpqfx.policies.site import KINDS, Kind, Site
+from rpqfx.validation.spelling import spelled
+from rpqfx.validation.values import one_of, shown
 
-__all__ = ["Decide", "Hold", "Options", "Policy", "Rule", "Skip"]
+__all__ = ["Budget", "Decide", "Fixed", "Hold", "Options", "Policy", "Rate", "Rule", "Skip"]
 
-EMBEDDING_BITS = 8.5  # eight of codes, and factors of rows and columns
 Decide = Callable[[Site], CodebookSpec | Hold | Skip]
+_TABLES = ("embedding", "embedding_bag")
 
 
 @spelled
 @dataclass(frozen=True, kw_only=True)
-class Policy(Options):
-    """Decides how each weight of a model is held.
+class Policy(PartialOptions, PolicyBase):
+    """Decides how each weight of a model is quantized.
 
     Precedence, strongest first: what a site cannot do (it is skipped, with the reason); the first rule that matches
     it; the policy's own options. Of a rule, only the options it sets count; the others come from the policy.
@@ -39,44 +40,39 @@ class Policy(Options):
     A policy returns a spec that divides, or a [`Skip`][rpqfx.policies.policy.Skip] with the reason. It makes no layer
     larger unless ``allow_growth`` says so. It is a value: printable, comparable, and JSON both ways (predicates apart).
 
-    Options that are left out have the values ``bits=8``, ``stages=1``, ``sharing="own"``, ``experts="shared"``,
-    ``split="auto"``, ``scale=False``, ``dim_scale=False``, ``signs=False``, ``grad_scale="sum"``, ``init="fit"``,
-    ``plan="auto"``, ``min_size=4096`` and ``allow_growth=False``. Under a budget (``ratio``, ``total_bytes``) ``bits``,
-    ``sharing`` and ``codebook_dim`` are chosen for each layer where they are left out, and kept where they are given.
-    Under ``bits_per_weight`` all that shapes codebooks is chosen. What is chosen reads None here, and an option that
-    would do nothing under a budget is refused.
+    Options that are left out have the values of [`Options`][rpqfx.policies.policy.Options], unless ``amount`` chooses
+    them for each weight; those read None here. An option that would do nothing beside an amount is refused.
 
     Args:
+        amount: How much the model takes: [`Fixed`][rpqfx.policies.policy.Fixed], what the options say;
+            [`Budget`][rpqfx.policies.policy.Budget], bytes of the whole model; or
+            [`Rate`][rpqfx.policies.policy.Rate], bits for each weight.
         rules: Tried in order; the first that matches wins.
         kinds: Kinds of site to rewrite; the others are skipped.
-        ratio: The whole model after, over before; see [`budget`][rpqfx.policies.policy.Policy.budget].
-        total_bytes: The whole model's bytes after, instead.
-        bits_per_weight: What the weights in codebooks take as saved, everything counted, instead; see
-            [`pretrained`][rpqfx.policies.policy.Policy.pretrained].
-        embedding_bits: The same for embeddings and an output head of as many rows, by themselves; left out, they stay
-            dense.
 
     Raises:
         PolicyError: If an option does not exist, is out of range, or would do nothing beside the others.
     """
 
     goes_with: ClassVar[str] = "rpqify"
+    rule: ClassVar[type] = Rule
+    elsewhere: ClassVar[Mapping[str, str]] = {
+        "ratio": "Policy.budget(ratio=...)", "bytes": "Policy.budget(bytes=...)",
+        "bits_per_weight": "Policy.pretrained(...)", "embedding_bits": "Policy.pretrained(..., embedding_bits=...)",
+    }  # fmt: skip
 
+    amount: Amount = field(default=Fixed())
     rules: tuple[Rule, ...] = ()
-    kinds: tuple[Kind, ...] = (
-        "linear", "embedding", "embedding_bag", "conv", "conv_transpose", "bilinear", "attention", "recurrent",
-        "experts", "parameter",
-    )  # fmt: skip
-    ratio: float | None = None
-    total_bytes: int | None = None
-    bits_per_weight: float | None = None
-    embedding_bits: float | None = None
+    kinds: tuple[Kind, ...] = KINDS
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rules", rules_of(self.rules, Rule))
-        object.__setattr__(self, "kinds", kinds_of(self.kinds))
-        check_amounts(self)
-        for name, value in DEFAULTS[mode_of(self)].items():
+        self._check_rules()
+        object.__setattr__(self, "kinds", _kinds(self.kinds))
+        if not isinstance(self.amount, Amount):
+            raise PolicyError(
+                f"amount is Fixed(), Budget(ratio=...) or Rate(bits_per_weight), got {shown(self.amount)}"
+            )
+        for name, value in self.amount.defaults().items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         super().__post_init__()
@@ -86,72 +82,86 @@ class Policy(Options):
                     f"min_bits={rule.min_bits} of the rule for {shown(rule.match)} is more than the policy's bits "
                     f"({self.bits}); set bits in the rule as well"
                 )
-        check_mode(self, self.rules)
+        self.amount.check(self, self.rules)
 
     @classmethod
-    def from_scratch(cls, **options: Any) -> Policy:
+    @spelled
+    def from_scratch(
+        cls, *, codebook_dim: int | None = None, codebooks: int | Literal["heads"] | None = None, bits: int = 8,
+        min_bits: int | None = None, stages: int = 1, sharing: Sharing = "own", experts: Experts = "shared",
+        split: Split | Literal["auto"] = "auto", scale: bool = False, dim_scale: bool = False, signs: bool = False,
+        grad_scale: GradScale = "sum", plan: Plan = "auto", min_size: int = 4096, allow_growth: bool = False,
+        rules: tuple[Rule, ...] = (), kinds: tuple[Kind, ...] = KINDS,
+    ) -> Policy:  # fmt: skip
         """Makes a policy for training from scratch: codebooks are drawn anew, with fewer entries in small layers.
 
-        Args:
-            **options: Those of the class, over these: ``init="random"``, and ``min_bits=4`` (or ``bits``, if fewer) so
-                that small layers get fewer entries rather than stay dense.
+        Options are those of [`Options`][rpqfx.policies.policy.Options], with ``init="random"``. ``min_bits`` is 4 (or
+        ``bits``, if fewer) if left out, so that small layers get fewer entries rather than stay dense.
 
         Raises:
             PolicyError: As the class.
         """
-        bits = options.get("bits")
         fewest = min(4, bits) if type(bits) is int else 4
-        return cls(**{"init": "random", "min_bits": fewest, **options})
+        return cls(
+            codebook_dim=codebook_dim, codebooks=codebooks, bits=bits,
+            min_bits=fewest if min_bits is None else min_bits, stages=stages, sharing=sharing, experts=experts,
+            split=split, scale=scale, dim_scale=dim_scale, signs=signs, grad_scale=grad_scale, init="random", plan=plan,
+            min_size=min_size, allow_growth=allow_growth, rules=rules, kinds=kinds,
+        )  # fmt: skip
 
     @classmethod
-    def budget(cls, *, ratio: float | None = None, bytes: int | None = None, **options: Any) -> Policy:
-        """Makes a policy that meets a total, everything in it counted.
+    @spelled
+    def budget(
+        cls, *, ratio: float | None = None, bytes: int | None = None, codebook_dim: int | None = None,
+        codebooks: int | Literal["heads"] | None = None, bits: int | None = None, min_bits: int | None = None,
+        stages: int = 1, sharing: Literal["own", "layer"] | None = None, experts: Experts = "shared",
+        split: Split | Literal["auto"] = "auto", scale: bool = False, dim_scale: bool = False, signs: bool = False,
+        grad_scale: GradScale = "sum", init: Init = "fit", plan: Plan = "auto", min_size: int = 4096,
+        rules: tuple[Rule, ...] = (), kinds: tuple[Kind, ...] = KINDS,
+    ) -> Policy:  # fmt: skip
+        """Makes a policy that meets a total of bytes, everything in it counted.
 
         It chooses entries, sub-vector length and sharing for each layer, and which layers stay dense; of these, what
         is given (``bits``, ``codebook_dim`` or ``codebooks``, ``sharing``) holds for every layer, and ``min_bits``
         without ``bits`` is the fewest. Layers are traded off by the rate-distortion rule of thumb for vector
         quantisation (see ``rpqfx.policies.budget``). A layer that matches a rule with a shape of its own
-        (``codebook_dim``, ``codebooks`` or ``bits``) keeps it.
-
-        Args:
-            ratio: Bytes of the whole model after, over before.
-            bytes: Bytes of the whole model after.
-            **options: Those of the class.
+        (``codebook_dim``, ``codebooks`` or ``bits``) keeps it. The total is that of
+        [`Budget`][rpqfx.policies.policy.Budget], the options are those of [`Options`][rpqfx.policies.policy.Options].
 
         Raises:
             PolicyError: Unless exactly one of the two is given; as the class; and, once the model is known, where the
                 total cannot be reached, with the closest that can.
         """
-        if (ratio is None) == (bytes is None):
-            raise PolicyError("a budget needs either ratio or bytes, as in Policy.budget(ratio=0.25)")
-        return cls(**{"ratio": ratio, "total_bytes": bytes, **options})
+        return cls(
+            amount=Budget(ratio=ratio, bytes=bytes), codebook_dim=codebook_dim, codebooks=codebooks, bits=bits,
+            min_bits=min_bits, stages=stages, sharing=sharing, experts=experts, split=split, scale=scale,
+            dim_scale=dim_scale, signs=signs, grad_scale=grad_scale, init=init, plan=plan, min_size=min_size,
+            rules=rules, kinds=kinds,
+        )  # fmt: skip
 
     @classmethod
+    @spelled
     def pretrained(
-        cls, bits_per_weight: float, *, embedding_bits: float | None = EMBEDDING_BITS, **options: Any
-    ) -> Policy:
+        cls, bits_per_weight: float, *, embedding_bits: float | None = EMBEDDING_BITS, min_size: int = 1024,
+        grad_scale: GradScale = "sum", plan: Plan = "auto", rules: tuple[Rule, ...] = (),
+        kinds: tuple[Kind, ...] = KINDS,
+    ) -> Policy:  # fmt: skip
         """Makes a policy for converting a trained model: so many bits a weight, all that is stored counted.
 
         Codes, codebooks and factors together take at most that much, over the weights that are rewritten. The whole
         model shares a few codebooks, and factors of rows and columns make its weights look alike
         (``rpqfx.policies.bit_allocation``). Linear maps and tables get stages of 16 entries, which products with few
         rows read fastest (``rpqfx.policies.fast_shapes``), filters of convolutions one codebook. A weight that matches
-        a rule with a shape of its own keeps that, and is not counted.
-
-        Args:
-            bits_per_weight: Of Linear, convolutional and other weights.
-            embedding_bits: The same for embeddings and an output head of as many rows; None leaves them dense. The
-                default costs a language model less than half a percent of its perplexity.
-            **options: ``min_size`` (1024 if left out), ``kinds``, ``rules``, ``plan`` and ``grad_scale`` of the class.
-                What shapes codebooks is chosen, and refused here; rules may set it.
+        a rule with a shape of its own keeps that, and is not counted. The bits are those of
+        [`Rate`][rpqfx.policies.policy.Rate], the options are those of [`Options`][rpqfx.policies.policy.Options].
 
         Raises:
             PolicyError: As the class; and, once the model is known, if so few bits cannot be had.
         """
-        if bits_per_weight is None:
-            raise PolicyError("bits_per_weight is a number of bits, as in Policy.pretrained(3), got None")
-        own = {"bits_per_weight": bits_per_weight, "embedding_bits": embedding_bits}
-        return cls(**{**own, "min_size": 1024, **options})
+        return cls(
+            amount=Rate(bits_per_weight, embedding_bits), min_size=min_size, grad_scale=grad_scale, plan=plan,
+            rules=rules, kinds=kinds,
+        )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------ deciding
 
@@ -163,7 +173,7 @@ class Policy(Options):
         Args:
             sites: All sites of a model.
             other_bytes: Bytes of the model's other tensors (a budget counts them).
-            importance: What errors as large as a weight itself cost the model, by name, where that was measured
+            importance: Cost of errors as large as a weight itself, by name, where that was measured
                 (bits a weight are spread by it).
 
         Returns:
@@ -173,50 +183,49 @@ class Policy(Options):
             PolicyError: If an explicit count does not divide, a rule asks for what its site cannot give, or a
                 budget cannot be met.
         """
-        if self.bits_per_weight is not None:
-            return self._by_rate(sites, importance)
+        if isinstance(self.amount, Rate):
+            return self._by_rate(self.amount, sites, importance)
         decisions = {site.name: self(site) for site in sites}
         decisions |= self._shared(sites)
-        if self.ratio is None and self.total_bytes is None:
+        if not isinstance(self.amount, Budget):
             return decisions
         before = other_bytes + sum(site.dense_bytes for site in sites)
-        limit = self.total_bytes if self.total_bytes is not None else int(self.ratio * before)  # type: ignore[operator]
         free: dict[str, list[Candidate[Hold | Skip]]] = {}
         alike: dict[object, list[Candidate[Hold | Skip]]] = {}  # most layers of a model are like another one
         for site in sites:
-            options, decision = self.options_for(site), decisions[site.name]
-            fixed = self._rule_sets_shape(site) or self._refused(site, options) is not None
-            if fixed:
+            options, decision = self._written_for(site), decisions[site.name]
+            if self._rule_sets_shape(site) or self._refused(site, self.options_for(site)) is not None:
                 free[site.name] = [Candidate(decision, stored_bytes(site, decision), 0.0)]
                 continue
             same = (site.shape, site.dtype, site.lead, site.flipped, site.splits, site.heads, site.taps, options)
             if same not in alike:
                 alike[same] = candidates(site, options)
             free[site.name] = alike[same]
-        return choose(free, limit, before, other_bytes)
+        return choose(free, self.amount.limit(before), before, other_bytes)
 
-    def _by_rate(self, sites: Sequence[Site], importance: Mapping[str, float] | None) -> dict[str, Hold | Skip]:
-        rows = {site.shape[0] for site in sites if site.kind in ("embedding", "embedding_bag")}
+    def _by_rate(
+        self, rate: Rate, sites: Sequence[Site], importance: Mapping[str, float] | None
+    ) -> dict[str, Hold | Skip]:
+        options = {site.name: self.options_for(site) for site in sites}
         decisions: dict[str, Hold | Skip] = {}
-        weights: list[Site] = []
-        tables: list[Site] = []
         for site in sites:
-            reason = self._refused(site, self.options_for(site))
-            table = site.kind in ("embedding", "embedding_bag") or (site.kind == "linear" and site.shape[0] in rows)
-            if reason is None and table and self.embedding_bits is None and not self._rule_sets_shape(site):
-                reason = "embeddings and heads have a budget of their own, embedding_bits, and it is not given"
-            if reason is not None:
+            if (reason := self._refused(site, options[site.name])) is not None:
                 decisions[site.name] = Skip(reason)
             elif self._rule_sets_shape(site):
                 decisions[site.name] = self(site)
-            else:
-                (tables if table else weights).append(site)
-        held = spread(weights, self.bits_per_weight or 0.0, importance)
-        held |= spread(tables, self.embedding_bits or 0.0, None, "embeddings", "embedding_bits")
-        for site in (*weights, *tables):
-            options, hold = self.options_for(site), held[site.name]
-            spec = dataclasses.replace(hold.spec, grad_scale=options.grad_scale or "sum")
-            decisions[site.name] = dataclasses.replace(hold, spec=spec, plan=options.plan or "auto")
+        rows = {site.shape[0] for site in sites if site.kind in _TABLES}
+        free = [site for site in sites if site.name not in decisions]
+        tables = [s for s in free if s.kind in _TABLES or (s.kind == "linear" and s.shape[0] in rows)]
+        weights = [site for site in free if site not in tables]
+        if rate.embedding_bits is None:
+            reason = "embeddings and heads have a budget of their own, embedding_bits, and it is not given"
+            decisions |= {site.name: Skip(reason) for site in tables}
+            tables = []
+        held = spread(weights, rate.bits_per_weight, importance)
+        held |= spread(tables, rate.embedding_bits or 0.0, None, "embeddings", "embedding_bits")
+        for name, hold in held.items():
+            spec = dataclasses.replace(hold.spec, grad_scale=options[name].grad_scale)
+            decisions[name] = dataclasses.replace(hold, spec=spec, plan=options[name].plan)
         return decisions
 
     def __call__(self, site: Site) -> Hold | Skip:
@@ -226,37 +235,30 @@ class Policy(Options):
         return Skip(reason) if reason is not None else together([(site, options)])[site.name]
 
     def options_for(self, site: Site) -> Options:
-        """The options that hold for a site, the matching rule's laid over the policy's."""
+        """Returns all options of a site: those of the rule that it follows, else the policy's, else the defaults."""
+        return Options(**self._written_for(site).given())
+
+    def _written_for(self, site: Site) -> PartialOptions:
+        """Returns the options of a site that are written down, the matching rule's laid over the policy's."""
         rule = self.rule_for(site)
-        merged = {f.name: getattr(self, f.name) for f in dataclasses.fields(Options)}
-        own = {name: value for name in merged if (value := getattr(rule, name, None)) is not None}
+        own, merged = {} if rule is None else rule.given(), self.given()
         if "codebook_dim" in own or "codebooks" in own:
-            merged["codebook_dim"] = merged["codebooks"] = None
-        if "bits" in own and "min_bits" not in own and (merged["min_bits"] or 0) > own["bits"]:
-            merged["min_bits"] = None  # the rule asks for fewer than the policy would go down to
-        if self._rule_sets_shape(site) or mode_of(self) == "rate":  # nothing of it is chosen
-            merged = {name: DEFAULTS["plain"].get(name) if value is None else value for name, value in merged.items()}
-        return Options(**{**merged, **own})
-
-    def unmatched_rules(self, sites: Sequence[Site]) -> list[Rule]:
-        """Rules that match no site: most often a name that was mistyped."""
-        return [rule for rule in self.rules if not any(rule.matches(site) for site in sites)]
-
-    def rule_for(self, site: Site) -> Rule | None:
-        """The rule that a site follows, if one matches."""
-        return next((rule for rule in self.rules if rule.matches(site)), None)
+            merged = {name: value for name, value in merged.items() if name not in ("codebook_dim", "codebooks")}
+        if "bits" in own and merged.get("min_bits", 0) > own["bits"]:
+            del merged["min_bits"]  # the rule asks for fewer than the policy would go down to
+        return PartialOptions(**{**merged, **own})
 
     def _rule_sets_shape(self, site: Site) -> bool:
         rule = self.rule_for(site)
         return rule is not None and rule.sets_shape
 
     def _shared(self, sites: Sequence[Site]) -> dict[str, Hold | Skip]:
-        """Decisions for the sites whose codebooks other layers share: each group is decided as one."""
+        """Returns the decisions for the sites whose codebooks other layers share: each group is decided as one."""
         groups: dict[object, list[tuple[Site, Options]]] = defaultdict(list)
         for site in sites:
             options = self.options_for(site)
             if options.sharing in ("shape", "role") and self._refused(site, options) is None:
-                hold = smallest(site, options, options.bits or 8)
+                hold = smallest(site, options)
                 key = (hold.group, *hold.shared, options.min_bits, options.allow_growth)
                 groups[key].append((site, options))
         return {name: decision for group in groups.values() for name, decision in together(group).items()}
@@ -269,31 +271,26 @@ class Policy(Options):
             return rule.skip
         if site.kind not in self.kinds:
             return f"the policy leaves every {site.kind} alone"
-        if site.numel < (options.min_size or 0):
+        if site.numel < options.min_size:
             return f"{site.numel} elements, fewer than min_size {options.min_size}"
         return None
 
     # ---------------------------------------------------------------------------------------------------- JSON
 
-    def to_json(self) -> str:
-        """The policy as JSON.
-
-        Raises:
-            PolicyError: If a rule matches by a predicate, which is code.
-        """
-        return to_json(self)
+    def defaults(self) -> dict[str, Any]:
+        """Returns the values that fields have where they are left out, which depend on the amount."""
+        return {**super().defaults(), **self.amount.defaults()}
 
     @classmethod
-    def from_json(cls, text: str) -> Policy:
-        """The inverse of [`to_json`][rpqfx.policies.policy.Policy.to_json].
-
-        Raises:
-            PolicyError: If the text is no policy, or of a newer version.
-        """
-        return read(cls, text)
+    def decoded(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Returns the fields that the values of a JSON stand for, the rules apart."""
+        return {**values, "amount": amount_from(values["amount"])} if "amount" in values else values
 
 
-_COMMON = (*(field.name for field in dataclasses.fields(Options)), "rules", "kinds")
-shows(Policy.from_scratch, Policy, (*_COMMON, "ratio", "total_bytes"))
-shows(Policy.budget, Policy, _COMMON)
-shows(Policy.pretrained, Policy, (*FREE_OF_RATE, "rules", "kinds"))
+def _kinds(kinds: Any) -> tuple[Kind, ...]:
+    """Returns kinds of sites as a tuple, sorted where they are a set."""
+    if isinstance(kinds, str) or not isinstance(kinds, (Sequence, set, frozenset)):
+        raise PolicyError(f"kinds is a sequence of some of {', '.join(KINDS)}, got {shown(kinds)}; put it in a tuple")
+    for kind in kinds:
+        one_of("each of kinds", kind, KINDS)
+    return tuple(sorted(kinds)) if isinstance(kinds, (set, frozenset)) else tuple(kinds)

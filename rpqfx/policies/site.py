@@ -1,10 +1,10 @@
-"""A place in a model where a weight could be held in codebooks."""
+"""A tensor of a model that could be quantized."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -25,19 +25,20 @@ Kind = Literal[
     "experts",
     "parameter",
 ]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True)
 class Site:
-    """One tensor of a model, with all that a policy may want to know of it.
+    """One tensor of a model that could be quantized, with all that a policy may want to know of it.
 
     Args:
         name: Qualified name of the Parameter, such as ``"blocks.0.fc.weight"``.
         names: All its names, where it is tied.
-        kind: What it does; ``"parameter"`` where the graphs that could be read do not say.
-        module_type: Class of its owner.
-        shape: Of the Parameter.
-        dtype: Of the Parameter.
+        kind: Its use; ``"parameter"`` where the graphs that could be read do not show it.
+        module_type: Class of the module that owns it.
+        shape: Shape of the Parameter.
+        dtype: Dtype of the Parameter.
         lead: Axes that make the rows of its matrix.
         flipped: Whether its outputs are the matrix's columns (``x @ w``) rather than its rows (``x @ w.T``).
         experts: Whether it is a matrix for each index of its first axis.
@@ -92,7 +93,7 @@ class Site:
         return self.numel * self.dtype.itemsize
 
     def layout(self, split: Split = "row", experts: Experts = "shared") -> Layout:
-        """How the tensor is seen as vectors.
+        """Returns how the tensor is seen as vectors.
 
         Args:
             split: ``"row"`` for one vector an output, ``"column"`` for one vector an input.

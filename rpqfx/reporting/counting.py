@@ -14,7 +14,7 @@ from rpqfx.nn.weight import RPQWeight
 
 
 class Counts(NamedTuple):
-    """What the tensors of a weight take, less those that were counted before.
+    """Sizes of the tensors of a weight, less those that were counted before.
 
     Args:
         floats: Bytes of codebooks and scales in memory.
@@ -58,10 +58,10 @@ def counted(weight: RPQWeight, seen: set[int]) -> Counts:
 
 
 def unseen_bytes(tensors: Sequence[Tensor], seen: set[int]) -> int:
-    """Bytes of tensors in memory, each once; none of tensors that have no shape yet.
+    """Returns the bytes of tensors in memory, each once; none of tensors that have no shape yet.
 
     Args:
-        tensors: Of any layout.
+        tensors: Tensors of any layout.
         seen: ``id`` of the tensors that were counted before; those given are added.
     """
     total = 0
@@ -73,7 +73,7 @@ def unseen_bytes(tensors: Sequence[Tensor], seen: set[int]) -> int:
 
 
 def _nbytes(tensor: Tensor) -> int:
-    """Bytes of a tensor's data; of a sparse one, of its indices and values."""
+    """Returns the bytes of a tensor's data; of a sparse one, of its indices and values."""
     if tensor.layout == torch.strided:
         return tensor.nbytes
     names = {

@@ -46,7 +46,7 @@ class Line:
 
 
 def shown(progress: Progress | bool | None, quiet: bool) -> Progress | None:
-    """What a caller's ``progress`` means.
+    """Returns the callback that a caller's ``progress`` stands for, or None.
 
     Args:
         progress: A callable, True for a [`Line`][rpqfx.reporting.progress.Line], False for nothing, None for a line

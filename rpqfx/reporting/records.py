@@ -24,9 +24,9 @@ class SiteRecord:
     Args:
         name: Qualified name of the Parameter.
         names: All its names, where it is tied.
-        kind: Of the site.
+        kind: Kind of the site.
         module_type: Class name of its owner.
-        shape: Of the dense tensor.
+        shape: Shape of the dense tensor.
         spec: How it is held, or None where it was left alone.
         split: ``"row"`` or ``"column"``.
         init: ``"fit"`` (codebooks fitted to the weight), ``"calibrated"`` (to what the model does with it, as
@@ -76,8 +76,8 @@ class SiteRecord:
 
         Args:
             site: The site.
-            decision: What was decided.
-            error: Of the fit; None where nothing was fitted, as on the meta device.
+            decision: The decision.
+            error: Error of the fit; None where nothing was fitted, as on the meta device.
             calibrated: Whether it was fitted to what its inputs showed.
         """
         base = cls(
@@ -96,7 +96,7 @@ def attach_records(model: nn.Module, records: Sequence[SiteRecord], notes: Seque
 
 
 def attached_records(model: nn.Module) -> tuple[tuple[SiteRecord, ...], tuple[str, ...]] | None:
-    """What ``attach_records`` kept, or None."""
+    """Returns the records that ``attach_records`` kept, or None."""
     return model.__dict__.get(_ATTRIBUTE)
 
 

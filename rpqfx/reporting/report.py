@@ -1,4 +1,4 @@
-"""What happened at each site, why, and how many bytes it took before, takes now, and takes in a saved file."""
+"""The report of a rewritten model: its sites, reasons where they stayed dense, and bytes before, after and as saved."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Report:
 
     @property
     def stored_bits(self) -> int:
-        """Bits that all sites held in codebooks take in a saved file, shared codebooks once."""
+        """Bits that all quantized sites take in a saved file, shared codebooks once."""
         return sum(site.stored_bits for site in self.rewritten)
 
     @property
@@ -59,12 +59,12 @@ class Report:
 
     @property
     def weights(self) -> int:
-        """Elements of all tensors held in codebooks."""
+        """Elements of all quantized tensors."""
         return sum(math.prod(site.shape) for site in self.rewritten)
 
     @property
     def rewritten(self) -> tuple[SiteRecord, ...]:
-        """Sites that are held in codebooks."""
+        """Sites that are quantized."""
         return tuple(site for site in self.sites if site.spec is not None)
 
     @property
@@ -73,7 +73,7 @@ class Report:
         return tuple(site for site in self.sites if site.spec is None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Returns plain values."""
         values = dataclasses.asdict(self)
         for site, record in zip(values["sites"], self.sites, strict=True):
             site["bits_per_weight"] = record.bits_per_weight
@@ -81,23 +81,23 @@ class Report:
         return {**values, **totals}
 
     def table(self) -> Table:
-        """The rows and totals that every form shows."""
+        """Returns the rows and totals that every form shows."""
         return Table(_HEAD, [_row(site) for site in self.sites], _totals(self))
 
     def __str__(self) -> str:
         return to_text(self.table())
 
     def to_markdown(self) -> str:
-        """A Markdown table with totals."""
+        """Returns a Markdown table with totals."""
         return to_markdown(self.table())
 
     def to_html(self) -> str:
-        """A self-contained HTML page: a bar for each layer, before and after."""
+        """Returns a self-contained HTML page: a bar for each layer, before and after."""
         return to_html(self.table(), [(site.before, site.after, site.spec is not None) for site in self.sites])
 
 
 def report(model: nn.Module) -> Report:
-    """What is held in codebooks in a model, what was left alone and why, and the bytes of it all.
+    """Returns which weights of a model are in codebooks, which stayed dense and why, and the bytes of all of it.
 
     Bytes are counted from the tensors that are in the model now; a tensor with several names counts once.
 
@@ -109,7 +109,7 @@ def report(model: nn.Module) -> Report:
         The report.
 
     Raises:
-        RPQError: If nothing in the model is held in codebooks.
+        RPQError: If no weight of the model is quantized.
         InputError: If it is no module.
     """
     if not isinstance(model, nn.Module):
@@ -121,7 +121,7 @@ def report(model: nn.Module) -> Report:
         for name, weight in backed_weights(module).items()
     }
     if not held:
-        raise RPQError("nothing in this model is held in codebooks; pass the model that rpqify returned")
+        raise RPQError("no weight of this model is quantized; pass the model that rpqify returned")
     records, notes = attached_records(model) or (tuple(_found(model, held)), ())
     seen: set[int] = set()
     sites, codebooks, codes = [], 0, 0
@@ -147,7 +147,7 @@ def report(model: nn.Module) -> Report:
 
 
 def dense_bytes(model: nn.Module) -> int:
-    """Bytes of all Parameters and buffers of a model, each tensor once."""
+    """Returns the bytes of all Parameters and buffers of a model, each tensor once."""
     return unseen_bytes([*model.parameters(), *model.buffers()], set())
 
 

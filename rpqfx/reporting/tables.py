@@ -16,7 +16,7 @@ _STYLE = (
 
 
 class Table(NamedTuple):
-    """What is shown.
+    """Rows and totals of a table.
 
     Args:
         head: Column titles.
@@ -30,7 +30,7 @@ class Table(NamedTuple):
 
 
 def to_text(table: Table) -> str:
-    """Columns for a terminal."""
+    """Returns columns for a terminal."""
     rows = [table.head, *table.rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(table.head))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -39,7 +39,7 @@ def to_text(table: Table) -> str:
 
 
 def to_markdown(table: Table) -> str:
-    """A Markdown table, totals below."""
+    """Returns a Markdown table, totals below."""
 
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
@@ -49,10 +49,10 @@ def to_markdown(table: Table) -> str:
 
 
 def to_html(table: Table, bars: Sequence[tuple[int, int, bool]]) -> str:
-    """A page that needs nothing else.
+    """Returns a page that needs nothing else.
 
     Args:
-        table: What is shown.
+        table: Rows and totals.
         bars: For each row, two lengths that are drawn on one scale, and whether the second stands for codebooks.
     """
     most = max((max(before, after) for before, after, _ in bars), default=1) or 1
@@ -72,7 +72,7 @@ def to_html(table: Table, bars: Sequence[tuple[int, int, bool]]) -> str:
 
 
 def size(count: int) -> str:
-    """Bytes in decimal units, as file sizes are given."""
+    """Returns the bytes in decimal units, as file sizes are given."""
     for unit, step in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= step:
             return f"{count / step:.2f} {unit}"

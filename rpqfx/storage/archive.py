@@ -39,12 +39,12 @@ class _Range(NamedTuple):
 
 @dataclass(frozen=True)
 class Described:
-    """What a file says of a tensor, found to be true of the bytes that it has.
+    """A tensor as a file describes it, checked against the bytes that the file has.
 
     Args:
-        key: Of the storage.
-        dtype: Of the tensor.
-        shape: Of the tensor.
+        key: Key of the storage.
+        dtype: Dtype of the tensor.
+        shape: Shape of the tensor.
         strides: In elements; no two elements share a place, and none is left free.
         offset: In elements.
     """
@@ -62,7 +62,7 @@ class Described:
 
 
 class Archive:
-    """What ``torch.save`` wrote to a file.
+    """A file that ``torch.save`` wrote.
 
     Args:
         file: Open for reading in binary, and seekable.
@@ -108,7 +108,7 @@ class Archive:
         return made
 
     def _directory(self) -> tuple[dict[str, _Range], str]:
-        """Where each record is, and what their names begin with."""
+        """Returns where each record is, and the prefix of their names."""
         try:
             with zipfile.ZipFile(self._file) as archive:
                 entries = archive.infolist()
@@ -193,8 +193,8 @@ def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
     """Returns whether elements fill a stretch of memory, each its own place, in whatever order of axes.
 
     Args:
-        shape: Of a tensor.
-        strides: Of it, in elements.
+        shape: Shape of a tensor.
+        strides: Strides of it, in elements.
     """
     if not math.prod(shape):
         return True

@@ -34,11 +34,11 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Container:
-    """What a file holds; its tensors have not been read.
+    """The contents of a file; its tensors have not been read.
 
     Args:
         text: The manifest.
-        seal: What the manifest's hash was when the file was written.
+        seal: Hash of the manifest when the file was written.
         stored: Dtype and shape of each tensor; the bytes for them are there.
         read: Gives the tensors of these names, on the CPU.
         pieces: Gives the bytes of one tensor, piece by piece, each of which is gone with the next.
@@ -54,9 +54,9 @@ class Container:
         """Updates a digest with a tensor, as ``rpqfx.storage.files.take_in`` does, without holding all of it.
 
         Args:
-            digest: Of ``hashlib``.
-            name: Of the tensor.
-            shape: What it counts as being of, where that is not the shape in the file.
+            digest: A digest of ``hashlib``.
+            name: Name of the tensor.
+            shape: The shape that counts, where it is not the one in the file.
 
         Raises:
             FormatError: If the file has become shorter.
@@ -71,7 +71,7 @@ def writer_for(name: str) -> Callable[[Path, str, str, dict[str, Tensor]], None]
     """Returns what writes a file: a safetensors file where its name says so, else torch's.
 
     Args:
-        name: Of the file, as it is to be called in the end.
+        name: Name of the file, as it is to be called in the end.
 
     Raises:
         ImportError: If it is to be a safetensors file and safetensors is not installed.
@@ -87,7 +87,7 @@ def open_container(file: BinaryIO, name: str) -> Container:
 
     Args:
         file: Open for reading in binary, and seekable; stays open while tensors are read.
-        name: Of the file; says what one that is of neither kind was meant to be.
+        name: Name of the file; says what one that is of neither kind was meant to be.
 
     Raises:
         FormatError: If it is truncated, altered or no rpqfx file. The message goes on from the file's name.
@@ -212,7 +212,7 @@ class _Range:
 
 
 def _header(file: BinaryIO) -> tuple[dict[str, Any], int]:
-    """What a safetensors file says of its tensors, and where they begin."""
+    """Returns the header of a safetensors file, and where its tensors begin."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     length = int.from_bytes(file.read(_HEADER), "little")

@@ -20,7 +20,7 @@ _NAME = 60  # characters of the file's name in its draft's: file systems take 25
 
 
 class Digest(Protocol):
-    """What ``hashlib`` makes."""
+    """A digest of ``hashlib``."""
 
     def update(self, data: bytes | memoryview | ctypes.Array[ctypes.c_ubyte], /) -> None:
         """Takes in bytes."""
@@ -30,7 +30,7 @@ def place(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> Path:
     """Returns where a file that is written to a path ends up, and refuses what no file can be written to.
 
     Args:
-        path: Of a file, there or not, or of a symbolic link to one, which is followed.
+        path: Path of a file, there or not, or of a symbolic link to one, which is followed.
 
     Returns:
         The path of the file itself.
@@ -111,9 +111,9 @@ def take_in(digest: Digest, tensor: Tensor, name: str = "") -> None:
     """Updates a digest with a tensor's name, dtype, shape and values.
 
     Args:
-        digest: Of ``hashlib``.
+        digest: A digest of ``hashlib``.
         tensor: On any device.
-        name: Of the tensor.
+        name: Name of the tensor.
     """
     tensor = tensor.detach().cpu().contiguous()
     digest.update(headline(name, tensor.dtype, tensor.shape))
@@ -125,9 +125,9 @@ def headline(name: str, dtype: torch.dtype, shape: Sequence[int]) -> bytes:
     """Returns what ``take_in`` takes in before a tensor's values.
 
     Args:
-        name: Of the tensor.
-        dtype: Of the tensor.
-        shape: Of the tensor.
+        name: Name of the tensor.
+        dtype: Dtype of the tensor.
+        shape: Shape of the tensor.
     """
     return f"{name} {dtype} {tuple(shape)}\n".encode()
 

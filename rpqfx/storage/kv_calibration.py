@@ -35,7 +35,7 @@ def save_calibration(model: nn.Module, path: Place) -> None:
     """Saves what ``quantize_kv`` fitted, for ``quantize_kv(model, path)`` to use again.
 
     Args:
-        model: What ``quantize_kv`` returned, on any device but meta; it stays as it is.
+        model: A model that ``quantize_kv`` returned, on any device but meta; it stays as it is.
         path: As ``save`` takes it.
 
     Raises:
@@ -78,7 +78,7 @@ class _Saved:
     """A file of a calibration that was read.
 
     Args:
-        path: Of the file.
+        path: Path of the file.
     """
 
     def __init__(self, path: CalibrationPath) -> None:
@@ -128,7 +128,7 @@ class _Saved:
 
 
 def _shapes(module: nn.Module) -> dict[str, Any]:
-    """What a module is: its class, and the shapes of its dense Parameters."""
+    """Returns the class of a module, and the shapes of its dense Parameters."""
     kind = type(module)
     while READ_AS in vars(kind):
         kind = getattr(kind, READ_AS)

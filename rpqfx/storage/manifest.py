@@ -1,4 +1,4 @@
-"""What a saved file says of a model: every tensor under its names, every site and its spec.
+"""The manifest of a saved file: every tensor under its names, every site and its spec.
 
 Codes and floating Parameters of weights in codebooks are stored packed (``rpqfx.codebook.packing``), all other tensors
 as they are. Names are those that the model has without wrappers (``rpqfx.nn.wrappers``): torch.compile adds none.
@@ -30,7 +30,7 @@ FLAGS = {"plan", "read_as", "plain_when_compiled", "shares_codebooks"}  # of a w
 
 
 def describe(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Every tensor once, as it is stored, under its first name, and what is needed to put them back.
+    """Returns every tensor once, as it is stored, under its first name, and what is needed to put them back.
 
     Args:
         model: A model with RPQ layers or attention on codes, without wrappers around it.
@@ -82,7 +82,7 @@ def describe(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _plain(name: str, tensor: Tensor) -> Tensor:
-    """A tensor without history, elements that others have too, or bits that say how it is to be read."""
+    """Returns a tensor without history, elements that others have too, or bits that say how it is to be read."""
     if tensor.is_meta:
         raise RPQError(
             f"{name} is on the meta device and has no values; call rpqfx.materialize first, or where accelerate keeps "
@@ -99,7 +99,7 @@ def _plain(name: str, tensor: Tensor) -> Tensor:
 
 
 def _compact(tensors: dict[str, Tensor], alone: set[str]) -> dict[str, Tensor]:
-    """Tensors without the rest of the memory that they are parts of, which torch would store as well.
+    """Returns tensors without the rest of the memory that they are parts of, which torch would store as well.
 
     Args:
         tensors: By name.

@@ -1,4 +1,4 @@
-"""What a manifest has to be before anything is built from it.
+"""Checks a manifest before anything is built from it.
 
 A manifest may come from anywhere, with a seal that fits. Each value is held against its type and its range, and each
 size against the tensors that the file has, whose bytes are there; so nothing that is made from a manifest that passed
@@ -27,7 +27,7 @@ def check_manifest(manifest: Any, stored: Stored) -> None:
     """Raises unless a manifest is one that ``describe`` could have made of a file's tensors.
 
     Args:
-        manifest: What JSON gave.
+        manifest: The manifest as read from JSON.
         stored: Dtype and shape of each tensor that is in the file, by name.
 
     Raises:
@@ -56,7 +56,7 @@ def _fresh(names: Iterable[str], seen: set[str]) -> None:
 
 
 def _entries(tensors: list[dict[str, Any]], stored: Stored) -> dict[str, dict[str, Any]]:
-    """The entries of a manifest by all names of their tensors, each held against what is in the file."""
+    """Returns the entries of a manifest by all names of their tensors, each held against what is in the file."""
     entries: dict[str, dict[str, Any]] = {}
     seen: set[str] = set()
     for entry in tensors:
@@ -149,7 +149,7 @@ def _check_spec(name: str, spec: dict[str, Any]) -> None:
     try:
         CodebookSpec.from_dict(spec)
     except SpecError as error:
-        raise FormatError(f"its manifest says that {name} is held in codebooks that cannot be: {error}") from error
+        raise FormatError(f"its manifest says that {name} has codebooks that cannot be: {error}") from error
 
 
 def _check_record(record: dict[str, Any]) -> None:
@@ -160,7 +160,7 @@ def _check_record(record: dict[str, Any]) -> None:
 
 
 def _entry_of(entries: dict[str, dict[str, Any]], names: list[str], shape: tuple[int, ...]) -> dict[str, Any]:
-    """The entry of a tensor under all of these names, which has this shape."""
+    """Returns the entry of a tensor under all of these names, which has this shape."""
     found = [entries.get(name) for name in names]
     if found[0] is None:
         raise FormatError(f"its manifest lacks {names[0]}")
@@ -206,7 +206,7 @@ def as_unsavable(error: FormatError) -> RPQError:
     """Returns what ``save`` raises where a model's manifest would be refused.
 
     Args:
-        error: What ``check_manifest`` raised.
+        error: The error that ``check_manifest`` raised.
     """
     why = str(error).removeprefix("its manifest ")
     return RPQError(

@@ -24,7 +24,7 @@ def report_of(manifest: Mapping[str, Any]) -> Report:
     """Returns what ``report`` returns of the model that a file holds, but for the classes of layers built by hand.
 
     Args:
-        manifest: Of the file, checked.
+        manifest: Manifest of the file, checked.
 
     Raises:
         RPQError: If the file holds nothing in codebooks, as that of a model whose keys and values alone are.
@@ -96,7 +96,7 @@ class _Counts:
 
 
 def _built(site: Mapping[str, Any]) -> SiteRecord:
-    """The record of a layer that was built by hand."""
+    """Returns the record of a layer that was built by hand."""
     layout = Layout.from_dict(site["layout"])
     return SiteRecord(
         name=site["names"][0], names=tuple(site["names"]), kind="layer", module_type="", shape=layout.shape,

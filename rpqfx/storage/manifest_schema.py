@@ -1,4 +1,4 @@
-"""What values a manifest has, by their keys: types and ranges, in plain code."""
+"""The schema of a manifest, by its keys: types and ranges, in plain code."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ def _list_of(check: Check, least: int = 0) -> Check:
 
 
 def _is_name(value: Any) -> bool:
-    """Whether something is a qualified name: parts with a dot between, none of them empty."""
+    """Returns whether something is a qualified name: parts with a dot between, none of them empty."""
     return type(value) is str and all(value.split("."))
 
 
 def _is_path(value: Any) -> bool:
-    """Whether something is the name of a module; the model's own is empty."""
+    """Returns whether something is the name of a module; the model's own is empty."""
     return value == "" or _is_name(value)
 
 
@@ -136,14 +136,14 @@ def wrong_at(manifest: Any) -> str | None:
     """Returns what is wrong with a manifest by itself; None where each value is one that it may have.
 
     Args:
-        manifest: What JSON gave.
+        manifest: The manifest as read from JSON.
     """
     wrong = _WHOLE.wrong(manifest)
     return None if wrong is None else _told(manifest, wrong)
 
 
 def _told(value: Any, key: str) -> str:
-    """Where in a manifest something is wrong, as a person would look for it."""
+    """Returns the place in a manifest where something is wrong, as a person would look for it."""
     inner = {"tensors": _ENTRY, "sites": _SITE, "records": _RECORD, "kv": _CACHE, "spec": _SPEC, "layout": _LAYOUT,
              "keys": _CODER, "values": _CODER}  # fmt: skip
     path = []

@@ -136,7 +136,7 @@ def _initialise(
 
 
 def _resets(module: nn.Module) -> bool:
-    """Whether a module draws all its tensors itself; torch's layers know nothing of what norms and pruning add."""
+    """Returns whether a module draws all its tensors; torch's layers know nothing of what norms and pruning add."""
     return hasattr(module, "reset_parameters") and not hooked(module)
 
 
@@ -149,10 +149,10 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 
 
 def check_init(init: Any) -> None:
-    """Sees that ``init`` is a function, or left out.
+    """Raises an error unless ``init`` is a function, or left out.
 
     Args:
-        init: What a caller gave.
+        init: The caller's argument.
 
     Raises:
         InputError: If it is neither.
@@ -162,10 +162,10 @@ def check_init(init: Any) -> None:
 
 
 def device_with_values(device: Any) -> torch.device:
-    """Returns the device that was asked for.
+    """Returns the device to allocate on.
 
     Args:
-        device: What a caller gave.
+        device: The caller's argument.
 
     Raises:
         InputError: If it is none, or none that holds values.

@@ -24,18 +24,18 @@ DTYPES: dict[str, torch.dtype] = {
 
 
 class _Word(NamedTuple):
-    """What the pickle calls by name, and nobody looks up."""
+    """A name that the pickle calls, which is not looked up."""
 
     name: str
 
 
 class Storage(NamedTuple):
-    """What the pickle says of a storage.
+    """A storage as the pickle describes it.
 
     Args:
         dtype: None where tensors each say theirs.
-        key: Of its record.
-        numel: Of elements, or of bytes where there is no dtype.
+        key: Key of its record.
+        numel: Number of elements, or of bytes where there is no dtype.
     """
 
     dtype: torch.dtype | None

@@ -52,10 +52,10 @@ def recipe_of(build: Any, arguments: Mapping[str, Any] | None) -> dict[str, Any]
 
 
 def is_recipe(value: Any) -> bool:
-    """Whether a manifest's value is one that ``recipe_of`` could have returned.
+    """Returns whether a manifest's value is one that ``recipe_of`` could have returned.
 
     Args:
-        value: What JSON gave.
+        value: A value read from JSON.
     """
     if type(value) is not dict or value.keys() != {CLASS, ARGUMENTS} or type(value[ARGUMENTS]) is not dict:
         return False
@@ -67,7 +67,7 @@ def builder_of(recipe: Mapping[str, Any]) -> Callable[[], nn.Module]:
     """Returns what makes the dense model.
 
     Args:
-        recipe: Of a manifest, checked.
+        recipe: Recipe of a manifest, checked.
 
     Raises:
         FormatError: If the class is none of this process, or no module's. The message goes on from the file's name.
@@ -87,7 +87,7 @@ def builder_of(recipe: Mapping[str, Any]) -> Callable[[], nn.Module]:
 
 
 def _found(name: str) -> type[nn.Module] | None:
-    """The class of this name, where its module has been imported and the name is one of classes only."""
+    """Returns the class of this name, where its module has been imported and the name is one of classes only."""
     module, _, path = name.partition(":")
     found: Any = sys.modules.get(module)
     for part in path.split("."):
@@ -98,7 +98,7 @@ def _found(name: str) -> type[nn.Module] | None:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether JSON gives a value back, of the same types."""
+    """Returns whether JSON gives a value back, of the same types."""
     try:
         back = json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError, RecursionError):

@@ -29,12 +29,12 @@ _RESERVED = frozenset(dir(nn.Module()))  # names that mean something to every mo
 
 
 def unpacked(entry: dict[str, Any], stored: Tensor, entries: int | None = None, tiled: bool = False) -> Tensor:
-    """A tensor as it was in the model.
+    """Returns a tensor as it was in the model.
 
     Args:
-        entry: What the manifest says of it.
+        entry: Its entry in the manifest.
         stored: As it is in the file.
-        entries: Of the codebook that it holds codes of, if it does.
+        entries: Entries of the codebook that it holds codes of, if it does.
         tiled: Whether these codes lie in tiles in the model; as such they are returned, before others are unpacked.
 
     Raises:
@@ -55,10 +55,10 @@ def unpacked(entry: dict[str, Any], stored: Tensor, entries: int | None = None, 
 
 
 def codes_of(manifest: dict[str, Any]) -> dict[str, tuple[int, bool]]:
-    """Entries of the codebooks that tensors hold codes of, and whether these lie in tiles, by the tensors' names.
+    """Returns the entries of the codebooks that tensors of codes refer to, and whether these lie in tiles, by name.
 
     Args:
-        manifest: What ``describe`` said.
+        manifest: The manifest that ``describe`` wrote.
     """
     return {
         f"{name}{SUFFIX}.codes": (s["spec"]["entries"], s["spec"].get("tiled", False))
@@ -75,10 +75,10 @@ def put_back(
 
     Args:
         model: As it was before it was rewritten; on any device, also meta.
-        manifest: What ``describe`` said, checked.
+        manifest: The manifest that ``describe`` wrote, checked.
         tensors: Unpacked, under their first names.
-        path: Of the file, for messages.
-        maker: What made the model, for messages.
+        path: Path of the file, for messages.
+        maker: The call that made the model, for messages.
         partial: Whether the model may have tensors that the manifest does not name.
 
     Raises:
@@ -116,7 +116,7 @@ def record_of(values: dict[str, Any]) -> SiteRecord:
     """Returns the line of a report that a manifest has.
 
     Args:
-        values: Of ``manifest["records"]``.
+        values: Values of ``manifest["records"]``.
     """
     spec = None if values["spec"] is None else CodebookSpec.from_dict(values["spec"])
     tuples = {key: tuple(values[key]) for key in ("names", "shape")}
@@ -157,10 +157,10 @@ def assign(
 
     Args:
         model: With a place for each.
-        manifest: What ``describe`` said, checked.
+        manifest: The manifest that ``describe`` wrote, checked.
         tensors: Unpacked, under their first names.
-        path: Of the file, for messages.
-        maker: What made the model, for messages.
+        path: Path of the file, for messages.
+        maker: The call that made the model, for messages.
 
     Returns:
         The names of those places for which there is no tensor.
@@ -200,7 +200,7 @@ def assign(
 
 
 def _has_place(module: nn.Module, kind: str, attribute: str) -> bool:
-    """Whether a module has a tensor of this kind and name, or could have: attributes may come after it is built."""
+    """Returns whether a module has a tensor of this kind and name, or could get one after it is built."""
     if kind != "attribute":
         return _group(module, kind).get(attribute) is not None
     if attribute in module.__dict__:

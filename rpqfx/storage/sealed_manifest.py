@@ -46,8 +46,8 @@ def read_manifest(
     """Returns a manifest, held against its seal and against what is stored.
 
     Args:
-        text: Of the manifest.
-        seal: What its hash was.
+        text: Text of the manifest.
+        seal: Its hash when it was written.
         stored: Gives dtype and shape of each tensor, by name, for a manifest that nothing is known of yet.
 
     Raises:
@@ -81,6 +81,6 @@ def seal_of(text: str) -> str:
     """Returns the seal of a manifest.
 
     Args:
-        text: Of the manifest.
+        text: Text of the manifest.
     """
     return hashlib.sha256(text.encode()).hexdigest()

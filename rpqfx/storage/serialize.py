@@ -63,7 +63,7 @@ def save(
         RewriteError: If the model is sharded.
         CodeError: If codes point outside their codebook.
         OSError: If the file cannot be written, as on a full disk, or the path leads to a folder.
-        ImportError: If safetensors is asked for and not installed.
+        ImportError: If safetensors is to be written and is not installed.
     """
     check_model(model, "save")
     target = target_of(path)
@@ -73,7 +73,7 @@ def save(
     recipe = None if build is None else recipe_of(build, arguments)
     model = unwrapped(model)
     if not is_rewritten(model) and not attentions(model):
-        raise RPQError("nothing in this model is held in codebooks; save a dense model with torch.save(state_dict())")
+        raise RPQError("no weight of this model is quantized; save a dense model with torch.save(state_dict())")
     tensors, text = prepared(model, recipe)
     if recipe is not None:
         _check_recipe(recipe, json.loads(text))
@@ -150,7 +150,7 @@ _EXAMPLE = "rpqfx.load(path, lambda: Model(config))"
 
 
 def _builder(manifest: Mapping[str, Any]) -> Callable[[], nn.Module]:
-    """What makes the dense model of a file, where nobody has said so."""
+    """Returns the function that builds the dense model of a file, where the caller gave none."""
     if "build" not in manifest:
         raise InputError(
             f"load needs a function that builds the dense model, without arguments: {_EXAMPLE}; the file holds its "
@@ -160,7 +160,7 @@ def _builder(manifest: Mapping[str, Any]) -> Callable[[], nn.Module]:
 
 
 def _check_recipe(recipe: Mapping[str, Any], manifest: dict[str, Any]) -> None:
-    """Sees that a class makes the model that is to be saved."""
+    """Raises an error unless a class makes the model that is to be saved."""
     try:
         with torch.device("meta"):
             model = builder_of(recipe)()
@@ -177,7 +177,7 @@ def _check_recipe(recipe: Mapping[str, Any], manifest: dict[str, Any]) -> None:
 
 
 def _check_build(build: Any) -> None:
-    """Sees that what is given as build is a function that builds the dense model."""
+    """Raises an error unless what is given as build is a function that builds the dense model."""
     example = _EXAMPLE
     if build is None:
         return  # the file may name a class

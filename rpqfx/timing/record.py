@@ -1,4 +1,4 @@
-"""What a model asks of its codebook-held weights, and asking the same again with random numbers."""
+"""What a model asks of its quantized weights, and asking the same again with random numbers."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def _stand_in(weight: RPQWeight, plan: Plan) -> RPQWeight:
 def observe(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], gradients: bool
 ) -> dict[str, Counter[Use]]:
-    """Runs a copy of a model once and notes what it asks of each codebook-held weight.
+    """Runs a copy of a model once and notes what it asks of each quantized weight.
 
     Args:
         model: The model; it, its gradients and torch's and Python's random states stay as they are.

@@ -1,4 +1,4 @@
-"""Measuring which way each codebook-held weight runs faster, and pinning it."""
+"""Measuring which way each quantized weight runs faster, and pinning it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rpqfx.nn.hosting.backed import SUFFIX
 from rpqfx.nn.weight import RPQWeight
 from rpqfx.nn.wrappers import refuse_sharded, unwrapped
 from rpqfx.ops import Plan
-from rpqfx.policies.arguments import check_call, check_model, keyword, positional
+from rpqfx.policies.arguments import check_model, example_call
 from rpqfx.reporting.tables import Table, to_text
 from rpqfx.timing import clock
 from rpqfx.timing.record import Trial, Use, observe
@@ -78,7 +78,7 @@ class Tuning:
     """What `tune` measured and pinned; ``str`` is a table.
 
     Args:
-        weights: Every codebook-held weight, in the model's order.
+        weights: Every quantized weight, in the model's order.
         backward: Whether times include the gradients.
     """
 
@@ -116,7 +116,7 @@ def tune(
     backward: bool = False,
     repeats: int = 9,
 ) -> Tuning:
-    """Measures which way each codebook-held weight runs faster, and pins its plan.
+    """Measures in which way each weight in codebooks runs faster, and sets its plan, in place.
 
     Runs a copy of the model once, in the mode it is in, to see what is asked of each weight: by layers, and by modules
     that use a Parameter of their own. Each distinct product is then timed both ways on random inputs of the same shape,
@@ -129,7 +129,7 @@ def tune(
     call it again where they change, or set ``plan`` to ``"auto"`` to be rid of it.
 
     Args:
-        model: A model with codebook-held weights. Compiled parts of it are measured uncompiled, and what stands around
+        model: A model with quantized weights. Compiled parts of it are measured uncompiled, and what stands around
             it (``DataParallel``, ...) is looked through.
         example_inputs: Positional inputs of one call, or the one tensor that it takes; of the size that is going to be
             used.
@@ -146,13 +146,12 @@ def tune(
         RewriteError: If the model cannot be copied, or is sharded.
     """
     check_model(model, "tune")
-    args, kwargs = positional(example_inputs, "example_inputs"), keyword(example_kwargs, "example_kwargs")
     flag("backward", backward, error=InputError)
     whole("repeats", repeats, 1, error=InputError)
     refuse_sharded(model, "tune")
     written = unwrapped(model)
     held = _held(written)
-    check_call(written, args, kwargs)
+    args, kwargs = example_call(written, example_inputs, example_kwargs)
     times: dict[_Asked, list[float]] = {}
     with torch.inference_mode(False):  # under which there are no gradients to time
         seen = observe(written, args, kwargs, backward)
@@ -189,15 +188,13 @@ def _measure(
 
 
 def _held(model: nn.Module) -> list[tuple[RPQWeight, list[str]]]:
-    """Every codebook-held weight with all its paths."""
+    """Every quantized weight with all its paths."""
     found: dict[RPQWeight, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, RPQWeight):
             found.setdefault(module, []).append(path)
     if not found:
-        raise InputError(
-            "nothing in this model is held in codebooks, so there is nothing to tune; pass what rpqify returned"
-        )
+        raise InputError("no weight of this model is quantized, so there is nothing to tune; pass what rpqify returned")
     for weight, paths in found.items():
         if weight.codebooks.is_meta:
             raise InputError(

@@ -1,4 +1,4 @@
-"""What fine-tuning a model in codebooks is made of."""
+"""Training of models in codebooks: fine-tuning, and codes that are learnt from scratch."""
 
 from rpqfx.training.distillation import Distillation
 from rpqfx.training.parameters import Rates

@@ -20,27 +20,9 @@ def check_options(
     rates: Any, train: Any, norms: Any, autocast: Any, accumulate: Any, clip: Any, seed: Any, progress: Any,
     checkpoint: Any, checkpoint_every: Any,
 ) -> None:  # fmt: skip
-    """Sees that the arguments of a fine-tuning are what they are to be, and that each of them does something.
+    """Raises an error unless the arguments of a fine-tuning are valid and each of them has an effect.
 
-    Args:
-        small: As in ``finetune``, and so are all.
-        teacher: A model or None.
-        data: Batches.
-        steps: A whole number from 1.
-        loss: A callable or None.
-        logits: Not together with a loss.
-        recode: True or False.
-        recode_every: Not without recoding.
-        rates: ``Rates`` or None.
-        train: A callable or None.
-        norms: ``"keep"``, or, where there are batch norms, ``"update"``.
-        autocast: A floating dtype or None.
-        accumulate: A whole number from 1.
-        clip: A number above 0.
-        seed: Not without a sequence to bring in order.
-        progress: A callable or None.
-        checkpoint: A path or None.
-        checkpoint_every: Not without a checkpoint.
+    The arguments are those of ``finetune``.
 
     Raises:
         InputError: If one is not, or would do nothing.

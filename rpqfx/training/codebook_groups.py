@@ -24,7 +24,7 @@ class CodebookGroup:
     """Weights that have one set of codebooks ``[R, G, K, d]``; most often there is one.
 
     Args:
-        name: Of the first weight, for errors.
+        name: Name of the first weight, for errors.
         weights: They have equal specs but for the number of vectors.
     """
 
@@ -49,7 +49,7 @@ class CodebookGroup:
         """Returns a dense matrix ``[N, D]`` for each weight, with the standard deviation of its layer's initialisation.
 
         Args:
-            seed: Of the matrices.
+            seed: Seeds the matrices.
         """
         device = self.codebooks.device
         generator = torch.Generator(device).manual_seed(seed)
@@ -70,7 +70,7 @@ class CodebookGroup:
 
         Args:
             values: One ``[N, D]`` for each weight.
-            seed: Of the starts of k-means.
+            seed: Seeds the starts of k-means.
         """
         spec = self.weights[0].spec
         for book, points in enumerate(self._points(values)):
@@ -86,7 +86,7 @@ class CodebookGroup:
 
         Args:
             values: One ``[N, D]`` for each weight.
-            seed: Of the starts of k-means, and of the codes.
+            seed: Seeds the starts of k-means, and of the codes.
 
         Returns:
             How many sub-vectors have got another first code.
@@ -122,7 +122,7 @@ class CodebookGroup:
         return changed
 
     def _points(self, values: Sequence[Tensor]) -> Iterator[Tensor]:
-        """The sub-vectors ``[n, d]`` of each codebook, float32 (float64 stays)."""
+        """Yields the sub-vectors ``[n, d]`` of each codebook, float32 (float64 stays)."""
         books, d = self.codebooks.shape[1], self.codebooks.shape[3]
         parts = [rearrange(matrix, "n (g s d) -> g (s n) d", g=books, d=d) for matrix in values]
         for book in range(books):
@@ -130,7 +130,7 @@ class CodebookGroup:
             yield points if points.dtype == torch.float64 else points.float()
 
     def _codes(self, book: int) -> Tensor:
-        """The codes of those sub-vectors, ``[n, R]`` int64."""
+        """Returns the codes of those sub-vectors, ``[n, R]`` int64."""
         books = self.codebooks.shape[1]
         each = [rearrange(weight.codes, "r (g s) n -> g (s n) r", g=books)[book] for weight in self.weights]
         return torch.cat(each).long()

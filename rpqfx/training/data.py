@@ -1,4 +1,4 @@
-"""Batches, one after the other, for as many steps as are asked for."""
+"""Feeds batches, one after the other, for a number of steps."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Data = Iterable[Any] | Callable[[int], Any]
 
 
 def feed(data: Data, seed: int, start: int = 0) -> Iterator[Any]:
-    """Batches without end, or until an iterator is used up.
+    """Yields batches without end, or until an iterator is used up.
 
     Args:
         data: A sequence, which is gone through in a new order each time; another iterable, which is gone through in its
             own order each time; an iterator, once; or a callable that is given 0, 1, 2, ...
-        seed: Of the order.
+        seed: Seeds the order.
         start: Batches to leave out at the beginning. Of an iterable they are taken and dropped, of the others they
             are not asked for.
 

@@ -1,4 +1,4 @@
-"""A codebook-held weight that is decoded once a step, so that the gradient of its dense tensor is there to be read."""
+"""A quantized weight that is decoded once a step, so that the gradient of its dense tensor is there to be read."""
 
 from __future__ import annotations
 
@@ -55,5 +55,5 @@ class CutWeight(RPQWeight):
         return ops.Tensors(self.vectors[None, None], self._ids)
 
     def part(self) -> Part:
-        """The whole tensor."""
+        """Returns the whole tensor."""
         return Part(self.tensors, self.layout, plan="expand")

@@ -23,14 +23,14 @@ class Distillation:
 
     Args:
         logits: Whether outputs are logits. Left out, those that have ``logits`` are, and that alone of them counts.
-        temperature: What logits are divided by; the divergence is multiplied by its square.
+        temperature: Divisor of the logits; the divergence is multiplied by its square.
     """
 
     def __init__(self, logits: bool | None = None, temperature: float = 1.0) -> None:
         self._logits, self._temperature = logits, temperature
 
     def __call__(self, student: Any, teacher: Any, batch: Any = None) -> Tensor:
-        """The loss, a scalar in float32 at least.
+        """Returns the loss, a scalar in float32 at least.
 
         Args:
             student: Output of the student.

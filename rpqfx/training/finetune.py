@@ -26,15 +26,15 @@ _EVERY = 50  # steps between two states on disk
 
 @dataclass(frozen=True)
 class Finetuned:
-    """What `finetune` did; ``str`` says it in words.
+    """The result of `finetune`; ``str`` says it in words.
 
     Args:
-        losses: Of each step.
+        losses: Loss of each step.
         weights: How many weights are in codebooks.
         trained: How many numbers were trained, codes not counted.
         recoded: How often a sub-vector has been given another code.
         codes: How many codes there are.
-        seconds: What it took.
+        seconds: Time that it took.
     """
 
     losses: tuple[float, ...] = field(repr=False)
@@ -90,25 +90,25 @@ def finetune(
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int | None = None,
 ) -> Finetuned:
-    """Trains what a model in codebooks has left to train, so that it comes near to its dense teacher.
+    """Trains a model in codebooks in place, so that it comes near to its dense teacher.
 
     Codebooks, scales, norms and biases take the steps of Adam, with a short warm-up and a cosine to zero. With
-    ``recode`` codes change as well: behind each weight a dense matrix takes the gradients that the quantised one gets,
-    and a sub-vector whose place in it has come nearer to another entry is given that one's code. What a saved file
-    holds stays the same in number and width: shared codebooks stay shared, and numbers that were exact in half
+    ``recode`` codes change as well: a latent dense matrix behind each weight takes the gradients of the quantized one,
+    and a sub-vector whose latent has come nearer to another entry gets that entry's code. The contents of a saved file
+    stay the same in number and width: shared codebooks stay shared, and numbers that were exact in half
     precision are rounded to it at the end.
 
     While it runs, each weight is decoded once a step: it takes the memory of the dense model and its gradient, and with
     ``recode`` of three more.
 
     Args:
-        small: What [`rpqify`][rpqfx.rpqify] returned, in float32; trained in place, in eval mode (no dropout), and
-            left in the mode it is in. Of a wrapped one (``torch.compile``, ``DataParallel``, ``AveragedModel``) the
-            model within is trained, as it is without the wrapper.
+        small: A model that [`rpqify`][rpqfx.rpqify] or [`convert`][rpqfx.convert] returned, in float32; it is trained
+            in eval mode (no dropout), and left in the mode it is in. Of a wrapped one (``torch.compile``,
+            ``DataParallel``, ``AveragedModel``) the model within is trained, as it is without the wrapper.
         teacher: The dense model. May be left out where ``loss`` needs none.
         data: Batches, each a tensor, a tuple of positional inputs or a mapping of keyword inputs: a sequence, which is
             gone through in a new order each time; another iterable; or a callable that is given 0, 1, 2, ...
-        steps: Of the optimiser.
+        steps: Steps of the optimiser.
         loss: From the student's output, the teacher's (or None) and the batch to a scalar. Left out, the divergence of
             logits or the relative squared difference of outputs
             ([`Distillation`][rpqfx.training.distillation.Distillation]).
@@ -123,7 +123,7 @@ def finetune(
         autocast: Products in this dtype, of student and teacher.
         accumulate: Batches a step.
         clip: Norm to which a step's gradient is shortened.
-        seed: Of the order of batches, where ``data`` is a sequence; 0 if left out.
+        seed: Seeds the order of batches, where ``data`` is a sequence; 0 if left out.
         progress: Called with (done, total, loss in words) after each step.
         checkpoint: Folder for the state of the training. The same call with the same folder, on the model as it was
             at first, goes on where it was interrupted, to the same result to the last bit; one that is finished gives
@@ -155,10 +155,6 @@ def finetune(
     settings = Settings(steps, recode, recode_every or 1, rates or Rates(), norms, autocast, accumulate, clip, order)
     compare = loss or Distillation(logits)
     run, store, began = Run(model, guide, compare, settings), None, time.perf_counter()
-    if guide is model:
-        raise InputError(
-            "teacher is the dense model, got the model that is to be trained: it has nothing to teach itself"
-        )
     if guide is model:
         raise InputError(
             "teacher is the dense model, got the model that is to be trained, which has nothing to teach it"

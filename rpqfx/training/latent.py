@@ -16,7 +16,7 @@ _BLOCK_ELEMENTS = 2**22
 
 
 class Latent:
-    """What a weight would be if it were not made of entries, in the codebooks' own scale.
+    """The latent dense matrix of a weight, in the scale of its codebooks, whose gradients choose codes.
 
     It takes the gradient that its quantised value gets, as if rounding were not there (Bengio, Leonard and Courville,
     "Estimating or Propagating Gradients Through Stochastic Neurons", 1308.3432), and after some steps its sub-vectors
@@ -25,7 +25,7 @@ class Latent:
     its sub-vector over to another entry, a few a step, as PV-Tuning (Malinovskii et al., 2405.14852) asks for.
 
     Args:
-        weight: Whose codes are to follow. With several stages and signs codes stay as they are.
+        weight: The weight whose codes follow. With several stages and signs codes stay as they are.
     """
 
     def __init__(self, weight: RPQWeight) -> None:
@@ -38,7 +38,7 @@ class Latent:
 
     @staticmethod
     def fits(weight: RPQWeight) -> bool:
-        """Whether the codes of a weight can follow."""
+        """Returns whether the codes of a weight can follow."""
         return weight.spec.stages == 1 or weight.signs is None
 
     @torch.no_grad()
@@ -89,7 +89,7 @@ class Latent:
         return beam_search(points.contiguous(), books.contiguous(), _BEAM)
 
     def _reach(self, g: int, codes: Tensor, apart: dict[tuple[int, int], Tensor]) -> Tensor:
-        """Squared distances within which no other entry can be nearer; with several stages none is known."""
+        """Returns squared distances within which no other entry can be nearer; with several stages none is known."""
         books = self._weight.codebooks
         if len(books) > 1:
             return torch.zeros(len(codes), device=books.device)
@@ -99,7 +99,7 @@ class Latent:
         return (apart[key] / 2).square()[codes[:, 0]]
 
     def _entries(self) -> Tensor:
-        """What the codes stand for, without signs and factors, ``[N, M, d]``."""
+        """Returns the entries that the codes stand for, without signs and factors, ``[N, M, d]``."""
         books, codes = self._weight.codebooks.detach(), self._weight.codes.long()
         book = torch.arange(codes.shape[1], device=codes.device) // (codes.shape[1] // books.shape[1])
         stages = [stage[book[:, None], code] for stage, code in zip(books, codes, strict=True)]
@@ -111,7 +111,7 @@ class Latent:
 
 
 def _gaps(book: Tensor) -> Tensor:
-    """The distance of each entry ``[K, d]`` to the nearest other one."""
+    """Returns the distance of each entry ``[K, d]`` to the nearest other one."""
     gaps = torch.empty(len(book), device=book.device, dtype=book.dtype)
     step = max(1, _BLOCK_ELEMENTS // len(book))
     for start in range(0, len(book), step):

@@ -1,4 +1,4 @@
-"""A codebook-held weight that trains as a dense matrix, and computes with the entries nearest to it."""
+"""A quantized weight that trains as a dense matrix, and computes with the entries nearest to it."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ class LatentWeight(RPQWeight):
         return ops.Tensors(vectors[None, None], ids)
 
     def part(self) -> Part:
-        """The whole tensor."""
+        """Returns the whole tensor."""
         return Part(self.tensors, self.layout, plan="expand")
 
     def whole(self) -> Part:
-        """The same part; hooks of the weight fire where it is called."""
+        """Returns the same part; hooks of the weight fire where it is called."""
         return self.part()
 
 

@@ -42,11 +42,11 @@ class Settings:
 
 
 class _Still(NamedTuple):
-    """What a model has between two steps besides its Parameters.
+    """The state of a model between two steps, besides its Parameters.
 
     Args:
-        codes: Of each weight.
-        statistics: Of batch norms.
+        codes: Codes of each weight.
+        statistics: Statistics of batch norms.
     """
 
     codes: list[Tensor]
@@ -172,7 +172,7 @@ class Run:
         nn.utils.clip_grads_with_norm_(tensors, self._settings.clip, norm)
 
     def _stepped(self) -> list[Tensor]:
-        """All that the optimiser changes."""
+        """Returns all that the optimiser changes."""
         return [tensor for group in self._adam.param_groups for tensor in group["params"]]
 
     def _rest(self) -> None:
@@ -246,7 +246,7 @@ class Run:
             cut.decode()
 
     def _resume_moments(self, state: dict[str, Tensor]) -> None:
-        """Moments of the optimiser."""
+        """Puts back the moments of the optimiser."""
         self._adam.zero_grad()
         for number, tensor in enumerate(self._stepped()):
             for key in ("step", "exp_avg", "exp_avg_sq"):
@@ -256,11 +256,11 @@ class Run:
 
 
 def _share(number: int, steps: int) -> float:
-    """How much of the rates a step has: a short warm-up, and a cosine to zero."""
+    """Returns how much of the rates a step has: a short warm-up, and a cosine to zero."""
     warm = max(1, math.ceil(_WARM * steps))
     return min((number + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * number / steps))
 
 
 def _copied(saved: Tensor, like: Tensor) -> Tensor:
-    """A tensor as it was saved, where another one is."""
+    """Returns a tensor as it was saved, where another one is."""
     return torch.empty_like(like).copy_(saved)

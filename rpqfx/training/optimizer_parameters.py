@@ -14,7 +14,7 @@ def position_of(optimizer: Optimizer, parameter: nn.Parameter) -> tuple[int, int
 
     Args:
         optimizer: Any.
-        parameter: What to look for.
+        parameter: The Parameter to look for.
     """
     for number, group in enumerate(optimizer.param_groups):
         for place, held in enumerate(group["params"]):
@@ -30,8 +30,8 @@ def exchange(optimizer: Optimizer, old: Sequence[nn.Parameter], new: Sequence[nn
 
     Args:
         optimizer: It is changed.
-        old: What goes.
-        new: What comes, where the first of ``old`` was.
+        old: The Parameters that go.
+        new: The Parameter that takes the place of the first of ``old``.
     """
     at = position_of(optimizer, old[0])
     if at is None:
@@ -53,7 +53,7 @@ def forget(optimizer: Optimizer, parameter: nn.Parameter) -> None:
 
     Args:
         optimizer: It is changed.
-        parameter: Whose moments.
+        parameter: The Parameter that the moments belong to.
     """
     for value in optimizer.state.get(parameter, {}).values():
         if isinstance(value, torch.Tensor) and value.shape == parameter.shape:

@@ -24,9 +24,9 @@ class Rates:
 
     Args:
         codebooks: Relative to the root mean square of a codebook, as it is at the start.
-        scales: Of ``scale`` and ``dim_scale``, relative in the same way.
-        dense: Of norms, biases and whatever dense Parameters are trained besides.
-        codes: Of the dense matrices that codes follow, relative to the codebook.
+        scales: Learning rate of ``scale`` and ``dim_scale``, relative in the same way.
+        dense: Learning rate of norms, biases and whatever dense Parameters are trained besides.
+        codes: Learning rate of the latent matrices that codes follow, relative to the codebook.
 
     Raises:
         InputError: If one is no finite number, or negative.
@@ -44,7 +44,7 @@ class Rates:
 
 
 def held(model: nn.Module) -> list[RPQWeight]:
-    """The codebook-held weights of a model.
+    """Returns the quantized weights of a model.
 
     Raises:
         InputError: If there are none, or they cannot be trained as they are.
@@ -53,7 +53,7 @@ def held(model: nn.Module) -> list[RPQWeight]:
     weights = [module for module in model.modules() if isinstance(module, RPQWeight)]
     if not weights:
         raise InputError(
-            "nothing in this model is held in codebooks, so there is nothing to fine-tune; pass what rpqify returned"
+            "no weight of this model is quantized, so there is nothing to fine-tune; pass what rpqify returned"
         )
     for weight in weights:
         if weight.codebooks.is_meta:
@@ -72,7 +72,7 @@ class Trained:
 
     Args:
         model: The model; only what is trained of it asks for gradients afterwards, and none are there.
-        weights: Its codebook-held weights.
+        weights: Its quantized weights.
         train: Chooses by qualified name; left out, all codebooks and factors, and dense Parameters of one axis.
     """
 
@@ -125,7 +125,7 @@ class Good:
 
     Args:
         tensors: All that changes of a model, but for codes.
-        weights: Whose codes may change.
+        weights: The weights whose codes may change.
     """
 
     def __init__(self, tensors: Sequence[Tensor], weights: Sequence[RPQWeight]) -> None:

@@ -67,7 +67,7 @@ class Recoding:
         every: Steps between two searches for codes (``"latent"`` only).
         schedule: Shares of ``steps`` after which codes are learned anew, rising, above 0 and below 1 (``"sketch"``
             only).
-        seed: Of drawn matrices, clusters and codes.
+        seed: Seeds drawn matrices, clusters and codes.
 
     Raises:
         InputError: If nothing in the model is in codebooks, an argument is out of range or does not apply to the
@@ -127,7 +127,7 @@ class Recoding:
                 exchange(self._optimizer, [group.codebooks], [weight.latent for weight in group.latent_weights])
 
     def _seed(self, number: int) -> int:
-        """One for each codebook and time of learning."""
+        """Returns one for each codebook and time of learning."""
         return self.seed + 1_000_003 * (self.taken + 1) + number
 
     @torch.no_grad()
@@ -183,7 +183,7 @@ class Recoding:
         """Goes on where another one was.
 
         Args:
-            state: What its ``state_dict`` returned.
+            state: A state that ``state_dict`` returned.
 
         Raises:
             InputError: If that was another recipe, seed or number of steps.

@@ -33,7 +33,7 @@ class Resume:
         words: All that the run depends on, in words.
         tensors: And in numbers.
         data: Its batches.
-        seed: Of their order.
+        seed: Seeds the order of batches.
 
     Raises:
         FormatError: If the folder holds another fine-tuning.
@@ -92,7 +92,7 @@ class Resume:
         """Keeps the state of the run between two steps.
 
         Args:
-            seconds: What it took so far.
+            seconds: Time that it took so far.
 
         Raises:
             OSError: If it cannot be written; what was saved before stays.
@@ -108,7 +108,7 @@ class Resume:
         """Keeps the result of the run, which takes less room than its state.
 
         Args:
-            seconds: What it took.
+            seconds: Time that it took.
 
         Raises:
             OSError: If it cannot be written; what was saved before stays.
@@ -119,7 +119,7 @@ class Resume:
 def dependencies(
     run: Run, model: nn.Module, teacher: nn.Module | None, loss: Loss, settings: Settings, data: Data
 ) -> tuple[list[str], Iterator[Tensor]]:
-    """Returns all that a run's result depends on, as far as it can be told: words and tensors.
+    """Returns all that a run's result depends on, as far as it can be known: words and tensors.
 
     Code cannot: models and losses count by the names of their classes, and a loss by its plain attributes.
 
@@ -158,7 +158,7 @@ def _described(loss: Any) -> str:
 
 
 def _sum(batch: Any) -> Tensor:
-    """A hash of a batch, in a tensor."""
+    """Returns a hash of a batch, in a tensor."""
     leaves, shape = tree_flatten(arguments(batch, "a batch"))
     words = [str(shape), *(repr(leaf) for leaf in leaves if isinstance(leaf, _PLAIN))]
     digest = fingerprint(words, [leaf for leaf in leaves if isinstance(leaf, Tensor)])

@@ -2,65 +2,47 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
 from rpqfx.errors import PolicyError
 from rpqfx.validation.values import closest, shown
 
-T = TypeVar("T", bound=type)
+T = TypeVar("T", bound=Callable[..., Any])
 
 
-def spelled(cls: T) -> T:
-    """Has the constructor of a dataclass refuse wrong names with a PolicyError that says which there are.
+def spelled(made: T) -> T:
+    """Has a dataclass, or a function that makes one, refuse wrong names with a PolicyError that says which there are.
 
     Args:
-        cls: The class; its signature stays.
+        made: The class, or a function whose first parameter is ``self`` or ``cls``; its signature stays. A class may
+            say in ``elsewhere`` what to write in place of a name.
     """
-    init = cls.__init__  # type: ignore[misc]
-    signature = inspect.signature(init)
-    known = [name for name in signature.parameters if name != "self"]
+    call = made.__init__ if isinstance(made, type) else made  # type: ignore[misc]
+    name = f"a {made.__name__}" if isinstance(made, type) else made.__qualname__
+    signature = inspect.signature(call)
+    known = list(signature.parameters)[1:]
 
-    @functools.wraps(init)
-    def __init__(self: Any, *args: Any, **options: Any) -> None:
+    @functools.wraps(call)
+    def checked(self: Any, *args: Any, **options: Any) -> Any:
         wrong = next((name for name in options if name not in known), None)
         if wrong is not None:
-            raise PolicyError(
-                f"a {cls.__name__} has no option {shown(wrong)}; it has {', '.join(sorted(known))}"
-                f"{closest(wrong, known)}"
-            )
+            there = getattr(made, "elsewhere", {}).get(wrong)
+            hint = closest(wrong, known) if there is None else f"; write {there}"
+            raise PolicyError(f"{name} has no option {shown(wrong)}; it has {', '.join(sorted(known)) or 'none'}{hint}")
         try:
             signature.bind(self, *args, **options)
         except TypeError as error:
-            raise PolicyError(
-                f"a {cls.__name__} is made of options by name, {cls.__name__}({known[0]}=..., ...): {error}"
-            ) from None
-        init(self, *args, **options)
+            example = f"{made.__qualname__}({known[0]}=..., ...)" if known else f"{made.__qualname__}()"
+            raise PolicyError(f"{name} is made of options by name, {example}: {error}") from None
+        return call(self, *args, **options)
 
-    cls.__init__ = __init__  # type: ignore[misc]
-    return cls
-
-
-def shows(function: Any, options: type, names: Collection[str]) -> None:
-    """Makes ``help`` and ``inspect.signature`` show options that a class method passes on as ``**options``.
-
-    Args:
-        function: The method, bound to its class.
-        options: The dataclass whose fields they are.
-        names: Of the fields that this method takes.
-    """
-    signature = inspect.signature(function.__func__)
-    own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    taken = {p.name for p in own}
-    more = [
-        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
-        for f in dataclasses.fields(options)
-        if f.name in names and f.name not in taken
-    ]
-    function.__func__.__signature__ = signature.replace(parameters=[*own, *more])
+    if not isinstance(made, type):
+        return checked  # type: ignore[return-value]
+    made.__init__ = checked  # type: ignore[misc]
+    return made
 
 
 def show_options(function: Any, options: Any, defaults: Mapping[str, Any]) -> None:

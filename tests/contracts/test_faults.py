@@ -62,8 +62,8 @@ def iterated(at: int) -> Iterator[Tensor]:
 @pytest.mark.parametrize("at", [1, 2, 5])
 def test_a_progress_callback_raises(at: int, inplace: bool) -> None:
     model = net()
-    given: dict[str, Any] = {"calibration": batches(), "inplace": inplace, "progress": Raising(at)}
-    unchanged(model, lambda: rpqfx.rpqify(model, POLICY, **given))
+    given: dict[str, Any] = {"inplace": inplace, "progress": Raising(at)}
+    unchanged(model, lambda: rpqfx.convert(model, POLICY, batches(), **given))
     if at == 1:
         unchanged(model, lambda: rpqfx.rpqify(model, POLICY, inplace=inplace, progress=Raising()))
 
@@ -80,7 +80,7 @@ def test_a_policy_raises(at: int, inplace: bool) -> None:
 @PLACES
 def test_calibration_raises_midway(inplace: bool) -> None:
     model = net()
-    unchanged(model, lambda: rpqfx.rpqify(model, POLICY, calibration=iterated(1), inplace=inplace))
+    unchanged(model, lambda: rpqfx.convert(model, POLICY, iterated(1), inplace=inplace))
     unchanged(model, lambda: rpqfx.quantize_kv(model, KV, calibration=iterated(1), inplace=inplace))
 
 
@@ -92,12 +92,12 @@ def test_a_hook_of_a_layer_raises(at: int, inplace: bool) -> None:
         model.blocks[0].down.register_forward_hook(lambda module, args, output: raising())
         return model
 
-    given: dict[str, Any] = {"calibration": batches()}
     model = hooked()
-    unchanged(model, lambda: rpqfx.rpqify(model, POLICY, inplace=inplace, **given), Exception)
+    unchanged(model, lambda: rpqfx.convert(model, POLICY, batches(), inplace=inplace), Exception)
     if at == 1:
         model = hooked()
-        unchanged(model, lambda: rpqfx.rpqify(model, POLICY, inplace=inplace, example_inputs=batches(1)), Exception)
+        small = rpqfx.rpqify(model, POLICY, inplace=inplace)
+        unchanged(small, lambda: rpqfx.check_outputs(small, batches(1)), Exception)
         model = hooked()
         unchanged(model, lambda: rpqfx.quantize_kv(model, KV, calibration=batches(), inplace=inplace), Exception)
 
@@ -128,7 +128,7 @@ def test_what_cannot_be_carried_out_is_undone() -> None:
     assert str(rpqfx.report(model)) == report
 
 
-def test_a_graph_that_cannot_be_made_undoes_the_conversion_too() -> None:
+def test_a_graph_that_cannot_be_made_leaves_the_model() -> None:
     class Branching(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -139,8 +139,8 @@ def test_a_graph_that_cannot_be_made_undoes_the_conversion_too() -> None:
 
     model = Branching().eval()
     x = [torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).abs() for _ in range(2)]
-    given: dict[str, Any] = {"calibration": x, "as_graph": True, "inplace": True}
-    unchanged(model, lambda: rpqfx.rpqify(model, POLICY, **given), CaptureError)
+    small = rpqfx.convert(model, POLICY, x)
+    unchanged(small, lambda: rpqfx.graph.whole_graph(small), CaptureError)
 
 
 def test_an_initialiser_raises() -> None:
@@ -162,8 +162,8 @@ def test_a_folder_that_may_not_be_written_is_named(tmp_path: pathlib.Path) -> No
     tmp_path.chmod(0o500)
     model = net()
     try:
-        given: dict[str, Any] = {"calibration": batches(), "checkpoint": tmp_path / "new", "inplace": True}
-        unchanged(model, lambda: rpqfx.rpqify(model, POLICY, **given), OSError)
+        given: dict[str, Any] = {"checkpoint": tmp_path / "new", "inplace": True}
+        unchanged(model, lambda: rpqfx.convert(model, POLICY, batches(), **given), OSError)
     finally:
         tmp_path.chmod(0o700)
 
@@ -175,6 +175,6 @@ def test_a_disk_that_refuses_leaves_model_and_folder(tmp_path: pathlib.Path, mon
     model = net()
     monkeypatch.setattr(os, "replace", refused)
     for inplace in (False, True):
-        given: dict[str, Any] = {"calibration": batches(), "checkpoint": tmp_path, "inplace": inplace}
-        unchanged(model, lambda given=given: rpqfx.rpqify(model, POLICY, **given), OSError)
+        given: dict[str, Any] = {"checkpoint": tmp_path, "inplace": inplace}
+        unchanged(model, lambda given=given: rpqfx.convert(model, POLICY, batches(), **given), OSError)
     assert not list(tmp_path.iterdir())

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 import rpqfx
-from rpqfx import KVPolicy, KVRule, Policy, RoutePolicy, RouteRule, Rule, Site
+from rpqfx import Budget, Fixed, KVPolicy, KVRule, Policy, Rate, RoutePolicy, RouteRule, Rule, Site
 from rpqfx.conversion.checkpoint import Checkpoint
 from rpqfx.errors import InputError, PolicyError, RPQError
 from rpqfx.kv.module import attentions
+from rpqfx.policies.amount import Amount
 from rpqfx.policies.options import Options
 from rpqfx.timing import clock
 from rpqfx.training.parameters import Rates
@@ -74,10 +75,13 @@ VALUES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 POLICY_ONLY: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "rules": ((), (Rule("a.*", skip="mine"),), {}),
     "kinds": (("linear",), ("conv",), {}),
-    "ratio": (0.5, 0.25, {}),
-    "total_bytes": (10**6, 2 * 10**6, {}),
-    "bits_per_weight": (2, 3, {}),
-    "embedding_bits": (2, 4, {"bits_per_weight": 3}),
+    "amount": (Fixed(), Budget(ratio=0.25), {}),
+}
+AMOUNTS: dict[str, tuple[Amount, Amount]] = {
+    "ratio": (Budget(ratio=0.5), Budget(ratio=0.25)),
+    "bytes": (Budget(bytes=10**6), Budget(bytes=2 * 10**6)),
+    "bits_per_weight": (Rate(2), Rate(3)),
+    "embedding_bits": (Rate(3, embedding_bits=2), Rate(3, embedding_bits=4)),
 }
 MODES: dict[str, Callable[..., Policy]] = {
     "plain": lambda **options: Policy(**options),
@@ -86,7 +90,7 @@ MODES: dict[str, Callable[..., Policy]] = {
     "rate": lambda **options: Policy.pretrained(4, **options),
 }
 SHAPING = set(VALUES) - {"grad_scale", "plan", "min_size"}
-IDLE = {"plain": set[str](), "scratch": set[str](), "budget": {"allow_growth"}, "rate": SHAPING}
+IDLE = {"plain": set[str](), "scratch": {"init"}, "budget": {"allow_growth"}, "rate": SHAPING}
 
 
 def outcome(make: Callable[[Any], Policy], values: tuple[Any, Any], name: str) -> str:
@@ -108,6 +112,7 @@ def outcome(make: Callable[[Any], Policy], values: tuple[Any, Any], name: str) -
 
 def test_each_option_of_a_policy_has_values_to_tell_apart() -> None:
     assert {field.name for field in dataclasses.fields(Options)} == set(VALUES)
+    assert {f.name for kind in (Fixed, Budget, Rate) for f in dataclasses.fields(kind)} == set(AMOUNTS)
     assert {field.name for field in dataclasses.fields(Policy)} == {*VALUES, *POLICY_ONLY}
     assert {field.name for field in dataclasses.fields(Rule)} == {*VALUES, "match", "skip"}
 
@@ -132,6 +137,23 @@ def test_what_only_a_policy_says_changes_decisions(name: str) -> None:
     assert outcome(lambda value: Policy(**{**extra, name: value}), (first, second), name) == OTHER
 
 
+@pytest.mark.parametrize("name", AMOUNTS)
+def test_each_number_of_an_amount_changes_decisions(name: str) -> None:
+    assert outcome(lambda amount: Policy(amount=amount), AMOUNTS[name], name) == OTHER
+
+
+@pytest.mark.parametrize("name", sorted(SHAPING))
+def test_what_an_amount_chooses_is_refused_beside_it_in_words(name: str) -> None:
+    """Also where the class is called, and not a constructor that has no such argument."""
+    more = "$" if name == "init" else ", or give it in a Rule that"  # not even a rule draws what is fitted
+    with pytest.raises(PolicyError, match=f"{name}=.* would do nothing: .*; leave it out{more}"):
+        Policy(amount=Rate(4), **{name: VALUES[name][1]})
+    for constructor, idle in ((Policy.pretrained, SHAPING), (Policy.budget, {"allow_growth"})):
+        if name in idle:
+            with pytest.raises(PolicyError, match=f"{constructor.__qualname__} has no option '{name}'; it has "):
+                constructor(**{name: VALUES[name][1]})
+
+
 @pytest.mark.parametrize("shaped", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", VALUES)
@@ -150,7 +172,8 @@ def test_an_option_of_a_rule_changes_decisions_or_is_refused(name: str, mode: st
         return MODES[mode](**of_policy, rules=(Rule(match, **{**own, name: value}),))
 
     sets_shape = bool({"codebook_dim", "codebooks", "bits"} & {*own, name})
-    refused = (name in IDLE[mode] and not sets_shape) or (mode == "rate" and name == "init")
+    idle = IDLE[mode] if mode != "scratch" else set()  # a rule may fit what the policy draws
+    refused = (name in idle and not sets_shape) or (mode == "rate" and name == "init")
     assert outcome(make, (first, second), name) == (REFUSED if refused else OTHER)
 
 
@@ -227,7 +250,7 @@ def test_an_option_changes_what_calibration_makes(name: str) -> None:
     found = []
     for value in (first, second):
         try:
-            found.append(written(rpqfx.rpqify(stack(), Policy(**{**base, name: value}), calibration=inputs(1))))
+            found.append(written(rpqfx.convert(stack(), Policy(**{**base, name: value}), inputs(1))))
         except PolicyError as error:  # that nothing would shrink, or all is too small, is another outcome
             found.append([str(error)])
     assert found[0] != found[1]
@@ -241,7 +264,7 @@ def test_what_a_rate_leaves_open_changes_what_calibration_makes(name: str) -> No
     for value in (first, second):
         policy = Policy.pretrained(4, **{"min_size": 0, name: value})
         try:
-            found.append(written(rpqfx.rpqify(stack(), policy, calibration=inputs(1))))
+            found.append(written(rpqfx.convert(stack(), policy, inputs(1))))
         except PolicyError as error:
             found.append([str(error)])
     assert found[0] != found[1]
@@ -254,7 +277,7 @@ def test_what_a_rate_leaves_open_changes_what_calibration_makes(name: str) -> No
 def test_random_codebooks_are_not_calibrated(policy: Policy) -> None:
     model = stack()
     with pytest.raises(PolicyError, match=r"init='random' draws codebooks anew, and calibration fits them"):
-        rpqfx.rpqify(model, policy, calibration=inputs(), inplace=True)
+        rpqfx.convert(model, policy, inputs(), inplace=True)
     assert type(model[0]) is nn.Linear
     with pytest.raises(PolicyError, match="init"):
         Policy.pretrained(4, rules=(Rule("2", init="random", bits=3),))
@@ -270,7 +293,7 @@ def test_signs_are_fitted(sharing: str, stages: int, calibrated: bool) -> None:
     errors = {}
     for signs in (False, True):
         policy = Policy(bits=2, codebook_dim=2, min_size=0, sharing=sharing, stages=stages, signs=signs)
-        small = rpqfx.rpqify(model, policy, calibration=inputs(1) if calibrated else None)
+        small = rpqfx.convert(model, policy, inputs(1)) if calibrated else rpqfx.rpqify(model, policy)
         errors[signs] = sum(record.error or 0.0 for record in rpqfx.report(small).rewritten)
         for weight in held_weights(small).values():
             if weight.signs is not None:
@@ -407,8 +430,8 @@ def test_an_option_of_a_route_rule_changes_what_is_computed() -> None:
 CALLS = {
     call.__qualname__: call
     for call in (
-        rpqfx.rpqify, rpqfx.quantize_kv, rpqfx.route, rpqfx.finetune, rpqfx.tune, rpqfx.save, rpqfx.load,
-        rpqfx.materialize, rpqfx.Recoding, rpqfx.dequantize, rpqfx.report,
+        rpqfx.rpqify, rpqfx.convert, rpqfx.check_outputs, rpqfx.quantize_kv, rpqfx.route, rpqfx.finetune, rpqfx.tune,
+        rpqfx.save, rpqfx.load, rpqfx.materialize, rpqfx.Recoding, rpqfx.dequantize, rpqfx.report,
         Policy.from_scratch, Policy.budget, Policy.pretrained,
     )
 }  # fmt: skip
@@ -436,18 +459,24 @@ def _model_and_policy(folder: Path) -> None:
     assert set(held_weights(rpqfx.rpqify(MLP(), FITTED))) == {"fc1.weight", "fc2.weight"}
 
 
-@tried("rpqify", "example_inputs", "example_kwargs")
-def _examples(folder: Path) -> None:
-    lazy = nn.Sequential(nn.LazyLinear(32))
-    for given in ({"example_inputs": torch.zeros(1, 64)}, {"example_kwargs": {"input": torch.zeros(1, 64)}}):
-        assert held_weights(rpqfx.rpqify(lazy, FITTED, **given))["0.weight"].layout.shape == (32, 64)
+@tried("check_outputs", "model", "example_inputs", "example_kwargs")
+def _checked(folder: Path) -> None:
+    ran: list[tuple[int, ...]] = []
+    model = small()
+    model[0].register_forward_hook(lambda module, args, output: ran.append(tuple(output.shape)))
+    rpqfx.check_outputs(model, torch.zeros(1, 32))
+    rpqfx.check_outputs(model, example_kwargs={"input": torch.zeros(3, 32)})
+    assert ran == [(1, 64), (1, 64), (3, 64), (3, 64)]  # each of the two models
+    with pytest.raises(RPQError, match="no weight of this model is quantized"):
+        rpqfx.check_outputs(stack(), torch.zeros(1, 32))
 
 
-@tried("rpqify", "inplace", "as_graph")
+@tried("rpqify", "inplace")
+@tried("convert", "inplace")
 def _kinds_of_result(folder: Path) -> None:
-    model = stack()
-    assert rpqfx.rpqify(model, FITTED) is not model and rpqfx.rpqify(model, FITTED, inplace=True) is model
-    assert isinstance(small(as_graph=True), torch.fx.GraphModule) and not isinstance(small(), torch.fx.GraphModule)
+    for call in (lambda *given, **more: rpqfx.convert(*given, inputs(1), **more), rpqfx.rpqify):
+        model = stack()
+        assert call(model, FITTED) is not model and call(model, FITTED, inplace=True) is model
 
 
 @tried("Recoding", "model", "optimizer", "steps", "recipe", "every", "schedule", "seed")
@@ -492,15 +521,27 @@ def _seeds(folder: Path) -> None:
     assert torch.get_rng_state().shape == before.shape
 
 
-@tried("rpqify", "progress", "calibration", "checkpoint")
-def _conversion(folder: Path) -> None:
+@tried("rpqify", "progress")
+def _progress(folder: Path) -> None:
     told: list[str] = []
-    plain = small(calibration=inputs(), progress=lambda done, total, name: told.append(name))
-    assert told and written(plain) != written(small())
-    small(calibration=inputs(), checkpoint=folder / "kept")
-    assert any((folder / "kept").iterdir())
+    small(progress=lambda done, total, name: told.append(name))
+    assert told == ["0.weight", "2.weight"]
+
+
+@tried("convert", "model", "policy", "calibration", "checkpoint", "seed", "progress")
+def _conversion(folder: Path) -> None:
+    def converted(policy: Policy = FITTED, batches: Any = None, **options: Any) -> Any:
+        return written(rpqfx.convert(stack(), policy, inputs() if batches is None else batches, **options))
+
+    told: list[str] = []
+    plain = converted(progress=lambda done, total, name: told.append(name))
+    assert told and plain != written(small()) and plain != converted(dataclasses.replace(FITTED, bits=2))
+    assert plain != converted(batches=inputs(1)) and plain == converted(seed=0) != converted(seed=1)
+    assert converted(checkpoint=folder / "kept") == plain and any((folder / "kept").iterdir())
+    alone = Policy.pretrained(4, min_size=0)
+    assert written(rpqfx.convert(stack(), alone, None)) == written(rpqfx.rpqify(stack(), alone))
     with pytest.raises(InputError, match=r"give calibration batches"):
-        small(checkpoint=folder / "kept")
+        rpqfx.convert(stack(), FITTED, None, checkpoint=folder / "kept")
 
 
 @tried("quantize_kv", "model", "policy", "calibration", "inplace", "seed", "progress", "fit")
@@ -669,13 +710,12 @@ def _report(folder: Path) -> None:
     assert str(rpqfx.report(small())) != str(rpqfx.report(rpqfx.rpqify(MLP(), FITTED)))
 
 
-@tried("Policy.from_scratch", *VALUES, "rules", "kinds", "ratio", "total_bytes")
-@tried("Policy.budget", *VALUES, "rules", "kinds", "ratio", "bytes")
+@tried("Policy.from_scratch", *VALUES.keys() - {"init"}, "rules", "kinds")
+@tried("Policy.budget", *VALUES.keys() - {"allow_growth"}, "rules", "kinds", "ratio", "bytes")
 @tried("Policy.pretrained", "grad_scale", "plan", "min_size", "rules", "kinds", "bits_per_weight", "embedding_bits")
 def _constructors(folder: Path) -> None:
     """Their options are those of the class, each tried in each mode above; what they show is what they take."""
     assert Policy.from_scratch().init == "random" and Policy.from_scratch(bits=2).min_bits == 2
-    assert Policy.from_scratch(ratio=0.5) != Policy.from_scratch(total_bytes=10**6)
     assert Policy.budget(ratio=0.5) != Policy.budget(bytes=10**6)
     assert Policy.pretrained(3) == Policy.pretrained(bits_per_weight=3) != Policy.pretrained(3, embedding_bits=4)
 

@@ -80,9 +80,23 @@ def _replace(values: dict[str, Any], draw: random.Random) -> None:
         node = node[key]
     other = copy.deepcopy(draw.choice(ODD))
     if isinstance(node, dict) and draw.random() < 0.4:
-        node[draw.choice(["bits", "rules", "skip", "match", "codebook_dim", "window", "router", "ratio", "stages"])] = (
-            other
-        )
+        node[
+            draw.choice(
+                [
+                    "bits",
+                    "rules",
+                    "skip",
+                    "match",
+                    "codebook_dim",
+                    "window",
+                    "router",
+                    "amount",
+                    "ratio",
+                    "stages",
+                    "version",
+                ]
+            )
+        ] = other
     elif node:
         node[key] = other
 
@@ -125,10 +139,12 @@ def test_very_many_texts_are_policies_or_refused() -> None:
 @pytest.mark.parametrize(
     "text",
     ["NaN", "[" * 100_000, "9" * 100_000, '{"bits": 1' + "0" * 400 + "}", '"' + "x" * 10**6 + '"', "\ufeff{}", "{} {}",
-     '{"rpqfx_policy": 1, "bits": NaN}', '{"bits": 2, "bits": 3}', '{"rpqfx_policy": 1, "bits": 4, "bits": 5}',
-     '{"rpqfx_policy": true}', '{"rpqfx_policy": 1.0}', '{"rules": {"match": "x"}}', '{"rules": null}', "null"],
+     '{"HEAD, "bits": NaN}', '{"HEAD, "bits": 2, "bits": 3}', '{"policy": "KIND", "version": true}',
+     '{"policy": "KIND", "version": 1.0}', '{"policy": ["KIND"], "version": 1}', '{"HEAD, "rules": {"match": "x"}}',
+     '{"HEAD, "rules": null}', '{"version": 1}', '{"policy": "KIND"}', "null"],
 )  # fmt: skip
 def test_what_python_takes_or_chokes_on_is_refused_at_once(kind: Any, text: str) -> None:
+    text = text.replace('"HEAD', '"policy": "KIND", "version": 1').replace("KIND", kind.__name__)
     tracemalloc.start()
     try:
         with pytest.raises(PolicyError) as caught:
@@ -143,6 +159,11 @@ def test_what_python_takes_or_chokes_on_is_refused_at_once(kind: Any, text: str)
 def test_what_is_no_text_is_refused(kind: Any, text: Any) -> None:
     with pytest.raises(PolicyError, match=r"is read from the text of its JSON, got .*; read the file first"):
         kind.from_json(text)
+
+
+@pytest.mark.parametrize("kind", [Policy, KVPolicy, RoutePolicy])
+def test_only_what_differs_from_the_defaults_is_written(kind: Any) -> None:
+    assert json.loads(kind().to_json()) == {"policy": kind.__name__, "version": 1}
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=range(len(POLICIES)))

@@ -181,8 +181,15 @@ def test_a_model_is_served_while_others_copy_and_rewrite_it() -> None:
     def rewrite() -> list[nn.Module]:
         return [rpqfx.rpqify(model, FITTED) for _ in range(rounds)]
 
+    def capture() -> list[nn.Module]:
+        return [rpqfx.graph.whole_graph(small) for small in rewrite()]
+
     *found, one, two, graph = at_once(
-        serve, serve, rewrite, rewrite, lambda: [rpqfx.rpqify(model, FITTED, as_graph=True) for _ in range(rounds)]
+        serve,
+        serve,
+        rewrite,
+        rewrite,
+        lambda: [rpqfx.graph.whole_graph(rpqfx.rpqify(model, FITTED)) for _ in range(rounds)],
     )
     assert all(torch.equal(want, each) for each in [*found[0], *found[1]])
     alone = rpqfx.rpqify(model, FITTED).state_dict()

@@ -156,13 +156,13 @@ class Watched(nn.Module):
 
 
 @pytest.mark.parametrize("init", ["fit", "random"])
-def test_no_forward_runs_on_data_unless_example_inputs_are_given(init: str) -> None:
+def test_no_forward_runs_on_data_unless_outputs_are_checked(init: str) -> None:
     Watched.seen.clear()
     model, policy = nn.Sequential(Watched(), Watched()), Policy(bits=4, codebook_dim=16, init=init)
     fired: list[str] = []
     model[0].fc.register_forward_hook(lambda *_: fired.append("fc"))
-    rpqfx.rpqify(model, policy)
+    small = rpqfx.rpqify(model, policy)
     find_sites(capture(model))
     assert Watched.seen and set(Watched.seen) == {fx.Proxy} and fired == []
-    rpqfx.rpqify(model, policy, example_inputs=(torch.randn(2, 64),))
+    rpqfx.check_outputs(small, torch.randn(2, 64))
     assert Tensor in Watched.seen and fired

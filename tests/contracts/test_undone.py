@@ -110,7 +110,7 @@ def _rpqify(build: Callable[[], nn.Module] = net, **options: Any) -> Call:
 
 
 def _checkpointed(model: nn.Module, folder: pathlib.Path) -> Any:
-    return rpqfx.rpqify(model, POLICY, calibration=batches(), checkpoint=folder, inplace=True)
+    return rpqfx.convert(model, POLICY, batches(), checkpoint=folder, inplace=True)
 
 
 def _load(make: Callable[[], nn.Module]) -> Call:
@@ -137,12 +137,11 @@ CALLS = {
     "rpqify": _rpqify(),
     "in place": _rpqify(inplace=True),
     "fitted": _rpqify(policy=Policy(codebook_dim=4, bits=2, init="fit", min_size=128), inplace=True),
-    "with examples": _rpqify(example_inputs=batches(1)),
-    "with examples, in place": _rpqify(example_inputs=batches(1), inplace=True),
-    "calibrated": _rpqify(calibration=batches()),
-    "calibrated, in place": _rpqify(calibration=batches(), inplace=True),
+    "check_outputs": Call(rewritten, lambda model, _: rpqfx.check_outputs(model, batches(1))),
+    "calibrated": Call(net, lambda model, _: rpqfx.convert(model, POLICY, batches())),
+    "calibrated, in place": Call(net, lambda model, _: rpqfx.convert(model, POLICY, batches(), inplace=True)),
     "with a checkpoint": Call(net, _checkpointed),
-    "as a graph": _rpqify(as_graph=True, inplace=True),
+    "as a graph": Call(rewritten, lambda model, _: rpqfx.graph.whole_graph(model)),
     "dequantize": Call(rewritten, lambda model, _: rpqfx.dequantize(model)),
     "dequantize, in place": Call(rewritten, lambda model, _: rpqfx.dequantize(model, inplace=True)),
     "quantize_kv": Call(net, lambda model, _: rpqfx.quantize_kv(model, KV, calibration=batches())),

@@ -25,7 +25,7 @@ WEIGHTS = 4
 
 def converted(folder: Any, model: nn.Module | None = None, **options: Any) -> nn.Module:
     given = {"policy": POLICY, "calibration": images(0), "checkpoint": folder, **options}
-    return rpqfx.rpqify(model or build(), **given)
+    return rpqfx.convert(model or build(), **given)
 
 
 @pytest.fixture
@@ -72,8 +72,8 @@ def test_without_calibration_too(tmp_path: pathlib.Path, fits: list[Any]) -> Non
 
 
 def test_a_checkpoint_is_for_conversions() -> None:
-    with pytest.raises(InputError, match="a checkpoint is for a conversion; give calibration batches, or a policy"):
-        rpqfx.rpqify(mlp(), Policy(bits=4, codebook_dim=4), checkpoint="nowhere")
+    with pytest.raises(InputError, match=r"got none; give calibration batches, or a policy with a rate .*, or call"):
+        rpqfx.convert(mlp(), Policy(bits=4, codebook_dim=4), None, checkpoint="nowhere")
     assert not os.path.exists("nowhere")
 
 
@@ -123,7 +123,7 @@ def test_plain_values_in_batches_are_part_of_the_conversion(tmp_path: pathlib.Pa
     def run(mode: str) -> nn.Module:
         torch.manual_seed(0)
         batches = [{"x": x, "mode": mode} for x in inputs(0, 8, 32)]
-        return rpqfx.rpqify(Moded(), POLICY, calibration=batches, checkpoint=tmp_path)
+        return rpqfx.convert(Moded(), POLICY, batches, checkpoint=tmp_path)
 
     run("a")
     run("a")

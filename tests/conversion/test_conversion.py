@@ -96,7 +96,7 @@ def converted(name: str) -> tuple[nn.Module, nn.Module]:
     """A model and what calibration makes of it, for tests that change neither."""
     build, draw, policy = MODELS[name]
     model = build()
-    return model, rpqfx.rpqify(model, policy, calibration=draw(0))
+    return model, rpqfx.convert(model, policy, draw(0))
 
 
 def error(model: nn.Module, small: nn.Module, batches: list[Tensor]) -> float:
@@ -135,7 +135,7 @@ def test_the_dense_model_stays_bit_for_bit_and_shares_nothing_with_the_result(na
 @every_model
 def test_the_same_call_gives_the_same_model_and_another_seed_another(name: str) -> None:
     build, draw, policy = MODELS[name]
-    same, another = (rpqfx.rpqify(build(), policy, calibration=draw(0), seed=seed) for seed in (0, 1))
+    same, another = (rpqfx.convert(build(), policy, draw(0), seed=seed) for seed in (0, 1))
     assert equal(converted(name)[1], same) and not equal(same, another)
 
 
@@ -153,7 +153,7 @@ def test_the_result_is_saved_loaded_and_trained(name: str, tmp_path: Any) -> Non
 
 def test_the_result_compiles_whole() -> None:
     x = inputs(0, 8, 32)
-    small = rpqfx.rpqify(mlp(), POLICY, calibration=x)
+    small = rpqfx.convert(mlp(), POLICY, x)
     compiled = torch.compile(small, fullgraph=True, backend="aot_eager")
     wanted = small(x[0])
     torch.testing.assert_close(compiled(x[0]), wanted, rtol=0, atol=1e-5 * float(wanted.detach().abs().max()))
@@ -174,7 +174,7 @@ def test_any_model_is_calibrated_and_computes_what_its_codebooks_say(case: Case)
             return self.model(*plain, **kwargs)
 
     call = Call().eval()
-    small = rpqfx.rpqify(call, case.policy, calibration=[()])
+    small = rpqfx.convert(call, case.policy, [()])
     assert set(held_weights(small)) >= {f"model.{name}" for name in case.rewritten}
     assert all(type(weight) is RPQWeight for weight in held_weights(small).values())
     with torch.no_grad():
@@ -200,7 +200,7 @@ def test_later_layers_see_what_rewritten_earlier_ones_let_through(monkeypatch: p
 
     monkeypatch.setattr(conversion, "fit_weight", spy)
     monkeypatch.setattr(RowWeights, "of", lambda *_: None)  # all rows alike
-    small = rpqfx.rpqify(model, POLICY, calibration=batches)
+    small = rpqfx.convert(model, POLICY, batches)
     with torch.no_grad():
         for layer in (0, 2, 4):
             shape = tuple(model[layer].weight.shape)
@@ -216,7 +216,7 @@ def test_what_outputs_feel_brings_them_nearer(monkeypatch: pytest.MonkeyPatch) -
     pairs = [(mlp(seed, 32, 96, 96, 6), inputs(seed, 200, 32, count=7)) for seed in range(3)]
 
     def errors() -> list[float]:
-        return [error(model, rpqfx.rpqify(model, policy, calibration=x[:6]), x[6:]) for model, x in pairs]
+        return [error(model, rpqfx.convert(model, policy, x[:6]), x[6:]) for model, x in pairs]
 
     aware = errors()
     monkeypatch.setattr(RowWeights, "of", lambda *_: None)
@@ -246,10 +246,10 @@ def test_inputs_that_layers_share_are_summed_once(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(layerwise.Moments, "add", spy)
     torch.manual_seed(0)
     batches = inputs(0, 16, 32)
-    rpqfx.rpqify(Split(), Policy(bits=4, codebook_dim=4, min_size=1), calibration=[x.clone() for x in batches])
+    rpqfx.convert(Split(), Policy(bits=4, codebook_dim=4, min_size=1), [x.clone() for x in batches])
     assert adds == [False] * (4 * 3 + 3 * 3)  # energies of four weights, then moments of three inputs
     adds.clear()
-    rpqfx.rpqify(Split(), POLICY, calibration=[x.clone() for x in batches])
+    rpqfx.convert(Split(), POLICY, [x.clone() for x in batches])
     assert adds == [False] * 4 * 3 + [True] * 4 * 3  # rows weigh what each weight's own outputs feel of them
 
 
@@ -262,7 +262,7 @@ def test_a_shared_input_is_not_taken_for_that_of_another_stride(monkeypatch: pyt
         return fit(vectors, spec, codebooks, moment, *rest, **more)
 
     monkeypatch.setattr(conversion, "fit_weight", spy)
-    rpqfx.rpqify(convnet(), MODELS["convnet"][2], calibration=images(0))
+    rpqfx.convert(convnet(), MODELS["convnet"][2], images(0))
     assert len(shapes) == 4 and all(dim == size for dim, size in shapes)
 
 
@@ -279,7 +279,7 @@ def test_batch_norms_are_estimated_anew_and_others_keep_theirs() -> None:
     torch.manual_seed(0)
     model, batches = Normed().eval(), inputs(0, 32, 64)
     model.other.running_mean.fill_(3)
-    small = rpqfx.rpqify(model, POLICY, calibration=batches)
+    small = rpqfx.convert(model, POLICY, batches)
     with torch.no_grad():
         results = [small.fc(x) for x in batches]
     torch.testing.assert_close(small.norm.running_mean, torch.stack([y.mean(0) for y in results]).mean(0))
@@ -295,7 +295,7 @@ def test_mode_hooks_and_gradient_flags_stay() -> None:
     model[2].register_forward_hook(lambda *args: calls.append(len(args)))
     model[0].bias.requires_grad_(False)
     model[2].eval()
-    small = rpqfx.rpqify(model, POLICY, calibration=inputs(0, 8, 32))
+    small = rpqfx.convert(model, POLICY, inputs(0, 8, 32))
     assert small.training and small[0].training and not small[2].training
     assert not small[0].bias.requires_grad and small[2].bias.requires_grad
     calls.clear()
@@ -325,7 +325,7 @@ def test_layers_used_twice_never_and_by_some_batches_only() -> None:
     torch.manual_seed(0)
     model, x = Odd(), inputs(0, 64, 32)
     policy = Policy.pretrained(bits_per_weight=4)
-    small = rpqfx.rpqify(model, policy, calibration=[x[0], {"x": x[1], "more": True}, x[2]])
+    small = rpqfx.convert(model, policy, [x[0], {"x": x[1], "more": True}, x[2]])
     assert len(set(held_weights(small).values())) == 4 and len(held_weights(small)) == 5
     assert small.one.weight_rpq is small.same.weight_rpq
     assert error(model, small, x) < 0.3
@@ -344,7 +344,7 @@ def test_dead_constant_and_zero_weights_are_held(calibrated: bool) -> None:
         model[0].weight[3:9] = 0
         model[0].weight[10:20] = 0.25
         model[2].weight.zero_()
-    small = rpqfx.rpqify(model, POLICY, calibration=inputs(0, 32, 32) if calibrated else None)
+    small = rpqfx.convert(model, POLICY, inputs(0, 32, 32) if calibrated else None)
     held = held_weights(small)
     assert not held["2.weight"]().detach().any()
     assert bool(torch.isfinite(small(inputs(0, 32, 32)[0])).all())
@@ -357,8 +357,8 @@ def test_weights_of_any_magnitude_are_held_alike(factor: float) -> None:
     with torch.no_grad():
         model[0].bias.zero_()
         model[0].weight *= factor
-    wanted = error(mlp(0, 64, 64), rpqfx.rpqify(mlp(0, 64, 64), POLICY, calibration=batches), batches)
-    small = rpqfx.rpqify(model, POLICY, calibration=batches)
+    wanted = error(mlp(0, 64, 64), rpqfx.convert(mlp(0, 64, 64), POLICY, batches), batches)
+    small = rpqfx.convert(model, POLICY, batches)
     assert error(model, small, batches) < 2 * wanted + 0.01
     assert rpqfx.report(small).bits_per_weight <= 3
 
@@ -370,7 +370,7 @@ def test_columns_beyond_half_precision_keep_to_the_bits(column: float) -> None:
         model[0].weight[:, 5] *= column
     for batch in batches:
         batch[:, 5] /= column
-    small = rpqfx.rpqify(model, POLICY, calibration=batches)
+    small = rpqfx.convert(model, POLICY, batches)
     assert rpqfx.report(small).bits_per_weight <= 3
     assert all(bool(torch.isfinite(weight()).all()) for weight in held_weights(small).values())
 
@@ -378,7 +378,7 @@ def test_columns_beyond_half_precision_keep_to_the_bits(column: float) -> None:
 def test_fewer_vectors_than_entries() -> None:
     policy = Policy(bits=6, codebook_dim=4, min_size=1, allow_growth=True)
     model, batches = mlp(0, 32, 8, 8), inputs(0, 16, 32)
-    small = rpqfx.rpqify(model, policy, calibration=batches)
+    small = rpqfx.convert(model, policy, batches)
     assert error(model, small, batches) < 1e-5
 
 
@@ -388,7 +388,7 @@ def test_other_dtypes(name: str, dtype: torch.dtype) -> None:
     build, draw, policy = MODELS[name]
     model = build().to(dtype)
     batches = [x.to(dtype) if x.is_floating_point() else x for x in draw(0)]
-    small = rpqfx.rpqify(model, policy, calibration=batches)
+    small = rpqfx.convert(model, policy, batches)
     assert all(weight.codebooks.dtype == dtype for weight in held_weights(small).values())
     assert error(model.float(), copy.deepcopy(small).float(), draw(0)) < 0.3
     assert rpqfx.report(small).bits_per_weight <= 3
@@ -399,7 +399,7 @@ def test_other_dtypes(name: str, dtype: torch.dtype) -> None:
 def test_any_policy_may_be_calibrated(extra: dict[str, Any], sharing: str) -> None:
     model, batches = mlp(0, 64, 64, 64), inputs(0, 64, 64)
     policy = Policy(**{"bits": 4, "codebook_dim": 4, "sharing": sharing, **extra})
-    small = rpqfx.rpqify(model, policy, calibration=batches)
+    small = rpqfx.convert(model, policy, batches)
     found = error(model, small, batches)
     assert found < 0.25 and found < 1.1 * error(model, rpqfx.rpqify(model, policy), batches)
     for weight in held_weights(small).values():
@@ -417,13 +417,13 @@ def test_any_policy_may_be_calibrated(extra: dict[str, Any], sharing: str) -> No
 def test_no_more_bits_than_asked_are_stored(seed: int, widths: list[int], bits: float, calibrated: bool) -> None:
     model = mlp(seed, *widths)
     policy = Policy.pretrained(bits_per_weight=bits)
-    small = rpqfx.rpqify(model, policy, calibration=inputs(seed, 8, widths[0], count=1) if calibrated else None)
+    small = rpqfx.convert(model, policy, inputs(seed, 8, widths[0], count=1) if calibrated else None)
     assert rpqfx.report(small).bits_per_weight <= bits
 
 
 def test_the_saved_file_agrees(tmp_path: Any) -> None:
     model = mlp(0, 256, 256, 256)
-    small = rpqfx.rpqify(model, Policy.pretrained(bits_per_weight=2.5), calibration=inputs(0, 16, 256, count=1))
+    small = rpqfx.convert(model, Policy.pretrained(bits_per_weight=2.5), inputs(0, 16, 256, count=1))
     rpqfx.save(small, tmp_path / "small.rpq")
     size = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
     report = rpqfx.report(small)
@@ -441,7 +441,7 @@ def test_weights_of_two_dtypes_keep_to_the_bits() -> None:
             return self.b(self.a(x).bfloat16())
 
     for bits in (1.5, 2, 3, 4):
-        small = rpqfx.rpqify(Mixed(), Policy.pretrained(bits_per_weight=bits), calibration=inputs(0, 8, 64))
+        small = rpqfx.convert(Mixed(), Policy.pretrained(bits_per_weight=bits), inputs(0, 8, 64))
         assert rpqfx.report(small).bits_per_weight <= bits
 
 
@@ -450,7 +450,7 @@ def test_what_a_rule_gives_a_shape_is_not_counted() -> None:
     policy = Policy.pretrained(
         bits_per_weight=2, rules=(Rule("2.*", bits=5, codebook_dim=2, sharing="layer"), Rule("4.*", skip="mine"))
     )
-    small = rpqfx.rpqify(model, policy, calibration=inputs(0, 16, 32))
+    small = rpqfx.convert(model, policy, inputs(0, 16, 32))
     sites = {site.name: site for site in rpqfx.report(small).sites}
     assert sites["0.weight"].bits_per_weight <= 2 < sites["2.weight"].bits_per_weight
     assert sites["2.weight"].spec.entries == 32 and sites["4.weight"].reason == "mine"
@@ -459,12 +459,12 @@ def test_what_a_rule_gives_a_shape_is_not_counted() -> None:
 def test_embeddings_have_a_budget_of_their_own() -> None:
     torch.manual_seed(0)
     model = GPT(vocab=400, width=32)
-    dense = rpqfx.rpqify(model, Policy.pretrained(bits_per_weight=3, embedding_bits=None), calibration=ids(0))
+    dense = rpqfx.convert(model, Policy.pretrained(bits_per_weight=3, embedding_bits=None), ids(0))
     assert "tok.weight" not in held_weights(dense)
-    default = rpqfx.rpqify(model, Policy.pretrained(bits_per_weight=3), calibration=ids(0))
+    default = rpqfx.convert(model, Policy.pretrained(bits_per_weight=3), ids(0))
     shares = {site.name: site.bits_per_weight for site in rpqfx.report(default).rewritten}
     assert 4 < shares["tok.weight"] <= 8.5  # the policy's own share for them
-    small = rpqfx.rpqify(model, Policy.pretrained(bits_per_weight=3, embedding_bits=4), calibration=ids(0))
+    small = rpqfx.convert(model, Policy.pretrained(bits_per_weight=3, embedding_bits=4), ids(0))
     sites = {site.name: site for site in rpqfx.report(small).rewritten}
     table = sites.pop("tok.weight")
     assert table.bits_per_weight <= 4 and table.names == ("tok.weight", "head.weight")
@@ -482,7 +482,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(wrong: float, inplace: 
     with torch.no_grad():
         model[2].weight[3, 4] = wrong
     with pytest.raises(RewriteError, match=r"2\.weight has infinite or NaN elements"):
-        rpqfx.rpqify(model, POLICY, calibration=inputs(0, 8, 32), inplace=inplace)
+        rpqfx.convert(model, POLICY, inputs(0, 8, 32), inplace=inplace)
     assert not is_rewritten(model) and type(model[0].weight) is nn.Parameter
 
 
@@ -493,7 +493,7 @@ def test_a_batch_that_the_model_rejects_leaves_the_model_as_it_was(wrong: int, i
     before = copy.deepcopy(model)
     batches[wrong] = batches[wrong][:, :5]
     with pytest.raises(InputError, match=f"rejects calibration batch {wrong} "):
-        rpqfx.rpqify(model, POLICY, calibration=batches, inplace=inplace)
+        rpqfx.convert(model, POLICY, batches, inplace=inplace)
     assert not is_rewritten(model) and equal(model, before) and model.training
     assert torch.equal(model(batches[1]), before(batches[1]))
 
@@ -502,10 +502,10 @@ def test_inputs_that_are_not_finite_are_refused() -> None:
     batches = inputs(0, 8, 32)
     batches[1][0, 0] = float("nan")
     with pytest.raises(InputError, match=r"calibration batch 1 holds NaN \(1 of 256 numbers of a tensor \[8, 32\]\)"):
-        rpqfx.rpqify(mlp(), POLICY, calibration=batches)
+        rpqfx.convert(mlp(), POLICY, batches)
     batches[1][0, 0] = float("inf")
     with pytest.raises(InputError, match=r"0\.weight: .* second moment has infinite or NaN elements; look at the cal"):
-        rpqfx.rpqify(mlp(), POLICY, calibration=batches)
+        rpqfx.convert(mlp(), POLICY, batches)
 
 
 def test_batch_norms_that_cannot_be_estimated_are_put_back() -> None:
@@ -514,7 +514,7 @@ def test_batch_norms_that_cannot_be_estimated_are_put_back() -> None:
     model[1].running_mean.fill_(3)
     before = copy.deepcopy(model)
     with pytest.raises(InputError, match=r"rejects calibration batch 1 .*more than 1 value per channel"):
-        rpqfx.rpqify(model, POLICY, calibration=[torch.zeros(4, 64), torch.zeros(1, 64)], inplace=True)
+        rpqfx.convert(model, POLICY, [torch.zeros(4, 64), torch.zeros(1, 64)], inplace=True)
     assert equal(model, before) and not is_rewritten(model) and not model[1].training
 
 
@@ -531,10 +531,10 @@ def test_an_interruption_at_any_time_leaves_the_model_as_it_was(at: int) -> None
     policy = MODELS["convnet"][2]
     if at <= 7:  # three batches, four weights
         with pytest.raises(KeyboardInterrupt):
-            rpqfx.rpqify(model, policy, calibration=batches, inplace=True, progress=progress)
+            rpqfx.convert(model, policy, batches, inplace=True, progress=progress)
         assert equal(model, before) and not is_rewritten(model) and type(model.stem) is nn.Conv2d
     else:
-        rpqfx.rpqify(model, policy, calibration=batches, inplace=True, progress=progress)
+        rpqfx.convert(model, policy, batches, inplace=True, progress=progress)
         assert is_rewritten(model) and len(told) == 7
         assert [args[:2] for args in told] == [*((i, 3) for i in (1, 2, 3)), *((i, 4) for i in (1, 2, 3, 4))]
 
@@ -542,16 +542,16 @@ def test_an_interruption_at_any_time_leaves_the_model_as_it_was(at: int) -> None
 def test_a_decision_that_fails_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     model = mlp()
     with pytest.raises(PolicyError, match=r"cannot be had for these 8,192 weights; at least 0\.\d\d can"):
-        rpqfx.rpqify(model, Policy.pretrained(bits_per_weight=0.01), calibration=inputs(0, 8, 32), inplace=True)
+        rpqfx.convert(model, Policy.pretrained(bits_per_weight=0.01), inputs(0, 8, 32), inplace=True)
     monkeypatch.setattr(conversion, "fit_weight", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        rpqfx.rpqify(model, POLICY, calibration=inputs(0, 8, 32), inplace=True)
+        rpqfx.convert(model, POLICY, inputs(0, 8, 32), inplace=True)
     assert not is_rewritten(model) and model.training
 
 
 def test_models_without_values_are_refused() -> None:
     with pytest.raises(RewriteError, match=r"0\.weight is on the meta device and has no values to convert"):
-        rpqfx.rpqify(mlp().to("meta"), POLICY, calibration=inputs(0, 8, 32))
+        rpqfx.convert(mlp().to("meta"), POLICY, inputs(0, 8, 32))
 
 
 def test_calibration_comes_as_any_iterable() -> None:
@@ -561,13 +561,13 @@ def test_calibration_comes_as_any_iterable() -> None:
         def __iter__(self) -> Iterator[Tensor]:
             return iter(torch.cat(batches))
 
-    wanted = rpqfx.rpqify(mlp(), POLICY, calibration=batches)
+    wanted = rpqfx.convert(mlp(), POLICY, batches)
     loader = torch.utils.data.DataLoader(Stream(), batch_size=8)
     for same in (iter(batches), (x for x in batches), tuple((x,) for x in batches), loader):
-        assert equal(rpqfx.rpqify(mlp(), POLICY, calibration=same), wanted)
+        assert equal(rpqfx.convert(mlp(), POLICY, same), wanted)
     for one in (batches[0], {"input": batches[0]}):
         with pytest.raises(InputError, match="put it in a list"):
-            rpqfx.rpqify(mlp(), POLICY, calibration=one)
+            rpqfx.convert(mlp(), POLICY, one)
 
 
 def test_no_batches_are_refused() -> None:
@@ -576,19 +576,20 @@ def test_no_batches_are_refused() -> None:
     list(spent)
     for nothing in ([], (), spent, iter(())):
         with pytest.raises(InputError, match="there are no calibration batches"):
-            rpqfx.rpqify(mlp(), POLICY, calibration=nothing)
+            rpqfx.convert(mlp(), POLICY, nothing)
 
 
-def test_example_inputs_and_calibration_go_together() -> None:
+def test_a_converted_model_is_checked_and_captured_whole() -> None:
     batches = inputs(0, 8, 32)
-    small = rpqfx.rpqify(mlp(), POLICY, calibration=batches, example_inputs=(batches[0],))
-    assert equal(small, rpqfx.rpqify(mlp(), POLICY, calibration=batches))
-    graph = rpqfx.rpqify(mlp(), POLICY, calibration=batches, as_graph=True)
+    small = rpqfx.convert(mlp(), POLICY, batches)
+    rpqfx.check_outputs(small, (batches[0],))
+    assert equal(small, rpqfx.convert(mlp(), POLICY, batches))
+    graph = rpqfx.graph.whole_graph(small)
     torch.testing.assert_close(graph(batches[0]), small(batches[0]))
 
 
 def test_attributes_of_parameters_stay():
     model = mlp()
     model[0].weight.tag = "mine"
-    small = rpqfx.rpqify(model, POLICY, calibration=inputs(0, 8, 32))
+    small = rpqfx.convert(model, POLICY, inputs(0, 8, 32))
     assert small[0].weight_rpq.codebooks.tag == "mine"

@@ -90,7 +90,7 @@ def test_shared_codebooks_tied_tables_and_notes() -> None:
     assert any(weight.shares_codebooks for weight in held_weights(small).values())
     again = rpqfx.dequantize(small)
     assert again.tok.weight is again.head.weight and again.tok.weight.no_decay
-    with pytest.raises(RPQError, match="nothing in this model is held in codebooks"):
+    with pytest.raises(RPQError, match="no weight of this model is quantized"):
         rpqfx.save(again, "never.rpq")
 
 

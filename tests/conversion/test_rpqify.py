@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,14 +14,14 @@ from torch import Tensor, fx, nn
 
 import rpqfx
 from rpqfx import CodebookSpec, Hold, Policy, Rule, Site, Skip
+from rpqfx.conversion import rewritten as rewritten_module
 from rpqfx.errors import CaptureError, InputError, PolicyError, RewriteError, RPQError
-from rpqfx.graph import is_rewritten
+from rpqfx.graph import is_rewritten, whole_graph
 from rpqfx.nn import RPQLinear, RPQWeight
 from rpqfx.nn.hosting.backed import Backed
 from tests import models
 from tests.models import (
     BY_NAME,
-    CASES,
     CNN,
     GPT,
     MLP,
@@ -50,7 +49,7 @@ def test_only_modules_are_rewritten():
 def test_a_rewritten_model_is_refused_whichever_policy():
     small = rpqfx.rpqify(GPT(), SMALL)
     for again in (small, nn.Sequential(small), nn.Sequential(nn.Linear(64, 64), RPQLinear(64, 64))):
-        with pytest.raises(RewriteError, match="already holds weights in codebooks; start from the dense model"):
+        with pytest.raises(RewriteError, match="already has quantized weights; start from the dense model"):
             rpqfx.rpqify(again, SMALL)
 
 
@@ -103,58 +102,19 @@ def test_copying_does_not_copy_the_weights_that_are_replaced(monkeypatch: pytest
     assert sorted(copied) == [(8,), (32,)]
 
 
-# ----------------------------------------------------------------------------------------------- example inputs
+# ------------------------------------------------------------------------------------------------- lazy modules
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "_"))
-def test_example_inputs_are_accepted_by_every_model_and_change_nothing(case: Any):
-    model = case.model(torch.float32)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    args, kwargs = case.arguments(torch.float32)
-    random_state = torch.get_rng_state()
-    small = rpqfx.rpqify(model, case.policy, example_inputs=args, example_kwargs=kwargs)
-    assert torch.equal(torch.get_rng_state(), random_state)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert set(held_weights(small)) >= {*case.rewritten, *case.tied}
-    assert small.training and not floating([p.grad for p in small.parameters() if p.grad is not None])
-
-
-def test_a_lazy_model_is_rewritten_with_example_inputs_and_refused_without():
+def test_a_lazy_model_is_rewritten_once_it_has_run_and_refused_before():
     model = nn.Sequential(nn.LazyConv2d(16, 3), nn.Flatten(), nn.LazyLinear(16))
     images = torch.randn(2, 4, 6, 6)
-    with pytest.raises(CaptureError, match="0 is a LazyConv2d that has never run"):
-        rpqfx.rpqify(model, SMALL)
-    small = rpqfx.rpqify(model, Policy(codebook_dim=9, bits=1, min_size=64), example_inputs=(images,))
+    for inplace in (False, True):
+        with pytest.raises(CaptureError, match=r"0 is a LazyConv2d that has never run.*run the model once"):
+            rpqfx.rpqify(model, SMALL, inplace=inplace)
+    assert type(model[2]) is nn.LazyLinear
+    model(images)
+    small = rpqfx.rpqify(model, Policy(codebook_dim=9, bits=1, min_size=64))
     assert set(held_weights(small)) == {"0.weight", "2.weight"} and small(images).shape == (2, 16)
-    assert type(model[2]) is nn.LazyLinear  # the model that was given still has no shapes
-
-
-def test_a_model_that_does_not_compute_the_same_is_refused(monkeypatch: pytest.MonkeyPatch):
-    rpqfx.rpqify(MLP(), SMALL, example_inputs=(x12(),))
-    monkeypatch.setattr(RPQLinear, "forward", lambda self, x: F.linear(x, self.weight, self.bias) * 1.01)
-    with pytest.raises(RewriteError, match=r"does not compute what the dense model .* skip the layers that cause it"):
-        rpqfx.rpqify(MLP(), SMALL, example_inputs=(x12(),))
-    rpqfx.rpqify(MLP(), SMALL)  # without inputs nobody can tell
-
-
-def test_another_structure_of_outputs_is_noticed(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(RPQLinear, "forward", lambda self, x: (F.linear(x, self.weight, self.bias),))
-    with pytest.raises(RewriteError, match="does not compute"):
-        rpqfx.rpqify(nn.Sequential(nn.Linear(12, 32)), SMALL, example_inputs=(x12(),))
-
-
-def test_a_model_that_is_checked_in_place_is_the_result():
-    model = MLP()
-    assert rpqfx.rpqify(model, SMALL, example_inputs=(x12(),), inplace=True) is model
-    assert rpqfx.rpqify(MLP(), SMALL, example_kwargs={"x": x12()}).training
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-def test_weights_that_a_hook_computes_do_not_hinder_a_check():
-    model = nn.Sequential(torch.nn.utils.weight_norm(nn.Linear(12, 16)), nn.Linear(16, 16))
-    model(x12())
-    small = rpqfx.rpqify(model, SMALL, example_inputs=(x12(),))
-    assert set(held_weights(small)) == {"0.weight_v", "1.weight"}
 
 
 # ------------------------------------------------------------------------------------------- callable policies
@@ -229,10 +189,10 @@ def leaves(graph: fx.GraphModule) -> list[nn.Module]:
     return [graph.get_submodule(node.target) for node in graph.graph.nodes if node.op == "call_module"]
 
 
-def test_as_graph_is_one_graph_module_whose_leaves_are_the_layers():
+def test_a_whole_graph_is_one_graph_module_whose_leaves_are_the_layers():
     case = BY_NAME["gpt"]
     model = case.model().eval()
-    graph = rpqfx.rpqify(model, SMALL, as_graph=True)
+    graph = whole_graph(rpqfx.rpqify(model, SMALL))
     assert isinstance(graph, fx.GraphModule)
     held = [leaf for leaf in leaves(graph) if isinstance(leaf, Backed)]
     assert len(held) == 10 and all(type(leaf).__name__.startswith("RPQ") for leaf in held)
@@ -247,22 +207,22 @@ GRAPHS = ["mlp", "cnn", "decoder", "encoder", "recommender", "bilinear", "functi
 
 
 @pytest.mark.parametrize("name", GRAPHS)
-def test_as_graph_computes_what_the_module_does(name: str):
+def test_a_whole_graph_computes_what_the_module_does(name: str):
     case = BY_NAME[name]
     model = case.model().eval()
-    graph = rpqfx.rpqify(model, case.policy, as_graph=True)
+    graph = whole_graph(rpqfx.rpqify(model, case.policy))
     assert isinstance(graph, fx.GraphModule)
     args, kwargs = case.arguments()
     assert_equals_dense(model, graph, args, kwargs)
     assert any(isinstance(leaf, (Backed, RPQWeight)) for leaf in leaves(graph)) or name == "encoder"
 
 
-def test_as_graph_names_module_line_and_way_out_where_it_cannot_be():
+def test_a_whole_graph_names_module_line_and_way_out_where_it_cannot_be():
     model = nn.Sequential(nn.Linear(12, 12), BY_NAME["opaque"].build())
     with pytest.raises(
         CaptureError, match=r"cannot trace 1 \(Opaque\) at .*models\.py:\d+ symbolically \(TraceError.*example_inputs"
     ) as caught:
-        rpqfx.rpqify(model, Policy(codebook_dim=4, bits=2, min_size=64, kinds=("linear",)), as_graph=True)
+        whole_graph(rpqfx.rpqify(model, Policy(codebook_dim=4, bits=2, min_size=64, kinds=("linear",))))
     line = int(str(caught.value).partition("models.py:")[2].partition(" ")[0])
     assert "for row in x" in Path(models.__file__).read_text().splitlines()[line - 1]
 
@@ -272,8 +232,8 @@ def test_with_example_inputs_torch_export_captures_what_tracing_cannot():
     args, kwargs = case.arguments(torch.float32)
     model = case.model(torch.float32).eval()
     with pytest.raises(CaptureError):
-        rpqfx.rpqify(model, SMALL, as_graph=True)
-    graph = rpqfx.rpqify(model, SMALL, as_graph=True, example_inputs=args, example_kwargs=kwargs)
+        whole_graph(rpqfx.rpqify(model, SMALL))
+    graph = whole_graph(rpqfx.rpqify(model, SMALL), args, kwargs)
     assert isinstance(graph, fx.GraphModule)
     assert_outputs(graph(*args, **kwargs), rpqfx.rpqify(model, SMALL)(*args, **kwargs), 1e-5)
 
@@ -283,7 +243,7 @@ def test_what_neither_can_capture_says_so():
     case = BY_NAME["opaque"]
     args, _ = case.arguments(torch.float32)
     with pytest.raises(CaptureError, match=r"torch\.export cannot capture the model either"):
-        rpqfx.rpqify(case.model(torch.float32), SMALL, as_graph=True, example_inputs=args)
+        whole_graph(rpqfx.rpqify(case.model(torch.float32), SMALL), args)
 
 
 # ------------------------------------------------------------------------------------------- compiling and training
@@ -354,26 +314,6 @@ def test_a_model_that_is_one_layer_becomes_one_layer():
     assert type(model) is nn.Linear and copy.deepcopy(small)(torch.zeros(1, 16)).shape == (1, 32)
 
 
-def test_example_runs_leave_no_trace():
-    """Counters, lists and running statistics of the model and of the result are as if nothing had run."""
-
-    class Counting(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.fc, self.norm, self.seen = nn.Linear(12, 48), nn.BatchNorm1d(48), []
-            self.register_buffer("runs", torch.zeros(()))
-
-        def forward(self, x):
-            self.runs += 1
-            self.seen.append(len(x))
-            return self.norm(self.fc(x))
-
-    model = Counting()
-    for inplace in (False, True):
-        small = rpqfx.rpqify(model, SMALL, example_inputs=(x12(),), inplace=inplace)
-        assert small.runs == 0 and small.seen == [] and model.runs == 0 and model.seen == []
-
-
 def test_a_padding_row_with_values_keeps_them_and_gets_no_gradient():
     """torch only keeps gradients from a padding row; one that is not zero is a row like any other."""
     dense = nn.Sequential(nn.Embedding(64, 16, padding_idx=1))
@@ -404,13 +344,18 @@ def test_a_count_need_divide_one_way_only():
     assert small[0].weight_rpq.spec.dim == 512
 
 
-def test_a_failed_check_puts_a_model_that_is_rewritten_in_place_back(monkeypatch: pytest.MonkeyPatch):
-    """Whatever the example inputs reveal, the caller's own model is then what it was."""
+def test_a_rewrite_in_place_whose_last_step_fails_is_taken_back(monkeypatch: pytest.MonkeyPatch):
+    """Whatever is raised, the caller's own model is then what it was."""
     model = MLP()
     before = {name: (parameter, parameter.clone()) for name, parameter in model.named_parameters()}
-    monkeypatch.setattr(RPQLinear, "forward", lambda self, x: F.linear(x, self.weight, self.bias) * 1.01)
-    with pytest.raises(RewriteError, match="does not compute"):
-        rpqfx.rpqify(model, SMALL, example_inputs=(x12(),), inplace=True)
+
+    def fail(model: nn.Module) -> None:
+        assert is_rewritten(model)
+        raise RewriteError
+
+    monkeypatch.setattr(rewritten_module, "renew_calls", fail)
+    with pytest.raises(RewriteError):
+        rpqfx.rpqify(model, SMALL, inplace=True)
     assert not is_rewritten(model) and type(model.fc1) is nn.Linear
     assert list(before) == [name for name, _ in model.named_parameters()]
     for name, parameter in model.named_parameters():

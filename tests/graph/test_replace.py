@@ -623,7 +623,7 @@ def test_attention_whose_output_projection_alone_is_held_calls_it():
 
 def test_a_held_weight_cannot_be_laid_over():
     _, small = rewritten(BY_NAME["listed"])
-    with pytest.raises(RewriteError, match=r"0 is held in codebooks and cannot be assigned"):
+    with pytest.raises(RewriteError, match=r"0 is quantized and cannot be assigned"):
         small.weights.register_parameter("0", nn.Parameter(torch.zeros(16, 16)))
     with pytest.raises(RewriteError, match=r"Listed|Linear"):
         rpqfx.rpqify(MLP(), SMALL).fc1.weight = nn.Parameter(torch.zeros(32, 12))
@@ -652,7 +652,7 @@ def test_a_decision_for_what_must_stay_is_refused_and_changes_nothing():
     captured, sites, decisions = steps(model)
     blocked = next(site for site in sites if site.blocked)
     row = blocked.layout("row")
-    with pytest.raises(RewriteError, match=f"{blocked.name} cannot be held in codebooks: is also kept"):
+    with pytest.raises(RewriteError, match=f"{blocked.name} cannot be quantized: is also kept"):
         rewrite(
             captured, {**decisions, blocked.name: CodebookSpec(row.num_vectors, row.dim, row.dim, entries=4)}, sites
         )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import rpqfx
+from rpqfx.conversion import rewritten as rewritten_module
 from rpqfx.errors import RewriteError
 from rpqfx.graph.transformers_models import ATTRIBUTES, ResizeTokenEmbeddings, is_pretrained
 from tests.models import SMALL
@@ -148,7 +149,7 @@ def test_codebooks_that_a_conversion_shares_go_by_one_name(tied: bool):
             return self.head(hidden) + self.middle(hidden)
 
     policy = dataclasses.replace(SMALL, sharing="shape", allow_growth=True)
-    small = rpqfx.rpqify(Deep(), policy, calibration=[torch.arange(40)])
+    small = rpqfx.convert(Deep(), policy, [torch.arange(40)])
     assert small.middle.weight_rpq.codebooks is small.table.weight_rpq.codebooks
     assert small.head.weight_rpq.codebooks is small.table.weight_rpq.codebooks
     again = small.state_dict()
@@ -205,15 +206,16 @@ def test_a_model_is_not_kept_alive_by_what_it_was_told():
         gc.enable()
 
 
-def test_a_rewrite_that_is_taken_back_leaves_no_trace():
-    class Wrong(Pretrained):
-        def forward(self, ids: Tensor) -> Tensor:
-            return super().forward(ids) + ("_resize_token_embeddings" in self.__dict__)
+def test_a_rewrite_that_is_taken_back_leaves_no_trace(monkeypatch: pytest.MonkeyPatch):
+    def fail(model: nn.Module) -> None:
+        assert isinstance(model.__dict__.get(ATTRIBUTES[-1]), ResizeTokenEmbeddings)
+        raise RewriteError
 
-    model = Wrong()
+    model = Pretrained()
     before = dict(model.__dict__)
+    monkeypatch.setattr(rewritten_module, "renew_calls", fail)  # the last step of all
     with pytest.raises(RewriteError):
-        rpqfx.rpqify(model, SMALL, example_inputs=(torch.arange(4),), inplace=True)
+        rpqfx.rpqify(model, SMALL, inplace=True)
     assert model.__dict__ == before and not isinstance(model.__dict__.get(ATTRIBUTES[-1]), ResizeTokenEmbeddings)
 
 

@@ -129,7 +129,7 @@ def test_assigning_a_weight_is_refused(kind: Kind) -> None:
     layer = kind.make()
     name = next(name for name, _ in held(layer))
     owner, _, short = name.rpartition(".")
-    with pytest.raises(RewriteError, match=rf"{short} is held in codebooks .* train or load {short}_rpq"):
+    with pytest.raises(RewriteError, match=rf"{short} is quantized .* train or load {short}_rpq"):
         setattr(layer.get_submodule(owner), short, nn.Parameter(torch.zeros(3)))
 
 

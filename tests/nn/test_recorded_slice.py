@@ -1,4 +1,4 @@
-"""Hooks on a codebook-held weight fire once for each use of it, with the operand and the product."""
+"""Hooks on a quantized weight fire once for each use of it, with the operand and the product."""
 
 from __future__ import annotations
 

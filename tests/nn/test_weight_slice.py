@@ -1,4 +1,4 @@
-"""Parts of a codebook-held tensor are the parts of the tensor, for every layout, and so are products with them."""
+"""Parts of a quantized tensor are the parts of the tensor, for every layout, and so are products with them."""
 
 from __future__ import annotations
 

@@ -31,13 +31,17 @@ MODELS: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("what", MODELS)
-@pytest.mark.parametrize("call", [rpqfx.rpqify, rpqfx.quantize_kv, rpqfx.route, rpqfx.tune, rpqfx.materialize])
+@pytest.mark.parametrize(
+    "call", [rpqfx.rpqify, rpqfx.check_outputs, rpqfx.quantize_kv, rpqfx.route, rpqfx.tune, rpqfx.materialize]
+)
 def test_what_is_no_model_is_refused(call: Any, what: str) -> None:
     value, said = MODELS[what]
     with pytest.raises(InputError, match=rf"{call.__name__} takes a torch\.nn\.Module, {said}"):
         call(value)
     with pytest.raises(InputError, match=said):
         rpqfx.finetune(value, teacher=MLP(), data=[x12()])
+    with pytest.raises(InputError, match=said):
+        rpqfx.convert(value, SMALL, [x12()])
     with pytest.raises(InputError, match=said):
         rpqfx.save(value, "nowhere")
     with pytest.raises(RPQError, match=r"report takes a torch\.nn\.Module"):
@@ -57,7 +61,10 @@ POLICIES: dict[str, tuple[Any, str]] = {
     "spec": (CodebookSpec(32, 12, 4, 4), "got a CodebookSpec, which fits one shape; pass a function"),
     "number": (4, "got 4"),
     "module": (MLP(), "got MLP"),
-    "none": (None, r"got none; rpqify\(model, Policy\(\)\) fits .* Policy\.pretrained\(bits_per_weight=3\)"),
+    "none": (
+        None,
+        r"got none; rpqify\(model, Policy\(\)\) fits .* convert\(model, Policy\.pretrained\(bits_per_weight=3\), bat",
+    ),
 }
 
 
@@ -66,6 +73,8 @@ def test_what_is_no_policy_is_refused(what: str) -> None:
     value, said = POLICIES[what]
     with pytest.raises(PolicyError, match=rf"rpqify takes a Policy, {said}"):
         rpqfx.rpqify(MLP(), value)
+    with pytest.raises(PolicyError, match=rf"convert takes a Policy, {said.replace('rpqify', '(rpqify|convert)')}"):
+        rpqfx.convert(MLP(), value, [x12()])
 
 
 @pytest.mark.parametrize("policy", [SMALL, Policy, {"bits": 2}, Rule("x"), 3, lambda site: None])
@@ -106,7 +115,7 @@ NOTHING: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("what", NOTHING)
 def test_what_is_no_calibration_is_refused(what: str) -> None:
     value, said = NOTHING[what]
-    for call, policy in ((rpqfx.rpqify, SMALL), (rpqfx.quantize_kv, None)):
+    for call, policy in ((rpqfx.convert, SMALL), (rpqfx.quantize_kv, None)):
         model = MLP()
         before = {name: parameter for name, parameter in model.named_parameters()}
         with pytest.raises(InputError, match=said):
@@ -128,14 +137,14 @@ class Aside(nn.Module):
 
 def test_what_calibration_does_not_reach_is_said() -> None:
     policy, x = Policy(codebook_dim=4, bits=2, min_size=0), torch.randn(8, 16)
-    made = rpqfx.report(rpqfx.rpqify(Aside(), policy, calibration=[x]))
+    made = rpqfx.report(rpqfx.convert(Aside(), policy, [x]))
     assert {record.name: record.init for record in made.sites} == {"main.weight": "calibrated", "aside.weight": "fit"}
     assert made.notes == ("calibration did not reach aside.weight: fitted to the weights alone",)
     assert all(record.error is not None for record in made.sites)
-    every = rpqfx.report(rpqfx.rpqify(Aside(), policy, calibration=[{"x": x, "aside": True}]))
+    every = rpqfx.report(rpqfx.convert(Aside(), policy, [{"x": x, "aside": True}]))
     assert {record.init for record in every.sites} == {"calibrated"} and not every.notes
     with pytest.raises(InputError, match="no calibration batch reaches any weight that is to be in codebooks"):
-        rpqfx.rpqify(Aside(), policy, calibration=[{"x": x, "both": False}])
+        rpqfx.convert(Aside(), policy, [{"x": x, "both": False}])
 
 
 @pytest.mark.parametrize("context", [torch.inference_mode, torch.no_grad])
@@ -143,28 +152,27 @@ def test_what_calibration_does_not_reach_is_said() -> None:
 def test_calibration_is_the_same_without_gradients(context: Any, policy: Policy) -> None:
     torch.manual_seed(0)
     model, batches = Aside(), [torch.randn(16, 16) for _ in range(2)]
-    wanted = rpqfx.rpqify(model, policy, calibration=batches)
+    wanted = rpqfx.convert(model, policy, batches)
     with context():
-        found = rpqfx.rpqify(model, policy, calibration=[x.clone() for x in batches])
+        found = rpqfx.convert(model, policy, [x.clone() for x in batches])
     for name, tensor in wanted.state_dict().items():
         assert torch.equal(found.state_dict()[name], tensor) and not found.state_dict()[name].is_inference()
     found(batches[0]).sum().backward()
 
 
 def test_example_inputs_are_those_of_one_call() -> None:
-    model = MLP()
-    assert rpqfx.rpqify(model, SMALL, example_inputs=x12())
-    for given in ({"example_inputs": ()}, {"example_inputs": (x12(), x12())}, {"example_kwargs": {"y": x12()}}):
-        with pytest.raises(InputError, match="example inputs are not those of one call of MLP"):
-            rpqfx.rpqify(model, SMALL, **given)
-        with pytest.raises(InputError, match="example inputs are not those of one call of MLP"):
-            rpqfx.tune(rpqfx.rpqify(model, SMALL), **given)
-    with pytest.raises(InputError, match="example_inputs are positional, got a mapping; pass it as example_kwargs"):
-        rpqfx.rpqify(model, SMALL, example_inputs={"x": x12()})
-    with pytest.raises(InputError, match="example_kwargs is a mapping from names to inputs, got"):
-        rpqfx.rpqify(model, SMALL, example_kwargs=(x12(),))
-    with pytest.raises(InputError, match="example_inputs is a sequence of inputs or one tensor, got int"):
-        rpqfx.rpqify(model, SMALL, example_inputs=3)
+    small = rpqfx.rpqify(MLP(), SMALL)
+    rpqfx.check_outputs(small, x12())
+    for call in (rpqfx.check_outputs, rpqfx.tune):
+        for given in ({"example_inputs": ()}, {"example_inputs": (x12(), x12())}, {"example_kwargs": {"y": x12()}}):
+            with pytest.raises(InputError, match="example inputs are not those of one call of MLP"):
+                call(small, **given)
+        with pytest.raises(InputError, match="example_inputs are positional, got a mapping; pass it as example_kwargs"):
+            call(small, example_inputs={"x": x12()})
+        with pytest.raises(InputError, match="example_kwargs is a mapping from names to inputs, got"):
+            call(small, example_kwargs=(x12(),))
+        with pytest.raises(InputError, match="example_inputs is a sequence of inputs or one tensor, got int"):
+            call(small, example_inputs=3)
 
 
 @pytest.mark.parametrize("wrong", ["x", -1, 1.0, True, torch.tensor(3), float("nan"), 2**70])
@@ -188,10 +196,10 @@ def test_switches_of_calls_are_true_or_false(wrong: Any) -> None:
     calls = {
         "inplace": [
             lambda: rpqfx.rpqify(MLP(), SMALL, inplace=wrong),
+            lambda: rpqfx.convert(MLP(), SMALL, [x12()], inplace=wrong),
             lambda: rpqfx.quantize_kv(MLP(), calibration=[x12()], inplace=wrong),
             lambda: rpqfx.route(MLP(), inplace=wrong),
         ],
-        "as_graph": [lambda: rpqfx.rpqify(MLP(), SMALL, as_graph=wrong)],
     }
     for name, some in calls.items():
         for call in some:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from rpqfx import Hold, Policy, Rule, Site, Skip
+from rpqfx import Hold, Policy, Rate, Rule, Site, Skip
 from rpqfx.codebook.packing import packed_bytes
 from rpqfx.errors import PolicyError
 from rpqfx.fit.refitting import left_over
@@ -164,13 +164,14 @@ def test_the_policy_is_json_both_ways(bits: float, tables: float | None) -> None
         ({"bits_per_weight": 17}, "bits_per_weight is a number of bits"),
         ({"bits_per_weight": 3, "embedding_bits": -1}, "embedding_bits is a number of bits"),
         ({"bits_per_weight": float("nan")}, "bits_per_weight is a number of bits"),
-        ({"embedding_bits": 4}, "embedding_bits goes with bits_per_weight"),
-        ({"bits_per_weight": 3, "ratio": 0.5}, "give bits_per_weight, ratio or total_bytes, not two of them"),
+        ({"bits_per_weight": None}, "bits_per_weight is a number of bits"),
+        ({"embedding_bits": 4}, r"a Rate is made of .* missing a required argument: 'bits_per_weight'"),
+        ({"bits_per_weight": 3, "ratio": 0.5}, "a Rate has no option 'ratio'; it has bits_per_weight, embedding_bits"),
     ],
 )
 def test_what_contradicts_itself_is_refused(options: dict[str, float], message: str) -> None:
     with pytest.raises(PolicyError, match=message):
-        Policy(**options)
+        Rate(**options)
 
 
 def test_linear_maps_and_tables_get_stages_in_tiles_and_filters_one_codebook() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import rpqfx
-from rpqfx import Hold, Policy, Rule, Skip
+from rpqfx import Budget, Hold, Policy, Rule, Skip
 from rpqfx.errors import PolicyError
 from rpqfx.graph import capture, find_sites
 from rpqfx.policies.budget import Candidate, choose
@@ -150,10 +150,12 @@ def test_a_budget_is_one_of_two_numbers():
     for ratio in (0, -1, 1.5):
         with pytest.raises(PolicyError, match="ratio is the size after over the size before"):
             Policy.budget(ratio=ratio)
-    with pytest.raises(PolicyError, match="total_bytes is a whole number of bytes from 1"):
+    with pytest.raises(PolicyError, match="bytes is a whole number of bytes from 1"):
         Policy.budget(bytes=0)
-    with pytest.raises(PolicyError, match="ratio or total_bytes, not both"):
-        Policy(ratio=0.5, total_bytes=5)
+    assert Policy.budget(ratio=0.5) == Policy(amount=Budget(ratio=0.5))
+    for wrong in (0.5, {"ratio": 0.5}, None, Budget):
+        with pytest.raises(PolicyError, match=r"amount is Fixed\(\), Budget\(ratio=\.\.\.\) or Rate\(.*, got"):
+            Policy(amount=wrong)
 
 
 def test_a_budget_for_a_model_of_another_dtype_counts_that_dtype():

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import rpqfx
-from rpqfx import CodebookSpec, Hold, Policy, Rule, Site, Skip
+from rpqfx import Budget, CodebookSpec, Hold, Policy, Rule, Site, Skip
 from rpqfx.errors import PolicyError
 from rpqfx.graph import capture, find_sites
 from rpqfx.policies.decide import decide_all
@@ -354,7 +354,7 @@ rules = st.builds(
     options() | st.builds(lambda reason: {"skip": reason}, st.text(max_size=8)),
 )
 kinds = st.lists(st.sampled_from(["linear", "conv", "embedding", "parameter"]), unique=True)
-budgets = st.sampled_from([{}, {"ratio": 0.25}, {"total_bytes": 12345}])
+budgets = st.sampled_from([{}, {"amount": Budget(ratio=0.25)}, {"amount": Budget(bytes=12345)}])
 
 
 @settings(max_examples=50)
@@ -367,20 +367,25 @@ def test_json_round_trip(chosen: dict[str, Any], some: list[Rule], which: list[s
         reject()
     text = policy.to_json()
     assert Policy.from_json(text) == policy
-    assert json.loads(text)["rpqfx_policy"] == 1
+    said = json.loads(text)
+    assert (said["policy"], said["version"]) == ("Policy", 1)
 
 
 def test_json_says_only_what_differs():
-    assert json.loads(Policy().to_json()) == {"rpqfx_policy": 1}
+    head = {"policy": "Policy", "version": 1}
+    assert json.loads(Policy().to_json()) == head
     assert json.loads(Policy(plan="auto", rules=(Rule("head", plan="auto"),)).to_json()) == {
-        "rpqfx_policy": 1,
+        **head,
         "rules": [{"match": "head", "plan": "auto"}],
     }
     assert json.loads(Policy(bits=4, rules=(Rule("head", skip="big"),)).to_json()) == {
-        "rpqfx_policy": 1,
+        **head,
         "bits": 4,
         "rules": [{"match": "head", "skip": "big"}],
     }
+    assert json.loads(Policy.budget(ratio=0.25).to_json()) == {**head, "amount": {"Budget": {"ratio": 0.25}}}
+    rate = {"Rate": {"bits_per_weight": 3, "embedding_bits": None}}
+    assert json.loads(Policy.pretrained(3, embedding_bits=None).to_json()) == {**head, "amount": rate, "min_size": 1024}
 
 
 def test_a_policy_read_from_json_decides_the_same():
@@ -389,10 +394,10 @@ def test_a_policy_read_from_json_decides_the_same():
     assert Policy.from_json(policy.to_json()).decide(found) == policy.decide(found)
 
 
-def test_json_from_before_there_were_plans_is_read():
-    old = '{"rpqfx_policy": 1, "bits": 4, "rules": [{"match": "head", "bits": 2}]}'
-    assert Policy.from_json(old) == Policy(bits=4, rules=(Rule("head", bits=2),))
-    assert Policy.from_json(old).plan == "auto" and Policy.from_json(old).rules[0].plan is None
+def test_json_that_leaves_options_out_is_read_with_the_defaults():
+    short = '{"policy": "Policy", "version": 1, "bits": 4, "rules": [{"match": "head", "bits": 2}]}'
+    assert Policy.from_json(short) == Policy(bits=4, rules=(Rule("head", bits=2),))
+    assert Policy.from_json(short).plan == "auto" and Policy.from_json(short).rules[0].plan is None
 
 
 def test_a_predicate_has_no_json():
@@ -404,15 +409,26 @@ GARBAGE = {
     "": "this is not JSON",
     "{": "this is not JSON",
     "[]": r"it is \[\], where an object with fields is expected",
-    '{"bits": 4}': "no field 'rpqfx_policy'",
-    '{"rpqfx_policy": 2}': "the policy is of version 2, this library reads 1",
-    '{"rpqfx_policy": 1, "bitz": 4}': "a policy has no option 'bitz'",
-    '{"rpqfx_policy": 1, "bits": "8"}': "bits is a whole number from 1 to 16, got '8'",
-    '{"rpqfx_policy": 1, "rules": [5]}': "not a policy",
-    '{"rpqfx_policy": 1, "rules": [{"bits": 4}]}': "not a policy",
-    '{"rpqfx_policy": 1, "rules": [{"match": "x", "bitz": 4}]}': "a Rule has no option 'bitz'",
-    '{"rpqfx_policy": 1, "kinds": 5}': "not a policy",
-    '{"rpqfx_policy": 1, "ratio": "half"}': "not a policy",
+    '{"bits": 4}': "its field 'policy' is to say 'Policy'",
+    '{"policy": "KVPolicy", "version": 1}': "its field 'policy' says 'KVPolicy', where 'Policy' is expected",
+    '{"policy": "Policy", "version": 2}': "the Policy is of version 2, this library reads 1",
+    '{"policy": "Policy"}': "the Policy is of version None, this library reads 1",
+    **{
+        f'{{"policy": "Policy", "version": 1, {fields}}}': said
+        for fields, said in {
+            '"bitz": 4': "a Policy has no option 'bitz'",
+            '"bits": "8"': "bits is a whole number from 1 to 16, got '8'",
+            '"rules": [5]': "not a Policy",
+            '"rules": [{"bits": 4}]': "not a Policy",
+            '"rules": [{"match": "x", "bitz": 4}]': "a Rule has no option 'bitz'",
+            '"kinds": 5': "not a Policy",
+            '"ratio": 0.5': "a Policy has no option 'ratio'",
+            '"amount": 0.5': "amount is an object with one field, one of Fixed, Budget, Rate, got 0.5",
+            '"amount": {"Half": {}}': "amount is one of Fixed, Budget, Rate, got 'Half'",
+            '"amount": {"Budget": {"ratio": "half"}}': "not a Policy: ratio is the size after over",
+            '"amount": {"Fixed": {"bits": 3}}': "a Fixed has no option 'bits'; it has none",
+        }.items()
+    },
 }
 
 

@@ -287,14 +287,12 @@ def test_layers_built_by_hand_that_share_codebooks_count_them_once():
 
 
 def test_a_lone_weight_in_a_model_is_no_layer():
-    with pytest.raises(RPQError, match="nothing in this model is held in codebooks"):
+    with pytest.raises(RPQError, match="no weight of this model is quantized"):
         rpqfx.report(nn.Sequential(RPQWeight(rpqfx.CodebookSpec(64, 16, 4, 16))))
 
 
 def test_a_dense_model_has_no_report():
-    with pytest.raises(
-        RPQError, match="nothing in this model is held in codebooks; pass the model that rpqify returned"
-    ):
+    with pytest.raises(RPQError, match="no weight of this model is quantized; pass the model that rpqify returned"):
         rpqfx.report(MLP())
 
 

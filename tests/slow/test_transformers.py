@@ -364,7 +364,7 @@ def test_codebooks_that_layers_share_are_written_once(name: str, sharing: str, t
 def converted(name: str) -> Any:
     """A model whose codebooks, which layers share, were trained on what calibration showed."""
     policy = Policy(codebook_dim=8, bits=4, min_size=1024, sharing="shape")
-    return rpqfx.rpqify(build(name), policy, calibration=[inputs(name)], progress=False)
+    return rpqfx.convert(build(name), policy, [inputs(name)], progress=False)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama tied", "gpt2", "t5", "bert", "vit"])

@@ -34,7 +34,7 @@ def test_it_is_the_report_of_the_model(case: Case, policy: Policy) -> None:
 def test_shared_codebooks_and_tiles_count_as_in_the_model() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*[nn.Linear(64, 96) for _ in range(2)], nn.Linear(96, 64))
-    small = rpqfx.rpqify(model[0:1] + model[2:], Policy.pretrained(5), calibration=[torch.randn(64, 64)])
+    small = rpqfx.convert(model[0:1] + model[2:], Policy.pretrained(5), [torch.randn(64, 64)])
     assert any(site.spec is not None and site.spec.tiled for site in rpqfx.report(small).rewritten)
     assert report_of(manifest_of(small)) == rpqfx.report(small)
 

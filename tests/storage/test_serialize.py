@@ -468,7 +468,7 @@ def test_codebooks_that_cannot_be_are_refused(of: str, changes: dict[str, Any], 
     held = json.loads(torch.load(tmp_path / "m.rpq", weights_only=True)["rpqfx"])[of]
     next(values["spec"] for values in held if values["spec"] is not None).update(changes)
     rewrite_manifest(tmp_path / "m.rpq", **{of: held})
-    with pytest.raises(FormatError, match=f"is held in codebooks that cannot be: {message}"):
+    with pytest.raises(FormatError, match=f"has codebooks that cannot be: {message}"):
         rpqfx.load(tmp_path / "m.rpq", forbidden)
 
 
@@ -705,7 +705,7 @@ def test_saving_a_model_does_not_change_it(tmp_path: Path):
 
 
 def test_what_cannot_be_saved_says_so(tmp_path: Path):
-    with pytest.raises(RPQError, match=r"nothing in this model is held in codebooks; save a dense model with"):
+    with pytest.raises(RPQError, match=r"no weight of this model is quantized; save a dense model with"):
         rpqfx.save(MLP(), tmp_path / "m.rpq")
     with torch.device("meta"):
         model = MLP()

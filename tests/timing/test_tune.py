@@ -352,7 +352,7 @@ def test_repeats_reach_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 WRONG: dict[str, tuple[Callable[[], Any], type, str]] = {
     "dense": (
         lambda: rpqfx.tune(MLP(), torch.zeros(1, 12)), InputError,
-        "nothing in this model is held in codebooks, so there is nothing to tune; pass what rpqify returned",
+        "no weight of this model is quantized, so there is nothing to tune; pass what rpqify returned",
     ),
     "no module": (
         lambda: rpqfx.tune(torch.zeros(3), torch.zeros(1)), InputError, "tune takes a torch.nn.Module, got Tensor",

@@ -262,7 +262,7 @@ def test_half_precision_products() -> None:
 def test_what_is_refused() -> None:
     teacher, small = mixed()
     data = batches()
-    with pytest.raises(InputError, match="nothing in this model is held in codebooks"):
+    with pytest.raises(InputError, match="no weight of this model is quantized"):
         rpqfx.finetune(teacher, teacher=teacher, data=data)
     with pytest.raises(InputError, match="give a teacher"):
         rpqfx.finetune(small, data=data)

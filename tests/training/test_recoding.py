@@ -235,7 +235,7 @@ def test_drawn_weights_have_the_deviation_of_the_layers_own_initialisation() -> 
 
 REFUSED = {
     "no module": (lambda: Recoding("x", _optimizer(small_of("latent")), steps=3), "Recoding takes a torch.nn.Module"),
-    "dense": (lambda: Recoding(Net(), _optimizer(Net()), steps=3), "nothing in this model is held in codebooks"),
+    "dense": (lambda: Recoding(Net(), _optimizer(Net()), steps=3), "no weight of this model is quantized"),
     "recipe": (lambda: _recoding("latent", recipe="best"), "recipe is 'latent' or 'sketch', got 'best'"),
     "steps": (lambda: _recoding("latent", steps=0), "steps is a whole number of optimizer steps"),
     "stages": (lambda: _recoding("latent", recipe="sketch"), "has 1 stage, and recipe='sketch' needs two"),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rpqfx.conversion.rpqify import rpqify
+from rpqfx.conversion.convert import convert
 from rpqfx.errors import InputError
 from rpqfx.integrations.command_line import texts
 from rpqfx.integrations.command_line.models import class_of, is_language_model, open_model, tokenizer_of, transformers
@@ -75,8 +75,8 @@ def _calibrated(given: argparse.Namespace, policy: Policy) -> tuple[Any, dict[st
     model = open_model(given.folder, dtype=given.dtype)
     data = _data(given, model)
     quality = {} if data.measure is None else {"before": data.measure(model)}
-    small = rpqify(
-        model, policy, calibration=data.batches, checkpoint=_work(given.out), seed=given.seed, inplace=True,
+    small = convert(
+        model, policy, data.batches, checkpoint=_work(given.out), seed=given.seed, inplace=True,
         progress=not given.quiet,
     )  # fmt: skip
     if data.measure is not None:

@@ -54,18 +54,21 @@ def class_of(folder: str | Path) -> Any:
     return found
 
 
-def open_model(folder: str | Path, **options: Any) -> Any:
+def open_model(folder: str | Path, *, dtype: Any = None, quantization_config: Any = None) -> Any:
     """Returns the model of a folder, in eval mode.
 
     Args:
         folder: Dense or in codebooks.
-        **options: Of ``from_pretrained``.
+        dtype: Of the weights; left out, that of the folder.
+        quantization_config: Says how weights are quantized while they are loaded; None for as they are.
 
     Raises:
         OSError: As ``class_of``.
         FormatError: Likewise, or if the weights are damaged.
     """
-    return class_of(folder).from_pretrained(str(folder), **options).eval()
+    options = {"dtype": dtype, "quantization_config": quantization_config}
+    given = {name: value for name, value in options.items() if value is not None}
+    return class_of(folder).from_pretrained(str(folder), **given).eval()
 
 
 def is_language_model(model: Any) -> bool:

@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     _add_convert(add("convert", "put the weights of a folder of transformers into codebooks"))
-    shows = add("report", "show what is held in codebooks in a file or folder, and what was left alone and why")
+    shows = add("report", "show what is quantized in a file or folder, and what was left alone and why")
     shows.add_argument("path", metavar="PATH", help="file of rpqfx.save, or folder of save_pretrained")
     shows.add_argument("--html", type=Path, metavar="FILE", help="write the report to a page, too")
     checks = add("check", "verify the seal, every range and the checksum of a file or folder; no model is built")

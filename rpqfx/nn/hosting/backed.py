@@ -1,4 +1,4 @@
-"""Parameters that are held in codebooks, as properties of their modules: reading, tying, and refusing the rest."""
+"""Parameters that are quantized, as properties of their modules: reading, tying, and refusing the rest."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class Backed(nn.Module):
     """Base of every module that holds at least one Parameter in codebooks."""
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Refuses to lay a dense Parameter over one that is held in codebooks; one that is read so is tied."""
+        """Refuses to lay a dense Parameter over one that is quantized; one that is read so is tied."""
         read: type = type(param)
         if read in (ExpandedWeight, FixedWeight, VirtualWeight):  # Parameters are instances of these, too
             if weight_of(self, name) is None:
                 raise RewriteError(
-                    f"{type(self).__name__} cannot register {name!r}: it was read from a weight that is held in "
-                    "codebooks and made anew at each read. Prune, normalise or parametrise a weight before the model "
+                    f"{type(self).__name__} cannot register {name!r}: it was read from a quantized weight, "
+                    "which is computed anew at each read. Prune, normalise or parametrise a weight before the model "
                     "is rewritten"
                 )
             _tie(name)(self, param)
@@ -49,24 +49,24 @@ class Backed(nn.Module):
 
 def _fixed(module: nn.Module, name: str) -> RewriteError:
     return RewriteError(
-        f"{type(module).__name__}.{name} is held in codebooks and cannot be assigned or deleted; "
+        f"{type(module).__name__}.{name} is quantized and cannot be assigned or deleted; "
         f"train or load {name}{SUFFIX}, change it before rewriting, or build the layer anew with from_dense"
     )
 
 
 def weight_of(module: nn.Module, name: str) -> RPQWeight | None:
-    """The codebooks that hold a module's Parameter, or None where it is dense.
+    """Returns the codebooks that hold a module's Parameter, or None where it is dense.
 
     Args:
         module: Any module.
-        name: Of the Parameter.
+        name: Name of the Parameter.
     """
     found = module._modules.get(name + SUFFIX)
     return found if isinstance(found, RPQWeight) else None
 
 
 def backed_weights(module: nn.Module) -> dict[str, RPQWeight]:
-    """Every Parameter of a module itself that is held in codebooks, by the Parameter's name."""
+    """Returns every Parameter of a module itself that is quantized, by the Parameter's name."""
     return {
         name.removesuffix(SUFFIX): child
         for name, child in module._modules.items()
@@ -75,10 +75,10 @@ def backed_weights(module: nn.Module) -> dict[str, RPQWeight]:
 
 
 def held(name: str, plain_when_compiled: bool = False) -> property:
-    """A property that reads a Parameter wherever it is held.
+    """Returns a property that reads a Parameter wherever it is held.
 
     Args:
-        name: Of the Parameter.
+        name: Name of the Parameter.
         plain_when_compiled: Whether compiled code is to read a plain tensor.
 
     Returns:
@@ -99,11 +99,11 @@ def held(name: str, plain_when_compiled: bool = False) -> property:
     def delete(self: nn.Module) -> None:
         raise _fixed(self, name)
 
-    return property(read, _tie(name), delete, doc=f"``{name}``, held in codebooks and made anew at each read.")
+    return property(read, _tie(name), delete, doc=f"``{name}``, quantized and computed anew at each read.")
 
 
 def _tie(name: str) -> Callable[[nn.Module, Any], None]:
-    """What assigning to such a property does: another module's codebook-held tensor is tied, anything else refused."""
+    """Ties another module's tensor in codebooks where one is assigned to such a property, and refuses anything else."""
 
     def write(self: nn.Module, value: Any) -> None:
         read = value._virtual if type(value) in (ExpandedWeight, FixedWeight) else value

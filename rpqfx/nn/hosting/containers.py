@@ -1,4 +1,4 @@
-"""Containers that own Parameters which are held in codebooks.
+"""Containers that own Parameters which are quantized.
 
 A container counts and lists its children. Codebooks are a child as well, but not one that its owner put in, so they are
 left out of lengths, indices and iteration. They stay in ``named_modules`` and in the state dict.
@@ -66,7 +66,7 @@ class BackedDict(BackedContainer):
         return key in self._items()
 
     def keys(self) -> KeysView[str]:
-        """Of the items."""
+        """Returns the number of items."""
         return self._items().keys()
 
     def items(self) -> ItemsView[str, nn.Module]:
@@ -74,7 +74,7 @@ class BackedDict(BackedContainer):
         return self._items().items()
 
     def values(self) -> ValuesView[nn.Module]:
-        """The items."""
+        """Returns the items."""
         return self._items().values()
 
 
@@ -101,7 +101,7 @@ class BackedParametrizations(BackedList):
     def right_inverse(self, value: Tensor) -> None:
         """Refuses to lay a tensor over codebooks."""
         raise RewriteError(
-            "this weight is computed from one that is held in codebooks and cannot be assigned; train or load the "
+            "this weight is computed from one that is quantized and cannot be assigned; train or load the "
             "codebooks, or assign it before rewriting"
         )
 

@@ -1,4 +1,4 @@
-"""Modules whose Parameters are held in codebooks, under their own names.
+"""Modules whose Parameters are quantized, under their own names.
 
 Backing a Parameter ``weight`` of a module moves it into a child ``RPQWeight`` named ``weight_rpq`` and gives
 the module a class on which ``weight`` is a property. Everything else of the module stays as it was: the object
@@ -21,11 +21,11 @@ from rpqfx.nn.hosting.reparametrised import refresh
 from rpqfx.nn.weight import RPQWeight
 
 READ_AS = "_rpqfx_read_as"
-"""Attribute of a class made by a rewrite: the class whose forward tells what the module does."""
+"""Attribute of a class made by a rewrite: the class whose forward shows what the module does."""
 
 
 def _is_computed_from(base: type[nn.Module], name: str) -> bool:
-    """Whether a Parameter is one that torch computes a weight from: compilers know its functions for plain tensors."""
+    """Returns whether torch computes a weight from a Parameter: compilers know its functions for plain tensors."""
     layer = any(known.__module__.startswith("torch.nn.modules.") for known in base.__mro__ if known is not nn.Module)
     return issubclass(base, parametrize.ParametrizationList) or (layer and name.endswith(("_v", "_orig")))
 
@@ -39,7 +39,7 @@ def register_layer(dense: type[nn.Module], layer: type[Backed]) -> None:
 
 
 def layer_for(dense: type[nn.Module]) -> type[Backed] | None:
-    """The RPQ layer that stands for exactly this class, if there is one."""
+    """Returns the RPQ layer that stands for exactly this class, if there is one."""
     return _LAYERS.get(dense)
 
 
@@ -64,11 +64,11 @@ def back(module: nn.Module, weights: Mapping[str, RPQWeight]) -> None:
 
 
 def backed_as(module: nn.Module, names: Iterable[str]) -> type[nn.Module]:
-    """The class that a module takes on when these Parameters of it are backed; the module stays as it is.
+    """Returns the class that a module takes on when these Parameters of it are backed; the module stays as it is.
 
     Args:
         module: Any module.
-        names: Of Parameters of its own.
+        names: Names of Parameters of its own.
 
     Raises:
         RewriteError: If the module has no such Parameter, or its class cannot be extended.
@@ -86,16 +86,16 @@ def backed_as(module: nn.Module, names: Iterable[str]) -> type[nn.Module]:
         _become(module, target)  # some classes only refuse when it comes to it
         _become(module, before)
     except Exception as error:  # extending a foreign class runs its own code
-        raise RewriteError(f"{before.__name__} cannot take on codebook-held Parameters: {error}") from error
+        raise RewriteError(f"{before.__name__} cannot take on quantized Parameters: {error}") from error
     return target
 
 
 def obstacle_to(module: nn.Module, name: str) -> str | None:
-    """Why a module cannot hold a Parameter of its own in codebooks, or None; the module stays as it is.
+    """Returns why a module cannot hold a Parameter of its own in codebooks, or None; the module stays as it is.
 
     Args:
         module: Any module.
-        name: Of the Parameter.
+        name: Name of the Parameter.
     """
     if _has(module, name + SUFFIX):
         return f"its module has an attribute {name + SUFFIX!r} of its own, where the codebooks would be"
@@ -111,7 +111,7 @@ def obstacle_to(module: nn.Module, name: str) -> str | None:
 
 
 def _has(module: nn.Module, name: str) -> bool:
-    """Whether a module or its class has an attribute, without asking a ``__getattr__`` that may answer for others."""
+    """Returns whether a module or its class has an attribute, without a ``__getattr__`` that may answer for others."""
     held = (module.__dict__, module._parameters, module._buffers, module._modules)
     return any(name in group for group in held) or hasattr(type(module), name)
 
@@ -122,7 +122,7 @@ def _become(module: nn.Module, kind: type[nn.Module]) -> None:
 
 
 def _extended(before: type[nn.Module], held: set[str], parametrised: bool) -> type[nn.Module]:
-    """The class of a module whose class is ``before`` once it holds these Parameters in codebooks."""
+    """Returns the class of a module whose class is ``before`` once it holds these Parameters in codebooks."""
     if parametrised and before.__module__ == parametrize.__name__:
         # Parametrising made a class for this one module, and undoing it looks at that class and its first base.
         body = {name: value for name, value in vars(before).items() if name not in ("__dict__", "__weakref__")}
@@ -143,7 +143,7 @@ def register_adapter(dense: type[nn.Module], adapter: type[Backed]) -> None:
 
     Args:
         dense: A class of torch.nn that cannot do with properties alone.
-        adapter: What comes before it in the order of bases.
+        adapter: The class before it in the order of bases.
     """
     _ADAPTERS[dense] = adapter
 
@@ -175,14 +175,14 @@ class _Foreign(Backed):
         held = [name + ending for ending in ("_v", "_orig") if name + ending + SUFFIX in self._modules]
         if held:
             raise RewriteError(
-                f"{type(self).__name__}.{name} is computed from {held[0]}, which is held in codebooks and cannot take "
+                f"{type(self).__name__}.{name} is computed from {held[0]}, which is quantized and cannot take "
                 "its place as a dense Parameter; remove the weight norm, spectral norm or pruning before rewriting"
             )
         super().__delattr__(name)
 
 
 def _backed_class(base: type[nn.Module], names: tuple[str, ...]) -> type[Backed]:
-    """One class for each base and names, so that equal modules are of one class."""
+    """Returns one class for each base and names, so that equal modules are of one class."""
     if (made := _FOREIGN.get((base, names))) is not None:
         return made
     body: dict[str, Any] = {name: held(name, _is_computed_from(base, name)) for name in names}
@@ -195,7 +195,7 @@ def _backed_class(base: type[nn.Module], names: tuple[str, ...]) -> type[Backed]
 
 
 def named_class(kind: type[nn.Module]) -> Any:
-    """What a pickle may hold of a class: itself, or of one that was made on the spot, how it is made.
+    """Returns the form of a class in a pickle: the class, or how it is made if it was made on the spot.
 
     Args:
         kind: A class of modules.
@@ -205,10 +205,10 @@ def named_class(kind: type[nn.Module]) -> Any:
 
 
 def class_of(named: Any) -> type[nn.Module]:
-    """The class that ``named_class`` named.
+    """Returns the class that ``named_class`` named.
 
     Args:
-        named: What it returned.
+        named: The form that it returned.
     """
     if isinstance(named, type):
         return named

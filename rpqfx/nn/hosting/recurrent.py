@@ -1,4 +1,4 @@
-"""Recurrent layers whose weights are held in codebooks.
+"""Recurrent layers whose weights are quantized.
 
 ``LSTM``, ``GRU`` and ``RNN`` keep a second list of their Parameters, in the order in which torch's fused function takes
 them. Here that list is made from the names at each read, so that it holds what the codebooks hold, and nothing dense
@@ -21,7 +21,7 @@ _OWN_RESETS = (nn.RNNBase.reset_parameters, nn.RNNCellBase.reset_parameters)
 
 
 class BackedCell(Backed):
-    """What a recurrent cell with held weights does in its own way: drawing itself anew."""
+    """A recurrent cell with weights in codebooks, which draws itself anew in its own way."""
 
     _rpq_base: Any
     hidden_size: int
@@ -38,14 +38,14 @@ class BackedCell(Backed):
 
     @torch.no_grad()
     def reset_rest(self) -> None:
-        """Draws what is not held in codebooks."""
+        """Draws what is not quantized."""
         bound = 1 / math.sqrt(self.hidden_size)
         for parameter in self.parameters(recurse=False):
             parameter.uniform_(-bound, bound)
 
 
 class BackedRecurrent(BackedCell):
-    """What ``LSTM``, ``GRU`` and ``RNN`` with held weights do in their own way."""
+    """``LSTM``, ``GRU`` and ``RNN`` with weights in codebooks."""
 
     _flat_weights_names: list[str]
     _flat_weight_refs: list[Any]

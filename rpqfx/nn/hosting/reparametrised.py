@@ -12,7 +12,7 @@ LIST = "parametrizations"
 
 
 def computed_from(model: nn.Module, path: str, attribute: str) -> tuple[str, str]:
-    """The weight that a Parameter stands in for, as the path of its module and its name there.
+    """Returns the weight that a Parameter stands in for, as the path of its module and its name there.
 
     Args:
         model: The model.
@@ -34,7 +34,7 @@ def computed_from(model: nn.Module, path: str, attribute: str) -> tuple[str, str
 
 
 def parametrised_at(target: str) -> str | None:
-    """The name of the weight that calling this submodule computes: ``"fc.weight"`` for ``fc.parametrizations.weight``.
+    """Returns the name of the weight that this submodule computes: ``"fc.weight"`` for ``fc.parametrizations.weight``.
 
     Args:
         target: Qualified name of a submodule.

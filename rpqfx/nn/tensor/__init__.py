@@ -1,1 +1,1 @@
-"""What a module's own code reads in the place of a weight that lives in codebooks."""
+"""The tensors that a module's own code reads in place of a weight in codebooks."""

@@ -1,4 +1,4 @@
-"""What people read as a layer's weight: the expanded tensor, which knows where it came from."""
+"""The expanded tensor that people read as a layer's weight, which knows where it came from."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TRANSPOSES |= {Tensor.T.__get__: "T", Tensor.mT.__get__: "mT"}  # type: ignore[
 
 
 def with_notes(dense: Tensor, weight: RPQWeight) -> Tensor:
-    """A plain tensor with the attributes that somebody gave the Parameter it stands for.
+    """Returns a plain tensor with the attributes that somebody gave the Parameter it stands for.
 
     Args:
         dense: The tensor.
@@ -62,7 +62,7 @@ class _Read(Tensor, metaclass=_Related):
         return made
 
     def __getattr__(self, name: str) -> Any:
-        """What was noted on the Parameter that this stands for."""
+        """Returns an attribute of the Parameter that this stands for."""
         if "_virtual" in self.__dict__:
             return self._virtual.noted(name)
         raise AttributeError(name)
@@ -75,7 +75,7 @@ class _Read(Tensor, metaclass=_Related):
 
 
 class ExpandedWeight(_Read):  # type: ignore[metaclass]
-    """The tensor of a codebook-held weight, made when it was read.
+    """The tensor of a quantized weight, made when it was read.
 
     A tensor like any other, but that products with it run on the codebooks, that autograd does not keep it for
     backward, and that changing it in place is refused, since the change would be lost (but for multiplying it by a
@@ -120,7 +120,7 @@ class ExpandedWeight(_Read):  # type: ignore[metaclass]
 
 
 def _turned(weight: ExpandedWeight, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The transpose of a matrix, with which products run on the codebooks too."""
+    """Returns the transpose of a matrix, with which products run on the codebooks too."""
     with torch._C.DisableTorchFunctionSubclass():
         turned = func(*args, **kwargs).as_subclass(ExpandedWeight)
     virtual = getattr(weight._virtual, _TRANSPOSES[func])
@@ -129,7 +129,7 @@ def _turned(weight: ExpandedWeight, func: Callable[..., Any], args: tuple[Any, .
 
 
 class FixedWeight(_Read):  # type: ignore[metaclass]
-    """The tensor of a codebook-held weight, for a reader that treats tensors with a torch function differently.
+    """The tensor of a quantized weight, for a reader that treats tensors with a torch function differently.
 
     To torch it is a plain tensor, which it keeps for backward; changes in place are answered as anywhere else.
     """
@@ -182,7 +182,7 @@ FixedWeight.requires_grad = _passed_on("requires_grad", Tensor.requires_grad.__g
 
 
 def _plain(value: Any, made: list[tuple[Tensor, VirtualWeight]]) -> Any:
-    """A value with plain tensors for expanded weights; ``made`` takes these and what they were made of."""
+    """Returns a value with plain tensors for expanded weights; ``made`` takes these and what they were made of."""
     if _is_one(value):
         tensor = value.as_subclass(Tensor)
         made.append((tensor, value._virtual))

@@ -1,4 +1,4 @@
-"""Attributes of a codebook-held tensor that need no values: shape, dtype, device, and attributes that were set."""
+"""Attributes of a quantized tensor that need no values: shape, dtype, device, and attributes that were set."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rpqfx.nn.tensor.views import Views
 
 
 class Facts(Views):
-    """A codebook-held tensor, seen through views, that answers as a tensor does where nothing has to be made."""
+    """A quantized tensor, seen through views, that answers as a tensor does where nothing has to be made."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -52,23 +52,23 @@ class Facts(Views):
         check_for_good(Tensor.grad.__set__, (self, value))  # type: ignore[union-attr]
 
     def noted(self, name: str) -> Any:
-        """An attribute that somebody gave the Parameter that this stands for.
+        """Returns an attribute that somebody gave the Parameter that this stands for.
 
         Args:
-            name: Of the attribute.
+            name: Name of the attribute.
 
         Raises:
             AttributeError: If there is none.
         """
         if name not in self.held.noted or not self.is_whole:
-            raise AttributeError(f"a weight that is held in codebooks has no attribute {name!r}")
+            raise AttributeError(f"a quantized weight has no attribute {name!r}")
         return self.held.noted[name]
 
     def note(self, name: str, value: Any) -> None:
         """Gives the Parameter that this stands for an attribute; it is kept with the codebooks.
 
         Args:
-            name: Of the attribute.
+            name: Name of the attribute.
             value: Its value.
         """
         self.held.noted = {**self.held.noted, name: value}
@@ -81,15 +81,15 @@ class Facts(Views):
         return self.shape if dim is None else self.shape[dim]
 
     def dim(self) -> int:
-        """Number of axes."""
+        """Returns the number of axes."""
         return self.ndim
 
     def numel(self) -> int:
-        """Number of elements."""
+        """Returns the number of elements."""
         return self.shape.numel()
 
     def element_size(self) -> int:
-        """Bytes of an element."""
+        """Returns the bytes of an element."""
         return self.dtype.itemsize
 
     def __len__(self) -> int:

@@ -24,13 +24,13 @@ _FOR_GOOD = {
 
 
 def refused(what: str) -> RewriteError:
-    """The error for a change of what is made anew at each read.
+    """Returns the error for a change of what is made anew at each read.
 
     Args:
         what: Name of the function.
     """
     return RewriteError(
-        f"{what} would change a weight that is held in codebooks and made anew at each read; "
+        f"{what} would change a quantized weight, which is computed anew at each read; "
         "change its codebooks, keep the change apart (an adapter: do not merge it, or call rpqfx.dequantize first), "
         "or leave this layer dense with a Rule"
     )
@@ -51,7 +51,7 @@ def check_for_good(func: Callable[..., Any], args: Sequence[Any]) -> None:
         name = "grad"
     if name is not None:
         raise RewriteError(
-            f"{name} would be lost on a weight that is held in codebooks and made anew at each read; "
+            f"{name} would be lost on a quantized weight, which is computed anew at each read; "
             "use the Parameter weight_rpq.codebooks, whose gradient it is, or leave this layer dense with a Rule"
         )
 
@@ -115,7 +115,7 @@ def _marked(result: Any, memory: set[int]) -> Any:
 
 
 def _memory(tensor: Tensor) -> int:
-    """Where a tensor lies; 0 where it has no memory, as wrappers of torch.func and of tracers."""
+    """Returns where a tensor lies; 0 where it has no memory, as wrappers of torch.func and of tracers."""
     try:
         return tensor.untyped_storage().data_ptr()
     except RuntimeError:

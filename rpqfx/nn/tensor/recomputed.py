@@ -22,7 +22,7 @@ class Remade:
     Args:
         tensor: The tensor, as long as the call takes.
         make: Makes an equal one.
-        sources: What it is made of; changing one in place before backward is an error, as it is for a saved tensor.
+        sources: The tensors that it is made of; changing one in place before backward is an error, as for a saved one.
     """
 
     def __init__(self, tensor: Tensor, make: Callable[[], Tensor], sources: Sequence[Tensor]) -> None:
@@ -38,7 +38,7 @@ class Remade:
         self._again: Tensor | None = None
 
     def again(self) -> Tensor:
-        """The tensor; made once for all that one backward unpacks, and gone with the last of it."""
+        """Returns the tensor; made once for all that one backward unpacks, and gone with the last of it."""
         if self._again is None:
             if [source._version for source in self._sources] != self._versions:
                 raise InputError(
@@ -99,7 +99,7 @@ class _Packed:
 
 
 def _hooks_around() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
-    """The hooks that are in force, of which torch would ask the innermost only."""
+    """Returns the hooks that are in force, of which torch would ask the innermost only."""
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return None if top is None else top(True)
 

@@ -28,7 +28,7 @@ def _is_matrix(weight: Any) -> bool:
 
 
 def _are_experts(weight: Any) -> bool:
-    """Whether it is one matrix an expert, ``[E, a, b]``, few enough for a product each."""
+    """Returns whether it is one matrix an expert, ``[E, a, b]``, few enough for a product each."""
     if not isinstance(weight, VirtualWeight) or weight.views or not weight.part.layout.experts or weight.order[0]:
         return False
     return not torch.compiler.is_compiling() or weight.shape[0] <= _EXPERTS_IN_GRAPHS
@@ -90,7 +90,7 @@ def _baddbmm(input: Any, batch1: Any, batch2: Any, *, beta: float = 1, alpha: fl
 
 
 def _einsum(equation: Any, *operands: Any) -> Any:
-    """Two operands, of which one is held in codebooks and meets the other in all axes of its rows or of its columns."""
+    """Returns two operands, of which one is in codebooks and is contracted along all axes of its rows or columns."""
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = tuple(operands[0])
     if not isinstance(equation, str) or len(operands) != 2 or "->" not in equation or "." in equation:
@@ -111,7 +111,7 @@ def _einsum(equation: Any, *operands: Any) -> Any:
 
 
 def _einsum_part(part: Part, labels: str, axes: str, out: str, x: Tensor) -> Any:
-    """One matrix, whose rows and columns may be several axes each."""
+    """Returns one matrix, whose rows and columns may be several axes each."""
     lead = part.layout.lead
     for summed, kept, product in (
         (labels[lead:], labels[:lead], part.linear),
@@ -127,7 +127,7 @@ def _einsum_part(part: Part, labels: str, axes: str, out: str, x: Tensor) -> Any
 
 
 def _einsum_experts(weight: VirtualWeight, labels: str, axes: str, out: str, x: Tensor) -> Any:
-    """A matrix an expert: the expert is an axis of the batch, of the result alone (heads), or summed over."""
+    """Returns a matrix an expert: the expert is an axis of the batch, of the result alone (heads), or summed over."""
     expert, matrix = labels[0], labels[1:]
     if not _are_experts(VirtualWeight(weight.held, weight.part)) or expert not in axes + out:
         return NotImplemented
@@ -145,7 +145,7 @@ def _einsum_experts(weight: VirtualWeight, labels: str, axes: str, out: str, x: 
 def _grouped_mm(
     input: Any, mat_b: Any, *, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: Any = None
 ) -> Any:
-    """Rows up to each offset go through the matrix of one expert."""
+    """Multiplies the rows up to each offset by the matrix of one expert."""
     if not _are_experts(mat_b) or torch.compiler.is_compiling() or not isinstance(input, Tensor):
         return NotImplemented
     if offs is None or input.dim() != 2 or bias is not None or out_dtype not in (None, input.dtype):
@@ -260,7 +260,7 @@ _AXES = ("dim", "dim0", "dim1", "start_dim", "end_dim")  # keywords that functio
 
 
 def _view(name: str) -> Callable[..., Any]:
-    """A view asked for as a function."""
+    """Returns a function that takes a view."""
 
     def run(input: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(input, VirtualWeight) or not all([key in _AXES for key in kwargs]):

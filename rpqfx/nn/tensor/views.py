@@ -1,4 +1,4 @@
-"""Views of a codebook-held tensor: parts of the codes where that can be, and otherwise a note of what to view later."""
+"""Views of a quantized tensor: parts of the codes where that can be, and otherwise a note of what to view later."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def tracing() -> Iterator[None]:
 
 
 class Views:
-    """A codebook-held tensor seen through views.
+    """A quantized tensor seen through views.
 
     Args:
         weight: The codebooks.
-        part: What of them this is; all, if left out.
+        part: The part of them that this is; all, if left out.
         order: The axes of the part, in the order they have here.
         views: Further views, as (method, arguments, keywords), of which codebooks know nothing.
     """
@@ -73,7 +73,7 @@ class Views:
 
     @property
     def is_whole(self) -> bool:
-        """Whether it is all of a codebook-held tensor, as it is."""
+        """Whether it is all of a quantized tensor, as it is."""
         return not self.part.path and not self.flipped and not self.views
 
     @property
@@ -104,7 +104,7 @@ class Views:
         return self.transpose(-2, -1)
 
     def t(self) -> Any:
-        """The transpose."""
+        """Returns the transpose."""
         return self.transpose(0, 1) if self.ndim == 2 else self._view("t")
 
     def transpose(self, dim0: int, dim1: int) -> Any:
@@ -180,7 +180,7 @@ class Views:
     view = reshape
 
     def _experts(self, sizes: tuple[int, ...]) -> Layout | None:
-        """A matrix whose rows are those of several experts, as a matrix for each."""
+        """Returns a matrix whose rows are those of several experts, as a matrix for each."""
         layout = self.part.layout
         if len(sizes) != 3 or sizes[2] != layout.cols or layout.zero_vector is not None:
             return None
@@ -202,13 +202,13 @@ class Views:
         return iter(self.unbind(0))
 
     def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """A method of the tensor."""
+        """Calls a method of the tensor."""
         if self.tracing:
             return getattr(self.expand_dense(), name)(*args, **kwargs)  # type: ignore[attr-defined]
         return type(self).answer(getattr(Tensor, name), (self, *args), kwargs)  # type: ignore[attr-defined]
 
     def _view(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """A view that codebooks know nothing of; a graph that is being made takes it of the tensor."""
+        """Returns a view that codebooks do not serve; a graph that is being made takes it of the tensor."""
         if torch.compiler.is_compiling():
             return self._call(name, *args, **kwargs)
         late = type(self)(self.held, self.part, self.order, (*self.views, (name, args, kwargs)))
@@ -233,7 +233,7 @@ def _is_range(item: Any) -> bool:
 
 
 def _parts(weight: Views, items: tuple[Any, ...]) -> Views | None:
-    """The part that ranges and numbers of axes name, or of a tensor of experts some experts."""
+    """Returns the part that ranges and numbers of axes name, or of a tensor of experts some experts."""
     part, order = weight.part, weight.order
     chosen = [item for item in items if isinstance(item, Tensor)]
     if chosen:
@@ -271,6 +271,6 @@ def _are_ids(ids: Tensor) -> bool:
 
 
 def _without(order: tuple[int, ...], place: int) -> tuple[int, ...]:
-    """The order of the axes that are left when one goes."""
+    """Returns the order of the axes that are left when one goes."""
     gone = order[place]
     return tuple([axis - int(axis > gone) for axis in order if axis != gone])

@@ -1,4 +1,4 @@
-"""A Parameter that is not there: what foreign code reads in place of a codebook-held weight.
+"""A Parameter that is not there: what foreign code reads in place of a quantized weight.
 
 It knows the shape, and when torch is called with it in a place that the codebooks can serve (a linear map, a matrix
 product, a convolution, a lookup, an einsum of two operands) it is never made. Views of it, such as slices, chunks, one
@@ -48,7 +48,7 @@ CHANGING_OPERATORS = ("__setitem__", *[f"__i{name}__" for name in _OPERATORS])
 
 
 def changes(name: str) -> bool:
-    """Whether a torch function or method of this name works in place, by torch's own convention."""
+    """Returns whether a torch function or method of this name works in place, by torch's own convention."""
     return (name.endswith("_") and not name.endswith("__")) or name in CHANGING_OPERATORS
 
 
@@ -62,11 +62,11 @@ CHANGES = {
 
 
 class VirtualWeight(Facts):
-    """A codebook-held tensor, or a view of one, that torch functions accept in place of a tensor.
+    """A quantized tensor, or a view of one, that torch functions accept in place of a tensor.
 
     Args:
         weight: The codebooks.
-        part: What of them this is; all, if left out.
+        part: The part of them that this is; all, if left out.
         order: The axes of the part, in the order they have here.
         views: Further views, as (method, arguments, keywords), of which codebooks know nothing.
     """
@@ -85,7 +85,7 @@ class VirtualWeight(Facts):
 
     @classmethod
     def answer(cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a function that changes nothing in place returns."""
+        """Returns the result of a function that changes nothing in place."""
         serve = SERVED.get(func)
         if serve is not None:
             result = serve(*args, **kwargs)
@@ -103,7 +103,7 @@ class VirtualWeight(Facts):
             return call(func, plain, named, dense)
 
     def expand_dense(self) -> Tensor:
-        """The plain tensor."""
+        """Returns the plain tensor."""
         if self.tracing:
             dense = self.held()
         else:
@@ -115,7 +115,7 @@ class VirtualWeight(Facts):
         return dense
 
     def remade(self, tensor: Tensor) -> Remade:
-        """How its plain tensor, as ``expand_dense`` gave it, is made again."""
+        """Returns how its plain tensor, as ``expand_dense`` gave it, is made again."""
         part = self.part
         fixed = part.tensors.detach()
         again = VirtualWeight(self.held, Part(fixed, part.layout), self.order, self.views)
@@ -139,13 +139,13 @@ class VirtualWeight(Facts):
         resize_rows(self.held, value)
 
     def contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> Any:
-        """Itself, or where its axes have another order, the tensor."""
+        """Returns itself, or where its axes have another order, the tensor."""
         if memory_format is torch.contiguous_format and not self.flipped:
             return self
         return self._call("contiguous", memory_format=memory_format)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        """Itself where nothing changes, else the converted tensor."""
+        """Returns itself where nothing changes, else the converted tensor."""
         if kwargs or len(args) != 1 or args[0] not in (self.dtype, self.device):
             return self._call("to", *args, **kwargs)
         return self
@@ -181,7 +181,7 @@ class VirtualWeight(Facts):
         self.refuse("__setitem__")
 
     def change(self, name: str, *args: Any) -> VirtualWeight:
-        """A change in place: all of the tensor may be multiplied by a number; anything else is refused."""
+        """Changes the tensor in place: all of it may be multiplied by a number; anything else is refused."""
         number = len(args) == 1 and isinstance(args[0], (int, float)) and self.is_whole
         if not number or name not in ("mul_", "div_", "__imul__", "__itruediv__"):
             return self.refuse(name)
@@ -230,7 +230,7 @@ def check_values(values: Sequence[Any]) -> None:
 
 
 def as_dense(value: Any, made: list[Remade], plain: list[Tensor]) -> Any:
-    """A value with the plain tensor in place of a virtual weight.
+    """Returns a value with the plain tensor in place of a virtual weight.
 
     Args:
         value: Any argument of a function; of lists, items are looked at.

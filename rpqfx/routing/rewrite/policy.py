@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import inspect
 import json
 from collections.abc import Mapping
@@ -10,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from rpqfx.errors import PolicyError, SpecError
-from rpqfx.policies import name_rules
+from rpqfx.policies.base import PolicyBase
+from rpqfx.policies.name_rules import NameRule
 from rpqfx.routing.router import Router
 from rpqfx.validation.spelling import spelled
 from rpqfx.validation.values import closest, flag, number, shown, whole
@@ -23,8 +23,8 @@ _MOST = 2**31 - 1
 
 @spelled
 @dataclass(frozen=True)
-class RouteRule:
-    """What differs for some blocks.
+class RouteRule(NameRule):
+    """Says what differs for some blocks.
 
     Args:
         match: A pattern (as of file names) for the qualified names of blocks, as ``routed`` lists them.
@@ -37,27 +37,16 @@ class RouteRule:
 
     goes_with: ClassVar[str] = "RoutePolicy"
 
-    match: str
-    skip: str | None = None
     tokens: int | float | None = None
 
     def __post_init__(self) -> None:
-        name_rules.check_match(self.match, "RouteRule")
-        name_rules.check_skip(self.skip)
-        if (self.skip is None) == (self.tokens is None):
-            raise PolicyError(
-                f"a RouteRule either skips or sets tokens; that for {shown(self.match)} has both or neither"
-            )
+        super().__post_init__()
         _check_number("tokens", self.tokens)
-
-    def matches(self, name: str) -> bool:
-        """Whether it holds for the block of this name."""
-        return fnmatch.fnmatchcase(name, self.match)
 
 
 @spelled
 @dataclass(frozen=True)
-class RoutePolicy:
+class RoutePolicy(PolicyBase):
     """Which blocks are routed, and how many tokens of each sequence take the heavy branch.
 
     Of rules that match a block the first is followed; else the policy's own values hold.
@@ -81,6 +70,7 @@ class RoutePolicy:
     """
 
     goes_with: ClassVar[str] = "route"
+    rule: ClassVar[type] = RouteRule
 
     feed_forward: int | float | None = 0.25
     attention: int | float | None = 0.25
@@ -100,13 +90,17 @@ class RoutePolicy:
         if self.window is not None:
             whole("window", self.window, 1, _MOST, what="of tokens, or None,")
         flag("look_ahead", self.look_ahead)
-        object.__setattr__(self, "rules", name_rules.rules_of(self.rules, RouteRule))
+        self._check_rules()
         object.__setattr__(self, "router", _router(self.router))
         self._check_light_window()
         if self.window is not None and self.look_ahead:
             raise PolicyError("look_ahead=True would do nothing with a window, which looks at the past alone; give one")
         if self.window is not None and self.router.get("method", "exact") != "exact":
             raise PolicyError("a window is routed by the exact router's offset; leave out its method")
+
+    def defaults(self) -> dict[str, Any]:
+        """Returns the values that fields have where they are left out."""
+        return {**super().defaults(), "light_window": LIGHT_WINDOW}
 
     def _check_light_window(self) -> None:
         if self.light_window is None:
@@ -131,24 +125,10 @@ class RoutePolicy:
         Returns:
             The number of heavy tokens, or why the block is not routed.
         """
-        own: Number | str = getattr(self, kind)
-        for rule in reversed(self.rules):
-            if rule.matches(name):
-                own = rule.tokens if rule.skip is None else rule.skip
+        own, rule = getattr(self, kind), self.rule_for(name)
+        if rule is not None:
+            own = rule.tokens if rule.skip is None else rule.skip
         return f"{kind} is None" if own is None else own
-
-    def to_json(self) -> str:
-        """The policy as JSON; ``from_json`` reads it."""
-        return name_rules.to_json(self)
-
-    @classmethod
-    def from_json(cls, text: str) -> RoutePolicy:
-        """The policy that ``to_json`` wrote.
-
-        Raises:
-            PolicyError: If the text says something else.
-        """
-        return name_rules.from_json(cls, RouteRule, text, cls.__name__)
 
 
 def _router(options: Any) -> dict[str, Any]:

@@ -33,7 +33,7 @@ _HEAD = 64
 
 
 def route(model: nn.Module, policy: RoutePolicy | None = None, *, inplace: bool = False, seed: int = 0) -> nn.Module:
-    """Makes a model's feed-forward blocks and attention conditionally routed.
+    """Returns a copy of a model, or with ``inplace`` the model itself, with blocks and attention routed conditionally.
 
     Each block found becomes the heavy branch, with its own weights, for the tokens that a router chooses; a light
     branch for all tokens, whose last layer starts at zero, is added to it (CoLT5, Ainslie et al., 2023,
@@ -45,9 +45,9 @@ def route(model: nn.Module, policy: RoutePolicy | None = None, *, inplace: bool 
     attention as [`quantize_kv`][rpqfx.quantize_kv] finds it, if it is of a sequence to itself.
 
     Args:
-        model: Any model, one that ``rpqify`` returned too; left alone.
+        model: Any model, one that ``rpqify`` returned too.
         policy: ``RoutePolicy()`` if left out.
-        inplace: Rewrite the model itself.
+        inplace: Rewrite ``model`` itself. Otherwise it is left untouched, and the result shares no tensor with it.
         seed: Of the new Parameters.
 
     Where this raises anything, an interrupt (Ctrl-C) among it, ``model`` is as it was, also with ``inplace``.

@@ -79,7 +79,7 @@ def test_it_is_what_the_library_makes(dense: Path, text: Path, small: Path) -> N
     tokens = texts.tokens_of(transformers.AutoTokenizer.from_pretrained(dense), text.read_text(encoding="utf-8"))
     calibration, held = texts.split(tokens, 8192)
     assert len(held) == len(tokens) // 5
-    wanted = rpqfx.rpqify(model, Policy.pretrained(5), calibration=texts.windows(calibration, 32, 3))
+    wanted = rpqfx.convert(model, Policy.pretrained(5), texts.windows(calibration, 32, 3))
     found = transformers.AutoModelForCausalLM.from_pretrained(small)
     ids = tokens[None, :16]
     assert torch.equal(found(ids).logits, wanted(ids).logits)
@@ -170,7 +170,7 @@ def test_what_cannot_be_done_is_refused_before(
     def stopped(*args: Any, **kwargs: Any) -> None:
         raise ValueError("the work began")
 
-    monkeypatch.setattr("rpqfx.integrations.command_line.convert.rpqify", stopped)
+    monkeypatch.setattr("rpqfx.integrations.command_line.convert.convert", stopped)
     typed = [paths.get(option, option) for option in options]
     assert main(["convert", str(dense), "--bits", "5", "--out", str(tmp_path / "out"), *typed]) == FAILED
     assert (said or "the work began") in capsys.readouterr().err

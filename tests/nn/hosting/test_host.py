@@ -168,7 +168,7 @@ def test_what_cannot_be_backed_is_refused_and_left_alone() -> None:
 
 def test_a_class_that_cannot_be_extended_is_refused_and_left_alone() -> None:
     module = Final()
-    with pytest.raises(RewriteError, match="Final cannot take on codebook-held Parameters: no heirs"):
+    with pytest.raises(RewriteError, match="Final cannot take on quantized Parameters: no heirs"):
         back(module, {"w": hold(module.w)})
     assert type(module) is Final and type(module.w) is nn.Parameter
 
@@ -183,7 +183,7 @@ def test_backed_as_tells_the_class_and_changes_nothing() -> None:
 
 def test_assigning_a_backed_parameter_is_refused() -> None:
     module = backed()
-    with pytest.raises(RewriteError, match=r"Projection.w is held in codebooks .* train or load w_rpq"):
+    with pytest.raises(RewriteError, match=r"Projection.w is quantized .* train or load w_rpq"):
         module.w = nn.Parameter(torch.zeros(6, 8))
     module.v = nn.Parameter(torch.zeros(6, 8, dtype=torch.float64))
     assert not module.v.any()

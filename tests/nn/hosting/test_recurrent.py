@@ -82,7 +82,7 @@ def test_a_conversion_and_a_new_bias_are_seen_at_the_next_call():
 
 def test_a_held_weight_cannot_be_laid_over():
     _, small, _ = made("lstm")
-    with pytest.raises(RewriteError, match="weight_ih_l0 is held in codebooks"):
+    with pytest.raises(RewriteError, match="weight_ih_l0 is quantized"):
         small.weight_ih_l0 = nn.Parameter(torch.zeros(64, 12))
 
 
@@ -154,6 +154,12 @@ def test_a_refused_rewrite_puts_the_flat_list_back():
     model = Changing()
     before, x = copy.deepcopy(model), torch.randn(4, 2, 16)
     with pytest.raises(RewriteError, match="does not compute what the dense model"):
-        rpqfx.rpqify(model, SMALL, example_inputs=(x,), inplace=True)
+        rpqfx.check_outputs(rpqfx.rpqify(model, SMALL), (x,))
+
+    def stop(done: int, total: int, name: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        rpqfx.rpqify(model, SMALL, inplace=True, progress=stop)
     assert type(model.rnn) is nn.GRU and model.rnn._flat_weights[0] is model.rnn.weight_ih_l0
     assert torch.equal(model(x), before(x))

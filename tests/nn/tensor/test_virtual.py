@@ -234,7 +234,7 @@ def test_a_change_in_place_is_refused_rather_than_lost(name: str) -> None:
     """But for initialisers that run again over codebooks which have been drawn."""
     weight, change = make(False), CHANGES[name]
     before = weight.codebooks.detach().clone()
-    with torch.no_grad(), pytest.raises(RewriteError, match="held in codebooks and made anew at each read"):
+    with torch.no_grad(), pytest.raises(RewriteError, match="a quantized weight, which is computed anew at each read"):
         change(VirtualWeight(weight))
     with initialising():
         change(VirtualWeight(weight))
