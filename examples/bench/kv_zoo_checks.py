@@ -99,6 +99,8 @@ def check(one: Architecture) -> Result:
         subject = _small(dense, _NARROW, [])
         for name, run in _runs(dense, wide, subject, x, wanted):
             found["checks"][name] = _outcome(run)
+    if all(found["checks"][name]["state"] == "n/a" for name in ("cache", "tokens")) and not _keeps_keys(dense, x):
+        return {**found, "state": "none", "detail": "whole sequences go through codes; the model takes no cache"}
     bad = [name for name, outcome in found["checks"].items() if outcome["state"] == "failed"]
     return {**found, "state": "failed" if bad else "served", "detail": ", ".join(bad)}
 
@@ -116,7 +118,11 @@ def _keeps_keys(dense: Subject, x: Tensor) -> bool:
 
 def _small(dense: Subject, window: int, said: list[str]) -> Subject:
     policy = KVPolicy(bits=4, window=window, sinks=2, chunk=8, entries=16, sub_vector=4, beam=1)
-    batch = {**dense.encoder_inputs(2), ("decoder_input_ids" if dense.both else "input_ids"): tokens(9, 2, _LENGTH)}
+    batch: dict[str, Any] = {
+        **dense.encoder_inputs(2),
+        ("decoder_input_ids" if dense.both else "input_ids"): tokens(9, 2, _LENGTH),
+    }
+    batch["use_cache"] = False  # FSMT hides later tokens of a whole sequence without one alone
     small = rpqfx.quantize_kv(
         dense.model,
         policy,
@@ -193,7 +199,11 @@ def _two_turns(dense: Subject, small: Subject, x: Tensor) -> Result:
     """The second turn of a conversation, with the first one's cache, against all of it afresh."""
     # generate of some models with an encoder goes on otherwise with a cache than afresh, for most prompts
     for prompt in (x, *(tokens(seed, *x.shape) for seed in ((2, 3, 4) if dense.both else ()))):
-        if not torch.equal(*_second_turn(dense, prompt, codes=False)):
+        try:
+            same = torch.equal(*_second_turn(dense, prompt, codes=False))
+        except Exception as error:  # a model's own limits
+            return {"state": "n/a", "detail": f"dense: {type(error).__name__}"}
+        if not same:
             return {"state": "n/a", "detail": "dense: other tokens"}
     return _equal(*_second_turn(small, x, codes=True))
 

@@ -94,6 +94,7 @@ _OWN: dict[str, dict[str, Any]] = {
                  "local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4, "num_buckets": 2},
     "speech_to_text": {"input_feat_per_channel": 16, "conv_channels": 32, "max_source_positions": 64},
     "whisper": {"num_mel_bins": 16, "max_source_positions": 20},
+    "xlm": {"causal": True},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 3, "layer_types": ["mamba", "mamba", "hybrid"], "attention_head_dim": 32,
               "attention_hidden_size": 128, "n_mamba_heads": 2, "use_mamba_kernels": False},

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from rpqfx.errors import InputError
 from rpqfx.graph.leaves import own
+from rpqfx.graph.written_products import Products
 from rpqfx.kv.attention.rotary import HALVES, Rotary, Turning, turn, turn_back
 from rpqfx.kv.attention.score_options import Changes, biased_attention
 from rpqfx.kv.cache.layer import Arrival, LayerStore
@@ -39,15 +40,17 @@ class KVAttention(nn.Module):
     Args:
         policy: Window, sinks and chunk; ``keys`` says on which side of the rotary embedding keys are coded.
         name: Of the module whose attention it is, for messages.
+        products: Which of the module's products are those of its attention, where it multiplies them out itself.
     """
 
     keys: HeadCoder
     values: HeadCoder
     turning: Turning | None = HALVES  # of models that were pickled before there were others
+    products: Products | None = None
 
-    def __init__(self, policy: KVPolicy, name: str) -> None:
+    def __init__(self, policy: KVPolicy, name: str, products: Products | None = None) -> None:
         super().__init__()
-        self.policy, self.name = policy, name
+        self.policy, self.name, self.products = policy, name, products
         self.watch: Watch | None = None
         self.trial: Trial | None = None
         self.turning = None
@@ -95,6 +98,7 @@ class KVAttention(nn.Module):
             InputError: If heads are not those of the coders, or keys come from another cache than ours.
         """
         if isinstance(key, Pending):
+            self._check_plain(key, value)
             coming = key.coming
             if coming.arrival is None:
                 coming.arrival = self.append(coming.store, coming.keys, coming.values)
@@ -110,7 +114,8 @@ class KVAttention(nn.Module):
         if self.watch is not None:
             key, value = self.watch.see(key, value, angles)
             return _attend(query, key, value, changes, attn_mask=attn_mask, is_causal=is_causal, **options)
-        self._check(key, value)
+        self.check("keys", key)
+        self.check("values", value)
         store = self.underway.store
         if store is not None:
             store.adopt(self.keys, self.values)
@@ -125,7 +130,7 @@ class KVAttention(nn.Module):
             )
         if angles is not None:
             keep_angles(made, angles)
-        near = self._near(query.shape[-2], key.shape[-2], query.device)
+        near = self.near(query.shape[-2], key.shape[-2], query.device)
         near_mask, far_mask = _masks(near, attn_mask, is_causal, query)
         batches: list[Batch] = []
         old_keys, key_loss = self._recoded(key, angles, batches)
@@ -205,16 +210,48 @@ class KVAttention(nn.Module):
             raise InputError(f"{self.name} shows no rotary embedding; hold its keys after it (KVPolicy(keys='after'))")
         return self.underway.rotary
 
-    def _check(self, key: Tensor, value: Tensor) -> None:
-        for what, x, coder in (("keys", key, self.keys), ("values", value, self.values)):
-            if x.dim() != 4 or x.shape[1] != coder.heads or x.shape[3] != coder.dim:
-                raise InputError(
-                    f"{self.name}: {what} are [B, {coder.heads}, T, {coder.dim}] as in calibration, "
-                    f"got {list(x.shape)}; quantise the model again with batches like these"
-                )
+    def _check_plain(self, *given: Tensor) -> None:
+        """Raises where the cache's keys or values were repeated, or moved, before attention gets them."""
+        steps = [step for x in given if isinstance(x, Pending) for step in x.steps]
+        if steps:
+            raise InputError(
+                f"{self.name}: {steps[0].func.__name__} works on keys or values themselves before attention gets them, "
+                "which a cache of codes never makes for it; skip the module with a KVRule"
+            )
 
-    def _near(self, queries: int, tokens: int, device: torch.device) -> Tensor:
-        """``[T_q, T]``: which keys a query finds as they are. The queries are the last tokens."""
+    def check_angles(self) -> None:
+        """Raises where keys are to be held before a rotary embedding that is not shown.
+
+        Raises:
+            InputError: Then.
+        """
+        self._angles()
+
+    def check(self, side: Literal["keys", "values"], x: Tensor) -> None:
+        """Raises unless keys or values are of the shape that was calibrated with.
+
+        Args:
+            side: Which of both.
+            x: The keys or values.
+
+        Raises:
+            InputError: Then.
+        """
+        coder = self.keys if side == "keys" else self.values
+        if x.dim() != 4 or x.shape[1] != coder.heads or x.shape[3] != coder.dim:
+            raise InputError(
+                f"{self.name}: {side} are [B, {coder.heads}, T, {coder.dim}] as in calibration, got {list(x.shape)}; "
+                "quantise the model again with batches like these"
+            )
+
+    def near(self, queries: int, tokens: int, device: torch.device) -> Tensor:
+        """Returns which keys a query finds as they are, ``[T_q, T]`` boolean.
+
+        Args:
+            queries: How many; they are the last tokens.
+            tokens: How many.
+            device: Of the result.
+        """
         policy = self.policy
         seen = torch.arange(tokens - queries + 1, tokens + 1, device=device)[:, None]  # tokens so far
         token = torch.arange(tokens, device=device)

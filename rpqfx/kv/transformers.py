@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from rpqfx.errors import InputError
 from rpqfx.kv.attention.score_options import Changes
 from rpqfx.kv.cache.layer import LayerStore
+from rpqfx.kv.foreign_caches import layer_number
 from rpqfx.kv.model_cache import CodebookCache
 from rpqfx.kv.module import KVAttention
 from rpqfx.kv.transformers_layers import CodebookLayer, HybridLayer
@@ -140,7 +141,8 @@ class TransformersCache(CodebookCache, Cache):
         for module in model.modules():  # not by name: the model may be within another one by now
             core = module._modules.get("kv_codes")
             if isinstance(core, KVAttention):
-                coded[getattr(module, "layer_idx", len(coded))] = self.stores[core.name]
+                number = layer_number(module)
+                coded[len(coded) if number is None else number] = self.stores[core.name]
         plain: list[Any] = list(DynamicCache(config=model.config).layers)
         number = max(len(plain), max(coded) + 1)
         plain += [DynamicLayer() for _ in range(number - len(plain))]

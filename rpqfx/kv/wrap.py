@@ -17,6 +17,7 @@ from rpqfx.kv.attention.rotary import Rotary
 from rpqfx.kv.attention.rotary_conventions import turning_of
 from rpqfx.kv.foreign_caches import check_cache
 from rpqfx.kv.module import KVAttention
+from rpqfx.kv.products import Multiplying
 from rpqfx.nn.attention import Attends
 from rpqfx.nn.hosting.host import READ_AS, class_of, named_class
 from rpqfx.nn.hosting.release import unbacked
@@ -89,6 +90,26 @@ class _Turning(_Wrapped):
             check_cache(core.name, self, (*args, *kwargs.values()))
         with _angles(core, _found(core, args, kwargs)):
             return super().forward(*args, **kwargs)
+
+
+class _Multiplying(_Wrapped):
+    """A module that multiplies queries by keys, and weights by values, in its own code."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """See the class this extends."""
+        core = getattr(self, CORE)
+        if core.trial is None and core.watch is None:
+            check_cache(core.name, self, (*args, *kwargs.values()))
+        call = Multiplying(core)
+        try:
+            with call:
+                out = super().forward(*args, **kwargs)
+        except TypeError:
+            if call.refusal is None:
+                raise
+            raise call.refusal from None
+        call.finish()
+        return out
 
 
 @contextmanager
@@ -195,6 +216,7 @@ _BASES: dict[str, tuple[type, ...]] = {
     "call": (_Calling,),
     "torch": (_Attending,),
     "transformers": (_Turning,),
+    "products": (_Multiplying,),
 }
 
 
