@@ -27,6 +27,7 @@ class AttentionSite:
         module: The module.
         kind: ``"call"``: its forward calls ``scaled_dot_product_attention``. ``"torch"``: it is a
             ``torch.nn.MultiheadAttention``. ``"transformers"``: it asks transformers' table of attention functions.
+            ``"latent"``: likewise, of keys and values that its ``expand_kv`` makes of what a cache holds.
             ``"products"``: its own code multiplies queries by keys, and weights by values.
         products: Which of its products these are, where it is of the last kind.
         obstacle: What it does that is not known here, or None.
@@ -34,7 +35,7 @@ class AttentionSite:
 
     name: str
     module: nn.Module
-    kind: Literal["call", "torch", "transformers", "products"]
+    kind: Literal["call", "torch", "transformers", "latent", "products"]
     products: Products | None = None
     obstacle: str | None = None
 
@@ -52,7 +53,8 @@ def find_attention(captured: Captured) -> list[AttentionSite]:
         if isinstance(module, nn.MultiheadAttention):
             found.append(AttentionSite(name, module, "torch"))
         elif _INTERFACE in _names(module) and hasattr(module, "config"):
-            found.append(AttentionSite(name, module, "transformers"))
+            latent = callable(getattr(type(module), "expand_kv", None))
+            found.append(AttentionSite(name, module, "latent" if latent else "transformers"))
         elif _calls(captured, name) or _is_opaque_caller(captured, name, module):
             found.append(AttentionSite(name, module, "call"))
     return found

@@ -19,7 +19,7 @@ from rpqfx.graph.module_graphs import evaluating
 from rpqfx.kv.coder.head_coder import HeadCoder
 from rpqfx.kv.first_run import Trial
 from rpqfx.kv.module import KVAttention
-from rpqfx.kv.wrap import unwrap
+from rpqfx.kv.wrap import OF_TRANSFORMERS, unwrap
 
 Cores = dict[AttentionSite, KVAttention]
 
@@ -88,7 +88,7 @@ def tried(model: nn.Module, cores: Cores, batches: Batches) -> tuple[Cores, dict
             core.trial = None
     left: Cores = {}
     for site, core in cores.items():
-        if trials[site].ahead is not None and site.kind == "transformers":
+        if trials[site].ahead is not None and site.kind in OF_TRANSFORMERS:
             unwrap(site)
         else:
             left[site] = core

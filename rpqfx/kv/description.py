@@ -18,7 +18,7 @@ from rpqfx.kv.attention.rotary import HALVES, Turning
 from rpqfx.kv.coder.head_coder import HeadCoder
 from rpqfx.kv.module import KVAttention
 from rpqfx.kv.policy import KVPolicy
-from rpqfx.kv.wrap import CORE, kind_of, wrap
+from rpqfx.kv.wrap import CORE, OF_TRANSFORMERS, kind_of, wrap
 from rpqfx.nn.wrappers import modules_within
 
 _SIDES = ("keys", "values")
@@ -84,7 +84,7 @@ def put_back_kv(
         name = one["names"][0]
         try:
             module = model.get_submodule(names[name])
-            if one["kind"] == "transformers" and not hasattr(module, "config"):
+            if one["kind"] in OF_TRANSFORMERS and not hasattr(module, "config"):
                 raise RPQError("no attention module of transformers")
             core = module._modules.get(CORE)
             if not isinstance(core, KVAttention):

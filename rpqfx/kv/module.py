@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rpqfx.errors import InputError
 from rpqfx.graph.leaves import own
 from rpqfx.graph.written_products import Products
+from rpqfx.kv.attention.masks import masks
 from rpqfx.kv.attention.rotary import HALVES, Rotary, Turning, turn, turn_back
 from rpqfx.kv.attention.score_options import Changes, biased_attention
 from rpqfx.kv.cache.layer import Arrival, LayerStore
@@ -47,6 +48,7 @@ class KVAttention(nn.Module):
     values: HeadCoder
     turning: Turning | None = HALVES  # of models that were pickled before there were others
     products: Products | None = None
+    latent: bool = False  # whether keys and values are expanded from what a cache holds
 
     def __init__(self, policy: KVPolicy, name: str, products: Products | None = None) -> None:
         super().__init__()
@@ -97,6 +99,8 @@ class KVAttention(nn.Module):
         Raises:
             InputError: If heads are not those of the coders, or keys come from another cache than ours.
         """
+        if self.latent:
+            return self._expanded(query, key, value, attn_mask, is_causal, changes, dropout_p=dropout_p, scale=scale)
         if isinstance(key, Pending):
             self._check_plain(key, value)
             coming = key.coming
@@ -131,7 +135,7 @@ class KVAttention(nn.Module):
         if angles is not None:
             keep_angles(made, angles)
         near = self.near(query.shape[-2], key.shape[-2], query.device)
-        near_mask, far_mask = _masks(near, attn_mask, is_causal, query)
+        near_mask, far_mask = masks(near, attn_mask, is_causal, query)
         batches: list[Batch] = []
         old_keys, key_loss = self._recoded(key, angles, batches)
         old_values, value_loss = self.values(value, None, batches)
@@ -141,6 +145,28 @@ class KVAttention(nn.Module):
         keys, values = torch.cat([key, old_keys], -2), torch.cat([value, old_values], -2)
         out = _attend(query, keys, values, changes, attn_mask=torch.cat([near_mask, far_mask], -1), **options)
         return step_after_backward(out, batches) if batches and torch.is_grad_enabled() else out
+
+    def _expanded(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, changes: Changes | None,
+        **options: Any,
+    ) -> Tensor:  # fmt: skip
+        """Attention to keys and values that the module made, twice where codes have others to say."""
+        near, self.underway.near = self.underway.near, None
+        if self.trial is not None:
+            self.trial.see(query, key, value, mask, is_causal)
+        if near is None:
+            return _attend(query, key, value, changes, attn_mask=mask, is_causal=is_causal, **options)
+        return _attend(
+            query, key, value, changes, attn_mask=torch.cat(masks(near, mask, is_causal, query), -1), **options
+        )
+
+    def tokens(self, key: Tensor) -> int:
+        """Returns of how many tokens keys are.
+
+        Args:
+            key: As attention gets them.
+        """
+        return key.shape[2] // (1 if self.underway.near is None else 2)
 
     def append(self, store: LayerStore, key: Tensor, value: Tensor) -> Arrival:
         """Puts the next tokens into a cache.
@@ -269,18 +295,3 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, changes: Changes | None, 
     if changes:
         return biased_attention(query, key, value, changes, **options)
     return _SDPA(query, key, value, **options)
-
-
-def _masks(near: Tensor, mask: Tensor | None, is_causal: bool, query: Tensor) -> tuple[Tensor, Tensor]:
-    """Masks of the keys as they are, and of the coded ones."""
-    queries, tokens = near.shape
-    far = ~near
-    if is_causal:  # torch aligns it to the upper left
-        seen = torch.ones(queries, tokens, dtype=torch.bool, device=near.device).tril()
-        near, far = near & seen, far & seen
-    if mask is None:
-        return near, far
-    if mask.dtype == torch.bool:
-        return near & mask, far & mask
-    low = torch.full((), float("-inf"), dtype=mask.dtype, device=mask.device)
-    return torch.where(near, mask, low), torch.where(far, mask, low)

@@ -81,7 +81,7 @@ def _on_codes(
         raise InputError(f"{core.name} hands both s_aux= and sinks= to its attention; skip it with a KVRule")
     changes = Changes(softcap, sinks if s_aux is None else s_aux)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    causal = causal and mask is None and query.shape[2] > 1 and query.shape[2] == key.shape[2]
+    causal = causal and mask is None and query.shape[2] > 1 and query.shape[2] == core.tokens(key)
     if position_bias is not None:
         mask, causal = _with_bias(position_bias, mask, causal), False
     return core(query, key, value, mask, dropout, causal, scaling, query.shape[1] != key.shape[1], changes or None)

@@ -124,7 +124,7 @@ _PRODUCTS = _Keys({
     "scores": _whole(0), "mix": _whole(0), "total": _whole(1), "keys": _OPERAND, "values": _OPERAND,
 })  # fmt: skip
 _CACHE = _Keys({
-    "names": _list_of(_is_path, 1), "kind": _one_of("call", "torch", "transformers", "products"),
+    "names": _list_of(_is_path, 1), "kind": _one_of("call", "torch", "transformers", "latent", "products"),
     "outermost": _is_flag, "policy": _is_text, "?turning": _or_none(lambda value: value in _TURNINGS),
     "?products": _or_none(_PRODUCTS),
     "keys": _CODER, "values": _CODER,
