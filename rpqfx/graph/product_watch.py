@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from rpqfx.graph.operands import operand_of
+from rpqfx.graph.operands import Operand, operand_of
 from rpqfx.graph.products import Product, is_product
 from rpqfx.graph.written_products import Products, Written
 
@@ -42,26 +42,42 @@ class Call:
 
 @dataclass(eq=False)
 class _Event:
-    """A product, or a softmax."""
+    """A product, or a softmax.
+
+    Args:
+        calls: Of modules that were under way, the outermost first.
+        numbers: Of the product among those of each call.
+        keys: How keys lie in its right operand if that holds some, or why this cannot be told; None for a softmax.
+        of: Products that the scores of a softmax derive from.
+        obstacle: What is not known here about a softmax.
+    """
 
     calls: tuple[Call, ...]
-    numbers: tuple[int, ...]
-    product: Product | None = None
-    heads: int | None = None
-    copies: int = 1
+    numbers: tuple[int, ...] = ()
+    keys: Operand | str | None = None
     of: tuple[_Event, ...] = ()
     obstacle: str | None = None
 
 
 @dataclass(frozen=True)
 class _Tag:
-    """What is known of a tensor: which products, or which softmaxes, it derives from with no product in between."""
+    """What is known of a tensor.
+
+    Args:
+        events: Products, or softmaxes, that it derives from with no other product or softmax in between.
+        moved: Whether axes may lie otherwise since.
+        constant: Whether it derives from parameters and buffers alone.
+        heads: How many heads its first axis was folded of.
+        copies: How often each of its numbers is there.
+        fresh: Whether it is the result of a product or a softmax itself.
+    """
 
     events: frozenset[_Event] = frozenset()
     moved: bool = False
     constant: bool = False
     heads: int | None = None
     copies: int = 1
+    fresh: bool = False
 
 
 @dataclass
@@ -131,9 +147,10 @@ class ProductWatch(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         told = args[:1] if name.endswith("_as") or name in ("to", "type") else (args, kwargs)
         given = [self._tags.get(x, _Tag()) for x in _tensors(told)]
-        if product is not None:
+        if is_product(func):
             for call in self._calls:
                 call.products += 1
+        if product is not None:
             operands = [self._tags.get(x, _Tag()) for x in (product.left, product.right)]
             if not any(tag.constant for tag in operands):
                 return self._product(product, *operands)
@@ -148,24 +165,28 @@ class ProductWatch(TorchFunctionMode):
         if any(event.of for event in left.events):
             self._mixed(product, left, right)
         numbers = tuple(call.products - 1 for call in self._calls)
-        heads = right.heads
-        if heads is None and product.right.dim() == 3 and self._calls[-1].batch == product.right.shape[0]:
-            heads = 1
-        event = _Event(tuple(self._calls), numbers, product, heads, right.copies)
-        return _Tag(frozenset({event}))
+        keys = operand_of(product.right, product.score_axes(), self._heads(product, right), right.copies)
+        return _Tag(frozenset({_Event(tuple(self._calls), numbers, keys)}), fresh=True)
+
+    def _heads(self, product: Product, right: _Tag) -> int | None:
+        """How many heads the first axis of the right operand was folded of, where that can be told."""
+        if right.heads is None and product.right.dim() == 3 and self._calls[-1].batch == product.right.shape[0]:
+            return 1
+        return right.heads
 
     def _softmax(self, args: Any, kwargs: Any, tag: _Tag, events: frozenset[_Event]) -> _Tag:
         dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+        scores = args[0] if args else kwargs["input"]
         obstacle = None
-        if tag.moved:
+        if any(event.of for event in events):
+            obstacle = "takes the softmax of a softmax"
+        elif tag.moved:
             obstacle = "moves axes of its scores, or cuts them, before the softmax"
         elif len(events) > 1:
             obstacle = f"has scores that come of {len(events)} products of activations"
-        elif dim not in (-1, args[0].dim() - 1):
+        elif dim not in (-1, scores.dim() - 1):
             obstacle = "has its softmax over another axis than the last"
-        calls = tuple(self._calls)
-        numbers = tuple(call.products for call in calls)
-        return _Tag(frozenset({_Event(calls, numbers, of=tuple(events), obstacle=obstacle)}))
+        return _Tag(frozenset({_Event(tuple(self._calls), of=tuple(events), obstacle=obstacle)}), fresh=True)
 
     def _mixed(self, product: Product, left: _Tag, right: _Tag) -> None:
         """Notes the second product of an attention."""
@@ -185,21 +206,16 @@ class ProductWatch(TorchFunctionMode):
             obstacle = "moves axes of its weights, or cuts them, after the softmax"
         elif product.func.__name__ == "baddbmm":
             obstacle = "adds to what it mixes values to"
-        assert scores.product is not None
-        keys = operand_of(scores.product.right, scores.product.score_axes(), scores.heads, scores.copies)
-        heads = right.heads
-        if heads is None and product.right.dim() == 3 and call.batch == product.right.shape[0]:
-            heads = 1
-        values = operand_of(product.right, product.value_axes(), heads, right.copies)
+        keys = scores.keys
+        values = operand_of(product.right, product.value_axes(), self._heads(product, right), right.copies)
         for operand in (keys, values):
             if isinstance(operand, str) and obstacle is None:
                 obstacle = operand
         causal = _is_causal(product.left)
-        if obstacle is not None or isinstance(keys, str) or isinstance(values, str):
-            self.pairs.append(Pair(call, Written(None, obstacle), causal))
-            return
-        products = Products(scores.numbers[at], numbers[at], 0, keys, values)
-        self.pairs.append(Pair(call, Written(products), causal))
+        products = None
+        if obstacle is None and isinstance(keys, Operand) and isinstance(values, Operand):
+            products = Products(scores.numbers[at], numbers[at], 0, keys, values)
+        self.pairs.append(Pair(call, Written(products, obstacle), causal))
 
     def _note(self, func: Any, args: Any, made: Any, tag: _Tag) -> None:
         name = getattr(func, "__name__", "")
@@ -213,8 +229,7 @@ class ProductWatch(TorchFunctionMode):
                 if name in _COPYING and source.numel():
                     copies *= x.numel() // source.numel()
             moved = tag.moved or (name in _MOVING and bool(tag.events))
-            product = any(event.product is not None and x is made for event in tag.events) and is_product(func)
-            if product:
+            if tag.fresh:
                 heads, copies, moved = None, 1, False
             self._tags[x] = _Tag(tag.events, moved, tag.constant, heads, copies)
 
