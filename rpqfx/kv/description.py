@@ -86,6 +86,8 @@ def put_back_kv(
             module = model.get_submodule(names[name])
             if one["kind"] in OF_TRANSFORMERS and not hasattr(module, "config"):
                 raise RPQError("no attention module of transformers")
+            if one["kind"] == "latent" and not callable(getattr(type(module), "expand_kv", None)):
+                raise RPQError(f"a {type(module).__name__}, which makes no keys of latents")
             core = module._modules.get(CORE)
             if not isinstance(core, KVAttention):
                 core = KVAttention(KVPolicy.from_json(one["policy"]), name)
