@@ -17,15 +17,32 @@ class Operand:
     """Keys or values ``[B, H, T, D]`` as an operand has them.
 
     Args:
+        number: ``H``.
+        width: ``D``.
         heads: Into how many heads the first axis is to be split, where samples and heads are one axis (or there are no
             heads, and it is 1); None where each has its own.
         copies: How many query heads in a row share one head, each with a copy of it.
         order: Whether copies of a head stand ``"beside"`` each other, or all heads are repeated (``"around"``).
     """
 
+    number: int
+    width: int
     heads: int | None = None
     copies: int = 1
     order: Copies = "beside"
+
+    def fits(self, shape: Sequence[int], axes: Sequence[int] | None) -> bool:
+        """Returns whether an operand of a shape may hold them.
+
+        Args:
+            shape: Of the operand.
+            axes: Its axes in the order ``[..., T, D]``; None where they are in none.
+        """
+        if axes is None or len(shape) != (4 if self.heads is None else 3) or shape[axes[-1]] != self.width:
+            return False
+        if self.heads is None:
+            return shape[axes[1]] == self.number * self.copies
+        return shape[axes[0]] % self.heads == 0
 
     def vectors(self, x: Tensor, axes: Sequence[int]) -> Tensor:
         """Returns the vectors of each head, ``[B, H, T, D]``.
@@ -75,11 +92,13 @@ def operand_of(x: Tensor, axes: Sequence[int] | None, heads: int | None, copies:
     if x.dim() not in (3, 4):
         return f"multiplies keys or values {list(x.shape)}, where [B, H, T, D] or [B * H, T, D] is expected"
     split = heads if x.dim() == 3 else None
+    together = x.shape[axes[1]] if split is None else split
+    width = x.shape[axes[-1]]
     if copies == 1:
-        return Operand(split)
-    if Operand(split).vectors(x, axes).shape[1] % copies == 0:
+        return Operand(together, width, split)
+    if together % copies == 0:
         for order in get_args(Copies):
-            found = Operand(split, copies, order)
+            found = Operand(together // copies, width, split, copies, order)
             if torch.equal(found.operand(found.vectors(x, axes), axes), x):
                 return found
     return f"repeats keys or values {copies} times in an order that is not known"

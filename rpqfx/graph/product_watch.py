@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from rpqfx.graph.operands import Operand, operand_of
 from rpqfx.graph.products import Product, is_product
-from rpqfx.graph.written_products import Products, Written
+from rpqfx.graph.written_products import Products, Shape, Written
 
 # Functions after which axes of scores or of weights may lie otherwise than before.
 _MOVING = frozenset({
@@ -37,7 +37,7 @@ class Call:
     name: str
     module: nn.Module
     batch: int | None
-    products: int = 0
+    products: list[Shape] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -147,10 +147,9 @@ class ProductWatch(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         told = args[:1] if name.endswith("_as") or name in ("to", "type") else (args, kwargs)
         given = [self._tags.get(x, _Tag()) for x in _tensors(told)]
-        if is_product(func):
-            for call in self._calls:
-                call.products += 1
         if product is not None:
+            for call in self._calls:
+                call.products.append(Shape.of(product))
             operands = [self._tags.get(x, _Tag()) for x in (product.left, product.right)]
             if not any(tag.constant for tag in operands):
                 return self._product(product, *operands)
@@ -164,7 +163,7 @@ class ProductWatch(TorchFunctionMode):
     def _product(self, product: Product, left: _Tag, right: _Tag) -> _Tag:
         if any(event.of for event in left.events):
             self._mixed(product, left, right)
-        numbers = tuple(call.products - 1 for call in self._calls)
+        numbers = tuple(len(call.products) - 1 for call in self._calls)
         keys = operand_of(product.right, product.score_axes(), self._heads(product, right), right.copies)
         return _Tag(frozenset({_Event(tuple(self._calls), numbers, keys)}), fresh=True)
 
@@ -193,7 +192,7 @@ class ProductWatch(TorchFunctionMode):
         softmaxes = [event for event in left.events if event.of]
         first = softmaxes[0]
         scores = first.of[0]
-        numbers = tuple(call.products - 1 for call in self._calls)
+        numbers = tuple(len(call.products) - 1 for call in self._calls)
         common = [i for i, call in enumerate(self._calls) if all(_within(call, e, i) for e in (first, *first.of))]
         if not common or any(call.module in self._known for call in self._calls):
             return

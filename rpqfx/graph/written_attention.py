@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from rpqfx.graph.product_watch import Pair, ProductWatch
-from rpqfx.graph.written_products import Products, Written
+from rpqfx.graph.written_products import Products, Written, counts
 
 
 def find_written(model: nn.Module, run: Callable[[], Any], known: Collection[nn.Module]) -> dict[str, Written]:
@@ -50,9 +50,15 @@ def _judged(own: list[Pair], known: set[nn.Module], pairs: dict[str, list[Pair]]
             return pair.found
         if not pair.causal:
             return Written(None, "lets tokens attend to later ones in some of its calls")
-    if any(pair.found != first.found or pair.call.products != first.call.products for pair in own):
+    products = {_counted(pair) for pair in own}
+    if len(products) > 1:
         return Written(None, "multiplies keys and values otherwise from call to call")
-    products = first.found.products
-    assert products is not None
-    total = first.call.products
-    return Written(Products(products.scores, products.mix, total, products.keys, products.values))
+    return Written(products.pop())
+
+
+def _counted(pair: Pair) -> Products:
+    """Which products of a call are the two, among those that count."""
+    found = pair.found.products
+    assert found is not None  # as there is no obstacle
+    which = [number for number, shape in enumerate(pair.call.products) if counts(found.keys, found.values, shape)]
+    return Products(which.index(found.scores), which.index(found.mix), len(which), found.keys, found.values)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from rpqfx.graph.operands import Operand
+from rpqfx.graph.products import Product
 
 
 @dataclass(frozen=True)
@@ -12,9 +14,10 @@ class Products:
     """Which of a module's products are those of its attention.
 
     Args:
-        scores: The number of the product of queries and keys, among the products that a call makes.
+        scores: The number of the product of queries and keys, among the products of a call whose right operand may hold
+            the keys or the values. Others, such as those that layers with weights make, do not count.
         mix: The number of the product of weights and values.
-        total: How many products a call makes.
+        total: How many of these products a call makes.
         keys: How keys lie in the first of the two.
         values: How values lie in the second.
     """
@@ -24,6 +27,48 @@ class Products:
     total: int
     keys: Operand
     values: Operand
+
+    def count(self, product: Product) -> bool:
+        """Returns whether a product is one of those that are counted.
+
+        Args:
+            product: The product.
+        """
+        return counts(self.keys, self.values, Shape.of(product))
+
+
+class Shape(NamedTuple):
+    """What is known of a product without its operands.
+
+    Args:
+        right: The shape of the right operand.
+        score_axes: See ``Product.score_axes``.
+        value_axes: See ``Product.value_axes``.
+    """
+
+    right: tuple[int, ...]
+    score_axes: tuple[int, ...] | None
+    value_axes: tuple[int, ...] | None
+
+    @classmethod
+    def of(cls, product: Product) -> Shape:
+        """Returns that of a product.
+
+        Args:
+            product: The product.
+        """
+        return cls(tuple(product.right.shape), product.score_axes(), product.value_axes())
+
+
+def counts(keys: Operand, values: Operand, shape: Shape) -> bool:
+    """Returns whether a product may be one of an attention's two.
+
+    Args:
+        keys: How keys lie in their operand.
+        values: How values lie.
+        shape: Of the product.
+    """
+    return keys.fits(shape.right, shape.score_axes) or values.fits(shape.right, shape.value_axes)
 
 
 @dataclass(frozen=True)

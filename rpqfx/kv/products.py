@@ -60,13 +60,13 @@ class Multiplying(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if not is_product(func):
+        product = Product.of(func, args, kwargs) if is_product(func) else None
+        if product is None or not self._products.count(product):
             return func(*args, **kwargs)
         number, self._count = self._count, self._count + 1
         if number not in (self._products.scores, self._products.mix):
             return func(*args, **kwargs)
         try:
-            product = self._product(func, args, kwargs)
             return self._scores(product) if number == self._products.scores else self._mix(product)
         except InputError as error:
             self.refusal = error
@@ -84,15 +84,6 @@ class Multiplying(TorchFunctionMode):
                 "so that those of its attention cannot be told; calibrate with calls like this one, or skip the module "
                 "with a KVRule"
             )
-
-    def _product(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Product:
-        product = Product.of(func, args, kwargs)
-        if product is None:
-            raise InputError(
-                f"{self._core.name} multiplies by {func.__name__} of other operands than in calibration; skip it with "
-                "a KVRule"
-            )
-        return product
 
     def _scores(self, product: Product) -> Tensor:
         sides = self._sides(product, "keys", product.score_axes(), self._products.keys)

@@ -119,7 +119,10 @@ _CODER = _Keys({
     "scaled": _is_flag, "cosine": _is_flag, "beam": _whole(1, 2**16), "decay": _or_none(_is_number), "fine": _whole(0),
 })  # fmt: skip
 _TURNINGS = [[angles, pairs] for angles in ("halves", "interleaved", "single") for pairs in ("halves", "interleaved")]
-_OPERAND = _Keys({"heads": _or_none(_whole(1)), "copies": _whole(1), "order": _one_of(*get_args(Copies))})
+_OPERAND = _Keys({
+    "number": _whole(1), "width": _whole(1),
+    "heads": _or_none(_whole(1)), "copies": _whole(1), "order": _one_of(*get_args(Copies)),
+})  # fmt: skip
 _PRODUCTS = _Keys({
     "scores": _whole(0), "mix": _whole(0), "total": _whole(1), "keys": _OPERAND, "values": _OPERAND,
 })  # fmt: skip

@@ -22,10 +22,10 @@ def test_vectors_are_found_in_the_operand_that_is_made_of_them(
     x = torch.randn(2, heads, 5, 4, generator=generator(seed))
     axes = sorted(axes[:3], key=axes.index) if folded else axes
     axes = [sorted(axes).index(axis) for axis in axes]
-    how = Operand(heads * copies if folded else None, copies, order)
+    how = Operand(heads, 4, heads * copies if folded else None, copies, order)
     operand = how.operand(x, axes)
     assert operand.dim() == (3 if folded else 4)
-    assert torch.equal(how.vectors(operand, axes), x)
+    assert how.fits(operand.shape, axes) and torch.equal(how.vectors(operand, axes), x)
     found = operand_of(operand, axes, how.heads, copies)
     assert isinstance(found, Operand) and torch.equal(found.operand(x, axes), operand)
 

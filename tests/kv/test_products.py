@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 import threading
 from collections.abc import Callable
@@ -151,19 +152,51 @@ def test_an_encoder_is_refused_with_the_reason() -> None:
         small_of(WrittenLM(weigh=lambda scores: scores.softmax(-1)))
 
 
-def test_a_call_that_goes_another_way_than_calibration_is_refused() -> None:
+def test_a_call_that_makes_another_number_of_such_products_is_refused() -> None:
     class Turns(Written):
-        """In train mode there is one more product."""
+        """In train mode queries meet keys twice."""
 
         def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x + x @ x.mT @ x * 0.01 if self.training else x)
+            def more(q: Tensor, k: Tensor, v: Tensor, weigh: Any) -> Tensor:
+                out = matmul(q, k, v, weigh)
+                return out + (q @ k.mT).mean() if self.training else out
+
+            self.way = more
+            return super().forward(x)
 
     model = WrittenLM()
-    model.layers[1] = Turns(torch.Generator().manual_seed(0), matmul)
+    model.layers[1] = Turns(torch.Generator().manual_seed(0))
     small = small_of(model)
     small.eval()(tokens(1))
-    with pytest.raises(InputError, match=r"layers\.1 multiplies keys \[2, 32, 40\] otherwise than in calibration"):
+    with pytest.raises(InputError, match=r"layers\.1 made 3 products in this call, 2 in calibration"):
         small.train()(tokens(1))
+
+
+def test_what_is_raised_within_an_operator_says_what_is_wrong() -> None:
+    small = small_of(WrittenLM(operators)).eval()
+    core = small.layers[0].kv_codes
+    core.policy = dataclasses.replace(core.policy, keys="before")
+    with pytest.raises(InputError, match=r"layers\.0 shows no rotary embedding"):
+        small(tokens(1))
+
+
+def test_products_of_layers_with_weights_do_not_count() -> None:
+    class Turned(nn.Module):
+        """Turns blocks of channels by an orthogonal matrix (Qiu et al., 2306.07280)."""
+
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner, self.blocks = inner, nn.Parameter(torch.eye(8).repeat(4, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            parts = x.unflatten(-1, (4, 8)).flatten(0, 1).transpose(0, 1)
+            turned = torch.bmm(parts, self.blocks).transpose(0, 1).reshape(x.shape)
+            return self.inner(turned @ torch.eye(32))
+
+    small, x = small_of(WrittenLM()).eval(), tokens(1)
+    wanted = small(x)
+    small.layers[0].q = Turned(small.layers[0].q)
+    torch.testing.assert_close(small(x), wanted, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
