@@ -59,12 +59,16 @@ class Subject:
         cache: Any = CodebookCache.for_model(self.model) if codes else DynamicCache(config=self.model.config)
         return EncoderDecoderCache(cache, DynamicCache()) if self.both else cache
 
+    def coming(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """Returns what the model is given of tokens for those in a place; XLM takes all, and leaves out what it has."""
+        return x[:, :stop] if self.one.kind == "xlm" else x[:, start:stop]
+
     def parts(self, x: Tensor, sizes: list[int], codes: bool = True, mask: Tensor | None = None) -> Tensor:
         """Returns logits of tokens that come in parts of these sizes."""
         cache, found, start = self.new_cache(codes), [], 0
         for size in sizes:
             seen = None if mask is None else mask[:, : start + size]
-            found.append(self.call(x[:, start : start + size], seen, cache))
+            found.append(self.call(self.coming(x, start, start + size), seen, cache))
             start += size
         return torch.cat(found, 1)
 
@@ -240,7 +244,7 @@ def _copies(small: Subject, x: Tensor, whole: Tensor) -> Result:
         if found["state"] != "ok":
             return found
         copied = copy.deepcopy(cache)
-        rest = [other.call(token, cache=copied) for token in x[:, _PROMPT:].split(1, 1)]
+        rest = [other.call(other.coming(x, i, i + 1), cache=copied) for i in range(_PROMPT, _LENGTH)]
         found = _apart(torch.cat(rest, 1), whole[:, _PROMPT:], _TO_ITSELF)
         if found["state"] != "ok":
             return found
