@@ -59,12 +59,16 @@ class Subject:
         cache: Any = CodebookCache.for_model(self.model) if codes else DynamicCache(config=self.model.config)
         return EncoderDecoderCache(cache, DynamicCache()) if self.both else cache
 
+    def coming(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """Returns what the model is given of tokens for those in a place; XLM takes all, and leaves out what it has."""
+        return x[:, :stop] if self.one.kind == "xlm" else x[:, start:stop]
+
     def parts(self, x: Tensor, sizes: list[int], codes: bool = True, mask: Tensor | None = None) -> Tensor:
         """Returns logits of tokens that come in parts of these sizes."""
         cache, found, start = self.new_cache(codes), [], 0
         for size in sizes:
             seen = None if mask is None else mask[:, : start + size]
-            found.append(self.call(x[:, start : start + size], seen, cache))
+            found.append(self.call(self.coming(x, start, start + size), seen, cache))
             start += size
         return torch.cat(found, 1)
 
@@ -99,6 +103,8 @@ def check(one: Architecture) -> Result:
         subject = _small(dense, _NARROW, [])
         for name, run in _runs(dense, wide, subject, x, wanted):
             found["checks"][name] = _outcome(run)
+    if all(found["checks"][name]["state"] == "n/a" for name in ("cache", "tokens")) and not _keeps_keys(dense, x):
+        return {**found, "state": "none", "detail": "whole sequences go through codes; the model takes no cache"}
     bad = [name for name, outcome in found["checks"].items() if outcome["state"] == "failed"]
     return {**found, "state": "failed" if bad else "served", "detail": ", ".join(bad)}
 
@@ -116,7 +122,11 @@ def _keeps_keys(dense: Subject, x: Tensor) -> bool:
 
 def _small(dense: Subject, window: int, said: list[str]) -> Subject:
     policy = KVPolicy(bits=4, window=window, sinks=2, chunk=8, entries=16, sub_vector=4, beam=1)
-    batch = {**dense.encoder_inputs(2), ("decoder_input_ids" if dense.both else "input_ids"): tokens(9, 2, _LENGTH)}
+    batch: dict[str, Any] = {
+        **dense.encoder_inputs(2),
+        ("decoder_input_ids" if dense.both else "input_ids"): tokens(9, 2, _LENGTH),
+    }
+    batch["use_cache"] = False  # FSMT hides later tokens of a whole sequence without one alone
     small = rpqfx.quantize_kv(
         dense.model,
         policy,
@@ -193,7 +203,11 @@ def _two_turns(dense: Subject, small: Subject, x: Tensor) -> Result:
     """The second turn of a conversation, with the first one's cache, against all of it afresh."""
     # generate of some models with an encoder goes on otherwise with a cache than afresh, for most prompts
     for prompt in (x, *(tokens(seed, *x.shape) for seed in ((2, 3, 4) if dense.both else ()))):
-        if not torch.equal(*_second_turn(dense, prompt, codes=False)):
+        try:
+            same = torch.equal(*_second_turn(dense, prompt, codes=False))
+        except Exception as error:  # a model's own limits
+            return {"state": "n/a", "detail": f"dense: {type(error).__name__}"}
+        if not same:
             return {"state": "n/a", "detail": "dense: other tokens"}
     return _equal(*_second_turn(small, x, codes=True))
 
@@ -230,7 +244,7 @@ def _copies(small: Subject, x: Tensor, whole: Tensor) -> Result:
         if found["state"] != "ok":
             return found
         copied = copy.deepcopy(cache)
-        rest = [other.call(token, cache=copied) for token in x[:, _PROMPT:].split(1, 1)]
+        rest = [other.call(other.coming(x, i, i + 1), cache=copied) for i in range(_PROMPT, _LENGTH)]
         found = _apart(torch.cat(rest, 1), whole[:, _PROMPT:], _TO_ITSELF)
         if found["state"] != "ok":
             return found

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import fx, nn
 
 from rpqfx.graph.module_graphs import Captured
+from rpqfx.graph.written_attention import find_written
+from rpqfx.graph.written_products import Products
 from rpqfx.nn.hosting.host import READ_AS
 
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
@@ -24,11 +27,17 @@ class AttentionSite:
         module: The module.
         kind: ``"call"``: its forward calls ``scaled_dot_product_attention``. ``"torch"``: it is a
             ``torch.nn.MultiheadAttention``. ``"transformers"``: it asks transformers' table of attention functions.
+            ``"latent"``: likewise, of keys and values that its ``expand_kv`` makes of what a cache holds.
+            ``"products"``: its own code multiplies queries by keys, and weights by values.
+        products: Which of its products these are, where it is of the last kind.
+        obstacle: What it does that is not known here, or None.
     """
 
     name: str
     module: nn.Module
-    kind: Literal["call", "torch", "transformers"]
+    kind: Literal["call", "torch", "transformers", "latent", "products"]
+    products: Products | None = None
+    obstacle: str | None = None
 
 
 def find_attention(captured: Captured) -> list[AttentionSite]:
@@ -44,10 +53,35 @@ def find_attention(captured: Captured) -> list[AttentionSite]:
         if isinstance(module, nn.MultiheadAttention):
             found.append(AttentionSite(name, module, "torch"))
         elif _INTERFACE in _names(module) and hasattr(module, "config"):
-            found.append(AttentionSite(name, module, "transformers"))
+            latent = callable(getattr(type(module), "expand_kv", None))
+            found.append(AttentionSite(name, module, "latent" if latent else "transformers"))
         elif _calls(captured, name) or _is_opaque_caller(captured, name, module):
             found.append(AttentionSite(name, module, "call"))
     return found
+
+
+def with_written(
+    model: nn.Module, sites: Sequence[AttentionSite], run: Callable[[], Any]
+) -> tuple[list[AttentionSite], str | None]:
+    """Returns attention modules and those besides whose own code multiplies out what they attend to, causally.
+
+    Args:
+        model: The model, in eval mode and without gradients.
+        sites: What ``find_attention`` returned.
+        run: Runs the model once.
+
+    Returns:
+        The modules, in the order of the model's, and the name of the first that is left out since its tokens attend to
+        later ones, or None.
+    """
+    found, ahead = {site.name: site for site in sites}, None
+    for name, written in find_written(model, run, [site.module for site in sites]).items():
+        if written.causal:
+            site = AttentionSite(name, model.get_submodule(name), "products", written.products, written.obstacle)
+            found.setdefault(name, site)
+        elif ahead is None:
+            ahead = name
+    return [found[name] for name, _ in model.named_modules() if name in found], ahead
 
 
 def attends_causally(captured: Captured, site: AttentionSite) -> bool:

@@ -24,6 +24,9 @@ class Underway(threading.local):
     store: LayerStore | None = None
     """The cache that the call's tokens go to."""
 
+    near: Tensor | None = None
+    """Which tokens the queries of the call find as they are, where keys and values have been handed on twice."""
+
     loss: Tensor | None = None
     """The quantisers' loss of the last call in training."""
 

@@ -19,7 +19,7 @@ from rpqfx.graph.module_graphs import evaluating
 from rpqfx.kv.coder.head_coder import HeadCoder
 from rpqfx.kv.first_run import Trial
 from rpqfx.kv.module import KVAttention
-from rpqfx.kv.wrap import unwrap
+from rpqfx.kv.wrap import OF_TRANSFORMERS, unwrap
 
 Cores = dict[AttentionSite, KVAttention]
 
@@ -88,7 +88,7 @@ def tried(model: nn.Module, cores: Cores, batches: Batches) -> tuple[Cores, dict
             core.trial = None
     left: Cores = {}
     for site, core in cores.items():
-        if trials[site].ahead is not None and site.kind == "transformers":
+        if trials[site].ahead is not None and site.kind in OF_TRANSFORMERS:
             unwrap(site)
         else:
             left[site] = core
@@ -155,16 +155,8 @@ def _uncoded(cores: Cores, trials: dict[AttentionSite, Trial]) -> Iterator[None]
 
 def _rehearse(model: Any, spoken: Spoken, cores: Iterable[KVAttention]) -> None:
     """Steps with a cache of codes, held against the tokens in one, or else against steps with the model's own cache."""
-    from rpqfx.kv.transformers import TransformersCache
-
     whole = model(**{spoken.name: spoken.ids}, **spoken.others, use_cache=False).logits
-    try:
-        steps = _stepped(model, spoken, TransformersCache(model))
-    except Exception as error:  # foreign code
-        raise RewriteError(
-            f"{type(model).__name__} cannot be given a cache of codes ({type(error).__name__}: "
-            f"{str(error).partition(';')[0]})"
-        ) from error
+    steps = _with_codes(model, spoken, whole.shape)
     if whole.dtype not in (torch.float32, torch.float64) or _alike(steps, whole):
         return
     own = _with_own_cache(model, spoken, cores)
@@ -174,6 +166,26 @@ def _rehearse(model: Any, spoken: Spoken, cores: Iterable[KVAttention]) -> None:
             f"{type(model).__name__} gives other results with a cache of codes than without, with nothing coded "
             f"(by {float(gap / size):.1g} of their size), so its attention cannot be served"
         )
+
+
+def _with_codes(model: Any, spoken: Spoken, shape: torch.Size) -> Tensor:
+    """Returns the logits of steps with a cache of codes."""
+    from rpqfx.kv.transformers import TransformersCache
+
+    try:
+        return _stepped(model, spoken, TransformersCache(model))
+    except Exception as error:  # foreign code
+        first = error
+    try:  # some want all tokens, and take those that the cache has not (XLM)
+        steps = _stepped(model, spoken, TransformersCache(model), whole=True)
+        if steps.shape == shape:
+            return steps
+    except Exception:
+        pass
+    raise RewriteError(
+        f"{type(model).__name__} cannot be given a cache of codes ({type(first).__name__}: "
+        f"{str(first).partition(';')[0]})"
+    ) from first
 
 
 def _with_own_cache(model: Any, spoken: Spoken, cores: Iterable[KVAttention]) -> Tensor | None:
@@ -192,15 +204,17 @@ def _with_own_cache(model: Any, spoken: Spoken, cores: Iterable[KVAttention]) ->
             core.trial = trial
 
 
-def _stepped(model: Any, spoken: Spoken, cache: Any) -> Tensor:
-    """Returns logits of a prompt and of two tokens after it."""
+def _stepped(model: Any, spoken: Spoken, cache: Any, whole: bool = False) -> Tensor:
+    """Returns logits of a prompt and of two tokens after it, which come alone or after all before them."""
     from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
     name = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
     if spoken.others:
         cache = EncoderDecoderCache(cache, DynamicCache())
     found = []
-    for part in spoken.ids.split([spoken.ids.shape[1] - 2, 1, 1], 1):
+    ids = spoken.ids
+    prompt = ids.shape[1] - 2
+    for part in [ids[:, : prompt + i] for i in range(3)] if whole else ids.split([prompt, 1, 1], 1):
         found.append(model(**{spoken.name: part, name: cache}, **spoken.others, use_cache=True).logits)
     return torch.cat(found, 1)
 

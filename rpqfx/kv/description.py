@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,11 +12,13 @@ from torch import nn
 from rpqfx.errors import FormatError, RPQError
 from rpqfx.graph.attention import AttentionSite
 from rpqfx.graph.nested_tensors import without_nested_tensors
+from rpqfx.graph.operands import Operand
+from rpqfx.graph.written_products import Products
 from rpqfx.kv.attention.rotary import HALVES, Turning
 from rpqfx.kv.coder.head_coder import HeadCoder
 from rpqfx.kv.module import KVAttention
 from rpqfx.kv.policy import KVPolicy
-from rpqfx.kv.wrap import CORE, kind_of, wrap
+from rpqfx.kv.wrap import CORE, OF_TRANSFORMERS, kind_of, wrap
 from rpqfx.nn.wrappers import modules_within
 
 _SIDES = ("keys", "values")
@@ -50,6 +53,7 @@ def describe_kv(model: nn.Module) -> list[dict[str, Any]]:
         found[id(module)] = {
             "names": [name], "kind": kind, "outermost": "_kv_base" in vars(type(module)),
             "policy": core.policy.to_json(), "turning": None if core.turning is None else list(core.turning),
+            "products": None if core.products is None else dataclasses.asdict(core.products),
             **{side: _values(getattr(core, side)) for side in _SIDES},
         }  # fmt: skip
     loose = next((core for core in model.modules() if isinstance(core, KVAttention) and id(core) not in wrapped), None)
@@ -80,13 +84,15 @@ def put_back_kv(
         name = one["names"][0]
         try:
             module = model.get_submodule(names[name])
-            if one["kind"] == "transformers" and not hasattr(module, "config"):
+            if one["kind"] in OF_TRANSFORMERS and not hasattr(module, "config"):
                 raise RPQError("no attention module of transformers")
+            if one["kind"] == "latent" and not callable(getattr(type(module), "expand_kv", None)):
+                raise RPQError(f"a {type(module).__name__}, which makes no keys of latents")
             core = module._modules.get(CORE)
             if not isinstance(core, KVAttention):
                 core = KVAttention(KVPolicy.from_json(one["policy"]), name)
                 wrap(AttentionSite(name, module, one["kind"]), core)
-            core.policy = KVPolicy.from_json(one["policy"])
+            core.policy, core.products = KVPolicy.from_json(one["policy"]), _products(one)
             core.turning = _turning(one)
             core.keys, core.values = (_coder(one[side]) for side in _SIDES)
         except KeyError:
@@ -102,6 +108,12 @@ def _turning(one: Mapping[str, Any]) -> Turning | None:
     """The convention of a module's rotary embedding; that of halves in files from before there were others."""
     said = one.get("turning", list(HALVES) if one["kind"] == "transformers" else None)
     return None if said is None else Turning(*said)
+
+
+def _products(one: Mapping[str, Any]) -> Products | None:
+    """Which products of a module's code are those of its attention; None where it has none of its own."""
+    said = one.get("products")
+    return None if said is None else Products(**{**said, **{side: Operand(**said[side]) for side in _SIDES}})
 
 
 def _is_usual(coder: Any) -> bool:

@@ -24,8 +24,18 @@ class Trial:
         self.name = name
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
+        self._held = False
         self.ahead: str | None = None
         """Why the module is none that a cache serves, or None."""
+
+    def hold(self, key: Tensor, value: Tensor) -> None:
+        """Notes what a cache holds, where that is something else than what is attended to.
+
+        Args:
+            key: ``[B, H, T, D]``.
+            value: ``[B, H, T, D_v]``.
+        """
+        self.keys, self.values, self._held = key, value, True
 
     def see(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool) -> None:
         """Notes whether tokens attend to their own past alone.
@@ -37,7 +47,8 @@ class Trial:
             mask: Boolean, or added to scores.
             is_causal: Whether a query sees no later keys.
         """
-        self.keys, self.values = key, value
+        if not self._held:
+            self.keys, self.values = key, value
         queries, tokens = query.shape[-2], key.shape[-2]
         if queries != tokens:
             self.ahead = f"it attends from {queries} tokens to {tokens} others"

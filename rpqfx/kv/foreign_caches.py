@@ -10,6 +10,16 @@ from torch import nn
 from rpqfx.errors import InputError
 
 
+def layer_number(module: nn.Module) -> int | None:
+    """Returns which layer of a cache an attention module of transformers uses; None where it does not say.
+
+    Args:
+        module: The attention module.
+    """
+    numbers = (getattr(module, name, None) for name in ("layer_idx", "layer_id"))
+    return next((number for number in numbers if isinstance(number, int)), None)
+
+
 def check_cache(name: str, module: nn.Module, given: Iterable[Any]) -> None:
     """Raises where a call's cache is static, or has dropped tokens past a sliding window.
 
@@ -28,8 +38,8 @@ def check_cache(name: str, module: nn.Module, given: Iterable[Any]) -> None:
         cache = getattr(value, "self_attention_cache", value)
         if not hasattr(cache, "get_seq_length") or not isinstance(getattr(cache, "layers", None), list):
             continue
-        number = getattr(module, "layer_idx", None)
-        layer: Any = cache.layers[number] if isinstance(number, int) and number < len(cache.layers) else None
+        number = layer_number(module)
+        layer: Any = cache.layers[number] if number is not None and number < len(cache.layers) else None
         static = getattr(layer, "is_compileable", False)
         if static or (getattr(layer, "is_sliding", False) and layer.get_seq_length()):
             what = "is of a fixed size" if static else "keeps the tokens of a sliding window alone"

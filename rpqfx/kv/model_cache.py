@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -51,6 +53,8 @@ class CodebookCache:
             model: What ``quantize_kv`` returned, or what wraps it: an adapter, a module that holds it.
             dtype: Of the sinks and the window; None for what keys and values come in.
         """
+        if "transformers" in sys.modules:  # so may be the model, whose kind of cache stands above
+            importlib.import_module("rpqfx.kv.transformers")
         for kind in cls.__subclasses__():
             inner = kind.fits(model)
             if inner is not None and attentions(inner):

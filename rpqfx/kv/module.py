@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from rpqfx.errors import InputError
 from rpqfx.graph.leaves import own
+from rpqfx.graph.written_products import Products
+from rpqfx.kv.attention.masks import masks
 from rpqfx.kv.attention.rotary import HALVES, Rotary, Turning, turn, turn_back
 from rpqfx.kv.attention.score_options import Changes, biased_attention
 from rpqfx.kv.cache.layer import Arrival, LayerStore
@@ -39,15 +41,18 @@ class KVAttention(nn.Module):
     Args:
         policy: Window, sinks and chunk; ``keys`` says on which side of the rotary embedding keys are coded.
         name: Of the module whose attention it is, for messages.
+        products: Which of the module's products are those of its attention, where it multiplies them out itself.
     """
 
     keys: HeadCoder
     values: HeadCoder
     turning: Turning | None = HALVES  # of models that were pickled before there were others
+    products: Products | None = None
+    latent: bool = False  # whether keys and values are expanded from what a cache holds
 
-    def __init__(self, policy: KVPolicy, name: str) -> None:
+    def __init__(self, policy: KVPolicy, name: str, products: Products | None = None) -> None:
         super().__init__()
-        self.policy, self.name = policy, name
+        self.policy, self.name, self.products = policy, name, products
         self.watch: Watch | None = None
         self.trial: Trial | None = None
         self.turning = None
@@ -94,7 +99,10 @@ class KVAttention(nn.Module):
         Raises:
             InputError: If heads are not those of the coders, or keys come from another cache than ours.
         """
+        if self.latent:
+            return self._expanded(query, key, value, attn_mask, is_causal, changes, dropout_p=dropout_p, scale=scale)
         if isinstance(key, Pending):
+            self._check_plain(key, value)
             coming = key.coming
             if coming.arrival is None:
                 coming.arrival = self.append(coming.store, coming.keys, coming.values)
@@ -110,7 +118,8 @@ class KVAttention(nn.Module):
         if self.watch is not None:
             key, value = self.watch.see(key, value, angles)
             return _attend(query, key, value, changes, attn_mask=attn_mask, is_causal=is_causal, **options)
-        self._check(key, value)
+        self.check("keys", key)
+        self.check("values", value)
         store = self.underway.store
         if store is not None:
             store.adopt(self.keys, self.values)
@@ -125,8 +134,8 @@ class KVAttention(nn.Module):
             )
         if angles is not None:
             keep_angles(made, angles)
-        near = self._near(query.shape[-2], key.shape[-2], query.device)
-        near_mask, far_mask = _masks(near, attn_mask, is_causal, query)
+        near = self.near(query.shape[-2], key.shape[-2], query.device)
+        near_mask, far_mask = masks(near, attn_mask, is_causal, query)
         batches: list[Batch] = []
         old_keys, key_loss = self._recoded(key, angles, batches)
         old_values, value_loss = self.values(value, None, batches)
@@ -136,6 +145,28 @@ class KVAttention(nn.Module):
         keys, values = torch.cat([key, old_keys], -2), torch.cat([value, old_values], -2)
         out = _attend(query, keys, values, changes, attn_mask=torch.cat([near_mask, far_mask], -1), **options)
         return step_after_backward(out, batches) if batches and torch.is_grad_enabled() else out
+
+    def _expanded(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, changes: Changes | None,
+        **options: Any,
+    ) -> Tensor:  # fmt: skip
+        """Attention to keys and values that the module made, twice where codes have others to say."""
+        near, self.underway.near = self.underway.near, None
+        if self.trial is not None:
+            self.trial.see(query, key, value, mask, is_causal)
+        if near is None:
+            return _attend(query, key, value, changes, attn_mask=mask, is_causal=is_causal, **options)
+        return _attend(
+            query, key, value, changes, attn_mask=torch.cat(masks(near, mask, is_causal, query), -1), **options
+        )
+
+    def tokens(self, key: Tensor) -> int:
+        """Returns of how many tokens keys are.
+
+        Args:
+            key: As attention gets them.
+        """
+        return key.shape[2] // (1 if self.underway.near is None else 2)
 
     def append(self, store: LayerStore, key: Tensor, value: Tensor) -> Arrival:
         """Puts the next tokens into a cache.
@@ -205,16 +236,48 @@ class KVAttention(nn.Module):
             raise InputError(f"{self.name} shows no rotary embedding; hold its keys after it (KVPolicy(keys='after'))")
         return self.underway.rotary
 
-    def _check(self, key: Tensor, value: Tensor) -> None:
-        for what, x, coder in (("keys", key, self.keys), ("values", value, self.values)):
-            if x.dim() != 4 or x.shape[1] != coder.heads or x.shape[3] != coder.dim:
-                raise InputError(
-                    f"{self.name}: {what} are [B, {coder.heads}, T, {coder.dim}] as in calibration, "
-                    f"got {list(x.shape)}; quantise the model again with batches like these"
-                )
+    def _check_plain(self, *given: Tensor) -> None:
+        """Raises where the cache's keys or values were repeated, or moved, before attention gets them."""
+        steps = [step for x in given if isinstance(x, Pending) for step in x.steps]
+        if steps:
+            raise InputError(
+                f"{self.name}: {steps[0].func.__name__} works on keys or values themselves before attention gets them, "
+                "which a cache of codes never makes for it; skip the module with a KVRule"
+            )
 
-    def _near(self, queries: int, tokens: int, device: torch.device) -> Tensor:
-        """``[T_q, T]``: which keys a query finds as they are. The queries are the last tokens."""
+    def check_angles(self) -> None:
+        """Raises where keys are to be held before a rotary embedding that is not shown.
+
+        Raises:
+            InputError: Then.
+        """
+        self._angles()
+
+    def check(self, side: Literal["keys", "values"], x: Tensor) -> None:
+        """Raises unless keys or values are of the shape that was calibrated with.
+
+        Args:
+            side: Which of both.
+            x: The keys or values.
+
+        Raises:
+            InputError: Then.
+        """
+        coder = self.keys if side == "keys" else self.values
+        if x.dim() != 4 or x.shape[1] != coder.heads or x.shape[3] != coder.dim:
+            raise InputError(
+                f"{self.name}: {side} are [B, {coder.heads}, T, {coder.dim}] as in calibration, got {list(x.shape)}; "
+                "quantise the model again with batches like these"
+            )
+
+    def near(self, queries: int, tokens: int, device: torch.device) -> Tensor:
+        """Returns which keys a query finds as they are, ``[T_q, T]`` boolean.
+
+        Args:
+            queries: How many; they are the last tokens.
+            tokens: How many.
+            device: Of the result.
+        """
         policy = self.policy
         seen = torch.arange(tokens - queries + 1, tokens + 1, device=device)[:, None]  # tokens so far
         token = torch.arange(tokens, device=device)
@@ -232,18 +295,3 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, changes: Changes | None, 
     if changes:
         return biased_attention(query, key, value, changes, **options)
     return _SDPA(query, key, value, **options)
-
-
-def _masks(near: Tensor, mask: Tensor | None, is_causal: bool, query: Tensor) -> tuple[Tensor, Tensor]:
-    """Masks of the keys as they are, and of the coded ones."""
-    queries, tokens = near.shape
-    far = ~near
-    if is_causal:  # torch aligns it to the upper left
-        seen = torch.ones(queries, tokens, dtype=torch.bool, device=near.device).tril()
-        near, far = near & seen, far & seen
-    if mask is None:
-        return near, far
-    if mask.dtype == torch.bool:
-        return near & mask, far & mask
-    low = torch.full((), float("-inf"), dtype=mask.dtype, device=mask.device)
-    return torch.where(near, mask, low), torch.where(far, mask, low)

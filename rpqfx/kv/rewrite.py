@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from rpqfx.errors import InputError, PolicyError, RewriteError
-from rpqfx.graph.attention import AttentionSite, find_attention
 from rpqfx.graph.calibration.batches import Batches, calibration_of
 from rpqfx.graph.calibration.probe import probe
 from rpqfx.graph.copying import copy_model
-from rpqfx.graph.module_graphs import capture, evaluating
+from rpqfx.graph.module_graphs import evaluating
 from rpqfx.graph.nested_tensors import without_nested_tensors
 from rpqfx.graph.seeds import drawn_from
 from rpqfx.graph.snapshot import Snapshot, small_tensors
@@ -25,11 +24,11 @@ from rpqfx.kv.coder.head_coder import HeadCoder
 from rpqfx.kv.coder.statistics import Moments, Watch
 from rpqfx.kv.dense_check import tried
 from rpqfx.kv.generation import adapt_generation
+from rpqfx.kv.held_sites import held_sites
 from rpqfx.kv.module import KVAttention, attentions
 from rpqfx.kv.policy import KVPolicy
 from rpqfx.kv.wrap import unwrap, wrap
 from rpqfx.policies.arguments import check_model, check_policy, check_progress
-from rpqfx.policies.name_rules import check_rules
 from rpqfx.reporting.progress import Progress, shown
 from rpqfx.validation.values import check_seed, flag
 
@@ -50,7 +49,8 @@ def quantize_kv(
     """Returns a copy of a model, or with ``inplace`` the model itself, that keeps older keys and values as codes.
 
     Attention modules are found as ``rpqify`` finds weights: those whose forward calls
-    ``scaled_dot_product_attention``, ``torch.nn.MultiheadAttention``, and those of transformers. Each gets a
+    ``scaled_dot_product_attention``, ``torch.nn.MultiheadAttention``, those of transformers, and, by a run of the first
+    batch, those that multiply queries by keys and weights by values themselves, causally. Each gets a
     [`KVAttention`][rpqfx.kv.module.KVAttention], fitted to what the batches show. The result is called as the model
     was, and gives what it would give with a [`CodebookCache`][rpqfx.kv.model_cache.CodebookCache] filled token by
     token.
@@ -175,9 +175,8 @@ def _rewrite(
     progress: Progress | None,
 ) -> None:
     batches = Batches(model, calibration)
-    sites = find_attention(capture(model))
-    policies = _decide(sites, policy)
-    cores = {site: KVAttention(own, site.name) for site, own in policies.items()}
+    policies = held_sites(model, policy, batches)
+    cores = {site: KVAttention(own, site.name, site.products) for site, own in policies.items()}
     for site, core in cores.items():
         wrap(site, core)
     cores, sharing = tried(model, cores, batches)
@@ -212,24 +211,6 @@ def _rewrite(
     without_nested_tensors(model, [site.module for site in cores])
     adapt_pretrained(model)
     adapt_generation(model)
-
-
-def _decide(sites: Sequence[AttentionSite], policy: KVPolicy) -> dict[AttentionSite, KVPolicy]:
-    if not sites:
-        raise RewriteError(
-            "no attention was found: no module's forward calls scaled_dot_product_attention, and there is no "
-            "torch.nn.MultiheadAttention and no attention module of transformers"
-        )
-    check_rules(policy.rules, [site.name for site in sites], "attention module")
-    beyond = [layer for layer in policy.skip_layers if not -len(sites) <= layer < len(sites)]
-    if beyond:
-        raise PolicyError(f"skip_layers has {beyond[0]}, and the model has {len(sites)} attention modules, from 0")
-    skipped = {layer % len(sites) for layer in policy.skip_layers}
-    decided = {site: policy.of(site.name) for number, site in enumerate(sites) if number not in skipped}
-    held = {site: own for site, own in decided.items() if isinstance(own, KVPolicy)}
-    if not held:
-        raise PolicyError("rules and skip_layers skip every attention module; there is nothing to do")
-    return held
 
 
 def _look(model: nn.Module, batches: Batches, fit: bool, seed: int, progress: Progress | None) -> None:

@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from rpqfx.errors import InputError
 from rpqfx.kv.attention.score_options import Changes
 from rpqfx.kv.cache.layer import LayerStore
+from rpqfx.kv.foreign_caches import layer_number
 from rpqfx.kv.model_cache import CodebookCache
 from rpqfx.kv.module import KVAttention
 from rpqfx.kv.transformers_layers import CodebookLayer, HybridLayer
@@ -80,7 +81,7 @@ def _on_codes(
         raise InputError(f"{core.name} hands both s_aux= and sinks= to its attention; skip it with a KVRule")
     changes = Changes(softcap, sinks if s_aux is None else s_aux)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    causal = causal and mask is None and query.shape[2] > 1 and query.shape[2] == key.shape[2]
+    causal = causal and mask is None and query.shape[2] > 1 and query.shape[2] == core.tokens(key)
     if position_bias is not None:
         mask, causal = _with_bias(position_bias, mask, causal), False
     return core(query, key, value, mask, dropout, causal, scaling, query.shape[1] != key.shape[1], changes or None)
@@ -140,7 +141,8 @@ class TransformersCache(CodebookCache, Cache):
         for module in model.modules():  # not by name: the model may be within another one by now
             core = module._modules.get("kv_codes")
             if isinstance(core, KVAttention):
-                coded[getattr(module, "layer_idx", len(coded))] = self.stores[core.name]
+                number = layer_number(module)
+                coded[len(coded) if number is None else number] = self.stores[core.name]
         plain: list[Any] = list(DynamicCache(config=model.config).layers)
         number = max(len(plain), max(coded) + 1)
         plain += [DynamicLayer() for _ in range(number - len(plain))]

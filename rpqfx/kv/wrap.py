@@ -16,11 +16,14 @@ from rpqfx.graph.attention import AttentionSite
 from rpqfx.kv.attention.rotary import Rotary
 from rpqfx.kv.attention.rotary_conventions import turning_of
 from rpqfx.kv.foreign_caches import check_cache
+from rpqfx.kv.latents import expanded
 from rpqfx.kv.module import KVAttention
+from rpqfx.kv.products import Multiplying
 from rpqfx.nn.attention import Attends
 from rpqfx.nn.hosting.host import READ_AS, class_of, named_class
 from rpqfx.nn.hosting.release import unbacked
 
+OF_TRANSFORMERS = ("transformers", "latent")  # kinds of modules that ask transformers for an attention function
 CORE = "kv_codes"  # the attribute under which a module holds its KVAttention
 
 
@@ -91,6 +94,34 @@ class _Turning(_Wrapped):
             return super().forward(*args, **kwargs)
 
 
+class _Expanding(_Turning):
+    """A module of transformers that expands what a cache holds to keys and values."""
+
+    def expand_kv(self, latent: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
+        """See the class this extends."""
+        return expanded(getattr(self, CORE), super().expand_kv, latent, shared)  # type: ignore[misc]
+
+
+class _Multiplying(_Wrapped):
+    """A module that multiplies queries by keys, and weights by values, in its own code."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """See the class this extends."""
+        core = getattr(self, CORE)
+        if core.trial is None and core.watch is None:
+            check_cache(core.name, self, (*args, *kwargs.values()))
+        call = Multiplying(core)
+        try:
+            with call:
+                out = super().forward(*args, **kwargs)
+        except TypeError:
+            if call.refusal is None:
+                raise
+            raise call.refusal from None
+        call.finish()
+        return out
+
+
 @contextmanager
 def _angles(core: KVAttention, rotary: Rotary | None) -> Iterator[None]:
     underway, before = core.underway, core.underway.rotary
@@ -132,12 +163,13 @@ def wrap(site: AttentionSite, core: KVAttention) -> None:
     module.add_module(CORE, core.train(module.training))
     if site.kind == "torch":  # torch's fused layers pass by the module, but not where it has hooks
         module.__dict__["_kv_hook"] = module.register_forward_pre_hook(_stay)
-    if site.kind == "transformers":
+    core.latent = site.kind == "latent"
+    if site.kind in OF_TRANSFORMERS:
         from rpqfx.kv.transformers import route  # transformers is there, since the module is
 
         module.__dict__["_kv_config"] = module.config
         module.config = route(module.config)
-        core.turning = turning_of(module)
+        core.turning = None if core.latent else turning_of(module)
 
 
 def kind_of(module: nn.Module) -> str | None:
@@ -183,7 +215,7 @@ def unwrap(site: AttentionSite) -> None:
     del module._modules[CORE]
     if site.kind == "torch":
         module.__dict__.pop("_kv_hook").remove()
-    if site.kind == "transformers":
+    if site.kind in OF_TRANSFORMERS:
         module.config = module.__dict__.pop("_kv_config")
 
 
@@ -195,6 +227,8 @@ _BASES: dict[str, tuple[type, ...]] = {
     "call": (_Calling,),
     "torch": (_Attending,),
     "transformers": (_Turning,),
+    "latent": (_Expanding,),
+    "products": (_Multiplying,),
 }
 
 
@@ -204,7 +238,7 @@ _MADE: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}
 def _class_of(base: type[nn.Module], kind: str) -> type[nn.Module]:
     if (made := _MADE.get((base, kind))) is not None:
         return made
-    if kind == "transformers":  # also where a model is unpickled that another process has wrapped
+    if kind in OF_TRANSFORMERS:  # also where a model is unpickled that another process has wrapped
         importlib.import_module("rpqfx.kv.transformers")  # gives transformers the attention function
     bases = (*_BASES[kind], *((Attends,) if base is nn.MultiheadAttention else ()), base)
     made = type(base.__name__, bases, {"_kv_base": base, "_kv_kind": kind, READ_AS: base})

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
 from rpqfx.codebook.spec import MAX_ENTRIES
+from rpqfx.graph.operands import Copies
 from rpqfx.nn.weight import ReadAs
 from rpqfx.ops import PLANS
 from rpqfx.storage.pickle_reader import DTYPES
@@ -118,9 +119,17 @@ _CODER = _Keys({
     "scaled": _is_flag, "cosine": _is_flag, "beam": _whole(1, 2**16), "decay": _or_none(_is_number), "fine": _whole(0),
 })  # fmt: skip
 _TURNINGS = [[angles, pairs] for angles in ("halves", "interleaved", "single") for pairs in ("halves", "interleaved")]
+_OPERAND = _Keys({
+    "number": _whole(1), "width": _whole(1),
+    "heads": _or_none(_whole(1)), "copies": _whole(1), "order": _one_of(*get_args(Copies)),
+})  # fmt: skip
+_PRODUCTS = _Keys({
+    "scores": _whole(0), "mix": _whole(0), "total": _whole(1), "keys": _OPERAND, "values": _OPERAND,
+})  # fmt: skip
 _CACHE = _Keys({
-    "names": _list_of(_is_path, 1), "kind": _one_of("call", "torch", "transformers"), "outermost": _is_flag,
-    "policy": _is_text, "?turning": _or_none(lambda value: value in _TURNINGS),
+    "names": _list_of(_is_path, 1), "kind": _one_of("call", "torch", "transformers", "latent", "products"),
+    "outermost": _is_flag, "policy": _is_text, "?turning": _or_none(lambda value: value in _TURNINGS),
+    "?products": _or_none(_PRODUCTS),
     "keys": _CODER, "values": _CODER,
 })  # fmt: skip
 _WHOLE = _Keys({

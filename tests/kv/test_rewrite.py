@@ -146,9 +146,9 @@ def test_it_compiles_in_one_graph(backend: str, mode: str) -> None:
 def test_inductor_finds_the_keys_that_stay_as_they_are() -> None:
     core = next(iter(attentions(small_of(LM(layers=1), FEW)).values()))
     sinks, window, chunk = core.policy.sinks, core.policy.window, core.policy.chunk
-    compiled = torch.compile(lambda x: core._near(*x.shape, x.device), fullgraph=True)
+    compiled = torch.compile(lambda x: core.near(*x.shape, x.device), fullgraph=True)
     for queries, keys in ((40, 40), (3, 40), (17, 29)):
-        near = core._near(queries, keys, torch.device("cpu"))
+        near = core.near(queries, keys, torch.device("cpu"))
         assert torch.equal(compiled(torch.zeros(queries, keys)), near)
         for row, seen in zip(near, range(keys - queries + 1, keys + 1), strict=True):
             coded = max(0, seen - sinks - window) // chunk * chunk  # by the definition: whole chunks before the window

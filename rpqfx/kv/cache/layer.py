@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from rpqfx.kv.attention.joint_softmax import Parts, attention
 from rpqfx.kv.attention.rotary import turned_back
 from rpqfx.kv.attention.score_options import Changes
 from rpqfx.kv.attention.slots import UNIT
+from rpqfx.kv.attention.vectors import rotate
 from rpqfx.kv.cache.codes import fingerprint
 from rpqfx.kv.cache.layer_tensors import LayerTensors
 from rpqfx.kv.cache.positions import Positions
@@ -160,8 +161,51 @@ class LayerStore(LayerTensors):
         mask = None if mask is None else full_mask(mask, (*q.shape[:3], self.total), self.name)
         dtype = torch.promote_types(*(attend.compute_dtype(q, side.coder) for side in (self.keys, self.values)))
         rows = q.to(dtype) * (q.shape[3] ** -0.5 if scale is None else scale)
-        y = attention(rows, self._parts(dtype, arrival), mask, changes, self._coded(q, arrival))
+        y = attention(rows, self._parts(dtype, arrival), mask, changes, self._coded(q.shape[2], arrival, q.device))
         return y.to(q.dtype)
+
+    @torch.no_grad()
+    def vectors(self, side: Literal["keys", "values"], arrival: Arrival) -> tuple[Tensor, Tensor | None]:
+        """Returns keys or values of all tokens, made from their codes where they are not held as they are.
+
+        Args:
+            side: Which of both.
+            arrival: What the last ``append`` gave.
+
+        Returns:
+            Them, ``[B, H, total, D]``, with those as they are that the last append sent into codes, and with those as
+            their codes: of both, ``near`` says which a query takes. None for the second where all are in the first.
+        """
+        number = ("keys", "values").index(side)
+        plain = self._plain[number][:, :, : self._filled]
+        if not self.encoded:
+            return plain, None
+        held = (self.keys, self.values)[number]
+        dtype = attend.compute_dtype(plain, held.coder)
+        coded = attend.hold(held.coder, held.codes(), held.scale(), dtype).vectors(0, self.encoded)
+        if self._turned and side == "keys":
+            coded = rotate(coded, *self.positions.get(self.sinks, self.sinks + self.encoded))
+        coded = coded.to(plain.dtype)
+        first, last = plain[:, :, : self.sinks], plain[:, :, self.sinks :]
+        far = torch.cat([first, coded, last], 2)
+        if not arrival.left:
+            return far, None
+        left = arrival.left[number]
+        return torch.cat([first, coded[:, :, : -left.shape[2]], left.to(plain.dtype), last], 2), far
+
+    def near(self, queries: int, arrival: Arrival, device: torch.device) -> Tensor:
+        """Returns which tokens each of the newest found as they are when it came, ``[queries, total]`` boolean.
+
+        Args:
+            queries: How many.
+            arrival: What the last ``append`` gave, which took them in.
+            device: Of the result.
+        """
+        token = torch.arange(self.total, device=device)
+        coded = self._coded(queries, arrival, device)
+        if coded is None:
+            coded = torch.full((queries,), self.encoded, device=device)
+        return (token < self.sinks) | (token >= self.sinks + coded[:, None])
 
     def crop(self, length: int) -> None:
         """Forgets the newest tokens.
@@ -226,11 +270,11 @@ class LayerStore(LayerTensors):
         for side in (self.keys, self.values):
             side.crop(side.length - back)
 
-    def _coded(self, q: Tensor, arrival: Arrival | None) -> Tensor | None:
+    def _coded(self, queries: int, arrival: Arrival | None, device: torch.device) -> Tensor | None:
         """``[n]``: of the tokens in codes, how many were so when each query's token came; None where all were."""
         if arrival is None or not arrival.left:
             return None
-        seen = torch.arange(self.total - q.shape[2] + 1, self.total + 1, device=q.device)
+        seen = torch.arange(self.total - queries + 1, self.total + 1, device=device)
         return (seen - self.sinks - self.window).clamp_min(0) // self.chunk * self.chunk
 
     def _parts(self, dtype: torch.dtype, arrival: Arrival | None = None) -> Parts:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -29,11 +30,25 @@ class Coming:
     arrival: Arrival | None = None
 
 
+class Step(NamedTuple):
+    """A function that was called with keys or values that are not made yet, its other arguments after them."""
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
 class Pending(Tensor):
-    """Keys, or values, that are never made: a tensor that has a shape and no elements, for attention alone."""
+    """Keys, or values, that are made by attention if at all: a tensor that has a shape and no elements.
+
+    Views of it, and casts, are remembered, for attention that makes them.
+    """
 
     coming: Coming
     """The newest of the tokens that it stands for."""
+
+    steps: tuple[Step, ...]
+    """What was called with it."""
 
     @classmethod
     def of(cls, coming: Coming, new: Tensor) -> Self:
@@ -44,9 +59,26 @@ class Pending(Tensor):
             new: One of both.
         """
         shape = (*new.shape[:2], coming.store.total + new.shape[2], new.shape[3])
-        made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=new.dtype, device=new.device)
-        made.coming = coming
+        return cls._made(coming, (), torch.Size(shape), new.dtype, new.device)
+
+    @classmethod
+    def _made(
+        cls, coming: Coming, steps: tuple[Step, ...], shape: torch.Size, dtype: torch.dtype, device: torch.device
+    ) -> Self:
+        made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        made.coming, made.steps = coming, steps
         return made
+
+    def replayed(self, x: Tensor) -> Tensor:
+        """Returns what became of the tokens.
+
+        Args:
+            x: ``[B, H, T, D]``, what this stood for at first.
+        """
+        x = x.contiguous()  # as what a cache of transformers puts together
+        for func, args, kwargs in self.steps:
+            x = func(x, *args, **kwargs)
+        return x
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         """What ``print`` shows."""
@@ -54,14 +86,26 @@ class Pending(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Answers what is asked of the shape, and refuses what would need the elements."""
-        if getattr(func, "__name__", "") in _OF_THE_SHAPE:
+        """Answers what is asked of the shape, remembers views, and refuses what would need the elements."""
+        name = getattr(func, "__name__", "")
+        if name in _OF_THE_SHAPE:
             return super().__torch_function__(func, types, args, kwargs)
+        if name in _VIEWS and isinstance(args[0], cls):
+            step = Step(func, args[1:], kwargs or {})
+            return args[0]._after(step, casts=name in _CASTS)
         raise InputError(
-            f"{getattr(func, '__name__', func)} works on keys or values themselves, which a cache of codes "
+            f"{name or func} works on keys or values themselves, which a cache of codes "
             "never makes; a model with an encoder takes EncoderDecoderCache(CodebookCache.for_model(model), "
             "DynamicCache()) of transformers"
         )
+
+    def _after(self, step: Step, casts: bool) -> Pending:
+        """What stands for the same tokens after one more step."""
+        device: Any = self.device if casts else "meta"  # a cast of one without elements cannot name another device
+        shape = (0,) if casts else self.shape
+        like: Tensor = step.func(torch.empty(shape, dtype=self.dtype, device=device), *step.args, **step.kwargs)
+        shape = self.shape if casts else like.shape
+        return self._made(self.coming, (*self.steps, step), shape, like.dtype, like.device if casts else self.device)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -82,3 +126,9 @@ _OF_THE_SHAPE = (
     "numel",
     "element_size",
 )
+
+_CASTS = frozenset({"to", "type", "type_as", "float", "half", "bfloat16", "contiguous"})
+_VIEWS = _CASTS | {
+    "transpose", "permute", "view", "reshape", "expand", "unsqueeze", "squeeze", "flatten", "unflatten", "swapaxes",
+    "repeat_interleave", "repeat",
+}  # fmt: skip

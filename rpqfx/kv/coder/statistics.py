@@ -111,8 +111,16 @@ class Watch:
             value: ``[B, H, T, D]``.
             rotary: Angles that keys are turned back by, or None.
         """
+        return self.see_keys(key, rotary), self.see_values(value)
+
+    def see_keys(self, key: Tensor, rotary: Rotary | None) -> Tensor:
+        """Keys to go on with; as in ``see``."""
         self.turned = rotary is not None
-        return self._hear(self.keys, key, rotary), self._hear(self.values, value, None)
+        return self._hear(self.keys, key, rotary)
+
+    def see_values(self, value: Tensor) -> Tensor:
+        """Values to go on with; as in ``see``."""
+        return self._hear(self.values, value, None)
 
     def _hear(self, moments: Moments, x: Tensor, rotary: Rotary | None) -> Tensor:
         seen = x.detach() if rotary is None else turn_back(x.detach(), rotary)

@@ -89,6 +89,28 @@ def spread(seed: int, total: int) -> list[int]:
 # ------------------------------------------------------------------------------------------------ exactness
 
 
+@settings(max_examples=20)
+@given(seed=seeds, total=st.integers(1, 60), turned=st.booleans())
+def test_vectors_of_either_form_give_what_attention_on_codes_gives(seed: int, total: int, turned: bool) -> None:
+    store = make(seed)
+    k, v, q = (randn(seed + i, 2, heads, total, 8, dtype=torch.float64) for i, heads in enumerate((2, 2, 4)))
+    rope = angles(seed + 3, total, 3) if turned else None
+    start = 0
+    for length in spread(seed, total):
+        part = slice(start, start + length)
+        start += length
+        arrival = store.append(k[:, :, part], v[:, :, part], None if rope is None else tokens(rope, part))
+        wanted = store.attend(q[:, :, part], 0.3, None, arrival)
+        near = store.near(length, arrival, q.device)
+        seen = torch.ones(length, start, dtype=torch.bool).tril(start - length)
+        sides = [store.vectors(side, arrival) for side in ("keys", "values")]
+        keys, values = ([x.repeat_interleave(2, 1) for x in side if x is not None] for side in sides)
+        scores = torch.where(near, *(q[:, :, part] @ x.mT for x in (keys[0], keys[-1]))) * 0.3
+        w = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        assert_same(wanted, w.where(near, 0) @ values[0] + w.where(~near, 0) @ values[-1])
+        assert (len(keys) == 2) == bool(arrival.left)
+
+
 @given(data=st.data())
 @settings(max_examples=60)
 def test_attention_is_that_of_what_is_held(data: st.DataObject) -> None:
