@@ -158,7 +158,7 @@ def _by_columns(work: Tensor, books: Tensor, metric: _Metric, beam: int) -> Code
     share = len(metric.order) // books.shape[1]
     groups = metric.order // share
     found, seen = column_search(work[:, metric.columns], books, groups.tolist(), metric.to_metric, metric.upper, beam)
-    codes, corrected = torch.empty_like(found.permute(2, 1, 0)), torch.empty_like(work)
+    codes, corrected = found.new_empty(len(books), len(metric.order), len(work)), torch.empty_like(work)
     codes[:, metric.order], corrected[:, metric.columns] = found.permute(2, 1, 0), seen
     return Coded(codes, corrected, _decoded(books, codes, share))
 

@@ -50,7 +50,7 @@ def test_inputs_that_do_not_go_together_change_nothing(
 def test_what_is_decoded_are_the_entries_of_the_codes(seed: int, stages: int, groups: int, known: bool) -> None:
     matrix, books = randn(seed, 6, 12), randn(seed + 1, stages, groups, 5, 3)
     coded = encode(matrix, books, inputs(seed + 2, 12) if known else None)
-    assert coded.codes.shape == (stages, 4, 6) and coded.codes.dtype == torch.int64
+    assert coded.codes.shape == (stages, 4, 6) and coded.codes.dtype == torch.int64 and coded.codes.is_contiguous()
     torch.testing.assert_close(coded.decoded, naive_expand(books, coded.codes))
 
 

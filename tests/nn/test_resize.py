@@ -171,7 +171,7 @@ def test_a_layers_weight_takes_rows_as_a_dense_ones_does():
     table(torch.tensor([12])).sum().backward()
     assert scale.grad.shape == (13,)
     table.weight.data = table.weight.data
-    with pytest.raises(RewriteError, match="would change a weight"):
+    with pytest.raises(RewriteError, match="would change a quantized weight"):
         table.weight.data += 1
     with pytest.raises(RewriteError, match="would change the values"):
         table.weight.data = 2 * table.weight.data
@@ -191,5 +191,5 @@ def test_a_dense_weight_is_not_laid_over_codebooks():
     for value in (nn.Parameter(torch.randn(10, 8)), torch.randn(10, 8), None, head.weight.t()):
         with pytest.raises(RewriteError, match="cannot be assigned"):
             head.weight = value
-    with pytest.raises(RewriteError, match="would change a weight"):
+    with pytest.raises(RewriteError, match="would change a quantized weight"):
         VirtualWeight(head.weight_rpq).t().data = torch.randn(8, 10)

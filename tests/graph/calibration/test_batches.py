@@ -53,7 +53,7 @@ def test_what_is_no_batch_is_refused_by_its_number(wrong: Any) -> None:
 def test_what_the_model_rejects_is_refused_by_its_number() -> None:
     batches = Batches(nn.Linear(3, 2), [torch.zeros(1, 3), torch.zeros(1, 4), {"y": torch.zeros(1, 3)}])
     batches.runs[0]()
-    with pytest.raises(InputError, match=r"rejects calibration batch 1 \(RuntimeError: mat1") as caught:
+    with pytest.raises(InputError, match=r"rejects calibration batch 1 \(RuntimeError: .*mat1") as caught:
         batches.runs[1]()
     assert isinstance(caught.value.__cause__, RuntimeError)
     with pytest.raises(InputError, match=r"rejects calibration batch 2 \(TypeError"):
