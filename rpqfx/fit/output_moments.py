@@ -41,12 +41,12 @@ class OutputMoments:
 
     @torch.no_grad()
     def trusted(self, rows: Tensor) -> Tensor | None:
-        """Returns the second moment with as much off its diagonal as one half says best of the other.
+        """Returns the second moment with as much off its diagonal as each half says best of the other.
 
         A moment of few gradients, as of a model whose outputs are one vector a sample, knows its small eigenvalues
-        badly, and they are what feedback rests on. So the moment of even batches, its elements off the diagonal made
-        smaller, is tried on that of odd ones: on what errors as large as each row's weights come to when later rows
-        take over.
+        badly, and they are what feedback rests on. So both halves' moments, their elements off the diagonal made
+        smaller, are tried on the other half: on what errors as large as each row's weights come to when later rows take
+        over.
 
         Args:
             rows: ``[N]``, how large errors of each row are.
@@ -63,14 +63,14 @@ class OutputMoments:
         if not bool(torch.isfinite(one).all() and torch.isfinite(other).all()):
             raise InputError("the outputs' gradients' second moment has infinite or NaN elements")
         size = rows[:, None] * rows
-        seen, unseen = one * size, other * size
-        plain = float(unseen.diagonal().sum())
-        if not (plain > 0 and bool(seen.diagonal().any())):
+        halves = one * size, other * size
+        plain = sum(float(half.diagonal().sum()) for half in halves)
+        if not plain > 0:
             return None
         best, least = None, (1 - _LEAST) * plain
         for shares in _TRIED:
             for share in shares:
-                left = _left(seen, unseen, share)
+                left = _left(*halves, share) + _left(*reversed(halves), share)
                 if left >= least:
                     break
                 best, least = share, left
