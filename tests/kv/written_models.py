@@ -73,15 +73,17 @@ class Written(Attention):
 
 
 class WrittenLM(nn.Module):
-    """A language model of two such layers, with the weights that ``LM`` has of the same seed."""
+    """A language model of such layers, with the weights that ``LM`` has of the same seed."""
 
-    def __init__(self, way: Callable[..., Tensor] = matmul, weigh: Weigh = weigh, seed: int = 0) -> None:
+    def __init__(
+        self, way: Callable[..., Tensor] = matmul, weigh: Weigh = weigh, seed: int = 0, layers: int = 2
+    ) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.table = nn.Embedding(VOCABULARY, WIDTH)
         nn.init.normal_(self.table.weight, generator=generator)
-        self.layers = nn.ModuleList(Written(generator, way, weigh) for _ in range(2))
-        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2))
+        self.layers = nn.ModuleList(Written(generator, way, weigh) for _ in range(layers))
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(layers))
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.table(ids)
