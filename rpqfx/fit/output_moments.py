@@ -63,14 +63,14 @@ class OutputMoments:
         if not bool(torch.isfinite(one).all() and torch.isfinite(other).all()):
             raise InputError("the outputs' gradients' second moment has infinite or NaN elements")
         size = rows[:, None] * rows
-        halves = one * size, other * size
-        plain = sum(float(half.diagonal().sum()) for half in halves)
+        first, second = one * size, other * size
+        plain = float((first + second).diagonal().sum())
         if not plain > 0:
             return None
         best, least = None, (1 - _LEAST) * plain
         for shares in _TRIED:
             for share in shares:
-                left = _left(*halves, share) + _left(*reversed(halves), share)
+                left = _left(first, second, share) + _left(second, first, share)
                 if left >= least:
                     break
                 best, least = share, left
