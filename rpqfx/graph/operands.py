@@ -35,7 +35,7 @@ class Operand:
         """Returns whether an operand of a shape may hold them.
 
         Args:
-            shape: Of the operand.
+            shape: The operand's shape.
             axes: Its axes in the order ``[..., T, D]``; None where they are in none.
         """
         if axes is None or len(shape) != (4 if self.heads is None else 3) or shape[axes[-1]] != self.width:
@@ -63,7 +63,7 @@ class Operand:
 
         Args:
             x: ``[B, H, T, D]``.
-            axes: Of the operand.
+            axes: Its axes in the order ``[..., T, D]``.
         """
         if self.copies > 1:
             beside = self.order == "beside"

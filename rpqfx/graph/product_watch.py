@@ -1,4 +1,4 @@
-"""What derives from what while a model runs: products, and softmaxes of them that other products use."""
+"""Follows tensors while a model runs, from products through softmaxes to the products that use them."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class _Event:
     """A product, or a softmax.
 
     Args:
-        calls: Of modules that were under way, the outermost first.
-        numbers: Of the product among those of each call.
+        calls: The calls of modules that were under way, the outermost first.
+        numbers: The number of the product among those of each call.
         keys: How keys lie in its right operand if that holds some, or why this cannot be told; None for a softmax.
         of: Products that the scores of a softmax derive from.
         obstacle: What is not known here about a softmax.
@@ -96,7 +96,7 @@ class Pair:
 
 
 class ProductWatch(TorchFunctionMode):
-    """Follows what derives from what while a model runs."""
+    """Notes for each tensor the products and softmaxes that it derives from, while a model runs."""
 
     def __init__(self, model: nn.Module, known: Collection[nn.Module]) -> None:
         super().__init__()

@@ -66,7 +66,7 @@ def counts(keys: Operand, values: Operand, shape: Shape) -> bool:
     Args:
         keys: How keys lie in their operand.
         values: How values lie.
-        shape: Of the product.
+        shape: The product's shape.
     """
     return keys.fits(shape.right, shape.score_axes) or values.fits(shape.right, shape.value_axes)
 

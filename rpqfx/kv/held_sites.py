@@ -20,8 +20,8 @@ def held_sites(model: nn.Module, policy: KVPolicy, batches: Batches) -> dict[Att
 
     Args:
         model: The model, which runs once.
-        policy: Of all of them.
-        batches: Of its inputs.
+        policy: The policy of the whole model.
+        batches: Batches of its inputs.
 
     Raises:
         InputError: If the model rejects the first batch.

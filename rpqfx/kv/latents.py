@@ -23,7 +23,7 @@ def expanded(core: KVAttention, expand: Expand, latent: Tensor, shared: Tensor) 
     """Returns the keys and values that a module attends to.
 
     Args:
-        core: Of the module.
+        core: The attention on codes that the module holds.
         expand: The module's own function, which makes keys and values of latents.
         latent: ``[B, 1, T, r]``.
         shared: ``[B, 1, T, R]``, the part of the keys that is not expanded.

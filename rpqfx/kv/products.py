@@ -40,7 +40,7 @@ class Multiplying(TorchFunctionMode):
     """Sends two products of one call of an attention module through codes.
 
     Args:
-        core: Of the module; it knows which products they are.
+        core: The attention on codes that the module holds; it knows which products they are.
 
     Raises:
         InputError: From within, if keys are not as in calibration or come from a cache that is used otherwise.
