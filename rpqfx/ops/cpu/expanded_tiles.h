@@ -1,131 +1,139 @@
-// Tiles of codes as rows of the matrix.
+// Tiles of codes as columns of the transposed matrix.
+//
+// Entries are looked up within registers, for as many vectors at once as a register holds floats: the line of 16 entries
+// (lines.h) that belongs to one number of a sub-vector is one register, or two. So numbers of many vectors lie beside each other,
+// which is the transposed matrix.
 #pragma once
-
-#include <ATen/Parallel.h>
 
 #include <vector>
 
-#include "short_vectors.h"
-#include "tiles.h"
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "lines.h"
 
 namespace rpqfx {
 
-// Sums of entries, [G, R, 16, d], of two stages at once where codebooks are shared: as many as a cache holds.
-struct Sums {
-  std::vector<float> single, paired;  // [G, R, 16, d], and [R / 2, 256, d] of one shared codebook
-  int64_t stages, books, d;
+inline constexpr int64_t HALF = TILE_VECTORS / 2;  // vectors that are looked up together; panels begin at multiples of it
+static_assert(HALF % LANES == 0);
 
-  explicit Sums(const Tensor& codebooks)
-      : stages(codebooks.size(0)), books(codebooks.size(1)), d(codebooks.size(3)) {
-    const int64_t entries = codebooks.size(2);
-    single.assign(books * stages * NIBBLE * d, 0.0f);
-    by_float(codebooks, [&](auto scalar) {
-      using T = decltype(scalar);
-      const T* from = codebooks.const_data_ptr<T>();
-      for (int64_t r = 0; r < stages; ++r)
-        for (int64_t g = 0; g < books; ++g)
-          for (int64_t i = 0; i < entries * d; ++i)
-            single[(g * stages + r) * NIBBLE * d + i] = from[(r * books + g) * entries * d + i];
-    });
-    if (books > 1 || stages == 1) return;
-    paired.resize(stages / 2 * NIBBLE * NIBBLE * d);
-    for (int64_t pair = 0; pair < stages / 2; ++pair)
-      for (int64_t code = 0; code < NIBBLE * NIBBLE; ++code)
-        for (int64_t i = 0; i < d; ++i)
-          paired[(pair * NIBBLE * NIBBLE + code) * d + i] =
-              single[(pair * 2 * NIBBLE + code % NIBBLE) * d + i] + single[((pair * 2 + 1) * NIBBLE + code / NIBBLE) * d + i];
+// One number of HALF vectors: sums of what their codes, a byte each, pick from lines of 16 floats.
+#if defined(CPU_CAPABILITY_AVX512)
+
+struct Picked {
+  Vec parts[2] = {Vec(0), Vec(0)};
+
+  static void prepare(float*) {}
+  void add(const float* line, const uint8_t* codes) {
+    for (int64_t part = 0; part < 2; ++part) {
+      const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes) + part));
+      parts[part] = parts[part] + Vec(_mm512_permutexvar_ps(index, _mm512_loadu_ps(line)));
+    }
+  }
+  template <typename F>
+  void each(const F& f) const {
+    for (int64_t part = 0; part < 2; ++part) f(part, parts[part]);
   }
 };
 
-// One index for each vector of a tile: its code, or two stages' codes together, next to the first or to the other half.
-inline void indices(const uint8_t* first, const uint8_t* second, uint8_t* to) {
-  for (int64_t j = 0; j < TILE_BYTES; ++j) {
-    to[j] = uint8_t((first[j] & 15) | (second ? second[j] << 4 : 0));
-    to[TILE_BYTES + j] = uint8_t((first[j] >> 4) | (second ? second[j] & 0xf0 : 0));
-  }
-}
+#elif defined(CPU_CAPABILITY_AVX2)
 
-// One sub-vector of each vector: to[j, :] = scaled(sum of the terms' entries) * factors[j], a row every width numbers.
-template <int64_t D, typename Scaled>
-void add_short(const std::vector<const float*>& tables, const std::vector<uint8_t>& index, int64_t vectors,
-               const float* factors, const Scaled& scaled, float* to, int64_t width) {
-  const int64_t terms = int64_t(tables.size());
-  for (int64_t j = 0; j < vectors; ++j, to += width) {
-    auto sum = Short<D>::at(tables[0] + index[j] * D);
-    for (int64_t term = 1; term < terms; ++term) sum = sum + Short<D>::at(tables[term] + index[term * TILE_VECTORS + j] * D);
-    sum = scaled(sum);
-    (factors ? sum * factors[j] : sum).to(to);
-  }
-}
+// Byte shuffles look up 32 codes at once, in each of the four bytes of the floats, which are then put together: registers
+// of eight floats are permuted less fast on some machines.
+struct Picked {
+  __m256 parts[4] = {};  // vectors 0 to 3 and 16 to 19, then 4 to 7 and 20 to 23, ...
 
-// out [vectors of the tile, D], as floats, times dims [D] and a factor for each vector (each may be null); D0 is the
-// length of a sub-vector, or 0.
-template <int64_t D0>
-void expand_tile(const Sums& sums, int64_t sub_vectors, const uint8_t* codes, int64_t vectors, const float* dims,
-                 const float* factors, float* out) {
-  const int64_t d = D0 ? D0 : sums.d, stages = sums.stages, width = sub_vectors * d, share = sub_vectors / sums.books;
-  const int64_t pairs = sums.paired.empty() ? 0 : stages / 2, terms = stages - pairs, size = NIBBLE * NIBBLE * d;
-  std::vector<uint8_t> index(terms * TILE_VECTORS);
-  std::vector<const float*> tables(terms);
-  for (int64_t m = 0; m < sub_vectors; ++m) {
-    const uint8_t* used = codes + m * stages * TILE_BYTES;
-    for (int64_t term = 0; term < terms; ++term) {
-      const bool two = term < pairs;
-      const int64_t r = two ? 2 * term : term + pairs;
-      indices(used + r * TILE_BYTES, two ? used + (r + 1) * TILE_BYTES : nullptr, &index[term * TILE_VECTORS]);
-      tables[term] = two ? sums.paired.data() + term * size : sums.single.data() + (m / share * stages + r) * NIBBLE * d;
-    }
-    if constexpr (Short<D0>::FAST) {
-      if (dims) {
-        const auto each = Short<D0>::at(dims + m * d);
-        add_short<D0>(tables, index, vectors, factors, [&](const Short<D0>& sum) { return sum * each; }, out + m * d, width);
-      } else {
-        add_short<D0>(tables, index, vectors, factors, [](const Short<D0>& sum) { return sum; }, out + m * d, width);
-      }
-      continue;
-    }
-    for (int64_t j = 0; j < vectors; ++j) {
-      float* to = out + j * width + m * d;
-      const float factor = factors ? factors[j] : 1.0f;
-      for (int64_t i = 0; i < d; ++i) {
-        float sum = 0;
-        for (int64_t term = 0; term < terms; ++term) sum += tables[term][index[term * TILE_VECTORS + j] * d + i];
-        to[i] = (dims ? sum * dims[m * d + i] : sum) * factor;
-      }
+  // A line, in place, as its entries' first bytes, their second bytes, ...
+  static void prepare(float* line) {
+    uint8_t from[NIBBLE * 4], *to = reinterpret_cast<uint8_t*>(line);
+    std::copy_n(to, NIBBLE * 4, from);
+    for (int64_t k = 0; k < NIBBLE; ++k)
+      for (int64_t byte = 0; byte < 4; ++byte) to[byte * NIBBLE + k] = from[k * 4 + byte];
+  }
+  void add(const float* line, const uint8_t* codes) {
+    const __m256i index = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+    const auto byte = [&](int64_t i) {
+      const __m128i entries = _mm_loadu_si128(reinterpret_cast<const __m128i*>(line) + i);
+      return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(entries), index);
+    };
+    const __m256i first = byte(0), second = byte(1), third = byte(2), fourth = byte(3);
+    const __m256i low[2] = {_mm256_unpacklo_epi8(first, second), _mm256_unpackhi_epi8(first, second)};
+    const __m256i high[2] = {_mm256_unpacklo_epi8(third, fourth), _mm256_unpackhi_epi8(third, fourth)};
+    for (int64_t half = 0; half < 2; ++half) {
+      const __m256i a = _mm256_unpacklo_epi16(low[half], high[half]), b = _mm256_unpackhi_epi16(low[half], high[half]);
+      parts[2 * half] = _mm256_add_ps(parts[2 * half], _mm256_castsi256_ps(a));
+      parts[2 * half + 1] = _mm256_add_ps(parts[2 * half + 1], _mm256_castsi256_ps(b));
     }
   }
-}
+  template <typename F>
+  void each(const F& f) const {
+    f(0, Vec(_mm256_permute2f128_ps(parts[0], parts[1], 0x20)));
+    f(1, Vec(_mm256_permute2f128_ps(parts[2], parts[3], 0x20)));
+    f(2, Vec(_mm256_permute2f128_ps(parts[0], parts[1], 0x31)));
+    f(3, Vec(_mm256_permute2f128_ps(parts[2], parts[3], 0x31)));
+  }
+};
 
-// Rows of the matrix from a tile on, [vectors, D].
+#else
+
+struct Picked {
+  float parts[HALF] = {};
+
+  static void prepare(float*) {}
+  void add(const float* line, const uint8_t* codes) {
+    for (int64_t j = 0; j < HALF; ++j) parts[j] += line[codes[j]];
+  }
+  template <typename F>
+  void each(const F& f) const {
+    for (int64_t part = 0; part < HALF / LANES; ++part) f(part, load(parts + part * LANES));
+  }
+};
+
+#endif
+
+// The numbers of one sub-vector, of HALF vectors: to[i, :] = sum of the stages' entries * dims[i] * factors, a row every
+// `width` numbers; dims and factors may be null.
 template <typename T>
-void expand_tiles(const Tiled& held, const Sums& sums, int64_t first, int64_t last, T* out) {
-  const int64_t width = held.width();
-  const auto floats = [](const Maybe& x) { return x ? x->to(at::kFloat) : Tensor(); };
-  const Tensor dims = floats(held.dims), scale = floats(held.scale);
-  const float* of_dims = held.dims ? dims.const_data_ptr<float>() : nullptr;
-  const float* of_vectors = held.scale ? scale.const_data_ptr<float>() : nullptr;
-  at::parallel_for(first, last, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> wide(std::is_same_v<T, float> ? 0 : TILE_VECTORS * width);
-    for (int64_t t = begin; t < end; ++t) {
-      const int64_t vectors = held.of_tile(t);
-      const float* factors = of_vectors ? of_vectors + t * TILE_VECTORS : nullptr;
-      T* to = out + (t - first) * TILE_VECTORS * width;
-      const auto made = [&](float* rows) {
-        with_length(held.d, [&](auto length) {
-          expand_tile<length.value>(sums, held.sub_vectors, held.codes(t), vectors, of_dims, factors, rows);
-        });
-      };
-      if constexpr (std::is_same_v<T, float>) {
-        made(to);
-      } else {
-        made(wide.data());
-        for (int64_t i = 0; i < vectors * width; i += LANES) {
-          const int64_t count = std::min(LANES, vectors * width - i);
-          store(to + i, load(wide.data() + i, count), count);
-        }
-      }
+void expand_sub_vector(const float* lines, int64_t stages, int64_t d, const uint8_t* codes, const float* dims,
+                       const float* factors, T* to, int64_t width) {
+  for (int64_t i = 0; i < d; ++i, to += width) {
+    Picked sum;
+    for (int64_t r = 0; r < stages; ++r) sum.add(lines + (r * d + i) * NIBBLE, codes + r * HALF);
+    sum.each([&](int64_t part, Vec value) {
+      if (dims) value = value * Vec(dims[i]);
+      if (factors) value = value * load(factors + part * LANES);
+      store(to + part * LANES, value, LANES);
+    });
+  }
+}
+
+// Lines of codebooks, prepared to be picked from.
+inline Lines prepared(const Tensor& codebooks) {
+  Lines lines(codebooks);
+  for (size_t i = 0; i < lines.data.size(); i += NIBBLE) Picked::prepare(lines.data.data() + i);
+  return lines;
+}
+
+// Columns first..last of the transposed matrix: out [D, width]. First is a multiple of HALF; width is one too, and columns
+// that it has beyond last are finite.
+template <typename T>
+void expand_panel(const Tiled& held, const Lines& lines, const float* dims, const T* scale, int64_t first, int64_t last,
+                  T* out, int64_t width) {
+  const int64_t stages = held.stages, d = held.d, share = held.sub_vectors / lines.books;
+  std::vector<uint8_t> codes(stages * HALF);
+  alignas(64) float factors[HALF] = {};
+  for (int64_t n = first; n < last; n += HALF) {
+    const uint8_t* tile = held.codes(n / TILE_VECTORS);
+    const int shift = n % TILE_VECTORS ? 4 : 0;
+    if (scale)
+      for (int64_t j = 0; j < std::min(HALF, last - n); ++j) factors[j] = float(scale[n + j]);
+    for (int64_t m = 0; m < held.sub_vectors; ++m, tile += stages * TILE_BYTES) {
+      for (int64_t j = 0; j < stages * HALF; ++j) codes[j] = tile[j] >> shift & 15;
+      expand_sub_vector(lines.at(m / share), stages, d, codes.data(), dims ? dims + m * d : nullptr,
+                        scale ? factors : nullptr, out + m * d * width + n - first, width);
     }
-  });
+  }
 }
 
 }  // namespace rpqfx

@@ -7,7 +7,7 @@
 #include <ATen/ops/zeros.h>
 
 #include "codes.h"
-#include "short_vectors.h"
+#include "strips.h"
 
 namespace rpqfx {
 

@@ -1,6 +1,7 @@
 // Products with codes in tiles: through tables where rows are few, else through the expanded matrix, a panel at a time.
 #pragma once
 
+#include <ATen/Parallel.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
@@ -120,6 +121,33 @@ inline Tensor empty_product(const Tensor& x, const Tiled& held) {
   return at::empty(shape, x.options());
 }
 
+inline int64_t in_halves(int64_t columns) { return (columns + HALF - 1) / HALF * HALF; }
+
+// y [B, N] = x [B, D] @ W.T + bias through the expanded matrix. Each thread has some of the vectors, makes them a panel at
+// a time and multiplies by it alone: threads that shared each panel would wait for each other twice a panel.
+template <typename T>
+void expanded_product(const Tiled& held, const Tensor& x, const Maybe& bias, const Tensor& y) {
+  const Lines lines = prepared(held.codebooks);
+  const Tensor dims = held.dims ? held.dims->to(at::kFloat) : Tensor();
+  const int64_t parts = std::min<int64_t>(at::get_num_threads(), (held.vectors + HALF - 1) / HALF);
+  const int64_t part = in_halves((held.vectors + parts - 1) / parts);
+  const int64_t most = std::max(HALF, PANEL_BYTES / (held.width() * int64_t(sizeof(T))) / HALF * HALF);
+  const int64_t panels = (part + most - 1) / most, panel = in_halves((part + panels - 1) / panels);
+  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    at::AutoDispatchBelowAutograd guard;  // each thread has its own
+    const Tensor made = at::empty({held.width(), panel}, x.options());
+    const int64_t stop = std::min(end * part, held.vectors);
+    for (int64_t n = begin * part; n < stop; n += panel) {
+      const int64_t some = std::min(panel, stop - n);
+      expand_panel<T>(held, lines, held.dims ? dims.const_data_ptr<float>() : nullptr, held.template factors<T>(held.scale), n,
+                      n + some, made.data_ptr<T>(), panel);
+      Tensor result = y.narrow(1, n, some);
+      if (bias) at::addmm_out(result, bias->narrow(0, n, some), x, made.narrow(1, 0, some));
+      else at::mm_out(result, x, made.narrow(1, 0, some));
+    }
+  });
+}
+
 // Up to `most` rows (below zero: as many as that is faster for) go through tables.
 inline bool by_tables(int64_t rows, int64_t most) { return rows <= (most < 0 ? TABLE_ROWS : most); }
 
@@ -140,22 +168,7 @@ inline Tensor tiled_product(const Tensor& input, const Tensor& codebooks, const 
       TableProducts<T>({{held, x.const_data_ptr<T>(), shift, y.data_ptr<T>()}}, rows).run();
       return;
     }
-    at::AutoDispatchBelowAutograd guard;
-    // Panels of one size, so that threads and products have equal parts.
-    const int64_t most_tiles = std::max<int64_t>(1, PANEL_BYTES / (TILE_VECTORS * held.width() * int64_t(sizeof(T)))) * at::get_num_threads();
-    const int64_t panels = (held.count() + most_tiles - 1) / most_tiles, panel = (held.count() + panels - 1) / panels;
-    const Tensor made = at::empty({panel * TILE_VECTORS, held.width()}, x.options());
-    const Tensor flat = y.view({rows, vectors}), input_rows = x.view({rows, held.width()});
-    const Sums sums(held.codebooks);
-    for (int64_t t = 0; t < held.count(); t += panel) {
-      const int64_t last = std::min(t + panel, held.count()), n = t * TILE_VECTORS;
-      const int64_t some = std::min(last * TILE_VECTORS, vectors) - n;
-      expand_tiles<T>(held, sums, t, last, made.data_ptr<T>());
-      Tensor part = flat.narrow(1, n, some);
-      const Tensor weight = made.narrow(0, 0, some).t();
-      if (bias) at::addmm_out(part, bias->narrow(0, n, some), input_rows, weight);
-      else at::mm_out(part, input_rows, weight);
-    }
+    expanded_product<T>(held, x.view({rows, held.width()}), bias, y.view({rows, vectors}));
   });
   return y;
 }
