@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rpqfx import codebook
 from rpqfx.codebook import CodebookSpec, feature_maps
+from rpqfx.codebook.tiles import to_tiles
 from rpqfx.ops.backend import choose
 from rpqfx.ops.cpu import build, kernels
 from tests.helpers import divisors, randn, seeds, stored
@@ -69,6 +70,31 @@ def test_products_are_those_of_the_dense_matrix(
     close(both[0], y.double() @ exact, dtype)
     close(both[1], grad, dtype)
     assert both[1].dtype == torch.float32  # sums keep their bits
+
+
+@st.composite
+def tiled_specs(draw: st.DrawFn) -> CodebookSpec:
+    """Codes of at most four bits: a few vectors, half tiles, whole tiles and panels of them."""
+    d, sub_vectors = draw(st.sampled_from([1, 2, 3, 4, 6, 8, 16])), draw(st.integers(1, 12))
+    books = draw(st.sampled_from(divisors(sub_vectors)))
+    vectors = draw(st.sampled_from([1, 20, 32, 33, 64, 70, 96, 130, 300]))
+    return CodebookSpec(
+        vectors, d * sub_vectors, d, draw(st.integers(2, 16)), draw(st.integers(1, 9)), books, scale=draw(st.booleans())
+    )
+
+
+@given(tiled_specs(), seeds, dtypes, rows, st.booleans(), st.booleans())
+def test_products_with_expanded_tiles_are_those_of_the_dense_matrix(
+    spec: CodebookSpec, seed: int, dtype: torch.dtype, batch: int, biased: bool, columns: bool
+) -> None:
+    books, codes, scale, _ = stored(spec, seed, dtype)
+    x = randn(seed + 1, batch, spec.dim, dtype=dtype)
+    bias = randn(seed + 2, spec.num_vectors, dtype=dtype) if biased else None
+    dims = randn(seed + 3, spec.dim, dtype=dtype) if columns else None
+    dense = codebook.expand(books.double(), codes, None if scale is None else scale.double())
+    exact = x.double() @ (dense if dims is None else dense * dims.double()).T
+    exact = exact if bias is None else exact + bias.double()
+    close(kernels.tiled(x, books, to_tiles(codes), spec.num_vectors, bias, "expand", dims, scale), exact, dtype)
 
 
 @given(specs(), seeds, dtypes)
