@@ -15,6 +15,7 @@ from torch import Tensor
 from rpqfx import codebook
 from rpqfx.codebook.tiles import TILE, from_tiles, pick
 from rpqfx.errors import InputError, SpecError
+from rpqfx.ops import library
 from rpqfx.ops.autocast import autocast_dtype
 from rpqfx.ops.autograd import product, product_t
 from rpqfx.ops.conv_contract import ConvContract
@@ -190,11 +191,19 @@ def conv(
             x[None], weight, weight_shape, bias, stride=stride, padding=padding, dilation=dilation, groups=groups,
             transposed=transposed, output_padding=output_padding, grad_factor=grad_factor, plan=plan,
         )[0]  # fmt: skip
+    plan = conv_plan(x, weight, weight_shape, stride, groups, transposed, plan)
+    if plan == "expand" and torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        # Nothing is kept for a backward pass here, and a compiler that sees the convolution chooses its layout.
+        rows = library.expand(weight.codebooks, weight.codes, weight.scale, weight.signs, weight.dims).to(x.dtype)
+        shift = None if bias is None else bias.to(x.dtype)
+        output_padding = output_padding or (0,) * len(stride)
+        return torch.convolution(
+            x, rows.view(weight_shape), shift, stride, padding, dilation, transposed, output_padding, groups
+        )
     per_vector = None if scale is None else scale.view(-1, *[1] * len(stride))
     per_channel = None if dims is None else _channels(dims, weight.share, weight_shape, groups)
     before, after = (per_vector, per_channel) if transposed else (per_channel, per_vector)
     x = x if before is None else x * before
-    plan = conv_plan(x, weight, weight_shape, stride, groups, transposed, plan)
     form = (ConvContract if plan == "contract" else Conv)(
         books.shape[1], books.shape[2], weight_shape, tuple(x.shape[2:]), stride, padding, dilation, transposed,
         output_padding or (0,) * len(stride), groups,

@@ -130,3 +130,21 @@ def test_what_follows_a_compiled_convolution_may_change_its_result_in_place(size
     torch.testing.assert_close(compiled(x), model(x))
     assert layer.weight_rpq.codebooks.grad is not None
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name.startswith("conv")])
+def test_a_compiler_sees_convolutions_where_no_gradient_is_asked_for(name: str) -> None:
+    """So that it chooses their layout; with a gradient it would keep the filters, so there it sees one step."""
+    layer = KINDS[name].make(plan="expand")
+    inputs = KINDS[name].make_inputs(0)
+    seen: list[bool] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> torch.fx.GraphModule:
+        seen.append(any(node.target is torch.convolution for node in graph.graph.nodes))
+        return graph
+
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        assert_same(compiled(*inputs), layer(*inputs))
+    compiled(*inputs)
+    assert seen == [True, False]
