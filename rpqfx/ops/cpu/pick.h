@@ -13,20 +13,22 @@ namespace rpqfx {
 
 inline constexpr int64_t BIN_TOKENS = 8 * TOKENS;      // whose masses are turned at a time: they stay in the first-level cache
 inline constexpr int64_t BIN_PART = 4096;              // tokens that are worth bins of their own, where slots are few
+inline constexpr int64_t PICK_TOKENS = 8 * TOKENS;     // that go through some slots' tables before the next ones are met
+inline constexpr int64_t PICK_BYTES = 1 << 17;         // of those tables: a part of the second-level cache
 inline constexpr int64_t SLOTS_TOGETHER = 4;           // whose bins are filled in turns
 inline constexpr int64_t SMALL = 1 << 20;              // multiplications that are worth another thread
 inline constexpr int64_t BIN_TASKS = 4;                // for each thread at least
 
-// sums[j] = sum over slots of table[slot, code(slot, j)], for N tokens.
+// sums[j] += sum over slots of table[slot, code(slot, j)], for N tokens.
 template <int W, int N, typename Code>
-void pick_lines(const float* table, int64_t slot, const Code* codes, int64_t stride, int64_t slots, Row<W>* sums) {
+void pick_lines(const float* table, int64_t slot, const Code* codes, int64_t stride, int64_t slots, float* sums) {
   Row<W> sum[N];
-  for (int64_t j = 0; j < N; ++j) sum[j] = Row<W>{};
+  for (int64_t j = 0; j < N; ++j) sum[j] = row<W>(sums + j * W);
   for (int64_t s = 0; s < slots; ++s, table += slot, codes += stride) {
 #pragma GCC unroll 8
     for (int64_t j = 0; j < N; ++j) sum[j] += row<W>(table + static_cast<int64_t>(codes[j]) * W);
   }
-  for (int64_t j = 0; j < N; ++j) sums[j] = sum[j];
+  for (int64_t j = 0; j < N; ++j) row<W>(sums + j * W) = sum[j];
 }
 
 // table[s, k, :] = books[which[s], k] . parts[s, :, :] for all slots, the rows beside each other.
@@ -96,21 +98,22 @@ inline Tensor slot_sums(const Tensor& given_bins, int64_t rows, const Tensor& gi
   return sums;
 }
 
-// scale[t] * sums + shift of up to TOKENS tokens of a head, as lines y[row, t].
+// Adds up what some slots pick for some tokens, into sums [tokens, W].
 template <int W, typename Code>
-void pick_block(const float* table, int64_t slot, const Code* codes, int64_t stride, int64_t slots, int64_t tokens,
-                const c10::Half* scale, const float* shift, int64_t rows, float* y, int64_t y_stride) {
-  Row<W> sums[TOGETHER];
-  for (int64_t t = 0; t < tokens; t += TOGETHER) {
-    const int64_t count = std::min(TOGETHER, tokens - t);
-    if (count == TOGETHER) pick_lines<W, TOGETHER>(table, slot, codes + t, stride, slots, sums);
-    else
-      for (int64_t j = 0; j < count; ++j) pick_lines<W, 1>(table, slot, codes + t + j, stride, slots, sums + j);
-    if (scale)
-      for (int64_t j = 0; j < count; ++j) sums[j] *= static_cast<float>(scale[t + j]);
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < count; ++j) y[i * y_stride + t + j] = sums[j][i] + (shift ? shift[i] : 0.0f);
-  }
+void pick_block(const float* table, int64_t slot, const Code* codes, int64_t stride, int64_t slots, int64_t tokens, float* sums) {
+  constexpr int64_t N = TOGETHER<W>;
+  int64_t t = 0;
+  for (; t + N <= tokens; t += N) pick_lines<W, N>(table, slot, codes + t, stride, slots, sums + t * W);
+  for (; t < tokens; ++t) pick_lines<W, 1>(table, slot, codes + t, stride, slots, sums + t * W);
+}
+
+// scale[t] * sums + shift, as lines y[row, t].
+template <int W>
+void finish(float* sums, int64_t tokens, const c10::Half* scale, const float* shift, int64_t rows, float* y, int64_t y_stride) {
+  if (scale)
+    for (int64_t t = 0; t < tokens; ++t) row<W>(sums + t * W) *= static_cast<float>(scale[t]);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t t = 0; t < tokens; ++t) y[i * y_stride + t] = sums[t * W + i] + (shift ? shift[i] : 0.0f);
 }
 
 // table [B, S, K, W]: scale * sums over a head's slots + shift [B, H, rows], as y [B, H, rows, T].
@@ -133,25 +136,34 @@ inline void pick_sum(const Tensor& table, const Tensor& codes, int64_t width, co
                                shift->scalar_type() == at::kFloat), "a shift does not go with the table");
   const Packed packed(codes, width, table.size(2), tokens);
   const Scales scales(scale, batch, count, tokens);
-  const int64_t blocks = (tokens + TOKENS - 1) / TOKENS;
+  const int64_t block = PICK_TOKENS, blocks = (tokens + block - 1) / block;
   const float* lines = table.const_data_ptr<float>();
   const float* shifts = shift ? shift->const_data_ptr<float>() : nullptr;
   float* out = y.data_ptr<float>();
   by_rows(rows, [&](auto lanes) {
     constexpr int W = decltype(lanes)::value;
+    const int64_t line = packed.entries * W, group = std::max<int64_t>(1, PICK_BYTES / (line * int64_t(sizeof(float))));
     by_width(width, [&](auto code) {
       using Code = decltype(code);
-      at::parallel_for(0, batch * count * blocks, 16, [&](int64_t begin, int64_t end) {
+      at::parallel_for(0, batch * count * blocks, 2, [&](int64_t begin, int64_t end) {
         std::vector<Code> room;
+        std::vector<float> sums(block * W);
         for (int64_t task = begin; task < end; ++task) {
-          const int64_t b = task / (count * blocks), h = task / blocks % count, t = task % blocks * TOKENS;
-          const int64_t left = std::min(TOKENS, tokens - t), head = b * count + h;
-          int64_t stride;
-          packed.prefetch(b, heads[h], heads[h + 1] - heads[h], t + TOKENS);
-          const Code* some = packed.unpack(b, heads[h], heads[h + 1] - heads[h], t, left, room, stride);
-          pick_block<W>(lines + (b * slots + heads[h]) * packed.entries * W, packed.entries * W, some, stride,
-                        heads[h + 1] - heads[h], left, scales.at(b, h, t), shifts ? shifts + head * rows : nullptr,
-                        rows, out + b * y.stride(0) + h * y.stride(1) + t, y.stride(2));
+          const int64_t b = task / (count * blocks), h = task / blocks % count, first = task % blocks * block;
+          const int64_t left = std::min(block, tokens - first), head = b * count + h;
+          std::fill_n(sums.data(), left * W, 0.0f);
+          for (int64_t s = heads[h]; s < heads[h + 1]; s += group) {
+            const int64_t some = std::min(group, heads[h + 1] - s);
+            for (int64_t t = 0; t < left; t += TOKENS) {
+              int64_t stride;
+              packed.prefetch(b, s, some, first + t + TOKENS);
+              const int64_t few = std::min(TOKENS, left - t);
+              const Code* held = packed.unpack(b, s, some, first + t, few, room, stride);
+              pick_block<W>(lines + (b * slots + s) * line, line, held, stride, some, few, sums.data() + t * W);
+            }
+          }
+          finish<W>(sums.data(), left, scales.at(b, h, first), shifts ? shifts + head * rows : nullptr, rows,
+                    out + b * y.stride(0) + h * y.stride(1) + first, y.stride(2));
         }
       });
     });
@@ -161,11 +173,15 @@ inline void pick_sum(const Tensor& table, const Tensor& codes, int64_t width, co
 // bins[slot, code(slot, j)] += masses[j] for some tokens and N slots: sums into one wait for each other, so they take turns.
 template <int W, int N, typename Code>
 void bin_lines(const Code* codes, int64_t stride, const float* masses, int64_t tokens, float* bins, int64_t slot) {
+  constexpr int64_t P = std::min<int64_t>(W, LANES);  // of a register: halves of rows would be copied through memory here
   for (int64_t t = 0; t < tokens; ++t) {
-    const Row<W> mass = row<W>(masses + t * W);
+    Row<P> mass[W / P];
+    for (int64_t p = 0; p < W / P; ++p) mass[p] = row<P>(masses + t * W + p * P);
 #pragma GCC unroll 4
-    for (int64_t i = 0; i < N; ++i)
-      row<W>(bins + i * slot + static_cast<int64_t>(codes[i * stride + t]) * W) += mass;
+    for (int64_t i = 0; i < N; ++i) {
+      float* bin = bins + i * slot + static_cast<int64_t>(codes[i * stride + t]) * W;
+      for (int64_t p = 0; p < W / P; ++p) row<P>(bin + p * P) += mass[p];
+    }
   }
 }
 

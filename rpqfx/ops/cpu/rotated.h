@@ -72,22 +72,23 @@ void sum_slots(const float* books, int64_t entries, int64_t d, const int64_t* wh
   else sum(std::integral_constant<int, 1>{});
 }
 
-// x[t, :] = y[t, :] @ basis for four tokens at a time and C * 16 columns; lines of x and basis are multiples of 16 long.
+// x[t, :] = y[t, :] @ basis for four tokens at a time and C registers of columns; lines of x and basis are multiples of 16
+// long.
 template <int C>
 void times_basis(const float* y, int64_t line, int64_t length, const float* basis, int64_t wide, int64_t tokens,
                  float* x) {
   for (int64_t t = 0; t < tokens; t += 4) {
-    Row<16> sum[4][C];
+    Row<LANES> sum[4][C];
     for (int64_t j = 0; j < 4; ++j)
-      for (int64_t c = 0; c < C; ++c) sum[j][c] = Row<16>{};
+      for (int64_t c = 0; c < C; ++c) sum[j][c] = Row<LANES>{};
     for (int64_t i = 0; i < length; ++i)
       for (int64_t c = 0; c < C; ++c) {
-        const Row<16> part = row<16>(basis + i * wide + c * 16);
+        const Row<LANES> part = row<LANES>(basis + i * wide + c * LANES);
 #pragma GCC unroll 4
         for (int64_t j = 0; j < 4; ++j) sum[j][c] += y[(t + j) * line + i] * part;
       }
     for (int64_t j = 0; j < 4; ++j)
-      for (int64_t c = 0; c < C; ++c) row<16>(x + (t + j) * wide + c * 16) = sum[j][c];
+      for (int64_t c = 0; c < C; ++c) row<LANES>(x + (t + j) * wide + c * LANES) = sum[j][c];
   }
 }
 
@@ -106,23 +107,26 @@ void turn_key(float* x, int64_t half, const T* cos, const T* sin) {
 // sums[t] = sum over j of x[t, j] * q[j, :], for N tokens; lines of x and q are multiples of 16 elements long.
 template <int W, int N>
 void dot_rows(const float* x, int64_t wide, const float* q, Row<W>* sums) {
-  if constexpr (W == 4) {  // four elements of x at a time, each beside itself four times
-    typedef int Lanes __attribute__((vector_size(64)));
-    constexpr Lanes SPREAD = {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3};
-    Row<16> sum[N];
-    for (int64_t t = 0; t < N; ++t) sum[t] = Row<16>{};
-    for (int64_t j = 0; j < wide; j += 16) {
-      const Row<16> part[4] = {row<16>(q + j * 4), row<16>(q + j * 4 + 16), row<16>(q + j * 4 + 32),
-                               row<16>(q + j * 4 + 48)};
+  if constexpr (W == 4) {  // elements of x that fill a register, each beside itself four times
+    typedef int Lanes __attribute__((vector_size(4 * LANES)));
+    Lanes spread{};
+    for (int64_t i = 0; i < LANES; ++i) spread[i] = i / 4;
+    Row<LANES> sum[N];
+    for (int64_t t = 0; t < N; ++t) sum[t] = Row<LANES>{};
+    for (int64_t j = 0; j < wide; j += LANES) {
+      Row<LANES> part[4];
+      for (int64_t k = 0; k < 4; ++k) part[k] = row<LANES>(q + j * 4 + k * LANES);
 #pragma GCC unroll 8
       for (int64_t t = 0; t < N; ++t) {
-        const Row<16> some = row<16>(x + t * wide + j);
+        const Row<LANES> some = row<LANES>(x + t * wide + j);
 #pragma GCC unroll 4
-        for (int k = 0; k < 4; ++k) sum[t] += __builtin_shuffle(some, SPREAD + 4 * k) * part[k];
+        for (int k = 0; k < 4; ++k) sum[t] += __builtin_shuffle(some, spread + k * int(LANES / 4)) * part[k];
       }
     }
-    for (int64_t t = 0; t < N; ++t)
-      for (int64_t i = 0; i < 4; ++i) sums[t][i] = (sum[t][i] + sum[t][4 + i]) + (sum[t][8 + i] + sum[t][12 + i]);
+    for (int64_t t = 0; t < N; ++t) {
+      sums[t] = Row<4>{};
+      for (int64_t i = 0; i < LANES; ++i) sums[t][i % 4] += sum[t][i];
+    }
   } else {
     Row<W> sum[N];
     for (int64_t t = 0; t < N; ++t) sum[t] = Row<W>{};
@@ -138,11 +142,11 @@ void dot_rows(const float* x, int64_t wide, const float* q, Row<W>* sums) {
 // out[row, t] = x[t, :] . q[row, :] for up to KEYS tokens of a head; q has its rows beside each other, out lines apart.
 template <int W>
 void score_keys(const float* x, int64_t wide, int64_t tokens, const float* q, int64_t rows, float* out, int64_t line) {
-  Row<W> sums[TOGETHER];
-  for (int64_t t = 0; t < tokens; t += TOGETHER) {
-    dot_rows<W, TOGETHER>(x + t * wide, wide, q, sums);
+  Row<W> sums[TOGETHER<W>];
+  for (int64_t t = 0; t < tokens; t += TOGETHER<W>) {
+    dot_rows<W, TOGETHER<W>>(x + t * wide, wide, q, sums);
     for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < std::min(TOGETHER, tokens - t); ++j) out[i * line + t + j] = sums[j][i];
+      for (int64_t j = 0; j < std::min(TOGETHER<W>, tokens - t); ++j) out[i * line + t + j] = sums[j][i];
   }
 }
 
@@ -161,9 +165,10 @@ void make_keys(const Keys& keys, int64_t head, const int64_t* which, const Sorte
   for (int64_t c = 0; keys.basis && c < wide;) {
     const float* some = keys.basis + head * keys.length * wide + c;
     const int64_t length = int64_t(sorted.groups.size()) * keys.d;
-    if (c + 64 <= wide) times_basis<4>(y, line, length, some, wide, KEYS, x + c);
-    else times_basis<1>(y, line, length, some, wide, KEYS, x + c);
-    c += c + 64 <= wide ? 64 : 16;
+    constexpr int MOST = LANES < 16 ? 16 : 64, FEWEST = 16 / LANES;  // columns whose sums fit into registers
+    if (c + MOST <= wide) times_basis<MOST / LANES>(y, line, length, some, wide, KEYS, x + c);
+    else times_basis<FEWEST>(y, line, length, some, wide, KEYS, x + c);
+    c += c + MOST <= wide ? MOST : 16;
   }
   for (int64_t t = 0; t < tokens; ++t) {
     float* key = x + t * wide;

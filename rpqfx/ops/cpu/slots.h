@@ -14,15 +14,38 @@ namespace rpqfx {
 
 inline constexpr int64_t MOST_ROWS = 16;
 inline constexpr int64_t TOKENS = 128;  // whose codes are unpacked at a time; fills whole bytes at every width
-inline constexpr int64_t TOGETHER = 8;  // tokens whose sums are held in registers
+// Tokens whose sums, W floats each, are held in registers.
+template <int W>
+inline constexpr int64_t TOGETHER = W > LANES ? 4 : 8;
 
-// Unaligned vectors of W floats; the compiler makes them of what the machine has.
+// Unaligned vectors of W floats: of what a register holds at most, or of two halves, since compilers keep arrays of wider
+// vectors in memory.
+template <int W>
+struct Halves;
 template <int W>
 struct RowOf {
   typedef float type __attribute__((vector_size(4 * W), aligned(4)));
 };
 template <int W>
+  requires(W > LANES)
+struct RowOf<W> {
+  using type = Halves<W>;
+};
+template <int W>
 using Row = typename RowOf<W>::type;
+
+template <int W>
+struct Halves {
+  Row<W / 2> low, high;
+
+  Halves& operator+=(const Halves& other) { return low += other.low, high += other.high, *this; }
+  Halves& operator*=(float factor) { return low *= factor, high *= factor, *this; }
+  Halves operator+(const Halves& other) const { return {low + other.low, high + other.high}; }
+  Halves operator+(float shift) const { return {low + shift, high + shift}; }
+  Halves operator*(const Halves& other) const { return {low * other.low, high * other.high}; }
+  friend Halves operator*(float factor, const Halves& x) { return {factor * x.low, factor * x.high}; }
+  float operator[](int64_t i) const { return i < W / 2 ? low[i] : high[i - W / 2]; }
+};
 
 template <int W>
 inline Row<W>& row(float* p) { return *reinterpret_cast<Row<W>*>(p); }
