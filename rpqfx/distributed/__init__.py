@@ -1,6 +1,7 @@
 """Rewritten models in several processes, on torch.distributed; import it by name, as it takes a while."""
 
 from rpqfx.distributed.agreement import broadcast_codes, check_same_codes
+from rpqfx.distributed.conversion import convert
 from rpqfx.distributed.meta_start import materialize
 from rpqfx.distributed.sharding import fully_shard
 from rpqfx.distributed.tensor_parallel import ColwiseParallel, RowwiseParallel
@@ -11,6 +12,7 @@ __all__ = [
     "RowwiseParallel",
     "broadcast_codes",
     "check_same_codes",
+    "convert",
     "fully_shard",
     "load_full_state_dict",
     "materialize",
