@@ -70,6 +70,12 @@ def held(model: nn.Module) -> int:
     return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors)
 
 
+def codebook_bytes(model: nn.Module) -> int:
+    """Bytes of codebooks alone, each once, which gradients are held against."""
+    books = (module.codebooks for module in model.modules() if isinstance(module, rpqfx.nn.RPQWeight))
+    return sum(book.nbytes for book in {id(book): book for book in books}.values())
+
+
 def distributed(model: nn.Module, how: str, traffic: Traffic) -> nn.Module:
     small = any(isinstance(m, rpqfx.nn.RPQWeight) for m in model.modules())
     if how == "DDP":
@@ -117,7 +123,10 @@ def opt_block() -> list[dict[str, Any]]:
         dense.update({"up": nn.Linear(4096, 16384), "down": nn.Linear(16384, 4096)})
         small = rpqfx.rpqify(dense, rpqfx.Policy.from_scratch(codebook_dim=64, bits=8))
     models = {"dense": dense, "codebooks": small}
-    return [{"kind": kind, "sent_bytes": sum(p.nbytes for p in m.parameters())} for kind, m in models.items()]
+    return [
+        {"kind": kind, "sent_bytes": sum(p.nbytes for p in m.parameters()), "codebook_bytes": codebook_bytes(m)}
+        for kind, m in models.items()
+    ]
 
 
 def tell(text: str) -> None:
@@ -142,11 +151,12 @@ def main() -> None:
             again = FIRST.GPT()
             again = again if kind == "dense" else rpqfx.rpqify(again, POLICY)
             again.load_state_dict(model.state_dict())
-            found = {"kind": kind, "how": how, **train(again, how, data, arguments.steps, rate)}
+            own = codebook_bytes(again)  # before a part of them is another process's
+            found = {"kind": kind, "how": how, **train(again, how, data, arguments.steps, rate), "codebook_bytes": own}
             rows.append(found)
             tell(
                 f"{kind:<10}{how:<12} loss {found['loss']:.4f}, sent for each step {found['sent_bytes']:>11,} bytes, "
-                f"held by each process {found['held_bytes']:>11,} bytes"
+                f"held by each process {found['held_bytes']:>11,} bytes, codebooks {own:,} bytes"
             )
     block, ranks = opt_block(), dist.get_world_size()
     tell("a block of OPT-6.7B: " + ", ".join(f"{row['kind']} {row['sent_bytes']:,} bytes" for row in block) + " a step")

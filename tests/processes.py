@@ -31,20 +31,22 @@ mp.start_processes(work, (module, int(ranks), folder, claims), nprocs=int(ranks)
 """
 
 
-def run(claims: Sequence[Callable[[], None]], ranks: int, folder: Path) -> Path:
+def run(claims: Sequence[Callable[[], None]], ranks: int, folder: Path, *, kernels: bool = False) -> Path:
     """Runs claims in several processes, one after the other.
 
     Args:
         claims: Functions of one test module.
         ranks: How many processes run each of them.
         folder: Where they write what went wrong.
+        kernels: Whether they run compiled kernels, which have to be compiled already: that takes longer than ``WAIT``.
 
     Returns:
         ``folder``, for ``failure``.
     """
     module, names = claims[0].__module__, [claim.__name__ for claim in claims]
-    # Whether kernels are there is no matter of these tests, and building takes long.
-    environment = {**os.environ, "RPQFX_KERNELS": "0", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if not kernels:  # most of these tests are not about what computes, and loading kernels takes a while
+        environment["RPQFX_KERNELS"] = "0"
     done = forks.run(START, module, str(ranks), str(folder), *names, environment=environment)
     assert done.returncode == 0, done.stderr
     return folder

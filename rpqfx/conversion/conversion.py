@@ -8,19 +8,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
-from rpqfx.conversion.checkpoint import Checkpoint, fingerprint
+from rpqfx.conversion.agreement import check_same_conversion
 from rpqfx.conversion.dense_weight import StandIn
-from rpqfx.conversion.finished import in_range, shapes_of
+from rpqfx.conversion.finished import Finished, in_range, prints_of, shapes_of
 from rpqfx.conversion.fitting import fit_weight, train_codebooks
 from rpqfx.conversion.gradients import Gradients
 from rpqfx.conversion.importance import importance
 from rpqfx.conversion.layerwise import Turns
 from rpqfx.conversion.observe import Observer, Seen
+from rpqfx.conversion.output_metrics import OutputMetrics
+from rpqfx.conversion.ranks import Ranks
 from rpqfx.conversion.row_weights import RowWeights
-from rpqfx.errors import InputError, RewriteError
-from rpqfx.graph.calibration.batch_norm import estimate_norms
+from rpqfx.conversion.shared_rows import shared_search
+from rpqfx.conversion.unseen import unseen
+from rpqfx.errors import RewriteError
+from rpqfx.graph.calibration.batch_norm import estimate_norms, norms_of
 from rpqfx.graph.calibration.batches import Batches
 from rpqfx.graph.module_graphs import evaluating
 from rpqfx.graph.records import record
@@ -35,9 +38,6 @@ from rpqfx.reporting.progress import Progress
 
 Decide = Callable[[Mapping[str, float]], Mapping[str, Hold | Skip]]
 
-_NAMED = 4
-_METHOD = "rows and columns"  # of fitting: a folder that was begun with another holds another conversion
-
 
 def convert_sites(
     model: nn.Module,
@@ -49,6 +49,7 @@ def convert_sites(
     seed: int = 0,
     progress: Progress | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    ranks: Ranks | None = None,
 ) -> nn.Module:
     """Fits a model's weights to codebooks, in place.
 
@@ -68,6 +69,8 @@ def convert_sites(
         seed: Of codebooks.
         progress: Called with (done, total, site name).
         checkpoint: Folder in which finished weights are kept.
+        ranks: The processes that share the work, each with all of the model and all batches. All get the same result,
+            which is that of one process.
 
     Returns:
         ``model``.
@@ -77,10 +80,11 @@ def convert_sites(
         RewriteError: If a weight is not finite, or a decision cannot be followed.
         FormatError: If the folder holds another conversion.
         OSError: If the folder cannot be written; what was saved before stays.
+        DistributedError: If processes call for different conversions, or another one has failed.
     """
     before = Snapshot(model, values=small_tensors(model))
     try:
-        _Conversion(model, sites, decide, Batches(model, calibration), weigh, seed, progress, checkpoint).run()
+        _Conversion(model, sites, decide, Batches(model, calibration), weigh, seed, progress, checkpoint, ranks).run()
         return model
     except BaseException:
         before.restore()
@@ -90,7 +94,7 @@ def convert_sites(
 class _Conversion:
     def __init__(
         self, model: nn.Module, sites: Sequence[Site], decide: Decide, batches: Batches, weigh: bool,
-        seed: int, progress: Progress | None, folder: str | os.PathLike[str] | None,
+        seed: int, progress: Progress | None, folder: str | os.PathLike[str] | None, ranks: Ranks | None,
     ) -> None:  # fmt: skip
         self._model, self._sites, self._decide, self._batches = model, sites, decide, batches
         self._weigh, self._seed, self._progress, self._folder = weigh, seed, progress, folder
@@ -98,26 +102,38 @@ class _Conversion:
         self._calibrated: set[str] = set()
         self._by_name = {site.name: site for site in sites}
         self._gradients: Gradients | None = None
+        self._outputs: OutputMetrics | None = None
+        self._ranks = Ranks() if ranks is None else ranks
+        self._search = shared_search(self._ranks)
 
     def run(self) -> None:
         settled = settle(self._decide({}), self._sites)
         self._weights = self._stand_ins({n: d for n, d in settled.items() if isinstance(d, Hold)})
         put(self._model, self._sites, self._weights)
+        check_same_conversion(self._ranks, self._model, self._dense(), self._batches.calls, {
+            "the policy": repr(sorted((name, repr(decision)) for name, decision in settled.items())),
+            "seed": str(self._seed), "checkpoint": str(self._folder and os.fspath(self._folder)),
+        })  # fmt: skip
         with evaluating(self._model):
             seen = self._observe(self._weights.values())
-            notes = self._check_seen(seen)
+            notes = unseen(self._weights, seen) if self._batches.runs else []
             if self._batches.runs and self._weigh:
                 assert self._gradients is not None
                 costs = importance(list(self._weights.values()), self._gradients, len(self._batches.runs))
-                settled = settle(self._decide({name: costs[w] for name, w in self._weights.items()}), self._sites)
+                named = {name: costs[weight] for name, weight in self._weights.items()}
+                settled = settle(self._decide(self._ranks.from_rank(0, "importance", named)), self._sites)
             self._settle_specs(settled)
-            self._store = self._open_store()
+            decided = repr(sorted((name, repr(hold)) for name, hold in self._holds.items()))
+            words = [decided, str(self._seed)]
+            kept = "" if self._folder is None else prints_of(self._model, self._dense(), self._batches.calls, words)
+            self._store = Finished(self._folder, kept, self._ranks)
+            self._outputs = None if self._gradients is None else OutputMetrics(self._gradients, self._ranks)
             self._codebooks = self._train(seen)
             for name, weight in self._weights.items():
                 if not seen[weight].once:
                     self._fit(name, self._metric(weight, seen))
             self._fit_in_turn(seen)
-            estimate_norms(self._model, self._batches.runs)
+            self._estimate_norms()
         adapt_pretrained(self._model)  # not before: only now is it known which weights share codebooks
         record(self._model, self._sites, settled, self._errors, calibrated=self._calibrated, notes=notes)
 
@@ -138,12 +154,12 @@ class _Conversion:
     def _observe(self, weights: Iterable[StandIn]) -> dict[RPQWeight, Seen]:
         """Energies of inputs; of weights that one batch uses several times, second moments as well."""
         weights = list(weights)
-        self._gradients = Gradients(self._model, weights) if self._weigh else None
-        observer = Observer(weights) if self._gradients is None else self._gradients
+        self._gradients = Gradients(self._model, weights, ranks=self._ranks) if self._weigh else None
+        observer = Observer(weights, ranks=self._ranks) if self._gradients is None else self._gradients
         self._watch(observer, "reading inputs")
         often = [w for w in weights if observer.seen[w].uses > 1 and not observer.seen[w].looked_up]
         if often:
-            closer = Observer(often, energy_only=False, rows=self._rows())
+            closer = Observer(often, energy_only=False, rows=self._rows(), ranks=self._ranks)
             self._watch(closer, "reading inputs that are met several times")
             for weight in often:
                 observer.seen[weight].moments = closer.seen[weight].moments
@@ -156,32 +172,6 @@ class _Conversion:
         """Returns what is known of the inputs of a weight that runs do not stop for; of a table, of what it gives."""
         table = None if self._gradients is None else self._gradients.tables.get(weight)
         return seen[weight].moments.mean if table is None else table.mean
-
-    def _check_seen(self, seen: Mapping[RPQWeight, Seen]) -> list[str]:
-        """Remarks for the report on what calibration did not show.
-
-        Raises:
-            InputError: If inputs of a weight are not finite, or no batch reaches any.
-        """
-        if not self._batches.runs:
-            return []
-        for name, weight in self._weights.items():
-            mean = seen[weight].moments.mean
-            if mean is not None and not bool(torch.isfinite(mean).all()):
-                raise InputError(
-                    f"{name}: its inputs' second moment has infinite or NaN elements; look at the calibration batches, "
-                    "or skip the weight with a Rule"
-                )
-        missed = [name for name, weight in self._weights.items() if not seen[weight].reached]
-        if not any(one.reached or one.read for one in seen.values()):
-            raise InputError(
-                "no calibration batch reaches any weight that is to be in codebooks, so nothing can be seen of their "
-                f"inputs ({', '.join(missed[:3])}); give batches as the model is called with in use"
-            )
-        unknown = [name for name in missed if seen[self._weights[name]].read]
-        missed = [name for name in missed if name not in unknown]
-        why = {"calibration did not reach": missed, "no product shows the inputs of": unknown}
-        return [f"{text} {_named(names)}: fitted to the weights alone" for text, names in why.items() if names]
 
     def _watch(self, observer: Observer, what: str) -> None:
         runs = self._batches.runs
@@ -201,47 +191,48 @@ class _Conversion:
             weight.spec, weight.plan = hold.spec, hold.plan
             self._holds[name] = hold
 
-    def _open_store(self) -> Checkpoint | None:
-        if self._folder is None:
-            return None
-        inputs, shape = tree_flatten(self._batches.calls)
-        plain = [repr(leaf) for leaf in inputs if isinstance(leaf, (bool, int, float, str))]
-        decided = repr(sorted((name, repr(hold)) for name, hold in self._holds.items()))
-        words = [decided, str(self._seed), str(shape), _METHOD]
-        held = [
-            *(w.vectors for w in self._weights.values()),
-            *self._model.parameters(),
-            *self._model.buffers(),
-            *inputs,
-        ]
-        tensors = [tensor for tensor in held if isinstance(tensor, Tensor) and not tensor.is_meta]
-        return Checkpoint(self._folder, fingerprint([*words, *plain], tensors))
+    def _dense(self) -> list[Tensor]:
+        return [weight.vectors for weight in self._weights.values()]
 
     def _train(self, seen: Mapping[RPQWeight, Seen]) -> dict[str, nn.Parameter]:
         """The codebooks of each weight, one Parameter for all that share them."""
         trained: dict[str, nn.Parameter] = {}
-        for group in groups_of(self._holds).values():
-            weights = [self._weights[name] for name in group]
-            shapes = {"codebooks": weights[0].spec.codebooks_shape}
-            kept = None if self._store is None else self._store.load(f"codebooks of {group[0]}", shapes)
-            if kept is None:
+        groups, rank, size = list(groups_of(self._holds).values()), self._ranks.rank, self._ranks.size
+        for first in range(0, len(groups), size):  # one group for each process
+            some = groups[first : first + size]
+            found = [self._store.load(f"codebooks of {group[0]}", self._books_shape(group[0])) for group in some]
+            made = None
+            if rank < len(some) and found[rank] is None:
+                weights = [self._weights[name] for name in some[rank]]
                 members = [(w.vectors, w.spec, _energy(self._metric(w, seen))) for w in weights]
-                kept = {"codebooks": train_codebooks(members, seed=self._seed)}
-                if self._store is not None:
+                made = {"codebooks": train_codebooks(members, seed=self._seed)}
+            others = self._ranks.gather("codebooks", made)
+            for group, kept, new in zip(some, found, others, strict=False):  # of the last some, one process has none
+                if kept is None:
+                    kept = new
                     self._store.save(f"codebooks of {group[0]}", kept)
-            books = nn.Parameter(kept["codebooks"].to(weights[0].vectors.device), weights[0].trained)
-            books.__dict__.update(self._parameters[group[0]].__dict__)
-            for name, weight in zip(group, weights, strict=True):
-                trained[name], weight.shares_codebooks = books, len(group) > 1
+                self._share(group, kept["codebooks"], trained)
         return trained
+
+    def _books_shape(self, name: str) -> dict[str, tuple[int, ...]]:
+        return {"codebooks": self._weights[name].spec.codebooks_shape}
+
+    def _share(self, group: Sequence[str], codebooks: Tensor, trained: dict[str, nn.Parameter]) -> None:
+        """Makes codebooks the Parameter of all weights of a group."""
+        first = self._weights[group[0]]
+        books = nn.Parameter(codebooks.to(first.vectors.device), first.trained)
+        books.__dict__.update(self._parameters[group[0]].__dict__)
+        for name in group:
+            trained[name], self._weights[name].shares_codebooks = books, len(group) > 1
 
     def _fit_in_turn(self, seen: Mapping[RPQWeight, Seen]) -> None:
         names: dict[RPQWeight, str] = {w: name for name, w in self._weights.items() if seen[w].once}
-        ranks = {weight: seen[weight].rank for weight in names}
-        turns = Turns(
-            self._batches, names, ranks, lambda weight, moment: self._fit(names[weight], moment), self._rows()
-        )
-        turns.run()
+        order = {weight: seen[weight].rank for weight in names}
+
+        def fit(weight: RPQWeight, moment: Callable[[], Tensor]) -> None:
+            self._fit(names[weight], moment)
+
+        Turns(self._batches, names, order, fit, self._rows(), self._ranks).run()
         for weight, name in names.items():
             if isinstance(weight, StandIn):  # batches no longer come here
                 self._fit(name, seen[weight].moments.mean)
@@ -249,21 +240,13 @@ class _Conversion:
     def _fit(self, name: str, moment: Tensor | Callable[[], Tensor] | None) -> None:
         weight = self._weights[name]
         assert isinstance(weight, StandIn)
-        outputs = None if self._gradients is None else self._gradients.outputs.pop(weight, None)
-        kept = None if self._store is None else self._store.load(name, shapes_of(weight.spec))
+        kept = self._store.load(name, shapes_of(weight.spec))
         if kept is None or not in_range(kept["codes"], weight.spec):
-            known = moment() if callable(moment) else moment
-            full = known if known is not None and known.dim() == 2 else None
-            energy = known if full is None else None
-            fit = fit_weight(
-                weight.vectors, weight.spec, self._codebooks[name].detach(), full, energy,
-                None if outputs is None or full is None else outputs.trusted(_sizes(weight.vectors)),
-            )  # fmt: skip
-            kept = {"codes": fit.codes.to(weight.spec.code_dtype), **fit.factors, "error": torch.tensor(fit.error)}
-            if fit.signs is not None:
-                kept["signs"] = fit.signs
-            if self._store is not None:
-                self._store.save(name, kept)
+            made = self._fitted(weight, self._codebooks[name].detach(), moment() if callable(moment) else moment)
+            kept = self._ranks.from_rank(0, "a fitted weight", made)
+            self._store.save(name, kept)
+        if self._outputs is not None:
+            self._outputs.forget(weight)
         if self._gradients is not None:
             self._gradients.rows.forget(weight)
         self._errors[name] = float(kept.pop("error"))
@@ -276,15 +259,25 @@ class _Conversion:
         if self._progress is not None:
             self._progress(len(self._errors), len(self._weights), name)
 
+    def _fitted(self, weight: StandIn, codebooks: Tensor, known: Tensor | None) -> dict[str, Tensor]:
+        """Fits a weight to its inputs' second moment ``[D, D]``, or to its diagonal alone, or to itself."""
+        full = known if known is not None and known.dim() == 2 else None
+        outputs = None if self._outputs is None or full is None else self._outputs.take(weight)
+        fit = fit_weight(
+            weight.vectors, weight.spec, codebooks, full, known if full is None else None, outputs, self._search
+        )
+        found = {"codes": fit.codes.to(weight.spec.code_dtype), **fit.factors, "error": torch.tensor(fit.error)}
+        return found if fit.signs is None else {**found, "signs": fit.signs}
 
-def _sizes(vectors: Tensor) -> Tensor:
-    """Returns the root mean squares of rows, which their errors are in proportion to."""
-    return (vectors if vectors.dtype == torch.float64 else vectors.float()).square().mean(1).sqrt()
+    def _estimate_norms(self) -> None:
+        """Estimates statistics of batch norms in one process, for all."""
+        if not self._ranks.rank:
+            estimate_norms(self._model, self._batches.runs)
+        if self._ranks.size > 1:
+            buffers = [buffer for norm in norms_of(self._model) for buffer in norm.buffers()]
+            for buffer, value in zip(buffers, self._ranks.from_rank(0, "batch norms", buffers), strict=True):
+                buffer.copy_(value)
 
 
 def _energy(mean: Tensor | None) -> Tensor | None:
     return mean.diagonal() if mean is not None and mean.dim() == 2 else mean
-
-
-def _named(names: Sequence[str]) -> str:
-    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")

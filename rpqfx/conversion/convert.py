@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from rpqfx.conversion.ranks import Ranks
 from rpqfx.conversion.rewritten import has_rate, rewritten
 from rpqfx.errors import InputError
 from rpqfx.policies.arguments import check_model, check_path, check_policy
@@ -60,6 +61,16 @@ def convert(
         FormatError: If the checkpoint folder holds another conversion.
         OSError: If the checkpoint folder cannot be written; what was saved before stays.
     """
+    return converted(
+        model, policy, calibration, inplace=inplace, checkpoint=checkpoint, seed=seed, progress=progress, ranks=None
+    )
+
+
+def converted(
+    model: nn.Module, policy: Policy | Decide, calibration: Iterable[Any] | None, *, inplace: bool,
+    checkpoint: str | os.PathLike[str] | None, seed: int, progress: Progress | bool | None, ranks: Ranks | None,
+) -> nn.Module:  # fmt: skip
+    """Returns what ``convert`` does; with ``ranks``, made by several processes together."""
     check_model(model, "convert")
     check_policy(policy, Policy, call="convert", any_callable=True)
     if calibration is None and not has_rate(policy):
@@ -71,5 +82,5 @@ def convert(
         check_path(checkpoint, "checkpoint")
     return rewritten(
         "convert", model, policy, inplace=inplace, seed=seed, progress=progress, calibration=calibration,
-        checkpoint=checkpoint,
+        checkpoint=checkpoint, ranks=ranks,
     )  # fmt: skip

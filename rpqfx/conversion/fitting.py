@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from rpqfx.codebook import CodebookSpec, pack_signs
-from rpqfx.fit.error_feedback import encode
+from rpqfx.fit.error_feedback import Search, encode
 from rpqfx.fit.k_means import kmeans
 from rpqfx.fit.residual import improve, train
 from rpqfx.fit.scales import balance, refit_columns, refit_rows
+from rpqfx.ops.column_search import column_search
 
 # Sub-vectors an entry that codebooks are trained on, and how many are enough whatever the entries.
 _SAMPLES_PER_ENTRY = 128
@@ -132,6 +133,7 @@ def fit_weight(
     moment: Tensor | None,
     energy: Tensor | None = None,
     outputs: Tensor | None = None,
+    search: Search = column_search,
 ) -> Fitted:
     """Finds codes and factors of a weight for given codebooks.
 
@@ -143,6 +145,7 @@ def fit_weight(
         energy: Mean squared inputs ``[D]``, where the moment is not known.
         outputs: Mean second moment of the gradients of its outputs ``[N, N]``, or None where they are not known. Used
             with ``moment`` only.
+        search: Finds the codes of rows, as ``encode`` takes it.
 
     Returns:
         What is stored, but for the codebooks.
@@ -158,11 +161,11 @@ def fit_weight(
         outputs = outputs * view.rows.to(outputs.dtype) * view.rows.to(outputs.dtype)[:, None]
     minus = None
     if spec.signs:  # an entry or its negative, whichever is nearer: a codebook of both
-        both = encode(view.matrix, torch.cat([codebooks, -codebooks], 2), moment, outputs, beam=_BEAM)
+        both = encode(view.matrix, torch.cat([codebooks, -codebooks], 2), moment, outputs, beam=_BEAM, search=search)
         minus = both.codes >= spec.entries
         coded = both._replace(codes=both.codes % spec.entries)
     else:
-        coded = encode(view.matrix, codebooks, moment, outputs, beam=_BEAM)
+        coded = encode(view.matrix, codebooks, moment, outputs, beam=_BEAM, search=search)
     rows, decoded = view.rows, coded.decoded
     if moment is not None:
         seen = moment.to(decoded.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from rpqfx.conversion.dense_weight import StandIn
 from rpqfx.conversion.moments import Moments, input_rows, lies_along
 from rpqfx.conversion.observe import Observer
+from rpqfx.conversion.ranks import Ranks
 from rpqfx.conversion.row_weights import RowWeights, limited
 from rpqfx.fit.output_moments import OutputMoments
 from rpqfx.graph.calibration.probe import probe
@@ -25,6 +27,21 @@ _GRADIENTS_PER_VECTOR = 8
 _GRADIENT_ELEMENTS = 2**24
 
 
+@dataclass
+class _BatchFelt:
+    """Gradients of one batch, by the numbers of weights.
+
+    Args:
+        sums: Mean squared gradients of results.
+        tables: Metrics of vectors that are looked up.
+        rows: Energies of rows, added up, and how many rows there are.
+    """
+
+    sums: dict[int, float] = field(default_factory=dict)
+    rows: dict[int, tuple[float, int]] = field(default_factory=dict)
+    tables: dict[int, Moments] = field(default_factory=dict)
+
+
 class Gradients(Observer):
     """Observes inputs, as ``Observer`` does, and gradients of each product's result.
 
@@ -36,18 +53,22 @@ class Gradients(Observer):
         model: The model; its Parameters are left without gradients.
         weights: What to listen to.
         seed: Seed of the random directions.
+        ranks: The processes that share out the runs, and the weights whose ``outputs`` they keep.
 
     Attributes:
         sums: Mean squared gradient of each weight's results, summed over batches.
         rows: How much the model's output feels of each row of inputs.
-        outputs: Second moments ``[N, N]`` of the gradients of the results, for weights of up to 4,096 vectors.
+        outputs: Second moments ``[N, N]`` of the gradients of the results, for weights of up to 4,096 vectors; where
+            several processes share the runs, for those weights that are this one's (``owner``).
         tables: Metrics ``[D, D]`` of the vectors that are looked up: of the gradients of what was looked up, and of
             inputs, weighted, where the same weight has products (a tied head). A vector is met about as often as an
             input as it is a likely output, so one metric serves all of them.
     """
 
-    def __init__(self, model: nn.Module, weights: Iterable[StandIn], seed: int = 0) -> None:
-        super().__init__(weights)
+    def __init__(
+        self, model: nn.Module, weights: Iterable[StandIn], seed: int = 0, ranks: Ranks | None = None
+    ) -> None:  # fmt: skip
+        super().__init__(weights, ranks=ranks)
         self._model = model
         self.sums: dict[RPQWeight, float] = {}
         self.rows = RowWeights()
@@ -56,6 +77,16 @@ class Gradients(Observer):
         self._seed = seed
         self._asked: dict[RPQWeight, tuple[str, Tensor, Layout, tuple[Any, ...]]] = {}
         self._share = 1
+        self._felt_now = _BatchFelt()
+        self._waiting: dict[int, list[Tensor]] = {}
+
+    def owner(self, weight: RPQWeight) -> int:
+        """Returns which process keeps the second moment of a weight's outputs.
+
+        Args:
+            weight: One of those that are listened to.
+        """
+        return self._numbers[weight] % self._ranks.size
 
     def watch(self, runs: Sequence[Callable[[], Any]], after: Callable[[int], None]) -> None:
         """Runs a model forwards and backwards, batch after batch.
@@ -80,6 +111,26 @@ class Gradients(Observer):
             if loss is not None:
                 loss.backward()
 
+    def _collect(self, first: int) -> None:
+        super()._collect(first)
+        weights = list(self.seen)
+        for felt in self._ranks.gather("gradients' statistics", self._felt_now):
+            for number, energy in felt.sums.items():
+                self.sums[weights[number]] = self.sums.get(weights[number], 0.0) + energy
+            for number, (total, rows) in felt.rows.items():
+                self.rows.count(weights[number], total, rows)
+            for number, moments in felt.tables.items():
+                self.tables.setdefault(weights[number], Moments()).merge(moments)
+        self._felt_now = _BatchFelt()
+        if self._ranks.size == 1:  # then they are added at once, and no gradient is kept
+            return
+        for start in range(0, len(weights), self._ranks.size):  # not all at once: they take as much as the model
+            theirs = [self._waiting.pop(start + rank, []) for rank in range(self._ranks.size)]
+            for number, gradients in enumerate(self._ranks.exchange("outputs' gradients", theirs)):
+                for some in gradients:
+                    weight = weights[start + self._ranks.rank]
+                    self.outputs.setdefault(weight, OutputMoments()).add(first + number, some)
+
     def asked(self, weight: RPQWeight, product: str, x: Tensor, layout: Layout, geometry: tuple[Any, ...]) -> None:
         """See ``Listener``."""
         super().asked(weight, product, x, layout, geometry)
@@ -95,8 +146,9 @@ class Gradients(Observer):
         if product == "lookup":
             y.register_hook(partial(self._looked_up, weight, layout))
         else:
-            place = self.batch, self.seen[weight].now - 1
-            kept = x if self.seen[weight].looked_up else None  # others are met again when their turn comes
+            number = self._numbers[weight]
+            place = self.batch, self._now.uses[number] - 1
+            kept = x if number in self._now.looked_up else None  # others are met again when their turn comes
             y.register_hook(partial(self._felt, weight, place, product, kept, layout, geometry))
         return y
 
@@ -105,16 +157,18 @@ class Gradients(Observer):
             rows = grad.detach().reshape(-1, layout.dim)
             energies = _energies(rows)
             shares = _shares(energies) / weight.layout.num_vectors
-            self.tables.setdefault(weight, Moments()).add(_known(rows, energies), shares)
+            self._table(weight).add(_known(rows, energies), shares)
+
+    def _table(self, weight: RPQWeight) -> Moments:
+        return self._felt_now.tables.setdefault(self._numbers[weight], Moments())
 
     def _felt(
         self, weight: RPQWeight, place: tuple[int, int], product: str, x: Tensor | None, layout: Layout,
         geometry: tuple[Any, ...], grad: Tensor,
     ) -> None:  # fmt: skip
         grad = grad.detach()
-        self.sums[weight] = (
-            self.sums.get(weight, 0.0) + float(torch.linalg.vector_norm(grad.float())) ** 2 / grad.numel()
-        )
+        number, sums = self._numbers[weight], self._felt_now.sums
+        sums[number] = sums.get(number, 0.0) + float(torch.linalg.vector_norm(grad.float())) ** 2 / grad.numel()
         if layout.dim != weight.layout.dim or not lies_along(product, layout, geometry):
             return
         groups = 1
@@ -126,16 +180,19 @@ class Gradients(Observer):
         energies = _energies(rows)
         weights = limited(energies)
         self.rows.put(weight, *place, weights)
+        total, count = self._felt_now.rows.get(number, (0.0, 0))
+        self._felt_now.rows[number] = total + float(weights.sum(dtype=torch.float64)), count + len(weights)
         if x is not None:
-            self.tables.setdefault(weight, Moments()).add_all(input_rows(product, x, layout, geometry), weights)
+            self._table(weight).add_all(input_rows(product, x, layout, geometry), weights)
         count = weight.layout.num_vectors
         if groups == 1 and rows.shape[1] == count <= _MOST_VECTORS:
             most = max(_GRADIENTS_PER_VECTOR * count, _GRADIENT_ELEMENTS // count) // self._share + 1
             step = -(-len(rows) // most)
-            some = _known(rows[::step], energies[::step])
-            self.outputs.setdefault(weight, OutputMoments()).add(
-                self.batch, some * _shares(energies)[::step].sqrt()[:, None]
-            )
+            some = _known(rows[::step], energies[::step]) * _shares(energies)[::step].sqrt()[:, None]
+            if self._ranks.size == 1:
+                self.outputs.setdefault(weight, OutputMoments()).add(self.batch, some)
+            else:
+                self._waiting.setdefault(number, []).append(some)
 
 
 def _energies(rows: Tensor) -> Tensor:

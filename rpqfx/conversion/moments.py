@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -67,6 +67,9 @@ def _unfolded(x: Tensor, layout: Layout, stride: Any, padding: Any, dilation: An
 class Moments:
     """Second moments of inputs, over all the products that are added.
 
+    Those of each batch are made by themselves and added to those of the batches before it, so that a sum is the same to
+    the last bit whichever process has run which batch.
+
     Args:
         energy_only: Keep the diagonal alone.
     """
@@ -102,6 +105,40 @@ class Moments:
         for rows in blocks:
             self.add(rows, None if weights is None else weights[start : start + len(rows)])
             start += len(rows)
+
+    def merge(self, other: Moments) -> None:
+        """Adds what another one holds, which it may keep from then on.
+
+        Args:
+            other: Of as many columns, in full or the diagonal alone as this one.
+        """
+        if other._sum is not None:
+            self._sum = other._sum if self._sum is None else self._sum.add_(other._sum)
+        self._total += other._total
+        self.rows += other.rows
+
+    def parts(self, count: int) -> list[Moments]:
+        """Returns moments that hold a part of the rows of the matrix each, of all that was added.
+
+        Args:
+            count: How many.
+        """
+        sums = [None] * count if self._sum is None else self._sum.tensor_split(count)
+        return [self._like(one) for one in sums]
+
+    def joined(self, others: Sequence[Moments]) -> Moments:
+        """Returns the whole of ``parts``, this one being any of them.
+
+        Args:
+            others: All parts, this one among them, in order.
+        """
+        sums = [part._sum for part in others if part._sum is not None]
+        return self._like(torch.cat(sums) if sums else None)
+
+    def _like(self, held: Tensor | None) -> Moments:
+        other = Moments(self._energy_only)
+        other._sum, other._total, other.rows = held, self._total, self.rows
+        return other
 
     @property
     def mean(self) -> Tensor | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -94,13 +94,18 @@ class Lockstep(Generic[T]):
         if run.abandoned:
             raise _Abandoned
 
-    def run(self, handle: Callable[[Hashable, dict[int, T]], None], rank: Callable[[Hashable], float]) -> None:
+    def run(
+        self,
+        handle: Callable[[Hashable, dict[int, T]], None],
+        choose: Callable[[Collection[Hashable]], Hashable | None],
+    ) -> None:
         """Runs all jobs to their end.
 
         Args:
-            handle: Called when every job waits or is over, with the key of the lowest rank that any waits for and
-                what each of the jobs waiting for it has seen, by number; they then go on.
-            rank: The order of keys.
+            handle: Called when every job waits or is over, with the key that is chosen and what each of the jobs
+                waiting for it has seen, by number; they then go on.
+            choose: Chooses of the keys that jobs wait for the one that is handled next; or one that none of these jobs
+                waits for, as where other processes have jobs that do. None ends all; of no keys it has to be chosen.
 
         Raises:
             RunError: If a job raised; no other goes on then.
@@ -110,17 +115,22 @@ class Lockstep(Generic[T]):
                 run.start()
             for run in self._runs:
                 run.step()
-            while waiting := [run for run in self._runs if not run.over]:
-                at: dict[Hashable, list[_Run]] = defaultdict(list)
-                for run in waiting:
-                    assert run.waits is not None
-                    at[run.waits[0]].append(run)
-                key = min(at, key=rank)
-                handle(key, {run.number: run.waits[1] for run in at[key] if run.waits is not None})
-                for run in at[key]:
+            while (key := choose((at := self._waiting()).keys())) is not None:
+                here = at.get(key, [])
+                handle(key, {run.number: run.waits[1] for run in here if run.waits is not None})
+                for run in here:
                     run.step()
         finally:
             self.close()
+
+    def _waiting(self) -> dict[Hashable, list[_Run]]:
+        """Returns the runs that are not over, by the key that each waits for."""
+        at: dict[Hashable, list[_Run]] = defaultdict(list)
+        for run in self._runs:
+            if not run.over:
+                assert run.waits is not None
+                at[run.waits[0]].append(run)
+        return at
 
     def close(self) -> None:
         """Ends all runs, whether they are over or not; may be called again, where it was interrupted itself."""

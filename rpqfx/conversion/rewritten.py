@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from rpqfx.conversion.conversion import convert_sites
+from rpqfx.conversion.ranks import Ranks
 from rpqfx.errors import InputError, PolicyError, RewriteError
 from rpqfx.graph.calibration.batches import calibration_of
 from rpqfx.graph.copying import copy_model
@@ -36,7 +37,7 @@ from rpqfx.validation.values import check_seed, flag
 def rewritten(
     call: str, model: nn.Module, policy: Policy | Decide | None, *, inplace: bool, seed: int | None,
     progress: Progress | bool | None, calibration: Iterable[Any] | None = None,
-    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None, ranks: Ranks | None = None,
 ) -> nn.Module:  # fmt: skip
     """Returns what the public function ``call`` does; whatever this raises, ``model`` is as it was."""
     check_model(model, call)
@@ -50,7 +51,7 @@ def rewritten(
     if (inner := unwrapped(model)) is not model:
         small = rewritten(
             call, inner, policy, inplace=inplace, seed=seed, progress=progress, calibration=calibration,
-            checkpoint=checkpoint,
+            checkpoint=checkpoint, ranks=ranks,
         )  # fmt: skip
         return rewrapped(model, small)
     if is_rewritten(model):
@@ -63,7 +64,7 @@ def rewritten(
     try:
         batches = [] if calibration is None else calibration_of(calibration)
         with torch.inference_mode(False):  # what is made in it could not be trained
-            return _rewritten(model, policy, inplace, seed, progress, batches, checkpoint)
+            return _rewritten(model, policy, inplace, seed, progress, batches, checkpoint, ranks)
     except BaseException:
         before.restore()
         raise
@@ -76,7 +77,7 @@ def has_rate(policy: Policy | Decide | None) -> bool:
 
 def _rewritten(
     model: nn.Module, policy: Policy | Decide, inplace: bool, seed: int | None, progress: Progress | bool | None,
-    batches: list[Any], checkpoint: str | os.PathLike[str] | None,
+    batches: list[Any], checkpoint: str | os.PathLike[str] | None, ranks: Ranks | None,
 ) -> nn.Module:  # fmt: skip
     """See ``rewritten``; where this raises, ``model`` may be anything."""
     captured = capture(model)
@@ -97,13 +98,15 @@ def _rewritten(
 
         small = convert_sites(
             captured.model, sites, decide, batches, weigh=weigh, seed=seed or 0,
-            progress=shown_progress(progress, quiet=not batches), checkpoint=checkpoint,
+            progress=shown_progress(progress, quiet=not batches), checkpoint=checkpoint, ranks=ranks,
         )  # fmt: skip
     else:
         small = rewrite(captured, decisions, sites, seed=seed, progress=shown_progress(progress, quiet=True))
     records, more = attached_records(small) or ((), ())
     attach_records(small, records, (*notes, *more))
     renew_calls(small)
+    if ranks is not None:
+        ranks.gather("the end", None)  # nobody keeps a result while another fails
     return small
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from rpqfx.nn.weight import RPQWeight
@@ -15,7 +14,10 @@ _FLOOR = 0.2
 
 
 class RowWeights:
-    """Mean squared gradients of the outputs of each row of inputs, kept in two bytes for each row of each weight."""
+    """Mean squared gradients of the outputs of each row of inputs, kept in two bytes for each row of each weight.
+
+    Rows are those of batches that this process has run; what they are measured by is the mean over all batches.
+    """
 
     def __init__(self) -> None:
         self._energies: dict[tuple[RPQWeight, int, int], Tensor] = {}
@@ -32,8 +34,17 @@ class RowWeights:
             energies: ``[B]``, mean squared gradients, ``limited``, in the order of the rows of inputs.
         """
         self._energies[weight, batch, use] = energies.bfloat16()
-        self._sums[weight] = self._sums.get(weight, 0.0) + float(energies.sum(dtype=torch.float64))
-        self._counts[weight] = self._counts.get(weight, 0) + len(energies)
+
+    def count(self, weight: RPQWeight, total: float, rows: int) -> None:
+        """Counts what a batch gave, of whichever process, into the mean.
+
+        Args:
+            weight: Of the products.
+            total: Sum of the energies that were put.
+            rows: How many they are.
+        """
+        self._sums[weight] = self._sums.get(weight, 0.0) + total
+        self._counts[weight] = self._counts.get(weight, 0) + rows
 
     def of(self, weight: RPQWeight, batch: int, use: int) -> Tensor | None:
         """Returns ``[B]``, what rows of inputs weigh, about 1 in the mean over all batches; None where all weigh alike.
@@ -44,7 +55,7 @@ class RowWeights:
             use: Which product of that weight it is in the batch.
         """
         found = self._energies.get((weight, batch, use))
-        if found is None or not self._sums[weight] > 0:
+        if found is None or not self._sums.get(weight, 0.0) > 0:
             return None
         return (1 - _FLOOR) * found.float() * (self._counts[weight] / self._sums[weight]) + _FLOOR
 

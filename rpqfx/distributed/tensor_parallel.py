@@ -11,11 +11,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor import parallel as dense
 
+from rpqfx.distributed.split_routes import within_routes
 from rpqfx.distributed.split_weight import SplitWeight, as_part, collect, split_weight
 from rpqfx.errors import DistributedError
 from rpqfx.nn.embedding import RPQEmbedding
 from rpqfx.nn.hosting.backed import Backed, weight_of
 from rpqfx.nn.linear import RPQLinear
+from rpqfx.nn.weight import RPQWeight
 
 
 class SplitLinear(RPQLinear):
@@ -54,7 +56,8 @@ class ColwiseParallel(dense.ColwiseParallel):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if not isinstance(module, Backed):
-            return super()._apply(module, device_mesh)
+            with within_routes(module, self):
+                return super()._apply(module, device_mesh)
         if isinstance(module, RPQEmbedding) and module.max_norm is not None:
             raise DistributedError(
                 "an embedding with max_norm cannot be split along its columns: norms are of whole rows"
@@ -81,7 +84,8 @@ class RowwiseParallel(dense.RowwiseParallel):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if not isinstance(module, Backed):
-            return super()._apply(module, device_mesh)
+            with within_routes(module, self):
+                return super()._apply(module, device_mesh)
         table = isinstance(module, RPQEmbedding)
         taken: tuple[Placement, ...] = (Replicate(),) if table else (Shard(-1),)
         return _split(module, device_mesh, 0 if table else 1, self, taken, (Partial(),))
@@ -107,6 +111,14 @@ def _split(
             f"{type(style).__name__} splits RPQLinear and RPQEmbedding, got {type(module).__name__}, whose own code "
             "reads what it holds in codebooks; leave it out of the plan, and use fully_shard for it"
         )
+    with within_routes(module, style):
+        return _split_weight_and_bias(module, weight, mesh, axis, style, taken, made)
+
+
+def _split_weight_and_bias(
+    module: nn.Module, weight: RPQWeight, mesh: DeviceMesh, axis: int, style: Any, taken: tuple[Placement, ...],
+    made: tuple[Placement, ...],
+) -> nn.Module:  # fmt: skip
     src = getattr(style, "src_data_rank", 0)
     split_weight(weight, mesh, axis, src)
     bias = module._parameters.get("bias")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,8 @@ _TRIES = 8
 _ROW_BLOCKS = 8
 _FEWEST_ROWS = 16  # of a block
 _SMALLEST_HALF = 48  # of a triangular matrix that is inverted by halves
+
+Search = Callable[[Tensor, Tensor, Sequence[int], Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
 class Coded(NamedTuple):
@@ -57,6 +60,7 @@ def encode(
     *,
     damping: float = 0.01,
     beam: int = 8,
+    search: Search = column_search,
 ) -> Coded:
     """Finds codes of a matrix for given codebooks.
 
@@ -78,6 +82,7 @@ def encode(
         outputs: ``G [N, N]``, the sum of ``y y^T`` over gradients of outputs; as ``H``. Used with ``moment`` only.
         damping: Share of the mean of ``H``'s diagonal that is added to it, and of ``G``'s five times as much.
         beam: Sums of stages that are kept (see ``rpqfx.ops.search.beam_search``).
+        search: Finds the codes of rows with a moment, as ``rpqfx.ops.column_search.column_search`` does.
 
     Returns:
         Codes, in float32 at least.
@@ -96,8 +101,8 @@ def encode(
         return Coded(codes, work, torch.cat([entry for _, entry in found], 1))
     metric = _metric(moment, d, damping, work.dtype)
     if outputs is None:
-        return _by_columns(work, books, metric, beam)
-    return _by_rows(work, books, metric, outputs, 5 * damping, beam)
+        return _by_columns(work, books, metric, beam, search)
+    return _by_rows(work, books, metric, outputs, 5 * damping, beam, search)
 
 
 def _metric(moment: Tensor, d: int, damping: float, dtype: torch.dtype) -> _Metric:
@@ -138,14 +143,16 @@ def _row_blocks(rows: int) -> list[tuple[int, int]]:
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def _by_rows(work: Tensor, books: Tensor, metric: _Metric, outputs: Tensor, damping: float, beam: int) -> Coded:
+def _by_rows(
+    work: Tensor, books: Tensor, metric: _Metric, outputs: Tensor, damping: float, beam: int, search: Search
+) -> Coded:  # fmt: skip
     """Codes blocks of rows, those after a block taking over what their outputs can make up for."""
     order, spread = feedback_between_rows(outputs, damping)
     open_ = work[order]
     codes = torch.empty(len(books), len(metric.order), len(work), dtype=torch.long, device=work.device)
     corrected, decoded = torch.empty_like(work), torch.empty_like(work)
     for start, stop in _row_blocks(len(work)):
-        found = _by_columns(open_[start:stop], books, metric, beam)
+        found = _by_columns(open_[start:stop], books, metric, beam, search)
         codes[..., order[start:stop]], decoded[order[start:stop]] = found.codes, found.decoded
         error = open_[start:stop] - found.decoded
         open_[stop:] -= spread[stop:, start:stop].to(work.dtype) @ error
@@ -153,11 +160,11 @@ def _by_rows(work: Tensor, books: Tensor, metric: _Metric, outputs: Tensor, damp
     return Coded(codes, corrected, decoded)
 
 
-def _by_columns(work: Tensor, books: Tensor, metric: _Metric, beam: int) -> Coded:
+def _by_columns(work: Tensor, books: Tensor, metric: _Metric, beam: int, search: Search) -> Coded:
     """Codes sub-vectors of all rows, those after one taking over what their inputs can make up for."""
     share = len(metric.order) // books.shape[1]
     groups = metric.order // share
-    found, seen = column_search(work[:, metric.columns], books, groups.tolist(), metric.to_metric, metric.upper, beam)
+    found, seen = search(work[:, metric.columns], books, groups.tolist(), metric.to_metric, metric.upper, beam)
     codes, corrected = found.new_empty(len(books), len(metric.order), len(work)), torch.empty_like(work)
     codes[:, metric.order], corrected[:, metric.columns] = found.permute(2, 1, 0), seen
     return Coded(codes, corrected, _decoded(books, codes, share))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +37,7 @@ class RPQQuantizer(HfQuantizer):
     def __init__(self, quantization_config: RPQConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._work: Restoring | Quantizing | None = None
+        self._model: weakref.ref[nn.Module] | None = None
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuses what cannot be done with weights that are put into codebooks on the way.
@@ -61,6 +63,7 @@ class RPQQuantizer(HfQuantizer):
         from rpqfx.integrations.quantizing import Quantizing
         from rpqfx.integrations.restoring import Restoring
 
+        self._model = weakref.ref(model)
         if self.pre_quantized:
             files = kwargs.get("checkpoint_files")
             self._work = Restoring(model, files, self.quantization_config.routing, torch.get_default_dtype())
@@ -84,6 +87,7 @@ class RPQQuantizer(HfQuantizer):
             param_name: Of the tensor, there.
             **kwargs: As for its base.
         """
+        self._check_whole()
         return self._work is not None and self._work.takes(param_name)
 
     def param_element_size(self, model: nn.Module, param_name: str, param: torch.Tensor) -> float:
@@ -105,7 +109,21 @@ class RPQQuantizer(HfQuantizer):
             param: The tensor, as it is in the file.
             dtype: What transformers would give it.
         """
+        self._check_whole()
         return dtype if self._work is None else self._work.dtype_of(converter, dtype)
+
+    def _check_whole(self) -> None:
+        """Raises, before the first tensor is read, where transformers has shared out the model over processes.
+
+        It does so after it has asked what becomes of the model, and tells no quantiser.
+        """
+        model = None if self._model is None else self._model()
+        if getattr(model, "_device_mesh", None) is not None:
+            raise InputError(
+                "transformers shares out a model over processes (tp_plan=, distributed_config=) by styles of its own, "
+                "which know no codebooks; load it without, whole in every process, and call torch's parallelize_module "
+                "with ColwiseParallel and RowwiseParallel of rpqfx.distributed, or rpqfx.distributed.fully_shard"
+            )
 
     def get_quantize_ops(self) -> Any:
         """Returns what puts a weight into codebooks."""

@@ -182,6 +182,8 @@ class KVAttention(nn.Module):
         Raises:
             InputError: If the cache belongs to a model with other codebooks.
         """
+        self.check("keys", key)
+        self.check("values", value)
         store.adopt(self.keys, self.values)
         angles, key, _ = self._in_halves(key, key)
         return store.append(key, value, angles)
@@ -267,7 +269,8 @@ class KVAttention(nn.Module):
         if x.dim() != 4 or x.shape[1] != coder.heads or x.shape[3] != coder.dim:
             raise InputError(
                 f"{self.name}: {side} are [B, {coder.heads}, T, {coder.dim}] as in calibration, got {list(x.shape)}; "
-                "quantise the model again with batches like these"
+                "quantise the model again with batches like these, or, where heads are split over processes, give "
+                f"rpqfx.distributed.HeadParallel() for {self.name}.kv_codes in the plan"
             )
 
     def near(self, queries: int, tokens: int, device: torch.device) -> Tensor:

@@ -28,6 +28,7 @@ from rpqfx.kv.held_sites import held_sites
 from rpqfx.kv.module import KVAttention, attentions
 from rpqfx.kv.policy import KVPolicy
 from rpqfx.kv.wrap import unwrap, wrap
+from rpqfx.nn.wrappers import refuse_distributed
 from rpqfx.policies.arguments import check_model, check_policy, check_progress
 from rpqfx.reporting.progress import Progress, shown
 from rpqfx.validation.values import check_seed, flag
@@ -75,12 +76,14 @@ def quantize_kv(
 
     Raises:
         InputError: If the model rejects a batch, there is none, or one is empty or not finite.
-        RewriteError: If there is no attention, or none ran.
+        RewriteError: If there is no attention, or none ran, or the model is in DistributedDataParallel, sharded or
+            split over processes.
         PolicyError: If a rule matches no layer, or a layer cannot follow its policy.
         FormatError: If a file of a calibration is truncated, altered or none.
         OSError: If it cannot be read.
     """
     check_model(model, "quantize_kv")
+    refuse_distributed(model, "quantize_kv")
     if isinstance(policy, (str, bytes, os.PathLike)):
         _check_alone(calibration, fit, seed)
         flag("inplace", inplace, error=InputError)

@@ -102,3 +102,27 @@ def test_moments_are_means_over_all_rows(seed: int, sizes: list[int]) -> None:
     wanted = rows.t() @ rows / max(1, len(rows))
     torch.testing.assert_close(full.mean, wanted)
     torch.testing.assert_close(energy.mean, wanted.diagonal())
+
+
+@given(seeds, st.lists(st.integers(0, 5), min_size=1, max_size=5), st.integers(1, 4), st.booleans())
+def test_parts_that_are_merged_in_order_are_the_whole_to_the_last_bit(
+    seed: int, sizes: list[int], count: int, energy: bool
+) -> None:
+    whole, parts = Moments(energy), [Moments(energy) for _ in range(count)]
+    for number, size in enumerate(sizes):
+        batch = Moments(energy)
+        batch.add(randn(seed + number, size, 6, dtype=torch.float32), randn(seed, size, dtype=torch.float32).abs())
+        for part, some in zip(parts, batch.parts(count), strict=True):
+            part.merge(some)
+        copied = Moments(energy)
+        copied.merge(batch.joined(batch.parts(count)))
+        whole.merge(copied)
+    joined = parts[-1].joined(parts)
+    assert joined.rows == whole.rows == sum(sizes)
+    assert joined.mean is not None and whole.mean is not None and torch.equal(joined.mean, whole.mean)
+
+
+def test_nothing_merges_and_joins_to_nothing() -> None:
+    empty = Moments()
+    empty.merge(Moments())
+    assert empty.mean is None and empty.joined(empty.parts(3)).mean is None

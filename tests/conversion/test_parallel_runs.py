@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -19,6 +19,10 @@ def no_thread_stays() -> Iterator[None]:
     before = set(threading.enumerate())
     yield
     assert set(threading.enumerate()) <= before
+
+
+def lowest(keys: Collection[Any]) -> Any:
+    return min(keys, default=None)
 
 
 def together(
@@ -46,7 +50,7 @@ def together(
         if handle is not None:
             handle(key, seen)
 
-    steps.run(taken, rank=lambda key: key)
+    steps.run(taken, lowest)
     return handled, traces
 
 
@@ -79,6 +83,17 @@ def test_every_stop_is_handled_once_lowest_key_first(paths: list[list[int]]) -> 
     assert at == [len(path) for path in paths]
 
 
+def test_a_key_that_no_job_waits_for_can_be_handled() -> None:
+    handled: list[tuple[Any, list[int]]] = []
+    steps: Lockstep[None] = Lockstep([lambda: steps.stop(1, None)])
+
+    def choose(keys: Collection[Any]) -> Any:
+        return 0 if not handled else (2 if not keys and len(handled) == 2 else lowest(keys))
+
+    steps.run(lambda key, seen: handled.append((key, list(seen))), choose)
+    assert handled == [(0, []), (1, [0]), (2, [])]
+
+
 def test_one_job_runs_at_a_time() -> None:
     running = threading.Lock()
 
@@ -90,7 +105,7 @@ def test_one_job_runs_at_a_time() -> None:
             steps.stop(key, None)
 
     steps: Lockstep[None] = Lockstep([job] * 4)
-    steps.run(lambda key, seen: None, rank=lambda key: key)
+    steps.run(lambda key, seen: None, lowest)
 
 
 @pytest.mark.parametrize("wrong", [0, 1, 2])
@@ -110,7 +125,7 @@ def test_a_job_that_raises_is_named_and_ends_the_others(wrong: int, at: int) -> 
 
     steps: Lockstep[None] = Lockstep([job(number) for number in range(3)])
     with pytest.raises(RunError) as caught:
-        steps.run(lambda key, seen: None, rank=lambda key: key)
+        steps.run(lambda key, seen: None, lowest)
     assert caught.value.number == wrong and isinstance(caught.value.__cause__, ValueError)
     assert not went_on
 
@@ -142,7 +157,7 @@ def test_jobs_that_are_given_up_clean_up_behind_them() -> None:
         raise ValueError("stop")
 
     with pytest.raises(ValueError, match="stop"):
-        steps.run(handle, rank=lambda key: key)
+        steps.run(handle, lowest)
     assert closed == ["closed", "closed"]
 
 
@@ -155,5 +170,5 @@ def test_jobs_run_without_gradients_and_under_the_callers_autocast() -> None:
     for enabled, dtype in ((True, torch.bfloat16), (True, torch.float16), (False, torch.bfloat16)):
         with torch.autocast("cpu", dtype, enabled):
             expected = (False, torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"))
-            Lockstep([job]).run(lambda key, seen: None, rank=lambda key: 0)
+            Lockstep([job]).run(lambda key, seen: None, lowest)
         assert found.pop() == expected

@@ -28,7 +28,9 @@ def test_weights_are_about_one_in_the_mean_over_batches_and_can_be_dropped() -> 
     energies = [1e-6 * randn(seed, 50).square() for seed in range(3)]
     for batch, energy in enumerate(energies):
         rows.put(weight, batch, 0, energy)
+        rows.count(weight, float(energy.sum()), 50)
     rows.put(weight, 3, 0, torch.zeros(50, dtype=torch.float64))
+    rows.count(weight, 0.0, 50)
     found = [rows.of(weight, batch, 0) for batch in range(4)]
     known = [one for one in found if one is not None]
     assert len(known) == 4 and float(torch.cat(known).mean()) == pytest.approx(1, rel=0.01)

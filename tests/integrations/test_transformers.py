@@ -330,6 +330,18 @@ def test_a_folder_that_is_not_whole_is_refused(damage: Any, message: str, folder
         transformers.LlamaForCausalLM.from_pretrained(path)
 
 
+def test_a_model_that_transformers_shares_out_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rpqfx.rpqify(llama(), POLICY).save_pretrained(tmp_path / "small")
+    llama().save_pretrained(tmp_path / "dense")
+    kind = type(llama())
+    monkeypatch.setattr(kind, "_device_mesh", object(), raising=False)  # as a plan of tp_plan= leaves it
+    for name, options in (("small", {}), ("dense", {"quantization_config": rpqfx.RPQConfig(bits_per_weight=4)})):
+        with pytest.raises(InputError, match=r"tp_plan=.*know no codebooks.*parallelize_module"):
+            kind.from_pretrained(tmp_path / name, **options)
+    monkeypatch.undo()
+    kind.from_pretrained(tmp_path / "small")
+
+
 def test_a_model_that_could_not_come_back_is_not_saved(tmp_path: Path) -> None:
     small = rpqfx.rpqify(llama(), POLICY)
     small.model.layers = small.model.layers[:1]  # and the config still says two

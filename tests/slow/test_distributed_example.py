@@ -26,11 +26,15 @@ def test_the_example_trains_to_the_loss_of_one_process() -> None:
     )
     assert done.returncode == 0, done.stderr
     rows = re.findall(
-        r"^(\w+) +(one process|DDP|FSDP2) +loss ([\d.]+), sent .*? ([\d,]+) bytes", done.stdout, re.MULTILINE
+        r"^(\w+) +(one process|DDP|FSDP2) +loss ([\d.]+), sent .*? ([\d,]+) bytes.*, codebooks ([\d,]+) bytes$",
+        done.stdout,
+        re.MULTILINE,
     )
     assert len(rows) == 6
     for kind in ("dense", "codebooks"):
-        losses = [float(loss) for found, _, loss, _ in rows if found == kind]
+        losses = [float(loss) for found, _, loss, *_ in rows if found == kind]
         assert max(losses) - min(losses) < 2e-3
-    sent = {(kind, how): int(count.replace(",", "")) for kind, how, _, count in rows}
+    sent = {(kind, how): int(count.replace(",", "")) for kind, how, _, count, _ in rows}
+    (codebooks,) = {int(count.replace(",", "")) for kind, _, _, _, count in rows if kind == "codebooks"}
+    assert codebooks < sent["codebooks", "DDP"] <= 1.05 * codebooks
     assert all(sent["codebooks", how] < 0.1 * sent["dense", how] for how in ("DDP", "FSDP2"))

@@ -22,7 +22,7 @@ def estimate_norms(model: nn.Module, runs: Sequence[Callable[[], Any]]) -> int:
     Returns:
         How many batch norms there are. Without any, or any batch, nothing is run.
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    norms = norms_of(model)
     if not norms or not runs:
         return len(norms)
     momenta = [norm.momentum for norm in norms]
@@ -45,3 +45,8 @@ def estimate_norms(model: nn.Module, runs: Sequence[Callable[[], Any]]) -> int:
                 for name, buffer in norm.named_buffers():
                     buffer.copy_(buffers[name])
     return len(norms)
+
+
+def norms_of(model: nn.Module) -> list[_BatchNorm]:
+    """Returns the batch norms that have running statistics."""
+    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]

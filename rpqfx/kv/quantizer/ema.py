@@ -25,13 +25,14 @@ class Sums(NamedTuple):
 
 
 @torch.no_grad()
-def batch_sums(steps: list[Step], mask: Tensor, slots: Groups) -> Sums:
+def batch_sums(steps: list[Step], mask: Tensor, slots: Groups, copies: int = 1) -> Sums:
     """What the entries were chosen for in a batch, added up over all ranks.
 
     Args:
         steps: All stages (``rpqfx.kv.quantizer.encode.walk``).
         mask: ``[T]`` bool, False for tokens that do not count.
         slots: Which groups have which stages.
+        copies: Ranks that have the same tokens, of which each counts once.
     """
     stages, books, entries, d = slots.codebooks_shape
     flat = torch.zeros(stages * books * entries, d + 1, device=mask.device)
@@ -46,6 +47,7 @@ def batch_sums(steps: list[Step], mask: Tensor, slots: Groups) -> Sums:
             own[step.stage, group].index_add_(0, step.codes[:, i], points[:, i])
     if _several_ranks():
         dist.all_reduce(flat)
+        flat /= copies
     return Sums(own[..., d], own[..., :d])
 
 

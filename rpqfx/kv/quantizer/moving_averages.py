@@ -39,6 +39,7 @@ class Averaged(nn.Module):
     decay: float | None
     revive: float
     seed: int
+    copies: int = 1  # processes that see each token, where heads are split over them
     ema_counts: Tensor
     ema_sums: Tensor
     ema_steps: Tensor
@@ -56,7 +57,8 @@ class Averaged(nn.Module):
         drawn = None
         if self.revive:
             drawn = ema.draw(steps, counted, self.layout, self.ema_steps + self.seed)[:: self.repeat]
-        sums = ema.Sums(*(self._each_book(sums) for sums in ema.batch_sums(steps, counted, self.layout)))
+        found = ema.batch_sums(steps, counted, self.layout, self.copies)
+        sums = ema.Sums(*(self._each_book(sums) for sums in found))
         return Batch(self, sums, drawn)
 
     def _each_book(self, sums: Tensor) -> Tensor:

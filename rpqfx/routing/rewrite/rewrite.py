@@ -14,7 +14,7 @@ from rpqfx.graph.module_graphs import capture
 from rpqfx.graph.nested_tensors import without_nested_tensors
 from rpqfx.graph.snapshot import Snapshot
 from rpqfx.graph.transformers_models import adapt_pretrained
-from rpqfx.nn.wrappers import modules_within
+from rpqfx.nn.wrappers import modules_within, refuse_distributed
 from rpqfx.policies.arguments import check_model, check_policy
 from rpqfx.policies.name_rules import check_rules
 from rpqfx.routing.rewrite.attention import AttentionRoute, TorchAttentionRoute, named
@@ -57,7 +57,8 @@ def route(model: nn.Module, policy: RoutePolicy | None = None, *, inplace: bool 
 
     Raises:
         InputError: If it is no module.
-        RewriteError: If there is nothing to route, or the model is routed already.
+        RewriteError: If there is nothing to route, or the model is routed already, in DistributedDataParallel, sharded
+            or split over processes.
         PolicyError: If a rule matches no block, or the model is causal and the policy has neither ``window`` nor
             ``look_ahead``.
     """
@@ -66,6 +67,7 @@ def route(model: nn.Module, policy: RoutePolicy | None = None, *, inplace: bool 
     check_policy(policy, RoutePolicy)
     flag("inplace", inplace, error=InputError)
     check_seed(seed)
+    refuse_distributed(model, "route")
     if routed(model):
         raise RewriteError("this model is routed already; start from the model before route")
     before = Snapshot(model, also=_configs(model))
