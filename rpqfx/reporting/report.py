@@ -139,6 +139,7 @@ def report(model: nn.Module) -> Report:
             dataclasses.replace(
                 record, shape=shape, spec=weight.spec, before=before, after=now.floats + now.codes, shared=now.shared,
                 plan=weight.plan, code_bits=now.code_bits, codebook_bits=now.codebook_bits, scale_bits=now.scale_bits,
+                drawn_stages=now.drawn_stages,
             )
         )  # fmt: skip
     other = unseen_bytes([*model.parameters(), *model.buffers()], seen)
@@ -179,6 +180,7 @@ def _row(site: SiteRecord) -> tuple[str, ...]:
         f"{spec.stages} stages" if spec.stages > 1 else "",
         f"{spec.books} shared codebook{'s' if spec.books != 1 else ''}" if spec.books != spec.sub_vectors else "",
         f"{size(site.shared)} shared with earlier sites" if site.shared else "",
+        _from_seed(site.drawn_stages, spec.stages),
         f"plan {site.plan}" if site.plan != "auto" else "",
         "calibrated" if site.init == "calibrated" else "",
         f"fit error {site.error:.3f}" if site.error is not None else "",
@@ -186,6 +188,12 @@ def _row(site: SiteRecord) -> tuple[str, ...]:
     shape = f"{spec.num_vectors} x {spec.dim}"
     counts = (str(spec.sub_vectors), str(spec.codebook_dim), str(spec.entries))
     return (name, site.kind, shape, *counts, size(site.before), size(site.after), ", ".join(n for n in notes if n))
+
+
+def _from_seed(drawn: int, stages: int) -> str:
+    if not drawn:
+        return ""
+    return "random codes" if drawn == stages else f"random codes in {drawn} stage{'s' * (drawn > 1)}"
 
 
 def _totals(report: Report) -> list[str]:

@@ -22,6 +22,7 @@ from rpqfx.nn.layout import Layout
 from rpqfx.nn.weight import RPQWeight
 from rpqfx.nn.wrappers import modules_within, names_within, unwrapped, wrappers
 from rpqfx.reporting.records import SiteRecord, attach_records
+from rpqfx.storage import drawn
 from rpqfx.storage.manifest import FLAGS, all_tensors, routed_names
 from rpqfx.storage.pickle_reader import DTYPES
 
@@ -37,10 +38,15 @@ def unpacked(entry: dict[str, Any], stored: Tensor, entries: int | None = None, 
         entries: Entries of the codebook that it holds codes of, if it does.
         tiled: Whether these codes lie in tiles in the model; as such they are returned, before others are unpacked.
 
+    Returns:
+        The tensor; codes that are drawn from a seed as they are in the file, until their place is known.
+
     Raises:
         FormatError: If it cannot be what the manifest says.
     """
     dtype = DTYPES[entry["dtype"]]
+    if "drawn" in entry:
+        return stored
     try:
         if "packed" in entry:
             if tiled and entry["packed"]["entries"] == MOST_ENTRIES and entry["shape"][2] % 2 == 0:
@@ -76,7 +82,7 @@ def put_back(
     Args:
         model: As it was before it was rewritten; on any device, also meta.
         manifest: The manifest that ``describe`` wrote, checked.
-        tensors: Unpacked, under their first names.
+        tensors: As ``unpacked`` returned them, or on the meta device in their shapes; under their first names.
         path: Path of the file, for messages.
         maker: The call that made the model, for messages.
         partial: Whether the model may have tensors that the manifest does not name.
@@ -158,7 +164,7 @@ def assign(
     Args:
         model: With a place for each.
         manifest: The manifest that ``describe`` wrote, checked.
-        tensors: Unpacked, under their first names.
+        tensors: As ``put_back`` takes them.
         path: Path of the file, for messages.
         maker: The call that made the model, for messages.
 
@@ -172,7 +178,9 @@ def assign(
     modules = {name: module for name, _, module in modules_within(model)}
     coders = set(coder_tensors(model))
     for entry in manifest["tensors"]:
-        tensor = tensors[entry["names"][0]]
+        tensor, seed = tensors[entry["names"][0]], None
+        if "drawn" in entry and not tensor.is_meta:
+            tensor, seed = _drawn(entry, tensor, path)
         if entry["kind"] == "parameter":
             tensor = nn.Parameter(tensor, entry["requires_grad"])
         for name in entry["names"]:
@@ -192,11 +200,18 @@ def assign(
             if isinstance(tensor, nn.Parameter) and before is not None:
                 tensor.__dict__.update(before.__dict__)
             if isinstance(module, RPQWeight) and attribute == "codes":
-                module.codes = tensor
+                module.codes, module.code_seed = tensor, seed
             else:
                 group[attribute] = tensor
             missing.discard(name)
     return missing
+
+
+def _drawn(entry: Mapping[str, Any], stored: Tensor, path: str) -> tuple[Tensor, int]:
+    try:
+        return drawn.unpacked(entry, stored)
+    except FormatError as error:
+        raise FormatError(f"{path} {error}") from error
 
 
 def _has_place(module: nn.Module, kind: str, attribute: str) -> bool:
