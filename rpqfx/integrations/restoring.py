@@ -33,9 +33,8 @@ from rpqfx.nn.offloaded import offloaded
 from rpqfx.nn.weight import RPQWeight
 from rpqfx.routing.rewrite.policy import RoutePolicy
 from rpqfx.routing.rewrite.rewrite import route
-from rpqfx.storage import drawn
 from rpqfx.storage.pickle_reader import DTYPES
-from rpqfx.storage.restore import codes_of, put_back, unpacked
+from rpqfx.storage.restore import codes_of, put_back, redrawn, unpacked
 
 _MAKER = "from_pretrained"
 # What torch aligns memory to. Tensors of safetensors lie anywhere, and products of such ones are summed up otherwise.
@@ -191,9 +190,10 @@ class Restoring(ConversionOps):
 
     def _codes_of(self, name: str, stored: Tensor) -> Tensor:
         entry, (entries, tiled) = self._entries[name], self._codes[name]
+        held = unpacked(entry, stored, entries, tiled)
         if "drawn" not in entry:
-            return unpacked(entry, stored, entries, tiled)
-        codes, self._seeds[name] = drawn.unpacked(entry, stored)
+            return held
+        codes, self._seeds[name] = redrawn(entry, held)
         return to_bytes(codes, tiled=True) if tiled else codes
 
     # -------------------------------------------------------------------------------- when all have been read

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from rpqfx import ops
 from rpqfx.codebook import CodebookSpec, pack_signs
+from rpqfx.codebook.drawn_codes import balanced_codes, drawn_stages, may_be_seed, new_seed
+from rpqfx.codebook.stored_codes import is_shorter
 from rpqfx.errors import InputError, SpecError
 from rpqfx.fit import fit_codebooks
-from rpqfx.nn.drawn_codes import balanced_codes, drawn_stages, may_be_seed, new_seed
 from rpqfx.nn.layout import Layout
 from rpqfx.nn.shards import is_shard
 from rpqfx.nn.weight_products import Products
@@ -163,15 +164,16 @@ class RPQWeight(Products):
             self.signs.copy_(pack_signs(torch.rand(self.spec.codes_shape, device=device) < 0.5))
 
     def drawn_stages(self) -> tuple[int, ...]:
-        """Returns the stages whose codes are still those of ``code_seed``, for which a file holds the seed.
+        """Returns the stages for which a file holds ``code_seed``: those whose codes are still the ones of the seed.
 
-        The codes are drawn again and compared; no change of them is missed, however it was made. Codes that are on the
-        meta device or shared out over processes count as changed.
+        The codes are drawn again and compared; no change of them is missed, however it was made. There are no such
+        stages where codes are on the meta device, shared out over processes, or no longer than what stands for them.
         """
         stored = self.stored_codes
         if self.code_seed is None or stored.is_meta or is_shard(stored) or not may_be_seed(self.spec):
             return ()
-        return drawn_stages(self.codes.detach(), self.spec.entries, self.code_seed)
+        found = drawn_stages(self.codes.detach(), self.spec.entries, self.code_seed)
+        return found if is_shorter(self.spec.codes_shape, self.spec.entries, len(found)) else ()
 
     @property
     def plan(self) -> ops.Plan:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from rpqfx.codebook.packing import stored_bits
-from rpqfx.nn.drawn_codes import stored_bytes
+from rpqfx.codebook.stored_codes import stored_bytes
 from rpqfx.nn.weight import RPQWeight
 
 

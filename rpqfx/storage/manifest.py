@@ -1,8 +1,8 @@
 """The manifest of a saved file: every tensor under its names, every site and its spec.
 
 Codes and floating Parameters of weights in codebooks are stored packed (``rpqfx.codebook.packing``), codes that were
-drawn and never changed as their seed (``rpqfx.storage.drawn``), all other tensors as they are. Names are those that the
-model has without wrappers (``rpqfx.nn.wrappers``): torch.compile adds none.
+drawn and never changed as their seed (``rpqfx.codebook.stored_codes``), all other tensors as they are. Names are those
+that the model has without wrappers (``rpqfx.nn.wrappers``): torch.compile adds none.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rpqfx.codebook.packing import pack_floats
-from rpqfx.errors import RPQError
+from rpqfx.codebook.packing import code_bits, pack_floats
+from rpqfx.codebook.stored_codes import pack
+from rpqfx.errors import CodeError, RPQError
 from rpqfx.kv.description import describe_kv
 from rpqfx.nn.hosting.backed import backed_weights
 from rpqfx.nn.hosting.reparametrised import hooked
@@ -24,7 +25,6 @@ from rpqfx.nn.weight import RPQWeight
 from rpqfx.nn.wrappers import modules_within, refuse_sharded
 from rpqfx.reporting.records import SiteRecord, attached_records
 from rpqfx.routing.rewrite.rewrite import routed
-from rpqfx.storage import drawn
 from rpqfx.storage.archive import is_dense
 from rpqfx.storage.pickle_reader import DTYPES
 
@@ -67,8 +67,8 @@ def describe(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
         entries.append(entry)
         tensors[name] = plain
         if holder is not None:
-            tensors[name], said = drawn.packed(name, plain, holder)
-            entry |= said
+            tensors[name], how = _packed(name, plain, holder)
+            entry |= how
         elif id(tensor) in floats:
             tensors[name] = pack_floats(plain)
             if tensors[name].dtype is not tensor.dtype:
@@ -124,6 +124,15 @@ def _compact(tensors: dict[str, Tensor], alone: set[str]) -> dict[str, Tensor]:
 def routed_names(model: nn.Module) -> list[str]:
     """Returns the names of routed blocks."""
     return sorted(routed(model))
+
+
+def _packed(name: str, codes: Tensor, weight: RPQWeight) -> tuple[Tensor, dict[str, Any]]:
+    entries, drawn = weight.spec.entries, weight.drawn_stages()
+    how = {"packed": {"bits": code_bits(entries), "entries": entries}, **({"drawn": list(drawn)} if drawn else {})}
+    try:
+        return pack(codes, entries, weight.code_seed, drawn), how
+    except CodeError as error:
+        raise CodeError(f"{name} holds {error}") from error
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from rpqfx.codebook.packing import code_bits
+from rpqfx.codebook.drawn_codes import may_be_seed
+from rpqfx.codebook.packing import code_bits, packed_bytes
 from rpqfx.codebook.spec import CodebookSpec
+from rpqfx.codebook.stored_codes import stored_bytes
 from rpqfx.errors import FormatError, RPQError, SpecError
-from rpqfx.nn.drawn_codes import may_be_seed
 from rpqfx.nn.hosting.backed import SUFFIX
-from rpqfx.storage.drawn import packed_size, wrong_entry
 from rpqfx.storage.manifest_schema import SLOTS, wrong_at
 from rpqfx.storage.pickle_reader import DTYPES
 
@@ -82,7 +82,7 @@ def _entries(tensors: list[dict[str, Any]], stored: Stored) -> dict[str, dict[st
 
 def _check_stored(name: str, entry: dict[str, Any], dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     wanted, count = DTYPES[entry["dtype"]], math.prod(entry["shape"])
-    if "drawn" in entry and wrong_entry(entry):
+    if "drawn" in entry and not _has_drawn_stages(entry):
         raise FormatError(f"it holds {name}, which cannot be drawn: its manifest names no stages of codes")
     if "packed" in entry:
         entries, bits = entry["packed"]["entries"], entry["packed"]["bits"]
@@ -104,6 +104,23 @@ def _check_stored(name: str, entry: dict[str, Any], dtype: torch.dtype, shape: t
         )
     if entry["requires_grad"] and not (wanted.is_floating_point or wanted.is_complex):
         raise FormatError(f"its manifest says that {name}, of {wanted}, has a gradient")
+
+
+def packed_size(entry: Mapping[str, Any]) -> int:
+    """Returns the bytes that a packed tensor takes in a file.
+
+    Args:
+        entry: Its entry in the manifest, checked as far as that goes without the file.
+    """
+    shape, entries = entry["shape"], entry["packed"]["entries"]
+    if "drawn" in entry:
+        return stored_bytes(shape, entries, len(entry["drawn"]))
+    return packed_bytes(math.prod(shape), entries)
+
+
+def _has_drawn_stages(entry: dict[str, Any]) -> bool:
+    stages, shape = entry["drawn"], entry["shape"]
+    return "packed" in entry and len(shape) == 3 and stages == sorted(set(stages)) and stages[-1] < shape[0]
 
 
 def _check_site(site: dict[str, Any], entries: dict[str, dict[str, Any]]) -> None:

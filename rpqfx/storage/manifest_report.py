@@ -13,7 +13,7 @@ from rpqfx.nn.hosting.backed import SUFFIX
 from rpqfx.nn.layout import Layout
 from rpqfx.reporting.records import SiteRecord
 from rpqfx.reporting.report import Report
-from rpqfx.storage.drawn import packed_size
+from rpqfx.storage.manifest_check import packed_size
 from rpqfx.storage.pickle_reader import DTYPES
 from rpqfx.storage.restore import record_of
 
@@ -83,7 +83,7 @@ class _Counts:
             self.code_bits += 8 * _nbytes(entry)
             return
         self.codes += math.prod(spec.stored_codes_shape) if spec.tiled else _nbytes(entry)
-        self.drawn_stages = len(entry["drawn"]["stages"]) if "drawn" in entry else 0
+        self.drawn_stages = len(entry.get("drawn", ()))
         whole = {"packed": {"entries": spec.entries}}  # in a file of earlier versions codes may not be packed
         self.code_bits += 8 * packed_size(entry if self.drawn_stages else {**entry, **whole})
 

@@ -97,10 +97,9 @@ _LAYOUT = _Keys({
     "experts": _one_of(None, "shared", "own"),
 })  # fmt: skip
 _PACKED = _Keys({"bits": _whole(1, 16), "entries": _ENTRIES})
-_DRAWN = _Keys({"version": _whole(1), "stages": _list_of(_whole(0), 1), "sum": _whole(0, 2**32 - 1)})
 _ENTRY = _Keys({
     "names": _NAMES, "kind": _one_of("parameter", "buffer", "attribute"), "shape": _SHAPE, "dtype": _IS_DTYPE,
-    "requires_grad": _is_flag, "?packed": _PACKED, "?stored": _IS_DTYPE, "?drawn": _DRAWN,
+    "requires_grad": _is_flag, "?packed": _PACKED, "?stored": _IS_DTYPE, "?drawn": _list_of(_whole(0), 1),
 })  # fmt: skip
 _SITE = _Keys({
     "names": _NAMES, "spec": _SPEC,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rpqfx.codebook import CodebookSpec
 from rpqfx.codebook.packing import check_codes, unpack_codes
+from rpqfx.codebook.stored_codes import stored_stages, unpack
 from rpqfx.codebook.tiles import MOST_ENTRIES, tiles_of_packed
 from rpqfx.errors import FormatError, RPQError
 from rpqfx.graph.replace import install_all, parameter_at
@@ -22,7 +23,6 @@ from rpqfx.nn.layout import Layout
 from rpqfx.nn.weight import RPQWeight
 from rpqfx.nn.wrappers import modules_within, names_within, unwrapped, wrappers
 from rpqfx.reporting.records import SiteRecord, attach_records
-from rpqfx.storage import drawn
 from rpqfx.storage.manifest import FLAGS, all_tensors, routed_names
 from rpqfx.storage.pickle_reader import DTYPES
 
@@ -45,9 +45,12 @@ def unpacked(entry: dict[str, Any], stored: Tensor, entries: int | None = None, 
         FormatError: If it cannot be what the manifest says.
     """
     dtype = DTYPES[entry["dtype"]]
-    if "drawn" in entry:
-        return stored
     try:
+        if "drawn" in entry:
+            drawn, _ = stored_stages(stored, entry["shape"], entry["packed"]["entries"])
+            if list(drawn) == entry["drawn"]:
+                return stored
+            raise FormatError(f"its stages {list(drawn)} are a seed, the manifest says {entry['drawn']}")
         if "packed" in entry:
             if tiled and entry["packed"]["entries"] == MOST_ENTRIES and entry["shape"][2] % 2 == 0:
                 return tiles_of_packed(stored, tuple(entry["shape"]))
@@ -58,6 +61,22 @@ def unpacked(entry: dict[str, Any], stored: Tensor, entries: int | None = None, 
     except RPQError as error:
         raise FormatError(f"holds {entry['names'][0]}, which cannot be unpacked: {error}") from error
     return stored.to(dtype) if "stored" in entry else stored
+
+
+def redrawn(entry: Mapping[str, Any], stored: Tensor) -> tuple[Tensor, int]:
+    """Returns codes of which stages are held as a seed, and the seed.
+
+    Args:
+        entry: Their entry in the manifest.
+        stored: As ``unpacked`` returned them, on the device where the codes go.
+
+    Raises:
+        FormatError: If these are not the codes that were saved.
+    """
+    try:
+        return unpack(stored, entry["shape"], entry["packed"]["entries"])
+    except RPQError as error:
+        raise FormatError(f"holds {entry['names'][0]}, which cannot be unpacked: {error}") from error
 
 
 def codes_of(manifest: dict[str, Any]) -> dict[str, tuple[int, bool]]:
@@ -180,7 +199,10 @@ def assign(
     for entry in manifest["tensors"]:
         tensor, seed = tensors[entry["names"][0]], None
         if "drawn" in entry and not tensor.is_meta:
-            tensor, seed = _drawn(entry, tensor, path)
+            try:
+                tensor, seed = redrawn(entry, tensor)
+            except FormatError as error:
+                raise FormatError(f"{path} {error}") from error
         if entry["kind"] == "parameter":
             tensor = nn.Parameter(tensor, entry["requires_grad"])
         for name in entry["names"]:
@@ -205,13 +227,6 @@ def assign(
                 group[attribute] = tensor
             missing.discard(name)
     return missing
-
-
-def _drawn(entry: Mapping[str, Any], stored: Tensor, path: str) -> tuple[Tensor, int]:
-    try:
-        return drawn.unpacked(entry, stored)
-    except FormatError as error:
-        raise FormatError(f"{path} {error}") from error
 
 
 def _has_place(module: nn.Module, kind: str, attribute: str) -> bool:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from rpqfx.errors import FormatError
 from rpqfx.storage.container import without_doubles
-from rpqfx.storage.drawn import check_version
 from rpqfx.storage.files import take_in
 from rpqfx.storage.manifest import describe
 from rpqfx.storage.manifest_check import as_unsavable, check_manifest
@@ -67,7 +66,6 @@ def read_manifest(
         check_manifest(manifest, stored(manifest))
     except FormatError as error:
         raise FormatError(f"was altered: {error}") from error
-    check_version(manifest)
     return manifest
 
 

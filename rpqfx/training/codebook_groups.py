@@ -9,10 +9,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from rpqfx import ops
+from rpqfx.codebook.drawn_codes import balanced_codes, new_seed
 from rpqfx.fit.k_means import kmeans
 from rpqfx.fit.refitting import refit
 from rpqfx.fit.residual import encode, train
-from rpqfx.nn.drawn_codes import balanced_codes, new_seed
 from rpqfx.nn.weight import RPQWeight
 from rpqfx.training.latent_weight import LatentWeight
 

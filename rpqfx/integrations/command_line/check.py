@@ -8,7 +8,6 @@ from typing import Any
 from rpqfx.errors import FormatError
 from rpqfx.integrations.command_line.source import opened
 from rpqfx.reporting.tables import size
-from rpqfx.storage.drawn import stored_stages
 from rpqfx.storage.restore import codes_of, unpacked
 
 
@@ -31,11 +30,7 @@ def run(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
             if "packed" not in entry and name not in codes:
                 continue
             try:
-                stored = source.read([name])[name]
-                if "drawn" in entry:  # how large the rest is only a model can say
-                    stored_stages(entry, stored)
-                else:
-                    unpacked(entry, stored, *codes.get(name, ()))
+                unpacked(entry, source.read([name])[name], *codes.get(name, ()))
             except FormatError as error:
                 raise FormatError(f"{source.name} {error}") from error
         found = {

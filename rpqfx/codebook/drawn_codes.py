@@ -12,14 +12,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from rpqfx.codebook import CodebookSpec
 from rpqfx.codebook.counter_random import SEEDS, streams
-from rpqfx.codebook.packing import packed_bytes
-from rpqfx.codebook.spec import code_dtype
+from rpqfx.codebook.spec import CodebookSpec, code_dtype
 
 VERSION = 1
 """Says which codes belong to a seed. Files name it: who changes what is drawn adds a version, and keeps this one."""
-SEED_BYTES = 8
 
 _SIZE = 16  # log2 of how many vectors are sorted at a time; more only where one sub-vector has more
 _KEY = 31  # bits of what is sorted: torch sorts int32 of one axis fastest
@@ -87,18 +84,6 @@ def may_be_seed(spec: CodebookSpec) -> bool:
         spec: Shape of the codebooks.
     """
     return spec.stages * spec.code_dtype.itemsize <= _DENSE * spec.codebook_dim
-
-
-def stored_bytes(shape: Sequence[int], entries: int, drawn: int) -> int:
-    """Returns the bytes that codes take in a file.
-
-    Args:
-        shape: ``(R, M, N)``.
-        entries: ``K``.
-        drawn: How many of the stages are held as a seed, all of them as the same.
-    """
-    stages, parts, vectors = shape
-    return packed_bytes((stages - drawn) * parts * vectors, entries) + (SEED_BYTES if drawn else 0)
 
 
 def _parts(

@@ -9,11 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rpqfx.codebook import CodebookSpec
+from rpqfx.codebook import CodebookSpec, drawn_codes
 from rpqfx.codebook.counter_random import SEEDS, streams
+from rpqfx.codebook.drawn_codes import balanced_codes, drawn_stages, may_be_seed, new_seed
 from rpqfx.codebook.spec import code_dtype
-from rpqfx.nn import RPQLinear, RPQWeight, drawn_codes
-from rpqfx.nn.drawn_codes import balanced_codes, drawn_stages, may_be_seed, new_seed, stored_bytes
+from rpqfx.nn import RPQLinear, RPQWeight
 from tests.fuzz_files import Largest
 from tests.helpers import generator
 
@@ -188,10 +188,3 @@ def test_codes_larger_than_a_dense_tensor_are_no_seed() -> None:
     )
     weight = RPQWeight(CodebookSpec(64, 8, 1, 4, stages=9))
     assert weight.code_seed is not None and weight.drawn_stages() == ()
-
-
-@given(shapes, entry_counts, st.data())
-def test_bytes_in_a_file(shape: tuple[int, int, int], entries: int, data: st.DataObject) -> None:
-    drawn = data.draw(st.integers(0, shape[0]))
-    bits = (shape[0] - drawn) * shape[1] * shape[2] * (entries - 1).bit_length()
-    assert stored_bytes(shape, entries, drawn) == math.ceil(bits / 8) + 8 * (drawn > 0)
