@@ -180,7 +180,6 @@ def _row(site: SiteRecord) -> tuple[str, ...]:
         f"{spec.stages} stages" if spec.stages > 1 else "",
         f"{spec.books} shared codebook{'s' if spec.books != 1 else ''}" if spec.books != spec.sub_vectors else "",
         f"{size(site.shared)} shared with earlier sites" if site.shared else "",
-        _from_seed(site.drawn_stages, spec.stages),
         f"plan {site.plan}" if site.plan != "auto" else "",
         "calibrated" if site.init == "calibrated" else "",
         f"fit error {site.error:.3f}" if site.error is not None else "",
@@ -188,12 +187,6 @@ def _row(site: SiteRecord) -> tuple[str, ...]:
     shape = f"{spec.num_vectors} x {spec.dim}"
     counts = (str(spec.sub_vectors), str(spec.codebook_dim), str(spec.entries))
     return (name, site.kind, shape, *counts, size(site.before), size(site.after), ", ".join(n for n in notes if n))
-
-
-def _from_seed(drawn: int, stages: int) -> str:
-    if not drawn:
-        return ""
-    return "random codes" if drawn == stages else f"random codes in {drawn} stage{'s' * (drawn > 1)}"
 
 
 def _totals(report: Report) -> list[str]:
@@ -204,11 +197,13 @@ def _totals(report: Report) -> list[str]:
         "scales": sum(site.scale_bits for site in report.rewritten),
     }
     parts = [f"{name} {ratio(count, report.weights):.2f}" for name, count in bits.items() if count]
+    drawn = sum(site.drawn_stages > 0 for site in report.rewritten)
+    seeds = f"; random codes of {drawn} site{'s' * (drawn > 1)} as a seed" if drawn else ""
     return [
         f"{len(report.rewritten)} of {len(report.sites)} sites in codebooks; "
         f"{size(report.before)} before, {size(report.after)} after ({share:.1%})",
         f"codebooks and scales {size(report.codebooks)}, codes and signs {size(report.codes)}, "
         f"everything else {size(report.other)}",
-        f"{report.bits_per_weight:.2f} bits a weight as saved: {', '.join(parts)}",
+        f"{report.bits_per_weight:.2f} bits a weight as saved: {', '.join(parts)}{seeds}",
         *report.notes,
     ]

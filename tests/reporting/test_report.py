@@ -122,11 +122,11 @@ def test_each_form_shows_the_bits_a_weight_and_their_parts(form: str):
     assert wanted in FORMS[form](rpqfx.report(nn.Sequential(layer)))
     plain = RPQLinear(64, 1000, codebook_dim=4, bits=6)
     drawn = FORMS[form](rpqfx.report(nn.Sequential(plain)))
-    assert "2.05 bits a weight as saved: codes 0.00, codebooks 2.05" in drawn and "random codes" in drawn
+    assert "2.05 bits a weight as saved: codes 0.00, codebooks 2.05; random codes of 1 site as a seed" in drawn
     plain.weight_rpq.codes = plain.weight_rpq.codes.flip(-1)
     bare = FORMS[form](rpqfx.report(nn.Sequential(plain)))
     assert "3.55 bits a weight as saved: codes 1.50, codebooks 2.05" in bare and ", scales" not in bare
-    assert "random codes" not in bare
+    assert "as a seed" not in bare
 
 
 def test_after_half_the_bytes_are_half():
