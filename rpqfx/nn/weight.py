@@ -16,8 +16,9 @@ from rpqfx.codebook.drawn_codes import balanced_codes, drawn_stages, may_be_seed
 from rpqfx.codebook.stored_codes import is_shorter
 from rpqfx.errors import InputError, SpecError
 from rpqfx.fit import fit_codebooks
+from rpqfx.nn.code_bytes import to_bytes
 from rpqfx.nn.layout import Layout
-from rpqfx.nn.shards import is_shard
+from rpqfx.nn.shards import is_part_of, is_shard
 from rpqfx.nn.weight_products import Products
 
 ReadAs = Literal["expanded", "virtual", "tensor"]
@@ -166,14 +167,20 @@ class RPQWeight(Products):
     def drawn_stages(self) -> tuple[int, ...]:
         """Returns the stages for which a file holds ``code_seed``: those whose codes are still the ones of the seed.
 
-        The codes are drawn again and compared; no change of them is missed, however it was made. There are no such
-        stages where codes are on the meta device, shared out over processes, or no longer than what stands for them.
+        The codes are drawn again and compared; no change of them is missed, however it was made. Where they are shared
+        out over processes, this one's part is compared, all stages at once. There are no such stages where codes are on
+        the meta device, or no longer than what stands for them.
         """
-        stored = self.stored_codes
-        if self.code_seed is None or stored.is_meta or is_shard(stored) or not may_be_seed(self.spec):
+        stored, spec = self.stored_codes, self.saved_spec
+        if self.code_seed is None or stored.is_meta or not may_be_seed(spec):
             return ()
-        found = drawn_stages(self.codes.detach(), self.spec.entries, self.code_seed)
-        return found if is_shorter(self.spec.codes_shape, self.spec.entries, len(found)) else ()
+        if is_shard(stored):
+            drawn = balanced_codes(spec.codes_shape, spec.entries, self.code_seed, stored.device)
+            same = is_part_of(stored.detach(), to_bytes(drawn, spec.tiled))
+            found = tuple(range(spec.stages)) if same else ()
+        else:
+            found = drawn_stages(self.codes.detach(), spec.entries, self.code_seed)
+        return found if is_shorter(spec.codes_shape, spec.entries, len(found)) else ()
 
     @property
     def plan(self) -> ops.Plan:
