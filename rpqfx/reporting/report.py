@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from rpqfx.nn.wrappers import modules_within, names_within, unwrapped
 from rpqfx.reporting.counting import counted, unseen_bytes
 from rpqfx.reporting.records import SiteRecord, attached_records, ratio
 from rpqfx.reporting.tables import Table, size, to_html, to_markdown, to_text
+from rpqfx.reporting.variance import shares_of
 from rpqfx.validation.values import shown
 
 _HEAD = ("site", "kind", "N x D", "M", "d", "K", "before", "after", "note")
@@ -205,5 +206,15 @@ def _totals(report: Report) -> list[str]:
         f"codebooks and scales {size(report.codebooks)}, codes and signs {size(report.codes)}, "
         f"everything else {size(report.other)}",
         f"{report.bits_per_weight:.2f} bits a weight as saved: {', '.join(parts)}{seeds}",
+        *_variance(report.rewritten),
         *report.notes,
     ]
+
+
+def _variance(sites: Sequence[SiteRecord]) -> list[str]:
+    """Says what codebooks that were drawn can carry; those that were fitted have an error instead."""
+    drawn = [site.spec for site in sites if site.spec is not None and (site.init == "random" or site.drawn_stages)]
+    if not drawn:
+        return []
+    random, learned = shares_of(drawn)
+    return [f"of the variance of a weight random codes carry {random:.1%} at most, learned codes {learned:.1%}"]
