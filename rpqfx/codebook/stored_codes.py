@@ -151,7 +151,7 @@ def _others(stages: int, drawn: Iterable[int]) -> list[int]:
 
 def _sum(codes: Tensor, stages: Iterable[int]) -> int:
     """Returns a sum over the codes of some stages, of 32 bits, in which each place counts by a factor of its own."""
-    found, factors = 0, streams(0, 0, 0, 1, _PIECE, codes.device)[0] >> 8
+    found, factors = 0, streams(0, 0, 0, 1, min(_PIECE, codes[0].numel()), codes.device)[0] >> 8
     for stage in stages:
         for some in codes[stage].flatten().split(_PIECE):  # 18 + 24 + 16 bits are fewer than an int64 has
             total = int((some.long() * factors[: len(some)]).sum())
