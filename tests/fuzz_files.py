@@ -91,8 +91,21 @@ def cached() -> nn.Module:
     return rpqfx.quantize_kv(small, policy, calibration=[tokens(1)]).eval()
 
 
+def drawn() -> nn.Module:
+    """A ``Tiny`` whose codes are seeds, but for a stage of one and all of another."""
+    torch.manual_seed(0)
+    rules = (Rule("first", stages=3), Rule("second", stages=2), Rule("square", bits=3))
+    policy = Policy.from_scratch(codebook_dim=4, bits=2, min_size=1, allow_growth=True, rules=rules)
+    small = rpqfx.rpqify(Tiny(), lambda site: _in_tiles(policy(site))).eval()
+    first, square = small.first.weight_rpq, small.square.weight_rpq
+    first.codes = torch.stack([first.codes[0], first.codes[1].flip(-1), first.codes[2]])
+    square.codes = square.codes.flip(-1)
+    return small
+
+
 SUBJECTS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], Tensor]] = {
     "weights": (tiny, Tiny, torch.arange(24)),
+    "random codes": (drawn, Tiny, torch.arange(24)),
     "weights and cache": (cached, lambda: LM(layers=1), tokens(2, length=12)),
 }
 """Models as they are saved, what builds them again, and inputs."""
@@ -100,8 +113,10 @@ SUBJECTS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], Tens
 
 # How many of a thousand mutations are of which subject, file and kind.
 SHARES: dict[tuple[str, str], dict[str, int]] = {
-    ("weights", "m.rpq"): {"bytes": 160, "manifest": 90, "tensors": 30, "directory": 160},
-    ("weights", "m.safetensors"): {"bytes": 160, "manifest": 80, "tensors": 30, "directory": 80},
+    ("weights", "m.rpq"): {"bytes": 120, "manifest": 80, "tensors": 20, "directory": 120},
+    ("weights", "m.safetensors"): {"bytes": 100, "manifest": 60, "tensors": 20, "directory": 60},
+    ("random codes", "m.rpq"): {"bytes": 30, "manifest": 60, "tensors": 40, "directory": 10},
+    ("random codes", "m.safetensors"): {"bytes": 10, "manifest": 30, "tensors": 20, "directory": 10},
     ("weights and cache", "m.rpq"): {"bytes": 20, "manifest": 40, "tensors": 10, "directory": 10},
     ("weights and cache", "m.safetensors"): {"bytes": 10, "manifest": 10, "tensors": 5, "directory": 5},
     ("checkpoint", ""): {"any": 100},
@@ -287,6 +302,7 @@ _NASTY: tuple[Any, ...] = (
     "_parameters", "first.forward", "first.training", "norm.running_mean", "parameter", "buffer", "attribute", "expand",
     "contract", "virtual", "tensor", "é\ud800", "x" * 5_000, [], {}, [[]], [1], [-1], [10**12, 10**12], [0, 10**18],
     ["first.weight"], ["a", "a"], {"bits": 16, "entries": 65_536}, {"bits": 1, "entries": 2}, {"__class__": "x"},
+    [0], [0, 1],
 )  # fmt: skip
 
 
@@ -320,7 +336,7 @@ def mutate_json(value: Any, rng: random.Random) -> None:
             if isinstance(holder, list):
                 holder.insert(rng.randrange(len(holder) + 1), copy.deepcopy(other[other_key]))
             else:
-                holder[rng.choice(("packed", "stored", "kv", "routed", "more", "names"))] = copy.deepcopy(
+                holder[rng.choice(("packed", "stored", "drawn", "kv", "routed", "more", "names"))] = copy.deepcopy(
                     rng.choice((other[other_key], *_NASTY[:20]))
                 )
         case 7:

@@ -179,19 +179,16 @@ def pack_floats(tensor: Tensor) -> Tensor:
     return tensor.to(stored_dtype(tensor))
 
 
-def stored_bits(tensor: Tensor, entries: int | None = None) -> int:
+def stored_bits(tensor: Tensor) -> int:
     """Returns the bits that a tensor of a weight in codebooks takes in a saved file.
 
     Args:
-        tensor: Codebooks, codes, signs or a scale.
-        entries: ``K``, where the tensor holds codes.
+        tensor: Codebooks, signs or a scale.
 
     Returns:
-        Eight times the bytes of ``pack_codes``, or of ``pack_floats``. Tensors on the meta device have no values, and
-        count in their own dtype.
+        Eight times the bytes of ``pack_floats``. Tensors on the meta device have no values, and count in their own
+        dtype.
     """
-    if entries is not None:
-        return 8 * packed_bytes(tensor.numel(), entries)
     return 8 * tensor.numel() * stored_dtype(tensor).itemsize
 
 

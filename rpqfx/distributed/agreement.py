@@ -51,6 +51,7 @@ def broadcast_codes(model: nn.Module, group: dist.ProcessGroup | None = None, sr
         dist.broadcast(_sendable(sent), group=group, group_src=src)
         if sent is not tensor:
             tensor.copy_(sent)
+    _broadcast_seeds(list(held.values()), group, src)
     within = unwrapped(model)
     names = {
         f"{path}.{name}".lstrip(".")
@@ -130,6 +131,16 @@ def _tensors(held: dict[str, RPQWeight]) -> list[Tensor]:
     """Returns the integers of weights, each once."""
     found = [tensor for weight in held.values() for tensor in (weight.stored_codes, weight.signs) if tensor is not None]
     return list({id(tensor): tensor for tensor in found}.values())
+
+
+def _broadcast_seeds(weights: list[RPQWeight], group: dist.ProcessGroup | None, src: int) -> None:
+    """Sends the seeds of codes along, so that each process can save a model as small as the one whose codes it has."""
+    none = -1
+    mine = [none if weight.code_seed is None else weight.code_seed for weight in weights]
+    seeds = torch.tensor(mine, dtype=torch.int64, device=weights[0].stored_codes.device)
+    dist.broadcast(seeds, group=group, group_src=src)
+    for weight, seed in zip(weights, seeds.tolist(), strict=True):
+        weight.code_seed = None if seed == none else seed
 
 
 def _sendable(tensor: Tensor) -> Tensor:

@@ -7,13 +7,15 @@ with ``rpqfx.integrations`` when they are called, and never before.
 from __future__ import annotations
 
 import importlib
+import math
 import weakref
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
-from rpqfx.codebook.packing import unpack_codes
+from rpqfx.codebook.packing import packed_bytes, unpack_codes
+from rpqfx.codebook.stored_codes import unpack
 from rpqfx.nn.hosting.backed import SUFFIX
 from rpqfx.nn.weight import RPQWeight
 
@@ -132,8 +134,7 @@ def _unpack(
         codes = state.get(f"{path}.codes")
         if isinstance(codes, Tensor) and codes.dim() == 1:
             packed = True
-            spec = weight.spec
-            state[f"{path}.codes"] = unpack_codes(codes, spec.entries, spec.codes_shape, spec.code_dtype)
+            state[f"{path}.codes"] = _unpacked(weight, codes)
             for name, parameter in weight.named_parameters(recurse=False):
                 stored = state.get(f"{path}.{name}")
                 if isinstance(stored, Tensor) and stored.dtype.itemsize < parameter.dtype.itemsize:
@@ -145,6 +146,14 @@ def _unpack(
             state[f"{prefix}{name}"], packed = flat.view(own.shape), True
     if packed:
         _drop_more(model, state, prefix, weights)
+
+
+def _unpacked(weight: RPQWeight, stored: Tensor) -> Tensor:
+    spec = weight.spec
+    if len(stored) >= packed_bytes(math.prod(spec.codes_shape), spec.entries):
+        return unpack_codes(stored, spec.entries, spec.codes_shape, spec.code_dtype)
+    codes, weight.code_seed = unpack(stored, spec.codes_shape, spec.entries)
+    return codes
 
 
 def _drop_more(model: nn.Module, state: dict[str, Any], prefix: str, weights: dict[str, RPQWeight]) -> None:

@@ -26,6 +26,7 @@ from rpqfx.graph.pretrained_calls import EXTRA, first_matrix, renew_calls
 from rpqfx.integrations.folder import Folder
 from rpqfx.integrations.placing import placed
 from rpqfx.kv.wrap import CORE
+from rpqfx.nn.code_bytes import to_bytes
 from rpqfx.nn.hosting.backed import SUFFIX, backed_weights
 from rpqfx.nn.hosting.reparametrised import refresh
 from rpqfx.nn.offloaded import offloaded
@@ -33,7 +34,7 @@ from rpqfx.nn.weight import RPQWeight
 from rpqfx.routing.rewrite.policy import RoutePolicy
 from rpqfx.routing.rewrite.rewrite import route
 from rpqfx.storage.pickle_reader import DTYPES
-from rpqfx.storage.restore import codes_of, put_back, unpacked
+from rpqfx.storage.restore import codes_of, put_back, redrawn, unpacked
 
 _MAKER = "from_pretrained"
 # What torch aligns memory to. Tensors of safetensors lie anywhere, and products of such ones are summed up otherwise.
@@ -93,6 +94,7 @@ class Restoring(ConversionOps):
         self._again -= dict(model.named_parameters(remove_duplicate=False)).keys()
         self._again |= {name for name in model.state_dict() if name.endswith(_EXTRA_STATE_KEY_SUFFIX)}
         self._errors: list[RPQError] = []
+        self._seeds: dict[str, int] = {}
         self._prepare(model)
 
     def __deepcopy__(self, memo: Any) -> Restoring:
@@ -181,10 +183,18 @@ class Restoring(ConversionOps):
         if full_layer_name not in self._codes:
             return {full_layer_name: stored.view(entry["shape"]).to(self._dtypes[full_layer_name])}
         try:
-            return {full_layer_name: unpacked(entry, stored.to(torch.uint8), *self._codes[full_layer_name])}
+            return {full_layer_name: self._codes_of(full_layer_name, stored.to(torch.uint8))}
         except FormatError as error:  # transformers would say that something went wrong, and not what
             self._errors.append(error)
             return {full_layer_name: torch.zeros(entry["shape"], dtype=self._dtypes[full_layer_name])}
+
+    def _codes_of(self, name: str, stored: Tensor) -> Tensor:
+        entry, (entries, tiled) = self._entries[name], self._codes[name]
+        held = unpacked(entry, stored, entries, tiled)
+        if "drawn" not in entry:
+            return held
+        codes, self._seeds[name] = redrawn(entry, held)
+        return to_bytes(codes, tiled=True) if tiled else codes
 
     # -------------------------------------------------------------------------------- when all have been read
 
@@ -200,6 +210,10 @@ class Restoring(ConversionOps):
         model.__dict__.pop(_IGNORED, None)
         if self._errors:
             raise FormatError(f"{self._folder.path} {self._errors[0]}") from self._errors[0]
+        for name, seed in self._seeds.items():
+            weight = model.get_submodule(name.rpartition(".")[0])
+            assert isinstance(weight, RPQWeight)
+            weight.code_seed = seed
         stored = self._folder.read([self._stored_as[name] for name in self._beside])
         self._folder.close()
         away = set(offloaded(model))

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from rpqfx.codebook import CodebookSpec
+from rpqfx.codebook.counter_random import SEEDS
 from rpqfx.nn.code_bytes import check_range, checked, from_bytes, to_bytes
 from rpqfx.nn.shards import is_shard, part_of
+
+_SEED = "code_seed"  # in the metadata of a state dict, which has no key for it: its keys are those of ever
 
 
 class Loaded(nn.Module):
@@ -25,6 +28,10 @@ class Loaded(nn.Module):
     """
 
     spec: CodebookSpec
+
+    code_seed: int | None = None
+    """The seed that codes were last drawn from, all stages or some; None where none were. They may be others by now:
+    ``drawn_stages`` compares. A state dict has it in its ``_metadata``, which torch saves and loads along with it."""
 
     @property
     def codes(self) -> Tensor:
@@ -117,6 +124,9 @@ class Loaded(nn.Module):
         # Tiles stay as they lie, so that who writes to a state dict writes to the model.
         if not self.spec.tiled and "codes" in self._buffers:
             destination[prefix + "codes"] = self._read(destination[prefix + "codes"])
+        metadata = getattr(destination, "_metadata", None)
+        if metadata is not None and self.code_seed is not None:
+            metadata.setdefault(prefix[:-1], {})[_SEED] = self.code_seed
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
@@ -125,6 +135,9 @@ class Loaded(nn.Module):
         rest = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         name = prefix + "codes"
         codes = state_dict.get(name)
+        seed = local_metadata.get(_SEED)
+        if codes is not None and type(seed) is int and 0 <= seed < SEEDS:
+            self.code_seed = seed
         if isinstance(codes, Tensor) and self._as_bytes(codes):
             codes = state_dict[name] = codes.view(self.spec.code_dtype)
         if isinstance(codes, Tensor) and not is_shard(codes):

@@ -33,3 +33,15 @@ def part_of(whole: Tensor, like: Any) -> Any:
     whole = whole.detach().to(like.device).contiguous()
     with torch.no_grad():
         return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def is_part_of(part: Any, whole: Tensor) -> bool:
+    """Returns whether this process's part of a tensor is that of another one; nothing is sent.
+
+    Args:
+        part: A ``DTensor``.
+        whole: The same in every process.
+    """
+    if part.shape != whole.shape or part.dtype != whole.dtype:
+        return False
+    return torch.equal(part.to_local(), part_of(whole, part).to_local())

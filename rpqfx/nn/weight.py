@@ -12,10 +12,13 @@ from torch import Tensor, nn
 
 from rpqfx import ops
 from rpqfx.codebook import CodebookSpec, pack_signs
+from rpqfx.codebook.drawn_codes import balanced_codes, drawn_stages, may_be_seed, new_seed
+from rpqfx.codebook.stored_codes import is_shorter
 from rpqfx.errors import InputError, SpecError
 from rpqfx.fit import fit_codebooks
-from rpqfx.nn.drawn_codes import balanced_codes
+from rpqfx.nn.code_bytes import to_bytes
 from rpqfx.nn.layout import Layout
+from rpqfx.nn.shards import is_part_of, is_shard
 from rpqfx.nn.weight_products import Products
 
 ReadAs = Literal["expanded", "virtual", "tensor"]
@@ -146,18 +149,38 @@ class RPQWeight(Products):
         """Draws codebooks whose tensor has standard deviation ``std``, and balanced codes.
 
         Gathering preserves variance, and stages add theirs, so entries are drawn with ``std / sqrt(R)``. Codes of a
-        sub-vector are a shuffled repetition of 0..K-1.
+        sub-vector are a shuffled repetition of 0..K-1. The seed of the codes, ``code_seed``, is one number of torch's
+        CPU generator; signs and codebooks are numbers of their device's.
         """
         if self.codebooks.is_meta:
             return
         self.codebooks.normal_(0, self.std / math.sqrt(self.spec.stages))
         device = self.stored_codes.device
-        self.codes = balanced_codes(self.spec, device)
+        self.code_seed = new_seed()
+        self.codes = balanced_codes(self.spec.codes_shape, self.spec.entries, self.code_seed, device)
         for factors in (self.scale, self.dim_scale):
             if factors is not None:
                 factors.fill_(1)
         if self.signs is not None:
             self.signs.copy_(pack_signs(torch.rand(self.spec.codes_shape, device=device) < 0.5))
+
+    def drawn_stages(self) -> tuple[int, ...]:
+        """Returns the stages for which a file holds ``code_seed``: those whose codes are still the ones of the seed.
+
+        The codes are drawn again and compared; no change of them is missed, however it was made. Where they are shared
+        out over processes, this one's part is compared, all stages at once. There are no such stages where codes are on
+        the meta device, or no longer than what stands for them.
+        """
+        stored, spec = self.stored_codes, self.saved_spec
+        if self.code_seed is None or stored.is_meta or not may_be_seed(spec):
+            return ()
+        if is_shard(stored):
+            drawn = balanced_codes(spec.codes_shape, spec.entries, self.code_seed, stored.device)
+            same = is_part_of(stored.detach(), to_bytes(drawn, spec.tiled))
+            found = tuple(range(spec.stages)) if same else ()
+        else:
+            found = drawn_stages(self.codes.detach(), spec.entries, self.code_seed)
+        return found if is_shorter(spec.codes_shape, spec.entries, len(found)) else ()
 
     @property
     def plan(self) -> ops.Plan:

@@ -67,7 +67,7 @@ class Fixed(Amount):
 @spelled
 @dataclass(frozen=True)
 class Budget(Amount):
-    """Takes a number of bytes for the whole model, everything in it counted.
+    """Takes a number of bytes for the whole model in memory, everything in it counted, random codes as any others.
 
     Args:
         ratio: Bytes of the model after, over before.

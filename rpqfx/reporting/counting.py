@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from rpqfx.codebook.packing import stored_bits
+from rpqfx.codebook.stored_codes import stored_bytes
 from rpqfx.nn.weight import RPQWeight
 
 
@@ -20,9 +21,10 @@ class Counts(NamedTuple):
         floats: Bytes of codebooks and scales in memory.
         codes: Bytes of codes and signs in memory.
         shared: Bytes of codebooks and scales that were counted before.
-        code_bits: Bits of codes and signs in a saved file.
+        code_bits: Bits of codes and signs in a saved file, which holds a seed in the place of codes that are drawn.
         codebook_bits: Bits of codebooks in a saved file.
         scale_bits: Bits of scales in a saved file.
+        drawn_stages: Stages of codes for which a file holds the seed.
     """
 
     floats: int
@@ -31,6 +33,7 @@ class Counts(NamedTuple):
     code_bits: int
     codebook_bits: int
     scale_bits: int
+    drawn_stages: int
 
 
 def counted(weight: RPQWeight, seen: set[int]) -> Counts:
@@ -44,17 +47,14 @@ def counted(weight: RPQWeight, seen: set[int]) -> Counts:
     scales = [p for p in weight.parameters(recurse=False) if p.is_floating_point() and p is not codebooks]
     floats, integers = [codebooks, *scales], [codes] if signs is None else [codes, signs]
     new = {id(tensor) for tensor in (*floats, *integers)} - seen
-    code_bits, codebook_bits, scale_bits = (
-        sum(
-            stored_bits(weight.codes, weight.spec.entries) if tensor is codes else stored_bits(tensor)
-            for tensor in tensors
-            if id(tensor) in new
-        )
-        for tensors in (integers, [codebooks], scales)
-    )
+    others = ([] if signs is None else [signs]), [codebooks], scales
+    code_bits, codebook_bits, scale_bits = (sum(stored_bits(t) for t in part if id(t) in new) for part in others)
+    drawn = len(weight.drawn_stages()) if id(codes) in new else 0
+    if id(codes) in new:
+        code_bits += 8 * stored_bytes(weight.saved_spec.codes_shape, weight.spec.entries, drawn)
     new_floats, new_codes = unseen_bytes(floats, seen), unseen_bytes(integers, seen)
     shared = sum(tensor.nbytes for tensor in floats) - new_floats
-    return Counts(new_floats, new_codes, shared, code_bits, codebook_bits, scale_bits)
+    return Counts(new_floats, new_codes, shared, code_bits, codebook_bits, scale_bits, drawn)
 
 
 def unseen_bytes(tensors: Sequence[Tensor], seen: set[int]) -> int:

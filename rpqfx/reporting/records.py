@@ -37,9 +37,10 @@ class SiteRecord:
         after: Bytes of the tensors that are there now.
         shared: Bytes of codebooks that are counted with an earlier site.
         plan: Which way its products run now.
-        code_bits: Bits of its codes and signs in a saved file.
+        code_bits: Bits of its codes and signs in a saved file, which holds a seed in the place of codes that are drawn.
         codebook_bits: Bits of its codebooks in a saved file, less those counted with an earlier site.
         scale_bits: Bits of its scales in a saved file.
+        drawn_stages: Stages of its codes for which a saved file holds the seed.
     """
 
     name: str
@@ -59,6 +60,7 @@ class SiteRecord:
     code_bits: int = 0
     codebook_bits: int = 0
     scale_bits: int = 0
+    drawn_stages: int = 0
 
     @property
     def stored_bits(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from rpqfx.nn.wrappers import modules_within, names_within, unwrapped
 from rpqfx.reporting.counting import counted, unseen_bytes
 from rpqfx.reporting.records import SiteRecord, attached_records, ratio
 from rpqfx.reporting.tables import Table, size, to_html, to_markdown, to_text
+from rpqfx.reporting.variance import shares_of
 from rpqfx.validation.values import shown
 
 _HEAD = ("site", "kind", "N x D", "M", "d", "K", "before", "after", "note")
@@ -139,6 +140,7 @@ def report(model: nn.Module) -> Report:
             dataclasses.replace(
                 record, shape=shape, spec=weight.spec, before=before, after=now.floats + now.codes, shared=now.shared,
                 plan=weight.plan, code_bits=now.code_bits, codebook_bits=now.codebook_bits, scale_bits=now.scale_bits,
+                drawn_stages=now.drawn_stages,
             )
         )  # fmt: skip
     other = unseen_bytes([*model.parameters(), *model.buffers()], seen)
@@ -196,11 +198,23 @@ def _totals(report: Report) -> list[str]:
         "scales": sum(site.scale_bits for site in report.rewritten),
     }
     parts = [f"{name} {ratio(count, report.weights):.2f}" for name, count in bits.items() if count]
+    drawn = sum(site.drawn_stages > 0 for site in report.rewritten)
+    seeds = f"; random codes of {drawn} site{'s' * (drawn > 1)} as a seed" if drawn else ""
     return [
         f"{len(report.rewritten)} of {len(report.sites)} sites in codebooks; "
         f"{size(report.before)} before, {size(report.after)} after ({share:.1%})",
         f"codebooks and scales {size(report.codebooks)}, codes and signs {size(report.codes)}, "
         f"everything else {size(report.other)}",
-        f"{report.bits_per_weight:.2f} bits a weight as saved: {', '.join(parts)}",
+        f"{report.bits_per_weight:.2f} bits a weight as saved: {', '.join(parts)}{seeds}",
+        *_variance(report.rewritten),
         *report.notes,
     ]
+
+
+def _variance(sites: Sequence[SiteRecord]) -> list[str]:
+    """Says what codebooks that were drawn can carry; those that were fitted have an error instead."""
+    drawn = [site.spec for site in sites if site.spec is not None and (site.init == "random" or site.drawn_stages)]
+    if not drawn:
+        return []
+    random, learned = shares_of(drawn)
+    return [f"of the variance of a weight random codes carry {random:.1%} at most, learned codes {learned:.1%}"]

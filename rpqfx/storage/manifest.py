@@ -1,7 +1,8 @@
 """The manifest of a saved file: every tensor under its names, every site and its spec.
 
-Codes and floating Parameters of weights in codebooks are stored packed (``rpqfx.codebook.packing``), all other tensors
-as they are. Names are those that the model has without wrappers (``rpqfx.nn.wrappers``): torch.compile adds none.
+Codes and floating Parameters of weights in codebooks are stored packed (``rpqfx.codebook.packing``), codes that were
+drawn and never changed as their seed (``rpqfx.codebook.stored_codes``), all other tensors as they are. Names are those
+that the model has without wrappers (``rpqfx.nn.wrappers``): torch.compile adds none.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rpqfx.codebook.packing import code_bits, pack_codes, pack_floats
+from rpqfx.codebook.packing import code_bits, pack_floats
+from rpqfx.codebook.stored_codes import pack
 from rpqfx.errors import CodeError, RPQError
 from rpqfx.kv.description import describe_kv
 from rpqfx.nn.hosting.backed import backed_weights
@@ -65,7 +67,8 @@ def describe(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
         entries.append(entry)
         tensors[name] = plain
         if holder is not None:
-            tensors[name], entry["packed"] = _packed(name, plain, holder.spec.entries)
+            tensors[name], how = _packed(name, plain, holder)
+            entry |= how
         elif id(tensor) in floats:
             tensors[name] = pack_floats(plain)
             if tensors[name].dtype is not tensor.dtype:
@@ -123,9 +126,11 @@ def routed_names(model: nn.Module) -> list[str]:
     return sorted(routed(model))
 
 
-def _packed(name: str, codes: Tensor, entries: int) -> tuple[Tensor, dict[str, int]]:
+def _packed(name: str, codes: Tensor, weight: RPQWeight) -> tuple[Tensor, dict[str, Any]]:
+    entries, drawn = weight.spec.entries, weight.drawn_stages()
+    how = {"packed": {"bits": code_bits(entries), "entries": entries}, **({"drawn": list(drawn)} if drawn else {})}
     try:
-        return pack_codes(codes, entries), {"bits": code_bits(entries), "entries": entries}
+        return pack(codes, entries, weight.code_seed, drawn), how
     except CodeError as error:
         raise CodeError(f"{name} holds {error}") from error
 

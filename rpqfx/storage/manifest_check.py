@@ -2,7 +2,9 @@
 
 A manifest may come from anywhere, with a seal that fits. Each value is held against its type and its range, and each
 size against the tensors that the file has, whose bytes are there; so nothing that is made from a manifest that passed
-is larger than the file accounts for. Nothing is built or allocated here.
+is larger than the file accounts for. Codes that are drawn from a seed are the exception: they take no more than eight
+bytes for each element of their weight, and are drawn once the model that the file is for is known to have that weight.
+Nothing is built or allocated here.
 """
 
 from __future__ import annotations
@@ -13,8 +15,10 @@ from typing import Any
 
 import torch
 
+from rpqfx.codebook.drawn_codes import may_be_seed
 from rpqfx.codebook.packing import code_bits, packed_bytes
 from rpqfx.codebook.spec import CodebookSpec
+from rpqfx.codebook.stored_codes import stored_bytes
 from rpqfx.errors import FormatError, RPQError, SpecError
 from rpqfx.nn.hosting.backed import SUFFIX
 from rpqfx.storage.manifest_schema import SLOTS, wrong_at
@@ -37,6 +41,10 @@ def check_manifest(manifest: Any, stored: Stored) -> None:
         raise FormatError(wrong)
     entries = _entries(manifest["tensors"], stored)
     held: set[str] = set()
+    codes = {f"{name}{SUFFIX}.codes" for site in manifest["sites"] for name in site["names"]}
+    for entry in manifest["tensors"]:
+        if "drawn" in entry and entry["names"][0] not in codes:
+            raise FormatError(f"its manifest says that {entry['names'][0]}, which is no codes, is drawn from a seed")
     for site in manifest["sites"]:
         _fresh(site["names"], held)
         _check_site(site, entries)
@@ -74,12 +82,14 @@ def _entries(tensors: list[dict[str, Any]], stored: Stored) -> dict[str, dict[st
 
 def _check_stored(name: str, entry: dict[str, Any], dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     wanted, count = DTYPES[entry["dtype"]], math.prod(entry["shape"])
+    if "drawn" in entry and not _has_drawn_stages(entry):
+        raise FormatError(f"it holds {name}, which cannot be drawn: its manifest names no stages of codes")
     if "packed" in entry:
         entries, bits = entry["packed"]["entries"], entry["packed"]["bits"]
         plain = "stored" not in entry and not (wanted.is_floating_point or wanted.is_complex or wanted is torch.bool)
         if bits != code_bits(entries) or not plain or torch.iinfo(wanted).max < entries - 1:
             raise FormatError(f"it holds {name}, which cannot be unpacked: its manifest says no way to do so")
-        size = packed_bytes(count, entries)
+        size = packed_size(entry)
         if dtype is not torch.uint8 or shape != (size,):
             raise FormatError(
                 f"it holds {name}, which cannot be unpacked: {count} codes of {bits} bits take {size} bytes, got "
@@ -94,6 +104,23 @@ def _check_stored(name: str, entry: dict[str, Any], dtype: torch.dtype, shape: t
         )
     if entry["requires_grad"] and not (wanted.is_floating_point or wanted.is_complex):
         raise FormatError(f"its manifest says that {name}, of {wanted}, has a gradient")
+
+
+def packed_size(entry: Mapping[str, Any]) -> int:
+    """Returns the bytes that a packed tensor takes in a file.
+
+    Args:
+        entry: Its entry in the manifest, checked as far as that goes without the file.
+    """
+    shape, entries = entry["shape"], entry["packed"]["entries"]
+    if "drawn" in entry:
+        return stored_bytes(shape, entries, len(entry["drawn"]))
+    return packed_bytes(math.prod(shape), entries)
+
+
+def _has_drawn_stages(entry: dict[str, Any]) -> bool:
+    stages, shape = entry["drawn"], entry["shape"]
+    return "packed" in entry and len(shape) == 3 and stages == sorted(set(stages)) and stages[-1] < shape[0]
 
 
 def _check_site(site: dict[str, Any], entries: dict[str, dict[str, Any]]) -> None:
@@ -118,6 +145,9 @@ def _check_site(site: dict[str, Any], entries: dict[str, dict[str, Any]]) -> Non
         right = not (dtype.is_floating_point or dtype.is_complex or dtype is torch.bool) and packed <= spec["entries"]
         if part == "signs":
             right = dtype is torch.uint8 and not packed
+        if "drawn" in entry:
+            known = CodebookSpec.from_dict(spec)
+            right = part == "codes" and packed == known.entries and dtype is known.code_dtype and may_be_seed(known)
         if part in ("codebooks", "scale", "dim_scale"):
             right = dtype.is_floating_point
         if not right or (entry["kind"] == "parameter") != (part in ("codebooks", "scale", "dim_scale")):

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from rpqfx.codebook import CodebookSpec
-from rpqfx.codebook.packing import packed_bytes
 from rpqfx.errors import RPQError
 from rpqfx.nn.hosting.backed import SUFFIX
 from rpqfx.nn.layout import Layout
 from rpqfx.reporting.records import SiteRecord
 from rpqfx.reporting.report import Report
+from rpqfx.storage.manifest_check import packed_size
 from rpqfx.storage.pickle_reader import DTYPES
 from rpqfx.storage.restore import record_of
 
@@ -50,6 +50,7 @@ def report_of(manifest: Mapping[str, Any]) -> Report:
                 record, shape=shape, spec=CodebookSpec.from_dict(site["spec"]), before=before,
                 after=counts.floats + counts.codes, shared=counts.shared, plan=site.get("plan", "auto"),
                 code_bits=counts.code_bits, codebook_bits=counts.codebook_bits, scale_bits=counts.scale_bits,
+                drawn_stages=counts.drawn_stages,
             )
         )  # fmt: skip
     others = {e["names"][0]: e for e in manifest["tensors"] if e["kind"] != "attribute" and e["names"][0] not in seen}
@@ -64,6 +65,7 @@ class _Counts:
     def __init__(self, entries: Mapping[str, Any], name: str, site: Mapping[str, Any], seen: set[str]) -> None:
         spec = CodebookSpec.from_dict(site["spec"])
         self.floats = self.codes = self.shared = self.code_bits = self.codebook_bits = self.scale_bits = 0
+        self.drawn_stages = 0
         for part in (*_FLOATS, *_INTEGERS):
             entry = entries.get(f"{name}{SUFFIX}.{part}")
             if entry is None:
@@ -81,7 +83,9 @@ class _Counts:
             self.code_bits += 8 * _nbytes(entry)
             return
         self.codes += math.prod(spec.stored_codes_shape) if spec.tiled else _nbytes(entry)
-        self.code_bits += 8 * packed_bytes(math.prod(entry["shape"]), spec.entries)
+        self.drawn_stages = len(entry.get("drawn", ()))
+        whole = {"packed": {"entries": spec.entries}}  # in a file of earlier versions codes may not be packed
+        self.code_bits += 8 * packed_size(entry if self.drawn_stages else {**entry, **whole})
 
     def _count_floats(self, part: str, entry: Mapping[str, Any], new: bool) -> None:
         if not new:

@@ -99,7 +99,7 @@ _LAYOUT = _Keys({
 _PACKED = _Keys({"bits": _whole(1, 16), "entries": _ENTRIES})
 _ENTRY = _Keys({
     "names": _NAMES, "kind": _one_of("parameter", "buffer", "attribute"), "shape": _SHAPE, "dtype": _IS_DTYPE,
-    "requires_grad": _is_flag, "?packed": _PACKED, "?stored": _IS_DTYPE,
+    "requires_grad": _is_flag, "?packed": _PACKED, "?stored": _IS_DTYPE, "?drawn": _list_of(_whole(0), 1),
 })  # fmt: skip
 _SITE = _Keys({
     "names": _NAMES, "spec": _SPEC,
@@ -111,7 +111,7 @@ _RECORD = _Keys({
     "spec": _or_none(_SPEC), "split": _one_of(None, "row", "column"),
     "init": _or_none(_is_text), "reason": _or_none(_is_text), "error": _or_none(_is_number), "before": _whole(0),
     "after": _whole(0), "shared": _whole(0), "plan": _one_of(*PLANS), "code_bits": _whole(0),
-    "codebook_bits": _whole(0), "scale_bits": _whole(0),
+    "codebook_bits": _whole(0), "scale_bits": _whole(0), "?drawn_stages": _whole(0),
 })  # fmt: skip
 _CODER = _Keys({
     "heads": _whole(1), "dim": _whole(1), "sub_vector": _whole(1), "entries": _ENTRIES,

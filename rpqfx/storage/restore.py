@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rpqfx.codebook import CodebookSpec
 from rpqfx.codebook.packing import check_codes, unpack_codes
+from rpqfx.codebook.stored_codes import stored_stages, unpack
 from rpqfx.codebook.tiles import MOST_ENTRIES, tiles_of_packed
 from rpqfx.errors import FormatError, RPQError
 from rpqfx.graph.replace import install_all, parameter_at
@@ -37,11 +38,19 @@ def unpacked(entry: dict[str, Any], stored: Tensor, entries: int | None = None, 
         entries: Entries of the codebook that it holds codes of, if it does.
         tiled: Whether these codes lie in tiles in the model; as such they are returned, before others are unpacked.
 
+    Returns:
+        The tensor; codes that are drawn from a seed as they are in the file, until their place is known.
+
     Raises:
         FormatError: If it cannot be what the manifest says.
     """
     dtype = DTYPES[entry["dtype"]]
     try:
+        if "drawn" in entry:
+            drawn, _ = stored_stages(stored, entry["shape"], entry["packed"]["entries"])
+            if list(drawn) == entry["drawn"]:
+                return stored
+            raise FormatError(f"its stages {list(drawn)} are a seed, the manifest says {entry['drawn']}")
         if "packed" in entry:
             if tiled and entry["packed"]["entries"] == MOST_ENTRIES and entry["shape"][2] % 2 == 0:
                 return tiles_of_packed(stored, tuple(entry["shape"]))
@@ -52,6 +61,22 @@ def unpacked(entry: dict[str, Any], stored: Tensor, entries: int | None = None, 
     except RPQError as error:
         raise FormatError(f"holds {entry['names'][0]}, which cannot be unpacked: {error}") from error
     return stored.to(dtype) if "stored" in entry else stored
+
+
+def redrawn(entry: Mapping[str, Any], stored: Tensor) -> tuple[Tensor, int]:
+    """Returns codes of which stages are held as a seed, and the seed.
+
+    Args:
+        entry: Their entry in the manifest.
+        stored: As ``unpacked`` returned them, on the device where the codes go.
+
+    Raises:
+        FormatError: If these are not the codes that were saved.
+    """
+    try:
+        return unpack(stored, entry["shape"], entry["packed"]["entries"])
+    except RPQError as error:
+        raise FormatError(f"holds {entry['names'][0]}, which cannot be unpacked: {error}") from error
 
 
 def codes_of(manifest: dict[str, Any]) -> dict[str, tuple[int, bool]]:
@@ -76,7 +101,7 @@ def put_back(
     Args:
         model: As it was before it was rewritten; on any device, also meta.
         manifest: The manifest that ``describe`` wrote, checked.
-        tensors: Unpacked, under their first names.
+        tensors: As ``unpacked`` returned them, or on the meta device in their shapes; under their first names.
         path: Path of the file, for messages.
         maker: The call that made the model, for messages.
         partial: Whether the model may have tensors that the manifest does not name.
@@ -158,7 +183,7 @@ def assign(
     Args:
         model: With a place for each.
         manifest: The manifest that ``describe`` wrote, checked.
-        tensors: Unpacked, under their first names.
+        tensors: As ``put_back`` takes them.
         path: Path of the file, for messages.
         maker: The call that made the model, for messages.
 
@@ -172,7 +197,12 @@ def assign(
     modules = {name: module for name, _, module in modules_within(model)}
     coders = set(coder_tensors(model))
     for entry in manifest["tensors"]:
-        tensor = tensors[entry["names"][0]]
+        tensor, seed = tensors[entry["names"][0]], None
+        if "drawn" in entry and not tensor.is_meta:
+            try:
+                tensor, seed = redrawn(entry, tensor)
+            except FormatError as error:
+                raise FormatError(f"{path} {error}") from error
         if entry["kind"] == "parameter":
             tensor = nn.Parameter(tensor, entry["requires_grad"])
         for name in entry["names"]:
@@ -192,7 +222,7 @@ def assign(
             if isinstance(tensor, nn.Parameter) and before is not None:
                 tensor.__dict__.update(before.__dict__)
             if isinstance(module, RPQWeight) and attribute == "codes":
-                module.codes = tensor
+                module.codes, module.code_seed = tensor, seed
             else:
                 group[attribute] = tensor
             missing.discard(name)

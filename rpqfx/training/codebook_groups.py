@@ -9,10 +9,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from rpqfx import ops
+from rpqfx.codebook.drawn_codes import balanced_codes, new_seed
 from rpqfx.fit.k_means import kmeans
 from rpqfx.fit.refitting import refit
 from rpqfx.fit.residual import encode, train
-from rpqfx.nn.drawn_codes import balanced_codes
 from rpqfx.nn.weight import RPQWeight
 from rpqfx.training.latent_weight import LatentWeight
 
@@ -92,9 +92,10 @@ class CodebookGroup:
             How many sub-vectors have got another first code.
         """
         before = [weight.codes[0].clone() for weight in self.weights]
+        generator = torch.Generator().manual_seed(seed)
         for weight in self.weights:
-            generator = torch.Generator(self.codebooks.device).manual_seed(seed)
-            weight.codes = balanced_codes(weight.spec, self.codebooks.device, generator)
+            weight.code_seed, spec = new_seed(generator), weight.spec
+            weight.codes = balanced_codes(spec.codes_shape, spec.entries, weight.code_seed, self.codebooks.device)
         for book, points in enumerate(self._points(values)):
             entries, codes = kmeans(points, self.weights[0].spec.entries, steps=_LLOYD_STEPS, seed=seed)
             self.codebooks[0, book] = entries.to(self.codebooks.dtype)

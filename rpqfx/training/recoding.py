@@ -38,8 +38,9 @@ class Recoding:
         recode.finish()
 
     Random codes carry no information: ``K`` entries that ``N`` vectors share at random explain ``K / N`` of a matrix.
-    Learned codes cost the same bytes. When it is made, each layer is drawn as torch.nn draws a dense one, one layer
-    after the other, and codebooks and codes are fitted to it by k-means. Then there are two recipes:
+    Learned codes take ``log2(K) / d`` bits a weight in a file, which holds random ones as a seed. When it is made, each
+    layer is drawn as torch.nn draws a dense one, one layer after the other, and codebooks and codes are fitted to it by
+    k-means. Then there are two recipes:
 
     - ``"latent"``: a dense Parameter stands behind each weight while it trains. The layers compute with the nearest
       entries, and the gradient goes to the dense Parameter as if nothing had been rounded. After every ``every`` steps

@@ -242,7 +242,7 @@ def test_one_value_in_a_late_block_is_noticed() -> None:
 @given(entry_counts, counts, seeds)
 def test_bits_are_those_of_the_packed_tensors(entries: int, count: int, seed: int) -> None:
     codes = draw(seed, entries, count, dtype=code_dtype(entries))
-    assert stored_bits(codes, entries) == 8 * pack_codes(codes, entries).nbytes
+    assert packed_bytes(count, entries) == pack_codes(codes, entries).nbytes
     for dtype in FLOATS:
         floats = torch.randn(count + 1, generator=generator(seed), dtype=dtype)
         assert stored_bits(floats) == 8 * floats.nbytes > stored_bits(floats.half().to(dtype)) == 16 * (count + 1)

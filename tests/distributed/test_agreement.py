@@ -70,6 +70,16 @@ def codes_are_those_of_rank_0_after_a_broadcast() -> None:
         assert broadcast_codes(model) is model
         check_same_codes(model)
         assert all(torch.equal(a, b) for a, b in zip(codes_of(model), wanted, strict=True))
+        weights = [module for module in model.modules() if isinstance(module, RPQWeight)]
+        assert all(weight.drawn_stages() for weight in weights)  # their seeds are those of rank 0, too
+
+
+def a_weight_without_a_seed_gives_none() -> None:
+    weight = RPQWeight(rpqfx.CodebookSpec(64, 16, 4, entries=16))
+    if dist.get_rank() == 0:
+        weight.code_seed = None
+    broadcast_codes(nn.ModuleDict({"w": weight}))
+    assert weight.code_seed is None
 
 
 def signs_and_tiles_are_sent_and_compared_too() -> None:
@@ -257,6 +267,7 @@ def check_same_parameters(model: nn.Module) -> None:
 
 CLAIMS = [
     codes_are_those_of_rank_0_after_a_broadcast,
+    a_weight_without_a_seed_gives_none,
     signs_and_tiles_are_sent_and_compared_too,
     other_models_are_noticed_before_anything_is_sent,
     ddp_sends_no_codes_whatever_broadcast_buffers_says,
@@ -290,7 +301,7 @@ def test_in_two_processes(claim: Callable[[], None], said: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_at_length(ranks: int, tmp_path: Path) -> None:
-    claims = [*LONG, *CLAIMS[8:]]
+    claims = [*LONG, *CLAIMS[9:]]
     processes.run(claims, ranks, tmp_path)
     assert not "".join(processes.failure(tmp_path, claim, ranks) for claim in claims)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import json
 import pickle
@@ -21,6 +22,8 @@ import rpqfx
 from rpqfx import KVPolicy, Policy, RoutePolicy
 from rpqfx.codebook.packing import packed_bytes
 from rpqfx.errors import FormatError, InputError, PolicyError, RPQError
+from rpqfx.storage.container import FORMAT, SEAL, open_container
+from rpqfx.storage.sealed_manifest import checksum, seal_of
 from tests import forks
 from tests.models import held_weights
 
@@ -56,6 +59,14 @@ def bert() -> Any:
     return transformers.BertForMaskedLM(transformers.BertConfig(**TINY)).eval()
 
 
+def in_tiles(site: Any) -> Any:
+    """Two stages of drawn codes that lie in tiles."""
+    answer = Policy.from_scratch(codebook_dim=4, bits=4, stages=2, sharing="layer", min_size=1024)(site)
+    if not isinstance(answer, rpqfx.Hold):
+        return answer
+    return dataclasses.replace(answer, spec=dataclasses.replace(answer.spec, tiled=True))
+
+
 def ids(batch: int = 2, length: int = 12) -> Tensor:
     return torch.randint(3, 300, (batch, length), generator=torch.Generator().manual_seed(0))
 
@@ -73,11 +84,20 @@ def reopened(small: Any, folder: Path, **options: Any) -> Any:
     return again
 
 
+def learned(small: Any) -> Any:
+    """The model with codes that are not as they were drawn, so that files hold them."""
+    for weight in set(held_weights(small).values()):
+        weight.codes = weight.codes.flip(-1)
+    return small
+
+
 MODELS = {
     "tied decoder": lambda: rpqfx.rpqify(llama(), POLICY),
-    "untied decoder": lambda: rpqfx.rpqify(llama(tie_word_embeddings=False), POLICY),
+    "untied decoder": lambda: learned(rpqfx.rpqify(llama(tie_word_embeddings=False), POLICY)),
     "encoder": lambda: rpqfx.rpqify(bert(), POLICY),
     "codes of two bytes, scales, signs": lambda: rpqfx.rpqify(llama(), WIDE),
+    "learned codes of two bytes": lambda: learned(rpqfx.rpqify(llama(), WIDE)),
+    "random codes in tiles": lambda: rpqfx.rpqify(llama(num_hidden_layers=1), in_tiles),
     "converted": lambda: rpqfx.rpqify(llama(num_hidden_layers=1), Policy.pretrained(5)),
     "keys and values": lambda: rpqfx.quantize_kv(llama(), KV, calibration=[ids()], progress=False),
     "all": lambda: rpqfx.quantize_kv(
@@ -103,7 +123,7 @@ def test_a_model_comes_back_to_the_last_bit(name: str, tmp_path: Path) -> None:
 
 
 def test_codes_take_the_bits_that_they_need_and_shards_the_bytes_that_they_may(tmp_path: Path) -> None:
-    small = rpqfx.rpqify(llama(), POLICY).eval()
+    small = learned(rpqfx.rpqify(llama(), POLICY)).eval()
     small.save_pretrained(tmp_path, max_shard_size="20KB")
     shards = sorted(tmp_path.glob("*.safetensors"))
     assert len(shards) > 2 and all(shard.stat().st_size < 60_000 for shard in shards)
@@ -113,6 +133,49 @@ def test_codes_take_the_bits_that_they_need_and_shards_the_bytes_that_they_may(t
         if codes is not None:  # not that of another name of a tied weight
             assert codes.shape == (packed_bytes(weight.codes.numel(), weight.spec.entries),)
     assert torch.equal(logits(type(small).from_pretrained(tmp_path)), logits(small))
+
+
+def test_codes_that_were_drawn_are_a_seed_in_a_folder(tmp_path: Path) -> None:
+    small = rpqfx.rpqify(llama(), POLICY).eval()
+    again = reopened(small, tmp_path)
+    stored = safetensors.load_file(tmp_path / "model.safetensors")
+    codes = {name: tensor for name, tensor in stored.items() if name.endswith("_rpq.codes")}
+    assert len(codes) > 10 and all(tensor.shape == (14,) for tensor in codes.values())
+    for name, weight in held_weights(again).items():
+        assert weight.drawn_stages() == (0,), name
+    assert rpqfx.report(again).stored_bits == rpqfx.report(small).stored_bits
+    one = next(iter(codes))
+    stored[one][3] ^= 1
+    with open(tmp_path / "model.safetensors", "rb") as file:
+        metadata = open_container(file, "m.safetensors")
+    manifest = json.loads(metadata.text)
+    manifest["checksum"] = checksum(
+        {name: tensor for name, tensor in stored.items() if name in metadata_names(manifest)}
+    )
+    text = json.dumps(manifest)
+    safetensors.save_file(stored, tmp_path / "model.safetensors", {"format": "pt", FORMAT: text, SEAL: seal_of(text)})
+    with pytest.raises(FormatError, match="others are drawn than were saved"):
+        type(small).from_pretrained(tmp_path)
+
+
+def metadata_names(manifest: dict[str, Any]) -> set[str]:
+    return {entry["names"][0] for entry in manifest["tensors"]}
+
+
+def test_a_state_dict_of_a_folder_brings_seeds(tmp_path: Path) -> None:
+    """As Trainer loads its best checkpoint."""
+    small = rpqfx.rpqify(llama(), POLICY).eval()
+    table = small.model.embed_tokens.weight_rpq
+    table.codes = table.codes.flip(-1)
+    small.save_pretrained(tmp_path)
+    torch.manual_seed(5)
+    other = rpqfx.rpqify(llama(), POLICY).eval()
+    for module in set(held_weights(other).values()):
+        module.reset_parameters()
+    assert not torch.equal(logits(other), logits(small))
+    other.load_state_dict(safetensors.load_file(tmp_path / "model.safetensors"), strict=False)
+    assert torch.equal(logits(other), logits(small))
+    assert rpqfx.report(other).stored_bits == rpqfx.report(small).stored_bits
 
 
 def test_what_is_written_says_what_it_is(tmp_path: Path) -> None:

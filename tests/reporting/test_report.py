@@ -116,11 +116,17 @@ def test_each_form_shows_the_bits_a_weight_and_their_parts(form: str):
     with torch.no_grad():
         layer.weight_rpq.codebooks.copy_(layer.weight_rpq.codebooks.half())
         layer.weight_rpq.scale.fill_(0.1)
+    layer.weight_rpq.codes = layer.weight_rpq.codes.flip(-1)  # not as they were drawn
     # 6 bits for 4 weights; 16 x 64 x 4 entries of 16 bits; 1000 scales of 32 bits
     wanted = "3.02 bits a weight as saved: codes 1.50, codebooks 1.02, scales 0.50"
     assert wanted in FORMS[form](rpqfx.report(nn.Sequential(layer)))
-    bare = FORMS[form](rpqfx.report(nn.Sequential(RPQLinear(64, 1000, codebook_dim=4, bits=6))))
+    plain = RPQLinear(64, 1000, codebook_dim=4, bits=6)
+    drawn = FORMS[form](rpqfx.report(nn.Sequential(plain)))
+    assert "2.05 bits a weight as saved: codes 0.00, codebooks 2.05; random codes of 1 site as a seed" in drawn
+    plain.weight_rpq.codes = plain.weight_rpq.codes.flip(-1)
+    bare = FORMS[form](rpqfx.report(nn.Sequential(plain)))
     assert "3.55 bits a weight as saved: codes 1.50, codebooks 2.05" in bare and ", scales" not in bare
+    assert "as a seed" not in bare
 
 
 def test_after_half_the_bytes_are_half():

@@ -261,6 +261,7 @@ def test_codes_take_the_bits_that_they_need(bits: int, suffix: str, tmp_path: Pa
         return nn.Sequential(nn.Embedding(70_001, 4))
 
     small = rpqfx.rpqify(build(), Policy(codebook_dim=4, bits=bits, init="random", allow_growth=True))
+    small[0].weight_rpq.codes = small[0].weight_rpq.codes.int().flip(-1)  # not as they were drawn
     rpqfx.save(small, tmp_path / f"m{suffix}")
     text, _, tensors = contents(tmp_path / f"m{suffix}")
     entry = next(e for e in json.loads(text)["tensors"] if e["names"][0].endswith("codes"))
@@ -435,6 +436,7 @@ def test_a_newer_file_is_refused_as_newer(tmp_path: Path):
 def test_codes_out_of_range_do_not_come_out_of_a_file(tmp_path: Path):
     """Three entries take two bits, which have room for a fourth."""
     small = nn.Sequential(RPQLinear(16, 64, bits=2, codebook_dim=4))
+    small[0].weight_rpq.codes = small[0].weight_rpq.codes.flip(-1)  # not as they were drawn
     rpqfx.save(small, tmp_path / "m.rpq")
     held = torch.load(tmp_path / "m.rpq", weights_only=True)
     tensors = json.loads(held["rpqfx"])["tensors"]

@@ -77,24 +77,26 @@ def started(recipe: str, steps: int = STEPS, **options: Any) -> tuple[nn.Module,
     return model, optimizer, Recoding(model, optimizer, steps=steps, recipe=recipe, **options)
 
 
+def last_loss(recipe: str, seed: int, learned: bool) -> float:
+    """The loss after 60 steps, with two bits a code for the sketch: with four on so small a model both learn it all."""
+    data = batches(60)
+    model = small_of(recipe, seed, **({"bits": 2, "min_bits": 2} if recipe == "sketch" else {}))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    if learned:
+        return train(model, Recoding(model, optimizer, steps=60, recipe=recipe, seed=seed), optimizer, data)[-1]
+    for batch in data:
+        loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return float(loss.detach())
+
+
 @pytest.mark.parametrize("recipe", POLICIES)
 def test_the_loss_falls_further_than_with_codes_that_stay(recipe: str) -> None:
-    data = batches(60)
-    found = {}
-    for learned in (True, False):
-        model = small_of(recipe)
-        optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-        if learned:
-            recode = Recoding(model, optimizer, steps=60, recipe=recipe)
-            found[learned] = train(model, recode, optimizer, data)[-1]
-            recode.finish()
-            continue
-        for batch in data:
-            loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        found[learned] = float(loss.detach())
+    """The sketch on average of seeds: what a single one reaches differs by a third."""
+    count = {"latent": 1, "sketch": 4}[recipe]
+    found = {learned: sum(last_loss(recipe, seed, learned) for seed in range(count)) for learned in (True, False)}
     assert found[True] < {"latent": 0.8, "sketch": 0.95}[recipe] * found[False]
 
 
