@@ -1,25 +1,25 @@
 """The KV cache of a language model in codebooks, beside float16, a 2-bit scalar cache and vqllm's recipe.
 
-    RPQFX_EVALKIT=<kit> python examples/bench/kv.py [--tokens 8192] [--only 2] [--decode]
+    RPQFX_EVALKIT=<kit> python examples/bench/kv.py [--tokens 8192] [--only 2]
+    python examples/bench/kv.py --decode
 
 Perplexity is of WikiText-2 in windows of 1,024 tokens, every token predicted from what a cache would have held when it
-came. Bytes are those of a cache that was filled with 4,096 tokens. ``--decode`` times attention of one layer at 32,768
-tokens of context instead, which needs no kit.
+came. Bytes are those of a cache that was filled with 4,096 tokens. ``--decode`` times tokens instead
+(``kv_decode.py``), and writes ``examples/results/kv-decode.json``.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import statistics
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import kv_decode
 import torch
-import torch.nn.functional as F
 from convert_models import kit, load_smollm2
 from torch import Tensor, nn
 
@@ -27,8 +27,6 @@ import rpqfx
 from rpqfx.kv import CodebookCache, KVPolicy, attentions
 
 CONTEXT = 4096
-LONG = 32_768
-LAYERS = 8
 OURS = {
     "5.5 x": KVPolicy(bits=1.7, window=128),
     "4": KVPolicy(bits=4, window=128),
@@ -150,71 +148,18 @@ def print_table(tokens: int, only: list[str] | None) -> None:
         )
 
 
-class _Layer(nn.Module):
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of three heads of keys and nine of queries."""
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-
-def decode(runs: int = 20) -> None:
-    """Times a step of one layer of SmolLM2-135M's shape: three heads of keys, nine of queries, 64 channels.
-
-    A step goes through several layers, as it does in a model, so that none finds its tokens in the processor's cache.
-    """
-    numbers = torch.Generator().manual_seed(0)
-    mix = torch.randn(192, 192, generator=numbers) * 0.97 ** torch.arange(192)[:, None]
-
-    def tokens(count: int, heads: int) -> Tensor:
-        x = torch.randn(1, count, heads * 64, generator=numbers) @ torch.block_diag(*[mix] * (heads // 3))
-        return x.view(1, count, heads, 64).transpose(1, 2).contiguous() / 8
-
-    q = tokens(1, 9)
-    layers = [(tokens(LONG, 3), tokens(LONG, 3)) for _ in range(LAYERS)]
-    size = (layers[0][0].nbytes + layers[0][1].nbytes) / 1e6
-    cases: dict[str, tuple[list[Callable[[], Tensor]], float]] = {
-        "float32 SDPA, enable_gqa": (
-            [lambda k=k, v=v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True) for k, v in layers], size,
-        ),
-        "float32 SDPA, queries as rows": (
-            [lambda k=k, v=v: F.scaled_dot_product_attention(q.view(1, 3, 3, 64), k, v) for k, v in layers], size,
-        ),
-    }  # fmt: skip
-    calibration = [(tokens(1024, 9), tokens(1024, 3), tokens(1024, 3)) for _ in range(4)]
-    print(f"| attention of one token to {LONG}, {LAYERS} layers in turn | ms a layer | MB a layer |\n|---|---|---|")
-    for bits in (4, 2, 1):
-        for joint in (True, False):
-            policy = KVPolicy(bits=bits, window=128, keys="after", joint=joint)
-            small = rpqfx.quantize_kv(_Layer(), policy, calibration=calibration, progress=False)
-            stores = [next(iter(CodebookCache(small).stores.values())) for _ in layers]
-            for store, (k, v) in zip(stores, layers, strict=True):
-                for some in range(0, LONG, 4096):
-                    store.append(k[:, :, some : some + 4096], v[:, :, some : some + 4096])
-            name = f"**rpqfx, {bits} bits, heads {'together' if joint else 'apart'}**"
-            steps: list[Callable[[], Tensor]] = [lambda store=store: store.attend(q) for store in stores]  # type: ignore[misc]
-            cases[name] = (steps, sum(stores[0].nbytes().values()) / 1e6)
-    times: dict[str, list[float]] = {name: [] for name in cases}
-    for _ in range(runs + 3):
-        for name, (steps, _) in cases.items():
-            began = time.perf_counter()
-            with torch.no_grad():
-                for step in steps:
-                    step()
-            times[name].append((time.perf_counter() - began) * 1e3 / LAYERS)
-    for name, (_, size) in cases.items():
-        print(f"| {name} | {statistics.median(times[name][3:]):.2f} | {size:.2f} |")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=8192, help="of the evaluation")
     parser.add_argument("--only", nargs="*", help=f"rows: scalar, vqllm, {', '.join(OURS)}")
     parser.add_argument("--decode", action="store_true")
+    parser.add_argument("--file", type=Path, help="converted SmolLM2 whose tokens --decode times, too")
     parser.add_argument("--threads", type=int, default=2)
     wanted = parser.parse_args()
     torch.set_num_threads(wanted.threads)
     print(f"torch {torch.__version__}, {wanted.threads} threads, {sys.platform}\n")
     if wanted.decode:
-        decode()
+        kv_decode.run(wanted.file)
     else:
         print_table(wanted.tokens, wanted.only)
 

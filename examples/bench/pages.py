@@ -187,6 +187,42 @@ def ranks() -> str:
     return "\n".join([said, "", head, "|---" * 9 + "|", *lines]) + "\n"
 
 
+def kv_decode() -> str:
+    """Returns what a token costs on codes: attention of one layer, and a whole model where it was timed."""
+    found = results.read("kv-decode")
+    said = found["machine"]
+    where = f"{said['processor']} ({said['capability']}), {said['threads']} threads, torch {said['versions']['torch']}"
+    parts = [f"Measured on {where}: `{found['command']}`."]
+    for name, key in (
+        (f"attention of one token to {found['tokens']:,}, a layer", "layers"),
+        (f"SmolLM2-135M at 3 bits, a token at {found.get('context', 0):,}, eager", "model"),
+    ):
+        if key not in found:
+            continue
+        rows = found[key]
+        parts += ["", f"| {name} | ms | times as fast as {rows[0]['cache']} | MB |", "|---|---|---|---|"]
+        parts += [
+            f"| {row['cache']} | {row['ms']:.2f} | {rows[0]['ms'] / row['ms']:.2f} | {row['megabytes']:.2f} |"
+            for row in rows
+        ]
+    return "\n".join(parts) + "\n"
+
+
+def encoders() -> str:
+    """Returns the times of converted encoders and convolutional networks, beside the dense ones."""
+    found = results.read("encoders")
+    said = found["machine"]
+    where = f"{said['processor']} ({said['capability']}), {said['threads']} threads, torch {said['versions']['torch']}"
+    lines = [
+        f"| {row['model']} | {row['batch']} | {1e3 * row['dense_s']:.1f} | {1e3 * row['ours_s']:.1f} | "
+        f"{row['dense_s'] / row['ours_s']:.2f} | {1e3 * row['dense_compiled_s']:.1f} | "
+        f"{1e3 * row['ours_compiled_s']:.1f} | {row['dense_compiled_s'] / row['ours_compiled_s']:.2f} |"
+        for row in found["rows"]
+    ]
+    head = "| | batch | dense, ms | ours | dense over ours | dense, compiled, ms | ours | dense over ours |"
+    return "\n".join([f"Measured on {where}: `{found['command']}`.", "", head, "|---" * 8 + "|", *lines]) + "\n"
+
+
 def kv_zoo() -> str:
     """Returns which architectures of transformers have their caches in codes, and what was checked of each."""
     found = results.read("kv-zoo")
@@ -255,6 +291,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "ranks": ranks,
     "pretrained": opening,
     "kv-zoo": kv_zoo,
+    "kv-decode": kv_decode,
+    "encoders": encoders,
     "gpu-layers": gpu_layers,
     "gpu-models": gpu_models,
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/Parallel.h>
+#include <ATen/ThreadLocalState.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
@@ -133,8 +134,10 @@ void expanded_product(const Tiled& held, const Tensor& x, const Maybe& bias, con
   const int64_t part = in_halves((held.vectors + parts - 1) / parts);
   const int64_t most = std::max(HALF, PANEL_BYTES / (held.width() * int64_t(sizeof(T))) / HALF * HALF);
   const int64_t panels = (part + most - 1) / most, panel = in_halves((part + panels - 1) / panels);
+  const at::ThreadLocalState modes;  // inference mode, say, which each thread has its own of
   at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    at::AutoDispatchBelowAutograd guard;  // each thread has its own
+    const at::ThreadLocalStateGuard same(modes);
+    at::AutoDispatchBelowAutograd guard;
     const Tensor made = at::empty({held.width(), panel}, x.options());
     const int64_t stop = std::min(end * part, held.vectors);
     for (int64_t n = begin * part; n < stop; n += panel) {
