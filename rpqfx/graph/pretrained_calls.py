@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
+from rpqfx.codebook.packed_tiles import unpack_tiles
 from rpqfx.codebook.packing import unpack_codes
 from rpqfx.nn.hosting.backed import SUFFIX
 from rpqfx.nn.weight import RPQWeight
@@ -133,7 +134,10 @@ def _unpack(
         if isinstance(codes, Tensor) and codes.dim() == 1:
             packed = True
             spec = weight.spec
-            state[f"{path}.codes"] = unpack_codes(codes, spec.entries, spec.codes_shape, spec.code_dtype)
+            state[f"{path}.codes"] = (
+                unpack_tiles(codes, spec.entries, spec.codes_shape) if spec.tiled
+                else unpack_codes(codes, spec.entries, spec.codes_shape, spec.code_dtype)
+            )  # fmt: skip
             for name, parameter in weight.named_parameters(recurse=False):
                 stored = state.get(f"{path}.{name}")
                 if isinstance(stored, Tensor) and stored.dtype.itemsize < parameter.dtype.itemsize:

@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rpqfx.codebook.packed_tiles import IN_TILES, pack_tiles
 from rpqfx.codebook.packing import code_bits, pack_codes, pack_floats
+from rpqfx.codebook.spec import CodebookSpec
+from rpqfx.codebook.tiles import to_tiles
 from rpqfx.errors import CodeError, RPQError
 from rpqfx.kv.description import describe_kv
 from rpqfx.nn.hosting.backed import backed_weights
@@ -56,16 +59,17 @@ def describe(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
             first[id(tensor)]["names"].append(name)
             continue
         holder = holders.get(id(tensor))
-        plain = _plain(name, tensor if holder is None else holder.codes)
+        plain = _plain(name, tensor if holder is None or holder.tiled_vectors(tensor) else holder.codes)
         entry = {
-            "names": [name], "kind": kind, "shape": list(plain.shape), "dtype": _name(plain.dtype),
+            "names": [name], "kind": kind, "dtype": _name(plain.dtype),
+            "shape": list(plain.shape if holder is None else holder.spec.codes_shape),
             "requires_grad": tensor.requires_grad and kind == "parameter",
         }  # fmt: skip
         first[id(tensor)] = entry
         entries.append(entry)
         tensors[name] = plain
         if holder is not None:
-            tensors[name], entry["packed"] = _packed(name, plain, holder.spec.entries)
+            tensors[name], entry["packed"] = _packed(name, plain, holder.spec)
         elif id(tensor) in floats:
             tensors[name] = pack_floats(plain)
             if tensors[name].dtype is not tensor.dtype:
@@ -123,9 +127,14 @@ def routed_names(model: nn.Module) -> list[str]:
     return sorted(routed(model))
 
 
-def _packed(name: str, codes: Tensor, entries: int) -> tuple[Tensor, dict[str, int]]:
+def _packed(name: str, codes: Tensor, spec: CodebookSpec) -> tuple[Tensor, dict[str, Any]]:
+    """Returns codes or tiles as a file holds them: of a spec that is tiled, in the order of tiles."""
+    how = {"bits": code_bits(spec.entries), "entries": spec.entries}
     try:
-        return pack_codes(codes, entries), {"bits": code_bits(entries), "entries": entries}
+        if not spec.tiled:
+            return pack_codes(codes, spec.entries), how
+        tiles = to_tiles(codes) if codes.shape == spec.codes_shape else codes
+        return pack_tiles(tiles, spec.num_vectors, spec.entries), how | {"order": IN_TILES}
     except CodeError as error:
         raise CodeError(f"{name} holds {error}") from error
 

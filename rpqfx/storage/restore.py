@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from rpqfx.codebook import CodebookSpec
+from rpqfx.codebook.packed_tiles import IN_TILES, unpack_tiles
 from rpqfx.codebook.packing import check_codes, unpack_codes
-from rpqfx.codebook.tiles import MOST_ENTRIES, tiles_of_packed
+from rpqfx.codebook.tiles import from_tiles
 from rpqfx.errors import FormatError, RPQError
 from rpqfx.graph.replace import install_all, parameter_at
 from rpqfx.graph.transformers_models import adapt_pretrained
@@ -35,7 +36,7 @@ def unpacked(entry: dict[str, Any], stored: Tensor, entries: int | None = None, 
         entry: Its entry in the manifest.
         stored: As it is in the file.
         entries: Entries of the codebook that it holds codes of, if it does.
-        tiled: Whether these codes lie in tiles in the model; as such they are returned, before others are unpacked.
+        tiled: Whether these codes lie in tiles in the model; as such they are returned.
 
     Raises:
         FormatError: If it cannot be what the manifest says.
@@ -43,8 +44,9 @@ def unpacked(entry: dict[str, Any], stored: Tensor, entries: int | None = None, 
     dtype = DTYPES[entry["dtype"]]
     try:
         if "packed" in entry:
-            if tiled and entry["packed"]["entries"] == MOST_ENTRIES and entry["shape"][2] % 2 == 0:
-                return tiles_of_packed(stored, tuple(entry["shape"]))
+            if entry["packed"].get("order") == IN_TILES:
+                tiles = unpack_tiles(stored, entry["packed"]["entries"], tuple(entry["shape"]))
+                return tiles if tiled else from_tiles(tiles, entry["shape"][2]).to(dtype)
             codes = unpack_codes(stored, entry["packed"]["entries"], entry["shape"], dtype)
             return to_bytes(codes, tiled=True) if tiled else codes
         if entries is not None:
