@@ -62,8 +62,10 @@ class RPQQuantizer(HfQuantizer):
         from rpqfx.integrations.restoring import Restoring
 
         if self.pre_quantized:
-            files = kwargs.get("checkpoint_files")
-            self._work = Restoring(model, files, self.quantization_config.routing, torch.get_default_dtype())
+            self._work = Restoring(
+                model, kwargs.get("checkpoint_files"), self.quantization_config.routing, torch.get_default_dtype(),
+                kwargs.get("device_map"),
+            )  # fmt: skip
         else:
             config = self.quantization_config
             self._work = Quantizing(model, config.asked(), config.seed, config.checkpoint)

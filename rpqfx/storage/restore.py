@@ -131,20 +131,21 @@ def _install_sites(
     placed = []
     for site in manifest["sites"]:
         spec, layout = CodebookSpec.from_dict(site["spec"]), Layout.from_dict(site["layout"])
-        names = []
+        names, dense = [], []
         for name in site["names"]:
             owner, _, attribute = name.rpartition(".")
             try:
                 names.append(f"{known[owner]}.{attribute}".lstrip("."))
-                shape = tuple(parameter_at(model, names[-1]).shape)
+                dense.append(parameter_at(model, names[-1]))
             except (KeyError, RPQError) as error:
                 raise FormatError(f"{path} holds {name}, which the model that {maker} made has not") from error
+            shape = tuple(dense[-1].shape)
             if shape != layout.shape:
                 raise FormatError(f"{path} holds {name} of shape {layout.shape}, {maker} made it {shape}")
         weight = RPQWeight(spec, layout, std=site["std"], device="meta")
         for flag in FLAGS:
             setattr(weight, flag, site[flag])
-        weight.take_notes(parameter_at(model, names[0]))
+        weight.take_notes(dense[0])
         placed.append((names, weight))
     try:
         install_all(model, placed)
