@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import json
 import pickle
@@ -18,9 +19,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rpqfx
-from rpqfx import KVPolicy, Policy, RoutePolicy
+from rpqfx import Hold, KVPolicy, Policy, RoutePolicy, Site, Skip
 from rpqfx.codebook.packing import packed_bytes
 from rpqfx.errors import FormatError, InputError, PolicyError, RPQError
+from rpqfx.storage.archive import read_bytes
 from tests import forks
 from tests.models import held_weights
 
@@ -228,6 +230,57 @@ def test_no_dense_weight_is_made(tmp_path: Path) -> None:
     with _Made() as seen:
         type(small).from_pretrained(tmp_path).lm_head.weight_rpq()
     assert dense & seen.sizes  # the check can fail
+
+
+class _Allocated(TorchDispatchMode):
+    """Adds up the bytes of all memory that operators take; what is given back is not taken off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for one in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(one, Tensor) and not one.is_meta:
+                self.kept[one.untyped_storage().data_ptr()] = one.untyped_storage()
+        return out
+
+    @property
+    def nbytes(self) -> int:
+        return sum(storage.nbytes() for storage in self.kept.values())
+
+
+def tiled(site: Site) -> Hold | Skip:
+    """Holds a weight as conversions do, with codes drawn at random."""
+    decided = Policy.from_scratch(codebook_dim=8, bits=4).decide([site])[site.name]
+    assert isinstance(decided, Hold)
+    return dataclasses.replace(decided, spec=dataclasses.replace(decided.spec, stages=4, tiled=True))
+
+
+def test_a_folder_is_read_once_and_nothing_is_allocated_beside_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Summed up over the whole call, so that the peak cannot be more."""
+    small = rpqfx.rpqify(llama(vocab_size=1024, hidden_size=256, intermediate_size=512), tiled)
+    small.save_pretrained(tmp_path)
+    stored, read = safetensors.load_file(tmp_path / "model.safetensors"), list[int]()
+
+    def counted(file: Any, offset: int, size: int) -> Tensor:
+        read.append(size)
+        return read_bytes(file, offset, size)
+
+    monkeypatch.setattr("rpqfx.storage.container.read_bytes", counted)
+    with _Allocated() as seen:
+        again = type(small).from_pretrained(tmp_path)
+    assert torch.equal(logits(again), logits(small))
+    assert sum(read) <= 1.01 * sum(tensor.nbytes for tensor in stored.values())  # frequencies, twice
+    held = sum({id(tensor): tensor.nbytes for tensor in (*again.parameters(), *again.buffers())}.values())
+    narrow = sum(tensor.nbytes for tensor in stored.values() if tensor.dtype in (torch.float16, torch.bfloat16))
+    assert held <= seen.nbytes + 8192 and seen.nbytes - narrow <= 1.1 * held
+    with _Allocated() as seen:
+        type(small).from_pretrained(tmp_path, device_map={"": "cpu"})
+    assert seen.nbytes - narrow > 1.1 * held  # where transformers reads the tensors; so the check can fail
 
 
 def test_a_state_dict_of_a_folder_is_taken(tmp_path: Path) -> None:
