@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+import inspect
 import json
 import pickle
 import shutil
@@ -577,8 +578,45 @@ def test_options_that_cannot_be_followed(dense: Path) -> None:
     ):
         with pytest.raises(PolicyError, match=message):
             transformers.LlamaForCausalLM.from_pretrained(dense, quantization_config=config(policy=policy))
-    assert config.from_dict(config(3, seed=2).to_dict()).to_dict() == config(3, seed=2).to_dict()
+    for asked in (config(3, seed=2), config(3, embedding_bits=None), config(policy=POLICY_FIT)):
+        again = config.from_dict(asked.to_dict())
+        assert again.to_dict() == asked.to_dict() and again.asked() == asked.asked()
     assert config(policy=POLICY_FIT).asked() == POLICY_FIT
+
+
+def test_what_a_config_takes_is_shown() -> None:
+    options = inspect.signature(rpqfx.RPQConfig).parameters
+    assert list(options) == [
+        "bits_per_weight", "embedding_bits", "modules_to_not_convert", "policy", "seed", "checkpoint"
+    ]  # fmt: skip
+    assert all(option.annotation is not option.empty for option in options.values())
+
+
+def test_what_transformers_gives_a_config_is_taken_or_refused() -> None:
+    config, values = rpqfx.RPQConfig, rpqfx.RPQConfig(3).to_dict()
+    made, unused = config.from_dict(values, return_unused_kwargs=True, seed=5, revision="main")
+    assert made.seed == 5 and unused == {"revision": "main"}
+    for wrong in ({"bit": 3}, {"routing": {}}, {"version": "1"}):
+        with pytest.raises(PolicyError, match=f"no option '{next(iter(wrong))}'"):
+            config.from_dict({**values, **wrong})
+    saved = config.of_saved(3.1, {"": "{}"}).to_dict()
+    assert config.from_dict(saved).to_dict() == saved
+    for wrong in ({"seed": 1}, {"checkpoint": "x"}, {"routing": []}, {"bits_per_weight": "3"}, {"format": "1"}):
+        with pytest.raises(FormatError, match=next(iter(wrong))):
+            config.from_dict({**saved, **wrong})
+
+
+@pytest.mark.parametrize("name", ["save_pretrained", "push_to_hub"])
+def test_calls_have_the_signatures_of_the_methods_that_they_stand_for(name: str) -> None:
+    dense = llama(num_hidden_layers=1)
+    wanted, small = inspect.signature(getattr(dense, name)), rpqfx.rpqify(dense, POLICY)
+    for one in (small, copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
+        assert inspect.signature(getattr(one, name)) == wanted
+
+
+def test_push_to_hub_refuses_arguments_that_do_not_exist() -> None:
+    with pytest.raises(TypeError, match="branch"):
+        rpqfx.rpqify(llama(num_hidden_layers=1), POLICY).push_to_hub("somebody/model", branch="main")
 
 
 # ------------------------------------------------------------------------------------------------------ the hub
