@@ -44,7 +44,7 @@ def pack_tiles(tiles: Tensor, vectors: int, entries: int) -> Tensor:
 
 
 def unpack_tiles(packed: Tensor, entries: int, shape: tuple[int, int, int]) -> Tensor:
-    """Returns the inverse of ``pack_tiles``. Beside the tiles there is never more than a block of what they are made of.
+    """Returns the inverse of ``pack_tiles``. Beside the tiles there is never more than a block of other codes.
 
     Args:
         packed: ``[packed_bytes(R * M * N, entries)]`` uint8.

@@ -49,6 +49,13 @@ class RPQConfig(QuantizationConfigMixin):
         PolicyError: If an option does not exist, is out of range, or would do nothing beside the others.
     """
 
+    modules_to_not_convert: list[str] | None
+    policy: str | None
+    checkpoint: str | os.PathLike[str] | None
+    format: int | None
+    version: str | None
+    routing: dict[str, str]
+
     def __init__(
         self,
         bits_per_weight: float | None = None,
@@ -68,12 +75,8 @@ class RPQConfig(QuantizationConfigMixin):
         """Sets what both kinds have: those that ask for codebooks, and those that say that there are some."""
         self.quant_method = METHOD
         self.bits_per_weight, self.embedding_bits, self.seed = bits_per_weight, embedding_bits, 0
-        self.modules_to_not_convert: list[str] | None = None
-        self.checkpoint: str | os.PathLike[str] | None = None
-        self.policy: str | None = None
-        self.format: int | None = None
-        self.version: str | None = None
-        self.routing: dict[str, str] = {}
+        self.modules_to_not_convert = self.checkpoint = self.policy = self.format = self.version = None
+        self.routing = {}
 
     def _check(self) -> None:
         whole("seed", self.seed, 0)

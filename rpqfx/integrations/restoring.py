@@ -1,9 +1,8 @@
 """A model in codebooks as ``from_pretrained`` of transformers makes it of a folder.
 
 The model is made on the meta device, dense. The manifest says what becomes of it: it is rewritten there, so no dense
-weight is ever allocated. Where nobody asks for devices or another dtype, all tensors are then read and put in their
-places at once, and hidden from transformers, which would look at each of them for longer than reading it takes. Else
-transformers reads them, each to its device, and codes are unpacked on the way.
+weight is ever allocated. Where nobody asks for devices or another dtype, all tensors are then read at once, and hidden
+from transformers, which would look at each of them for longer than that takes. Else transformers reads them.
 """
 
 from __future__ import annotations
@@ -143,7 +142,6 @@ class Restoring(ConversionOps):
         }
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Reads all tensors to the CPU."""
         stored = self._folder.verified()
         return {name: self._unpacked(name, stored.pop(self._stored_as[name])) for name in self._entries}
 

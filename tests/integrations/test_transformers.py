@@ -25,6 +25,7 @@ from rpqfx.codebook.packing import packed_bytes
 from rpqfx.errors import FormatError, InputError, PolicyError, RPQError
 from rpqfx.storage.archive import read_bytes
 from tests import forks
+from tests.contracts.test_memory import peak
 from tests.models import held_weights
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
@@ -557,6 +558,22 @@ def test_what_the_checkpoint_lacks_is_drawn_dense(dense: Path) -> None:
 
 
 POLICY_FIT = Policy(codebook_dim=8, bits=4, min_size=1024)
+
+
+def test_beside_what_is_done_there_is_one_dense_weight_at_a_time(tmp_path: Path) -> None:
+    """A model three times as deep takes no more memory beside its codebooks and the pages of its files."""
+    above = {}
+    for layers in (1, 3):
+        folder, made = tmp_path / str(layers), list[Any]()
+        shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": layers}
+        llama(**shape).bfloat16().save_pretrained(folder, max_shard_size="20KB")
+        options = {"dtype": torch.float32, "quantization_config": rpqfx.RPQConfig(policy=POLICY_FIT)}
+        most = peak(lambda: made.append(transformers.LlamaForCausalLM.from_pretrained(folder, **options)))  # noqa: B023
+        held = {id(tensor): tensor.nbytes for tensor in (*made[0].parameters(), *made[0].buffers())}
+        mapped = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        above[layers] = most - sum(held.values()) - mapped
+    largest = 4 * 300 * 32  # bytes of the embedding, as it comes to its fit
+    assert above[3] <= above[1] + 4096 and above[1] < 4 * largest
 
 
 def test_options_that_cannot_be_followed(dense: Path) -> None:
