@@ -115,11 +115,7 @@ def unpack_codes(packed: Tensor, entries: int, shape: Sequence[int], dtype: torc
     width, count = code_bits(entries), math.prod(shape)
     if dtype.is_floating_point or dtype.is_complex or dtype is torch.bool or torch.iinfo(dtype).max < entries - 1:
         raise InputError(f"{dtype} does not hold codes of {entries} entries")
-    if packed.dtype is not torch.uint8 or packed.shape != (packed_bytes(count, entries),):
-        raise FormatError(
-            f"{count} codes of {width} bits take {packed_bytes(count, entries)} bytes, got {tuple(packed.shape)} of "
-            f"{packed.dtype}"
-        )
+    check_packed(packed, entries, shape)
     may_be_wrong = entries < 1 << width  # else there is an entry for whatever the bits say
     if width == 8 and dtype is torch.uint8:
         if may_be_wrong:
@@ -146,6 +142,26 @@ def unpack_codes(packed: Tensor, entries: int, shape: Sequence[int], dtype: torc
             check_codes(values, entries)
         some.copy_(values)
     return codes.reshape(tuple(shape))
+
+
+def check_packed(packed: Tensor, entries: int, shape: Sequence[int]) -> None:
+    """Raises where a tensor cannot be packed codes of a shape.
+
+    Args:
+        packed: Any tensor.
+        entries: ``K``, 2 to 65,536.
+        shape: Shape of the codes.
+
+    Raises:
+        SpecError: If no codebook has so many entries.
+        FormatError: If there are more or fewer bytes than codes of that shape take.
+    """
+    count = math.prod(shape)
+    size = packed_bytes(count, entries)
+    if packed.dtype is not torch.uint8 or packed.shape != (size,):
+        raise FormatError(
+            f"{count} codes of {code_bits(entries)} bits take {size} bytes, got {tuple(packed.shape)} of {packed.dtype}"
+        )
 
 
 def stored_dtype(tensor: Tensor) -> torch.dtype:

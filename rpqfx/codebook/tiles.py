@@ -17,8 +17,6 @@ TILE = 64
 MOST_ENTRIES = 16
 _HALF = TILE // 2
 _AT_ONCE = 64  # tiles that are made at a time
-_BLOCK = 1 << 18  # bytes of tiles that are made of packed codes at a time: what is made meanwhile stays in cache
-_SECOND = 0x00F0_00F0_00F0_00F0  # the second nibble of each pair of bytes
 
 
 def to_tiles(codes: Tensor) -> Tensor:
@@ -39,42 +37,6 @@ def to_tiles(codes: Tensor) -> Tensor:
         halves = F.pad(part, (0, -part.shape[2] % TILE)).unflatten(2, (-1, 2, _HALF))
         both = halves[..., 0, :] | (halves[..., 1, :] << 4)
         made[first : first + _AT_ONCE] = both.permute(2, 1, 0, 3).flatten(2)
-    return made
-
-
-def tiles_of_packed(packed: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """Returns the tiles of packed codes, which are never all there as bytes: for tables, that would be the most.
-
-    Args:
-        packed: ``[R * M * N / 2]`` uint8, two codes a byte, as ``rpqfx.codebook.packing`` packs codes of 16 entries.
-        shape: ``(R, M, N)``; ``N`` is even.
-
-    Returns:
-        ``[T, M, R * 32]`` uint8.
-    """
-    stages, sub_vectors, _ = shape
-    made = packed.new_empty(tiles_shape(*shape))
-    if packed.is_meta:
-        return made
-    rows = packed.view(stages, sub_vectors, -1)
-    most = min(len(made), max(1, _BLOCK // (stages * sub_vectors * _HALF)))
-    # Room that is used again and again: malloc would give fresh pages for each block, which take longer than the work.
-    halves = packed.new_empty(stages, sub_vectors, most, 2, _HALF // 2, dtype=torch.int16)
-    pairs = packed.new_empty(2, stages, sub_vectors, most, _HALF // 2, dtype=torch.int16)
-    for first in range(0, len(made), most):
-        some = rows[..., first * _HALF : (first + most) * _HALF]
-        count = -(-some.shape[2] // _HALF)
-        if count < most or some.shape[2] % _HALF:  # the last block, or the only one
-            some = F.pad(some, (0, most * _HALF - some.shape[2]))
-        # A tile's bytes: codes 0, 1 to 30, 31 in the first half of them, and 32, 33 to 62, 63 in the second.
-        halves.copy_(some.unflatten(2, (-1, 2, _HALF // 2)))
-        torch.add(halves[..., 0, :], halves[..., 1, :], alpha=256, out=pairs[0])
-        # Of nibbles (0, 1, 32, 33) of each pair of bytes, the two in the middle change places.
-        words, swap = pairs.view(torch.int64)
-        torch.bitwise_right_shift(words, 4, out=swap).bitwise_xor_(words).bitwise_and_(_SECOND)
-        words.bitwise_xor_(swap).bitwise_xor_(swap.bitwise_left_shift_(4))
-        place = made[first : first + most].view(torch.int64).unflatten(2, (stages, -1))
-        place.copy_(words[:, :, :count].permute(2, 1, 0, 3))
     return made
 
 

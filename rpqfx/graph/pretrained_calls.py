@@ -7,6 +7,7 @@ with ``rpqfx.integrations`` when they are called, and never before.
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 import weakref
 from typing import Any, ClassVar
@@ -14,6 +15,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
+from rpqfx.codebook.packed_tiles import unpack_tiles
 from rpqfx.codebook.packing import packed_bytes, unpack_codes
 from rpqfx.codebook.stored_codes import unpack
 from rpqfx.nn.hosting.backed import SUFFIX
@@ -25,7 +27,7 @@ EXTRA = "extra_state_rpq"
 
 
 class _Call:
-    """A call of a model, which lies in an attribute of it.
+    """A call of a model, which lies in an attribute of it and has the signature of the method that it stands for.
 
     It refers to the model weakly, since the model refers to it, and models are freed when the last name is gone. In
     ``rpqify(model, policy).save_pretrained(folder)`` that is before the call begins; so it keeps what the model's
@@ -41,6 +43,10 @@ class _Call:
     def __init__(self, model: nn.Module, state: dict[str, Any] | None = None) -> None:
         self._model, self._kind = weakref.ref(model), type(model)
         self._state = _attributes(model) if state is None else state
+        own = getattr(type(model), self.name, None)
+        if own is not None:  # what help() and editors show of it, and what it takes
+            asked = inspect.signature(own)
+            self.__signature__ = asked.replace(parameters=list(asked.parameters.values())[1:])
 
     def __reduce__(self) -> Any:
         model = self._model()
@@ -151,6 +157,8 @@ def _unpack(
 def _unpacked(weight: RPQWeight, stored: Tensor) -> Tensor:
     spec = weight.spec
     if len(stored) >= packed_bytes(math.prod(spec.codes_shape), spec.entries):
+        if spec.tiled:
+            return unpack_tiles(stored, spec.entries, spec.codes_shape)
         return unpack_codes(stored, spec.entries, spec.codes_shape, spec.code_dtype)
     codes, weight.code_seed = unpack(stored, spec.codes_shape, spec.entries)
     return codes

@@ -145,22 +145,22 @@ def install_all(model: nn.Module, placed: Iterable[tuple[Sequence[str], RPQWeigh
         model: The model.
         placed: Names and codebooks of each tensor.
     """
-    paths: dict[int, str] = {}
-    owned: dict[int, dict[str, RPQWeight]] = defaultdict(dict)
+    paths: dict[nn.Module, str] = {}
+    owned: dict[nn.Module, dict[str, RPQWeight]] = defaultdict(dict)
     for names, weight in placed:
         for name in names:
             path, _, attribute = name.rpartition(".")
-            owner = id(model.get_submodule(path))
+            owner = model.get_submodule(path)
             paths.setdefault(owner, path)
             owned[owner][attribute] = weight
-    for owner, weights in owned.items():
-        path = paths[owner]
-        module = model.get_submodule(path)
+    for module, weights in owned.items():
+        path = paths[module]
         back(module, weights)
         for attribute in weights:
             source = computed_from(model, path, attribute)[0]
             _forget_flat_weights(module if source == path else model.get_submodule(source))
-        parent = model.get_submodule(path.rpartition(".")[0]) if path else model
+        above, _, own = path.rpartition(".")
+        parent = model.get_submodule(above) if own == "out_proj" else None
         if type(parent) is nn.MultiheadAttention and isinstance(parent.out_proj, RPQLinear):
             parent.__class__ = RPQMultiheadAttention  # its forward calls out_proj rather than reading its weight
 

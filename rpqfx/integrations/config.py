@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 try:
@@ -15,12 +16,16 @@ from rpqfx.policies.amount import EMBEDDING_BITS, Rate
 from rpqfx.policies.arguments import check_path
 from rpqfx.policies.options import Rule
 from rpqfx.policies.policy import Policy
-from rpqfx.validation.values import closest, shown, whole
+from rpqfx.validation.spelling import spelled
+from rpqfx.validation.values import shown, whole
 
 METHOD = "rpq"
 FORMAT = 1  # of what a saved config says
+_OPTIONS = ("bits_per_weight", "embedding_bits", "modules_to_not_convert", "policy", "seed", "checkpoint")
+_SAVED = ("format", "version", "bits_per_weight", "routing")
 
 
+@spelled
 class RPQConfig(QuantizationConfigMixin):
     """Says how ``from_pretrained`` holds weights in codebooks, while it loads them.
 
@@ -39,12 +44,17 @@ class RPQConfig(QuantizationConfigMixin):
         seed: Of the fits.
         checkpoint: Folder for finished weights. The same call with the same folder goes on where it was interrupted; no
             saved config says it.
-        **saved: What ``save_pretrained`` wrote to ``config.json``; nothing that a caller gives.
 
     Raises:
         PolicyError: If an option does not exist, is out of range, or would do nothing beside the others.
-        FormatError: If it is of a folder that a newer version of this library wrote.
     """
+
+    modules_to_not_convert: list[str] | None
+    policy: str | None
+    checkpoint: str | os.PathLike[str] | None
+    format: int | None
+    version: str | None
+    routing: dict[str, str]
 
     def __init__(
         self,
@@ -55,40 +65,20 @@ class RPQConfig(QuantizationConfigMixin):
         policy: Policy | str | None = None,
         seed: int = 0,
         checkpoint: str | os.PathLike[str] | None = None,
-        **saved: Any,
     ) -> None:
-        self.quant_method = saved.pop("quant_method", METHOD)
-        self.format: int | None = saved.pop("format", None)
-        self.version: str | None = saved.pop("version", None)
-        self.routing: dict[str, str] = saved.pop("routing", {})
-        self.bits_per_weight, self.embedding_bits, self.seed = bits_per_weight, embedding_bits, seed
-        self.modules_to_not_convert, self.checkpoint = modules_to_not_convert, checkpoint
+        self._set(bits_per_weight, embedding_bits)
+        self.modules_to_not_convert, self.seed, self.checkpoint = modules_to_not_convert, seed, checkpoint
         self.policy = policy.to_json() if isinstance(policy, Policy) else policy
-        if self.format is not None:
-            self._check_saved(saved)
-        else:
-            self._check_asked(saved)
+        self._check()
 
-    def _check_saved(self, more: dict[str, Any]) -> None:
-        whole("format of the quantization_config", self.format, 1, error=FormatError)
-        assert self.format is not None
-        if self.format > FORMAT:
-            raise FormatError(
-                f"its config.json is of format {self.format} (rpqfx {self.version}), newer than this library reads "
-                f"({FORMAT}); update rpqfx"
-            )
-        if self.checkpoint is not None:
-            more = {**more, "checkpoint": self.checkpoint}
-        if more or not isinstance(self.routing, dict):
-            raise FormatError(f"its config.json has no right quantization_config at {next(iter(more), 'routing')!r}")
+    def _set(self, bits_per_weight: float | None, embedding_bits: float | None) -> None:
+        """Sets what both kinds have: those that ask for codebooks, and those that say that there are some."""
+        self.quant_method = METHOD
+        self.bits_per_weight, self.embedding_bits, self.seed = bits_per_weight, embedding_bits, 0
+        self.modules_to_not_convert = self.checkpoint = self.policy = self.format = self.version = None
+        self.routing = {}
 
-    def _check_asked(self, more: dict[str, Any]) -> None:
-        known = ["bits_per_weight", "embedding_bits", "modules_to_not_convert", "policy", "seed", "checkpoint"]
-        if more or self.routing or self.version:
-            wrong = next(iter(more), "routing")
-            raise PolicyError(
-                f"RPQConfig has no option {shown(wrong)}; it has {', '.join(known)}{closest(wrong, known)}"
-            )
+    def _check(self) -> None:
         whole("seed", self.seed, 0)
         if self.checkpoint is not None:
             check_path(self.checkpoint, "checkpoint")
@@ -135,13 +125,55 @@ class RPQConfig(QuantizationConfigMixin):
         """
         from rpqfx import __version__
 
-        return cls(bits_per_weight, format=FORMAT, version=__version__, routing=routing)
+        made = cls.__new__(cls)
+        made._set(bits_per_weight, EMBEDDING_BITS)
+        made.format, made.version, made.routing = FORMAT, __version__, routing
+        return made
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> RPQConfig | tuple[RPQConfig, dict[str, Any]]:
+        """Makes one of what ``to_dict`` returned, as transformers does with what ``config.json`` says.
+
+        Args:
+            config_dict: The values by name.
+            return_unused_kwargs: Whether to return arguments that are no options, too, and not to refuse them.
+            **kwargs: Options that take the place of those values.
+
+        Raises:
+            PolicyError: If an option does not exist, is out of range, or would do nothing beside the others.
+            FormatError: If it is of a folder that a newer version of this library wrote, or was altered.
+        """
+        values = {name: value for name, value in config_dict.items() if name != "quant_method"}
+        unused = {name: value for name, value in kwargs.items() if return_unused_kwargs and name not in _OPTIONS}
+        values |= {name: value for name, value in kwargs.items() if name not in unused}
+        made = cls._of_folder(values) if values.get("format") is not None else cls(**values)
+        return (made, unused) if return_unused_kwargs else made
+
+    @classmethod
+    def _of_folder(cls, values: Mapping[str, Any]) -> RPQConfig:
+        written, version = values["format"], values.get("version")
+        whole("format of the quantization_config", written, 1, error=FormatError)
+        if written > FORMAT:
+            raise FormatError(
+                f"its config.json is of format {written} (rpqfx {version}), newer than this library reads "
+                f"({FORMAT}); update rpqfx"
+            )
+        bits, routing = values.get("bits_per_weight"), values.get("routing", {})
+        wrong = [name for name in values if name not in _SAVED]
+        wrong += [] if isinstance(routing, dict) else ["routing"]
+        wrong += [] if bits is None or type(bits) in (int, float) else ["bits_per_weight"]
+        if wrong:
+            raise FormatError(f"its config.json has no right quantization_config at {wrong[0]!r}")
+        made = cls.of_saved(bits, routing)
+        made.format, made.version = written, version
+        return made
 
     def to_dict(self) -> dict[str, Any]:
         """Returns what ``config.json`` holds of it."""
         values: dict[str, Any] = {"quant_method": self.quant_method}
-        if self.format is None:
-            names = ["bits_per_weight", "embedding_bits", "modules_to_not_convert", "policy", "seed"]
-        else:
-            names = ["format", "version", "bits_per_weight", "routing"]
+        if self.format is None and self.policy is None:
+            values["embedding_bits"] = self.embedding_bits  # None says that embeddings stay dense
+        names = [name for name in _OPTIONS if name != "checkpoint"] if self.format is None else _SAVED
         return values | {name: getattr(self, name) for name in names if getattr(self, name) not in (None, {})}

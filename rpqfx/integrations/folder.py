@@ -19,13 +19,14 @@ from torch import Tensor
 from rpqfx.errors import FormatError
 from rpqfx.graph.pretrained_calls import EXTRA
 from rpqfx.storage.container import Container, open_container
+from rpqfx.storage.files import take_in
 from rpqfx.storage.sealed_manifest import read_manifest
 
 GUARD = (1,)  # the shape of a tensor that stands for a dense weight, so that it fits no dense model
 
 
 class Folder:
-    """What the files of a folder hold; found to be whole, and what was written.
+    """What the files of a folder hold; that its tensors are what was written is known after ``verify`` or ``verified``.
 
     Args:
         files: As transformers found them.
@@ -46,7 +47,6 @@ class Folder:
         try:
             self._held = self._opened()
             self.manifest = self._manifest(self._held)
-            self._verify(self._held)
         except BaseException:
             self.close()
             raise
@@ -63,6 +63,48 @@ class Folder:
         """
         held = self._held
         return {name: _whole(self._entry[name], held[self._where[name]].read([name])[name]) for name in names}
+
+    def verify(self) -> None:
+        """Reads every tensor, piece by piece, and keeps none.
+
+        Raises:
+            FormatError: If the folder was altered.
+        """
+        digest = hashlib.sha256()
+        for name in self._names():
+            one = self._held[self._where[name]]
+            flat = _is_flat(self._entry[name], one.stored[name][1])
+            try:
+                one.take_in(digest, name, self._entry[name]["shape"] if flat else None)
+            except FormatError as error:
+                raise FormatError(f"{self.files[self._where[name]]}: {error}") from error
+        self._check(digest.hexdigest())
+
+    def verified(self) -> dict[str, Tensor]:
+        """Reads every tensor, once.
+
+        Returns:
+            All of them as they are stored, by their names in the files.
+
+        Raises:
+            FormatError: If the folder was altered.
+        """
+        digest, tensors = hashlib.sha256(), {}
+        for name in self._names():
+            tensors[name] = self.read([name])[name]
+            take_in(digest, tensors[name], name)
+        self._check(digest.hexdigest())
+        return tensors
+
+    def _names(self) -> list[str]:
+        return sorted(entry["names"][0] for entry in self.manifest["tensors"])
+
+    def _check(self, checksum: str) -> None:
+        if checksum != self.manifest["checksum"]:
+            raise FormatError(
+                f"{self.path} was altered: its tensors do not match its checksum; copy it again, or save the model "
+                "again"
+            )
 
     def _opened(self) -> list[Container]:
         held = []
@@ -105,21 +147,6 @@ class Folder:
             elif entry is not None and _is_flat(entry, shape):
                 found[name] = dtype, tuple(entry["shape"])
         return found
-
-    def _verify(self, held: Sequence[Container]) -> None:
-        digest = hashlib.sha256()
-        for name in sorted(entry["names"][0] for entry in self.manifest["tensors"]):
-            one = held[self._where[name]]
-            flat = _is_flat(self._entry[name], one.stored[name][1])
-            try:
-                one.take_in(digest, name, self._entry[name]["shape"] if flat else None)
-            except FormatError as error:
-                raise FormatError(f"{self.files[self._where[name]]}: {error}") from error
-        if digest.hexdigest() != self.manifest["checksum"]:
-            raise FormatError(
-                f"{self.path} was altered: its tensors do not match its checksum; copy it again, or save the model "
-                "again"
-            )
 
 
 def _entries(manifest: Any) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """A model in codebooks as ``from_pretrained`` of transformers makes it of a folder.
 
 The model is made on the meta device, dense. The manifest says what becomes of it: it is rewritten there, so no dense
-weight is ever allocated. transformers then reads the tensors, each to its device, and codes are unpacked on the way.
+weight is ever allocated. Where nobody asks for devices or another dtype, all tensors are then read at once, and hidden
+from transformers, which would look at each of them for longer than that takes. Else transformers reads them.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ except ImportError as error:
 from rpqfx.errors import FormatError, RPQError
 from rpqfx.graph.pretrained_calls import EXTRA, first_matrix, renew_calls
 from rpqfx.integrations.folder import Folder
+from rpqfx.integrations.hidden import Hidden
 from rpqfx.integrations.placing import placed
 from rpqfx.kv.wrap import CORE
 from rpqfx.nn.code_bytes import to_bytes
@@ -39,6 +41,7 @@ from rpqfx.storage.restore import codes_of, put_back, redrawn, unpacked
 _MAKER = "from_pretrained"
 # What torch aligns memory to. Tensors of safetensors lie anywhere, and products of such ones are summed up otherwise.
 _ALIGNED = 64
+_NUMBER, _DIGITS = re.compile(r"\d+"), r"\\d+"
 _IGNORED = "_keys_to_ignore_on_load_unexpected"
 
 
@@ -66,14 +69,16 @@ class Restoring(ConversionOps):
         files: Of the folder.
         routing: Policies of ``route``, as JSON, by the names of modules.
         dtype: What the model is to be of.
+        device_map: Where tensors go, as ``from_pretrained`` was given it.
 
     Raises:
         FormatError: If the folder is damaged, incomplete, or of another model.
     """
 
     def __init__(
-        self, model: nn.Module, files: Sequence[str] | None, routing: Mapping[str, str], dtype: torch.dtype
-    ) -> None:
+        self, model: nn.Module, files: Sequence[str] | None, routing: Mapping[str, str], dtype: torch.dtype,
+        device_map: Any = None,
+    ) -> None:  # fmt: skip
         self._folder = Folder(files)
         _route(model, routing, self._folder.path)
         whole = _class_name(model) in (getattr(model.config, "architectures", None) or [])
@@ -84,15 +89,17 @@ class Restoring(ConversionOps):
         self._cast = main not in (None, dtype)
         self._first = None if self._manifest["sites"] else first_matrix(model)  # which is stored flat
         self._dtypes = {name: _dtype_of(entry, main, dtype) for name, entry in self._entries.items()}
-        tensors = {
-            name: torch.empty(entry["shape"], dtype=self._dtypes[name], device="meta")
-            for name, entry in self._entries.items()
-        }
-        put_back(model, self._manifest, tensors, self._folder.path, maker=_MAKER, partial=not whole)
-        self._beside = sorted(set(self._entries) - set(model.state_dict()))
+        at_once = device_map is None and not self._cast
+        with torch._C.DisableTorchFunction():  # of torch.device("meta"), which looks at each call of torch
+            tensors = self._tensors() if at_once else self._placeholders()
+            put_back(model, self._manifest, tensors, self._folder.path, maker=_MAKER, partial=not whole)
+            state = model.state_dict(keep_vars=True)
+        self._beside = sorted(set(self._entries) - set(state))
+        extra = {name for name in state if name.endswith(_EXTRA_STATE_KEY_SUFFIX)}
+        self._hidden = Hidden(model, state, {*self._entries, *extra}) if at_once else None
         self._again = {name for entry in self._entries.values() for name in entry["names"][1:]}
         self._again -= dict(model.named_parameters(remove_duplicate=False)).keys()
-        self._again |= {name for name in model.state_dict() if name.endswith(_EXTRA_STATE_KEY_SUFFIX)}
+        self._again |= extra
         self._errors: list[RPQError] = []
         self._seeds: dict[str, int] = {}
         self._prepare(model)
@@ -111,17 +118,40 @@ class Restoring(ConversionOps):
             if entry["kind"] == "parameter"
         }
         self._known_ties = getattr(model, "all_tied_weights_keys", None) or {}
+        hidden = () if self._hidden is None else self._hidden.names
         model.__dict__["all_tied_weights_keys"] = {
-            target: source for target, source in {**self._known_ties, **ties}.items() if target in parameters
+            target: source
+            for target, source in {**self._known_ties, **ties}.items()
+            if target in parameters and target not in hidden
         }
         for module in model.modules():
             if backed_weights(module) or isinstance(module, RPQWeight):
                 module._is_hf_initialized = True  # type: ignore[assignment]
         guards = (name for site in self._folder.manifest["sites"] for name in site["names"])
-        unknown = [*guards, *(self._stored_as[name] for name in self._beside)]
+        unread = self._beside if self._hidden is None else self._entries
+        unknown = [*guards, *(self._stored_as[name] for name in unread)]
         before = getattr(model, _IGNORED, None) or ()
-        patterns = {f"^{re.escape(name)}$" for name in unknown} | {f"\\.{EXTRA}$"}
+        # One pattern for the same layer of all blocks: transformers tries each on every name.
+        patterns = {f"^{_NUMBER.sub(_DIGITS, re.escape(name))}$" for name in unknown} | {f"\\.{EXTRA}$"}
         model.__dict__[_IGNORED] = _Patterns({*before, *patterns})
+
+    def _placeholders(self) -> dict[str, Tensor]:
+        """Makes tensors on the meta device, for transformers to read."""
+        self._folder.verify()
+        return {
+            name: torch.empty(entry["shape"], dtype=self._dtypes[name], device="meta")
+            for name, entry in self._entries.items()
+        }
+
+    def _tensors(self) -> dict[str, Tensor]:
+        stored = self._folder.verified()
+        return {name: self._unpacked(name, stored.pop(self._stored_as[name])) for name in self._entries}
+
+    def _unpacked(self, name: str, stored: Tensor) -> Tensor:
+        try:
+            return unpacked(self._entries[name], stored, *self._codes.get(name, ()))
+        except FormatError as error:
+            raise FormatError(f"{self._folder.path} {error}") from error
 
     # -------------------------------------------------------------------------------- while tensors are read
 
@@ -208,6 +238,8 @@ class Restoring(ConversionOps):
             FormatError: If one has not, or cannot be what the manifest says.
         """
         model.__dict__.pop(_IGNORED, None)
+        if self._hidden is not None:
+            self._hidden.show()
         if self._errors:
             raise FormatError(f"{self._folder.path} {self._errors[0]}") from self._errors[0]
         for name, seed in self._seeds.items():
@@ -215,13 +247,14 @@ class Restoring(ConversionOps):
             assert isinstance(weight, RPQWeight)
             weight.code_seed = seed
         stored = self._folder.read([self._stored_as[name] for name in self._beside])
+        beside = {name: self._unpacked(name, stored[self._stored_as[name]]) for name in self._beside}
         self._folder.close()
-        away = set(offloaded(model))
+        away, modules = set(offloaded(model)), dict(model.named_modules(remove_duplicate=False))
         for name, entry in self._entries.items():
-            if name in self._beside:
-                _put_beside(model, entry, unpacked(entry, stored[self._stored_as[name]]))
+            if name in beside:
+                _put_beside(modules, entry, beside[name])
                 continue
-            tensor = _tensor_at(model, name)
+            tensor = _tensor_at(modules, name)
             if tensor is None or (tensor.is_meta and name not in away):
                 raise FormatError(f"{self._folder.path}: {name} has not been loaded; the folder is not whole")
             if tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNED:
@@ -261,18 +294,18 @@ def _dtype_of(entry: Mapping[str, Any], main: torch.dtype | None, wanted: torch.
     return wanted if dtype is main and entry["kind"] == "parameter" else dtype
 
 
-def _tensor_at(model: nn.Module, name: str) -> Tensor | None:
+def _tensor_at(modules: Mapping[str, nn.Module], name: str) -> Tensor | None:
     path, _, attribute = name.rpartition(".")
-    module = model.get_submodule(path)
+    module = modules[path]
     found = module._parameters.get(attribute)
     return module._buffers.get(attribute) if found is None else found
 
 
-def _put_beside(model: nn.Module, entry: Mapping[str, Any], tensor: Tensor) -> None:
+def _put_beside(modules: Mapping[str, nn.Module], entry: Mapping[str, Any], tensor: Tensor) -> None:
     """Puts a tensor that no state dict has, under all its names, to where the one is that was made for it."""
     for name in entry["names"]:
         path, _, attribute = name.rpartition(".")
-        module = model.get_submodule(path)
+        module = modules[path]
         group = module._buffers if entry["kind"] == "buffer" else module.__dict__
         before = group.get(attribute)
         if isinstance(before, Tensor) and not before.is_meta:

@@ -86,11 +86,16 @@ def push_to_hub(model: Any, *args: Any, **kwargs: Any) -> Any:
 
     Returns:
         What the model's own method returns.
+
+    Raises:
+        TypeError: If that method takes no such arguments; nothing is written then.
     """
+    own = _plain_class(model).push_to_hub
+    inspect.signature(own).bind(model, *args, **kwargs)
     twin = _twin(model)
     twin.save_pretrained = functools.partial(save_pretrained, model)
     _write_card_before_upload(twin)
-    return _plain_class(model).push_to_hub(twin, *args, **kwargs)
+    return own(twin, *args, **kwargs)
 
 
 class _Prepared(RPQQuantizer):

@@ -60,14 +60,17 @@ class RPQQuantizer(HfQuantizer):
             )
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        from rpqfx.integrations.quantizing import Quantizing
-        from rpqfx.integrations.restoring import Restoring
-
         self._model = weakref.ref(model)
         if self.pre_quantized:
-            files = kwargs.get("checkpoint_files")
-            self._work = Restoring(model, files, self.quantization_config.routing, torch.get_default_dtype())
+            from rpqfx.integrations.restoring import Restoring
+
+            self._work = Restoring(
+                model, kwargs.get("checkpoint_files"), self.quantization_config.routing, torch.get_default_dtype(),
+                kwargs.get("device_map"),
+            )  # fmt: skip
         else:
+            from rpqfx.integrations.quantizing import Quantizing
+
             config = self.quantization_config
             self._work = Quantizing(model, config.asked(), config.seed, config.checkpoint)
 

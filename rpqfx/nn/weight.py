@@ -85,7 +85,7 @@ class RPQWeight(Products):
             raise InputError(f"codebooks are floating point, got {dtype}")
         self.spec, self.layout, self.std, self.plan = spec, layout, std, plan
         self.codebooks = nn.Parameter(torch.empty(spec.codebooks_shape, device=device, dtype=dtype))
-        self.codes = torch.empty(spec.codes_shape, device=device, dtype=spec.code_dtype)
+        self.codes = torch.empty(spec.stored_codes_shape, device=device, dtype=spec.code_dtype)
         for name, count in (("scale", spec.num_vectors if spec.scale else 0), ("dim_scale", spec.dim_scales)):
             factors = nn.Parameter(torch.empty(count, device=device, dtype=dtype)) if count else None
             self.register_parameter(name, factors)

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rpqfx.codebook.packed_tiles import IN_TILES, pack_tiles
 from rpqfx.codebook.packing import code_bits, pack_floats
 from rpqfx.codebook.stored_codes import pack
+from rpqfx.codebook.tiles import to_tiles
 from rpqfx.errors import CodeError, RPQError
 from rpqfx.kv.description import describe_kv
 from rpqfx.nn.hosting.backed import backed_weights
@@ -58,9 +60,10 @@ def describe(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
             first[id(tensor)]["names"].append(name)
             continue
         holder = holders.get(id(tensor))
-        plain = _plain(name, tensor if holder is None else holder.codes)
+        plain = _plain(name, tensor if holder is None or holder.tiled_vectors(tensor) else holder.codes)
         entry = {
-            "names": [name], "kind": kind, "shape": list(plain.shape), "dtype": _name(plain.dtype),
+            "names": [name], "kind": kind, "dtype": _name(plain.dtype),
+            "shape": list(plain.shape if holder is None else holder.spec.codes_shape),
             "requires_grad": tensor.requires_grad and kind == "parameter",
         }  # fmt: skip
         first[id(tensor)] = entry
@@ -127,10 +130,17 @@ def routed_names(model: nn.Module) -> list[str]:
 
 
 def _packed(name: str, codes: Tensor, weight: RPQWeight) -> tuple[Tensor, dict[str, Any]]:
-    entries, drawn = weight.spec.entries, weight.drawn_stages()
-    how = {"packed": {"bits": code_bits(entries), "entries": entries}, **({"drawn": list(drawn)} if drawn else {})}
+    """Returns codes or tiles as a file holds them: a tiled spec's in the order of tiles, drawn ones as a seed."""
+    spec, drawn = weight.spec, weight.drawn_stages()
+    how = {"bits": code_bits(spec.entries), "entries": spec.entries}
     try:
-        return pack(codes, entries, weight.code_seed, drawn), how
+        if drawn:
+            codes = codes if codes.shape == spec.codes_shape else weight.codes
+            return pack(codes, spec.entries, weight.code_seed, drawn), {"packed": how, "drawn": list(drawn)}
+        if not spec.tiled:
+            return pack(codes, spec.entries, None, ()), {"packed": how}
+        tiles = to_tiles(codes) if codes.shape == spec.codes_shape else codes
+        return pack_tiles(tiles, spec.num_vectors, spec.entries), {"packed": how | {"order": IN_TILES}}
     except CodeError as error:
         raise CodeError(f"{name} holds {error}") from error
 

@@ -19,6 +19,7 @@ from rpqfx.codebook.drawn_codes import may_be_seed
 from rpqfx.codebook.packing import code_bits, packed_bytes
 from rpqfx.codebook.spec import CodebookSpec
 from rpqfx.codebook.stored_codes import stored_bytes
+from rpqfx.codebook.tiles import MOST_ENTRIES
 from rpqfx.errors import FormatError, RPQError, SpecError
 from rpqfx.nn.hosting.backed import SUFFIX
 from rpqfx.storage.manifest_schema import SLOTS, wrong_at
@@ -87,6 +88,7 @@ def _check_stored(name: str, entry: dict[str, Any], dtype: torch.dtype, shape: t
     if "packed" in entry:
         entries, bits = entry["packed"]["entries"], entry["packed"]["bits"]
         plain = "stored" not in entry and not (wanted.is_floating_point or wanted.is_complex or wanted is torch.bool)
+        plain = plain and not ("order" in entry["packed"] and (len(entry["shape"]) != 3 or entries > MOST_ENTRIES))
         if bits != code_bits(entries) or not plain or torch.iinfo(wanted).max < entries - 1:
             raise FormatError(f"it holds {name}, which cannot be unpacked: its manifest says no way to do so")
         size = packed_size(entry)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
+from rpqfx.codebook.packed_tiles import IN_TILES
 from rpqfx.codebook.spec import MAX_ENTRIES
 from rpqfx.graph.operands import Copies
 from rpqfx.nn.weight import ReadAs
@@ -96,7 +97,7 @@ _LAYOUT = _Keys({
     "shape": _list_of(_whole(1), 1), "lead": _whole(0), "transposed": _is_flag, "zero_vector": _or_none(_whole(0)),
     "experts": _one_of(None, "shared", "own"),
 })  # fmt: skip
-_PACKED = _Keys({"bits": _whole(1, 16), "entries": _ENTRIES})
+_PACKED = _Keys({"bits": _whole(1, 16), "entries": _ENTRIES, "?order": _one_of(IN_TILES)})
 _ENTRY = _Keys({
     "names": _NAMES, "kind": _one_of("parameter", "buffer", "attribute"), "shape": _SHAPE, "dtype": _IS_DTYPE,
     "requires_grad": _is_flag, "?packed": _PACKED, "?stored": _IS_DTYPE, "?drawn": _list_of(_whole(0), 1),

@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from rpqfx.codebook import CodebookSpec
+from rpqfx.codebook.packed_tiles import IN_TILES, unpack_tiles
 from rpqfx.codebook.packing import check_codes, unpack_codes
 from rpqfx.codebook.stored_codes import stored_stages, unpack
-from rpqfx.codebook.tiles import MOST_ENTRIES, tiles_of_packed
+from rpqfx.codebook.tiles import from_tiles
 from rpqfx.errors import FormatError, RPQError
 from rpqfx.graph.replace import install_all, parameter_at
 from rpqfx.graph.transformers_models import adapt_pretrained
@@ -36,7 +37,7 @@ def unpacked(entry: dict[str, Any], stored: Tensor, entries: int | None = None, 
         entry: Its entry in the manifest.
         stored: As it is in the file.
         entries: Entries of the codebook that it holds codes of, if it does.
-        tiled: Whether these codes lie in tiles in the model; as such they are returned, before others are unpacked.
+        tiled: Whether these codes lie in tiles in the model; as such they are returned.
 
     Returns:
         The tensor; codes that are drawn from a seed as they are in the file, until their place is known.
@@ -52,8 +53,9 @@ def unpacked(entry: dict[str, Any], stored: Tensor, entries: int | None = None, 
                 return stored
             raise FormatError(f"its stages {list(drawn)} are a seed, the manifest says {entry['drawn']}")
         if "packed" in entry:
-            if tiled and entry["packed"]["entries"] == MOST_ENTRIES and entry["shape"][2] % 2 == 0:
-                return tiles_of_packed(stored, tuple(entry["shape"]))
+            if entry["packed"].get("order") == IN_TILES:
+                tiles = unpack_tiles(stored, entry["packed"]["entries"], tuple(entry["shape"]))
+                return tiles if tiled else from_tiles(tiles, entry["shape"][2]).to(dtype)
             codes = unpack_codes(stored, entry["packed"]["entries"], entry["shape"], dtype)
             return to_bytes(codes, tiled=True) if tiled else codes
         if entries is not None:
@@ -154,20 +156,21 @@ def _install_sites(
     placed = []
     for site in manifest["sites"]:
         spec, layout = CodebookSpec.from_dict(site["spec"]), Layout.from_dict(site["layout"])
-        names = []
+        names, dense = [], []
         for name in site["names"]:
             owner, _, attribute = name.rpartition(".")
             try:
                 names.append(f"{known[owner]}.{attribute}".lstrip("."))
-                shape = tuple(parameter_at(model, names[-1]).shape)
+                dense.append(parameter_at(model, names[-1]))
             except (KeyError, RPQError) as error:
                 raise FormatError(f"{path} holds {name}, which the model that {maker} made has not") from error
+            shape = tuple(dense[-1].shape)
             if shape != layout.shape:
                 raise FormatError(f"{path} holds {name} of shape {layout.shape}, {maker} made it {shape}")
         weight = RPQWeight(spec, layout, std=site["std"], device="meta")
         for flag in FLAGS:
             setattr(weight, flag, site[flag])
-        weight.take_notes(parameter_at(model, names[0]))
+        weight.take_notes(dense[0])
         placed.append((names, weight))
     try:
         install_all(model, placed)

@@ -8,13 +8,12 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rpqfx import CodebookSpec, ops
-from rpqfx.codebook.packing import pack_codes
-from rpqfx.codebook.tiles import from_tiles, pick, tiles_of_packed, tiles_shape, to_tiles
+from rpqfx.codebook.tiles import from_tiles, pick, tiles_shape, to_tiles
 from rpqfx.errors import CodeError, InputError, SpecError
 from rpqfx.nn import RPQWeight
 from rpqfx.ops import Tensors, linear, linear_t, lookup
@@ -35,17 +34,6 @@ def test_codes_come_back_from_tiles_whole_and_in_part(shape: tuple[int, int, int
     assert torch.equal(from_tiles(tiles, shape[2]), codes)
     index = torch.randint(shape[2], (7,), generator=g)
     assert torch.equal(pick(tiles, index), codes[..., index])
-
-
-@given(shape=shapes, seed=st.integers(0, 2**16), block=st.sampled_from([1, 1000, 1 << 18]))
-def test_packed_codes_become_tiles_in_blocks_of_any_size(shape: tuple[int, int, int], seed: int, block: int):
-    stages, sub_vectors, half = shape
-    codes = torch.randint(16, (stages, sub_vectors, 2 * half), generator=torch.Generator().manual_seed(seed))
-    codes = codes.to(torch.uint8)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rpqfx.codebook.tiles._BLOCK", block)
-        made = tiles_of_packed(pack_codes(codes, 16), tuple(codes.shape))
-    assert torch.equal(made, to_tiles(codes))
 
 
 def test_tiles_take_half_a_byte_a_code():
@@ -199,14 +187,6 @@ class _Product(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.weight.linear(x)
-
-
-@given(stages=st.integers(1, 3), sub_vectors=st.integers(1, 3), pairs=st.integers(1, 2300), seed=st.integers(0, 99))
-@settings(max_examples=25)
-def test_tiles_are_made_of_packed_codes(stages: int, sub_vectors: int, pairs: int, seed: int) -> None:
-    shape = (stages, sub_vectors, 2 * pairs)
-    codes = torch.randint(16, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-    assert torch.equal(tiles_of_packed(pack_codes(codes, 16), shape), to_tiles(codes))
 
 
 def test_tiles_on_the_meta_device_have_the_shapes_of_others() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+import inspect
 import json
 import pickle
 import shutil
@@ -19,12 +20,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rpqfx
-from rpqfx import KVPolicy, Policy, RoutePolicy
+from rpqfx import Hold, KVPolicy, Policy, RoutePolicy, Site, Skip
 from rpqfx.codebook.packing import packed_bytes
 from rpqfx.errors import FormatError, InputError, PolicyError, RPQError
+from rpqfx.storage.archive import read_bytes
 from rpqfx.storage.container import FORMAT, SEAL, open_container
 from rpqfx.storage.sealed_manifest import checksum, seal_of
 from tests import forks
+from tests.contracts.test_memory import peak
 from tests.models import held_weights
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
@@ -291,6 +294,57 @@ def test_no_dense_weight_is_made(tmp_path: Path) -> None:
     with _Made() as seen:
         type(small).from_pretrained(tmp_path).lm_head.weight_rpq()
     assert dense & seen.sizes  # the check can fail
+
+
+class _Allocated(TorchDispatchMode):
+    """Adds up the bytes of all memory that operators take; what is given back is not taken off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for one in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(one, Tensor) and not one.is_meta:
+                self.kept[one.untyped_storage().data_ptr()] = one.untyped_storage()
+        return out
+
+    @property
+    def nbytes(self) -> int:
+        return sum(storage.nbytes() for storage in self.kept.values())
+
+
+def tiled(site: Site) -> Hold | Skip:
+    """Holds a weight as conversions do, with codes drawn at random."""
+    decided = Policy.from_scratch(codebook_dim=8, bits=4).decide([site])[site.name]
+    assert isinstance(decided, Hold)
+    return dataclasses.replace(decided, spec=dataclasses.replace(decided.spec, stages=4, tiled=True))
+
+
+def test_a_folder_is_read_once_and_nothing_is_allocated_beside_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Summed up over the whole call, so that the peak cannot be more."""
+    small = rpqfx.rpqify(llama(vocab_size=1024, hidden_size=256, intermediate_size=512), tiled)
+    small.save_pretrained(tmp_path)
+    stored, read = safetensors.load_file(tmp_path / "model.safetensors"), list[int]()
+
+    def counted(file: Any, offset: int, size: int) -> Tensor:
+        read.append(size)
+        return read_bytes(file, offset, size)
+
+    monkeypatch.setattr("rpqfx.storage.container.read_bytes", counted)
+    with _Allocated() as seen:
+        again = type(small).from_pretrained(tmp_path)
+    assert torch.equal(logits(again), logits(small))
+    assert sum(read) <= 1.01 * sum(tensor.nbytes for tensor in stored.values())  # frequencies, twice
+    held = sum({id(tensor): tensor.nbytes for tensor in (*again.parameters(), *again.buffers())}.values())
+    narrow = sum(tensor.nbytes for tensor in stored.values() if tensor.dtype in (torch.float16, torch.bfloat16))
+    assert held <= seen.nbytes + 8192 and seen.nbytes - narrow <= 1.1 * held
+    with _Allocated() as seen:
+        type(small).from_pretrained(tmp_path, device_map={"": "cpu"})
+    assert seen.nbytes - narrow > 1.1 * held  # where transformers reads the tensors; so the check can fail
 
 
 def test_a_state_dict_of_a_folder_is_taken(tmp_path: Path) -> None:
@@ -580,6 +634,22 @@ def test_what_the_checkpoint_lacks_is_drawn_dense(dense: Path) -> None:
 POLICY_FIT = Policy(codebook_dim=8, bits=4, min_size=1024)
 
 
+def test_beside_what_is_done_there_is_one_dense_weight_at_a_time(tmp_path: Path) -> None:
+    """A model three times as deep takes no more memory beside its codebooks and the pages of its files."""
+    above = {}
+    for layers in (1, 3):
+        folder, made = tmp_path / str(layers), list[Any]()
+        shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": layers}
+        llama(**shape).bfloat16().save_pretrained(folder, max_shard_size="20KB")
+        options = {"dtype": torch.float32, "quantization_config": rpqfx.RPQConfig(policy=POLICY_FIT)}
+        most = peak(lambda: made.append(transformers.LlamaForCausalLM.from_pretrained(folder, **options)))  # noqa: B023
+        held = {id(tensor): tensor.nbytes for tensor in (*made[0].parameters(), *made[0].buffers())}
+        mapped = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        above[layers] = most - sum(held.values()) - mapped
+    largest = 4 * 300 * 32  # bytes of the embedding, as it comes to its fit
+    assert above[3] <= above[1] + 4096 and above[1] < 4 * largest
+
+
 def test_options_that_cannot_be_followed(dense: Path) -> None:
     config = rpqfx.RPQConfig
     for make, message in (
@@ -599,8 +669,45 @@ def test_options_that_cannot_be_followed(dense: Path) -> None:
     ):
         with pytest.raises(PolicyError, match=message):
             transformers.LlamaForCausalLM.from_pretrained(dense, quantization_config=config(policy=policy))
-    assert config.from_dict(config(3, seed=2).to_dict()).to_dict() == config(3, seed=2).to_dict()
+    for asked in (config(3, seed=2), config(3, embedding_bits=None), config(policy=POLICY_FIT)):
+        again = config.from_dict(asked.to_dict())
+        assert again.to_dict() == asked.to_dict() and again.asked() == asked.asked()
     assert config(policy=POLICY_FIT).asked() == POLICY_FIT
+
+
+def test_what_a_config_takes_is_shown() -> None:
+    options = inspect.signature(rpqfx.RPQConfig).parameters
+    assert list(options) == [
+        "bits_per_weight", "embedding_bits", "modules_to_not_convert", "policy", "seed", "checkpoint"
+    ]  # fmt: skip
+    assert all(option.annotation is not option.empty for option in options.values())
+
+
+def test_what_transformers_gives_a_config_is_taken_or_refused() -> None:
+    config, values = rpqfx.RPQConfig, rpqfx.RPQConfig(3).to_dict()
+    made, unused = config.from_dict(values, return_unused_kwargs=True, seed=5, revision="main")
+    assert made.seed == 5 and unused == {"revision": "main"}
+    for wrong in ({"bit": 3}, {"routing": {}}, {"version": "1"}):
+        with pytest.raises(PolicyError, match=f"no option '{next(iter(wrong))}'"):
+            config.from_dict({**values, **wrong})
+    saved = config.of_saved(3.1, {"": "{}"}).to_dict()
+    assert config.from_dict(saved).to_dict() == saved
+    for wrong in ({"seed": 1}, {"checkpoint": "x"}, {"routing": []}, {"bits_per_weight": "3"}, {"format": "1"}):
+        with pytest.raises(FormatError, match=next(iter(wrong))):
+            config.from_dict({**saved, **wrong})
+
+
+@pytest.mark.parametrize("name", ["save_pretrained", "push_to_hub"])
+def test_calls_have_the_signatures_of_the_methods_that_they_stand_for(name: str) -> None:
+    dense = llama(num_hidden_layers=1)
+    wanted, small = inspect.signature(getattr(dense, name)), rpqfx.rpqify(dense, POLICY)
+    for one in (small, copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
+        assert inspect.signature(getattr(one, name)) == wanted
+
+
+def test_push_to_hub_refuses_arguments_that_do_not_exist() -> None:
+    with pytest.raises(TypeError, match="branch"):
+        rpqfx.rpqify(llama(num_hidden_layers=1), POLICY).push_to_hub("somebody/model", branch="main")
 
 
 # ------------------------------------------------------------------------------------------------------ the hub

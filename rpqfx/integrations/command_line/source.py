@@ -55,6 +55,7 @@ def opened(path: str) -> Iterator[Source]:
         files = weight_files(place)
         folder = Folder(files)
         try:
+            folder.verify()
             size = sum(Path(file).stat().st_size for file in files)
             yield Source(path, folder.manifest, size, len(files), folder.read)
         finally:
