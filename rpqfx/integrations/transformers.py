@@ -75,6 +75,7 @@ class RPQQuantizer(HfQuantizer):
             self._work = Quantizing(model, config.asked(), config.seed, config.checkpoint)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        self._check_whole()
         work, self._work = self._work, None
         assert work is not None
         work.finish(model)
@@ -116,9 +117,9 @@ class RPQQuantizer(HfQuantizer):
         return dtype if self._work is None else self._work.dtype_of(converter, dtype)
 
     def _check_whole(self) -> None:
-        """Raises, before the first tensor is read, where transformers has shared out the model over processes.
+        """Raises where transformers has shared out the model over processes: before it reads the first tensor, if it does.
 
-        It does so after it has asked what becomes of the model, and tells no quantiser.
+        It shares out after it has asked what becomes of the model, and tells no quantiser.
         """
         model = None if self._model is None else self._model()
         if getattr(model, "_device_mesh", None) is not None:
