@@ -140,8 +140,8 @@ def weighted_sum(p: Tensor, held: Held) -> Tensor:
 
 def hold(coder: Coder, codes: Stream, scale: Tensor | None, dtype: torch.dtype) -> Held:
     """A coder's tensors and codes together, in the dtype that is computed in."""
-    basis = None if coder.basis is None else coder.basis.to(dtype)
-    mean = None if coder.mean is None else coder.mean.to(dtype)
+    basis, mean = coder.basis, coder.mean  # each is made anew when it is asked for
+    basis, mean = (None if x is None else x.to(dtype) for x in (basis, mean))
     return Held(coder.books.to(dtype), slots_of(coder), codes, scale, basis, mean, coder.dim)
 
 

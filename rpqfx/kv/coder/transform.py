@@ -66,9 +66,8 @@ class Map(nn.Module):
         """The matrices in a dtype, ``[P, k, n]``."""
         whole = self.values.to(dtype)
         if self.fine:
-            rest = self.rest.to(dtype) / (2 * _LARGEST)
-            whole = torch.cat([whole[:, : self.fine] + rest, whole[:, self.fine :]], 1)
-        return whole * self.scale[..., None].to(dtype)
+            whole[:, : self.fine] += self.rest.to(dtype) / (2 * _LARGEST)
+        return whole.mul_(self.scale[..., None].to(dtype))
 
     def extra_repr(self) -> str:
         """What ``print`` shows."""

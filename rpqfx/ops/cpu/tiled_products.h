@@ -16,7 +16,7 @@ namespace rpqfx {
 
 inline constexpr int64_t TABLE_ROWS = 32;        // of the input up to which tables are faster than an expanded tile
 inline constexpr int64_t TABLE_GRAIN = 1 << 15;  // multiply-adds of tables that are worth another thread
-inline constexpr int64_t PANEL_BYTES = 1 << 19;  // of a thread's expanded tiles at a time: half of a second-level cache
+inline constexpr int64_t PANEL_BYTES = 1 << 21;  // of a thread's panel: a product goes through all of x for each
 
 // A product of a few rows: y [B, N] = x [B, D] @ W.T, with a bias or without.
 template <typename T>
