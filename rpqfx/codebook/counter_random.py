@@ -59,8 +59,8 @@ def streams(
     """
     which = torch.arange(first, first + count, device=device)[:, None]
     start, gamma = (_mix_all((which + _key(word, seed, group)).bitwise_and_(_MASK)) for word in (0, 1))
-    numbers = torch.arange(length, device=device) * gamma.bitwise_or_(1)
-    return _mix_all(numbers.add_(start).bitwise_and_(_MASK))
+    numbers = torch.addcmul(start, torch.arange(length, device=device), gamma.bitwise_or_(1))
+    return _mix_all(numbers.bitwise_and_(_MASK))
 
 
 def _key(*words: int) -> int:

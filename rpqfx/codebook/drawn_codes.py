@@ -48,11 +48,14 @@ def balanced_codes(shape: Sequence[int], entries: int, seed: int, device: torch.
     Returns:
         ``[R, M, N]``. A stage depends neither on how many there are, nor a sub-vector on how many there are.
     """
-    codes = torch.empty(tuple(shape), device=device, dtype=code_dtype(entries))
-    for stage, out in enumerate(codes):
-        for first, some in _parts(shape, entries, seed, stage, codes.device):
-            out[first : first + len(some)] = some
-    return codes
+    device, codes = torch.device(device or torch.get_default_device()), None
+    for stage in range(shape[0]):
+        for first, some in _parts(shape, entries, seed, stage, device):
+            if (1, *some.shape) == tuple(shape):
+                return some[None]  # there is nothing to put together
+            codes = torch.empty(tuple(shape), device=device, dtype=some.dtype) if codes is None else codes
+            codes[stage, first : first + len(some)] = some
+    return torch.empty(tuple(shape), device=device, dtype=code_dtype(entries)) if codes is None else codes
 
 
 def drawn_stages(codes: Tensor, entries: int, seed: int) -> tuple[int, ...]:
@@ -95,12 +98,14 @@ def _parts(
     # N / 2 ** 16 pairs of N keys are equal then (N ** 2 / 2 ** 32, where N is larger than that), and stay in order.
     random_bits = min(_KEY, _KEY - _SIZE + (vectors - 1).bit_length())
     count = min(2 ** (_KEY - random_bits), sub_vectors)
-    balanced = (torch.arange(vectors, device=device) % entries).to(code_dtype(entries)).repeat(count)
+    once = torch.arange(entries, device=device).to(code_dtype(entries))
+    once = once if vectors % entries == 0 else once.repeat(-(-vectors // entries))[:vectors]
+    balanced = once.repeat(count * vectors // max(1, len(once)))
     numbers = torch.arange(count, device=device)[:, None] << random_bits
     for first in range(0, sub_vectors, count):
         size = min(count, sub_vectors - first)
         drawn = streams(seed, stage, first, size, vectors, device).bitwise_right_shift_(32 - random_bits)
-        keys = drawn.bitwise_or_(numbers[:size]).to(torch.int32).flatten()
+        keys = torch.bitwise_or(drawn, numbers[:size], out=torch.empty_like(drawn, dtype=torch.int32)).flatten()
         order = torch.sort(keys, stable=True)[1]  # which takes sub-vectors one after the other
         yield first, balanced[order].view(size, vectors)
 

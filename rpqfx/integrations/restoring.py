@@ -26,6 +26,7 @@ from rpqfx.errors import FormatError, RPQError
 from rpqfx.graph.pretrained_calls import EXTRA, first_matrix, renew_calls
 from rpqfx.integrations.folder import Folder
 from rpqfx.integrations.hidden import Hidden
+from rpqfx.integrations.model_tensors import put_beside, tensor_at
 from rpqfx.integrations.placing import placed
 from rpqfx.kv.wrap import CORE
 from rpqfx.nn.code_bytes import to_bytes
@@ -252,9 +253,9 @@ class Restoring(ConversionOps):
         away, modules = set(offloaded(model)), dict(model.named_modules(remove_duplicate=False))
         for name, entry in self._entries.items():
             if name in beside:
-                _put_beside(modules, entry, beside[name])
+                put_beside(modules, entry, beside[name])
                 continue
-            tensor = _tensor_at(modules, name)
+            tensor = tensor_at(modules, name)
             if tensor is None or (tensor.is_meta and name not in away):
                 raise FormatError(f"{self._folder.path}: {name} has not been loaded; the folder is not whole")
             if tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNED:
@@ -292,22 +293,3 @@ def _main_dtype(manifest: Mapping[str, Any]) -> torch.dtype | None:
 def _dtype_of(entry: Mapping[str, Any], main: torch.dtype | None, wanted: torch.dtype) -> torch.dtype:
     dtype = DTYPES[entry["dtype"]]
     return wanted if dtype is main and entry["kind"] == "parameter" else dtype
-
-
-def _tensor_at(modules: Mapping[str, nn.Module], name: str) -> Tensor | None:
-    path, _, attribute = name.rpartition(".")
-    module = modules[path]
-    found = module._parameters.get(attribute)
-    return module._buffers.get(attribute) if found is None else found
-
-
-def _put_beside(modules: Mapping[str, nn.Module], entry: Mapping[str, Any], tensor: Tensor) -> None:
-    """Puts a tensor that no state dict has, under all its names, to where the one is that was made for it."""
-    for name in entry["names"]:
-        path, _, attribute = name.rpartition(".")
-        module = modules[path]
-        group = module._buffers if entry["kind"] == "buffer" else module.__dict__
-        before = group.get(attribute)
-        if isinstance(before, Tensor) and not before.is_meta:
-            tensor = tensor.to(before.device)
-        group[attribute] = tensor

@@ -117,7 +117,7 @@ class RPQQuantizer(HfQuantizer):
         return dtype if self._work is None else self._work.dtype_of(converter, dtype)
 
     def _check_whole(self) -> None:
-        """Raises where transformers has shared out the model over processes: before it reads the first tensor, if it does.
+        """Raises where transformers has shared out the model over processes, before it reads the first tensor, if any.
 
         It shares out after it has asked what becomes of the model, and tells no quantiser.
         """
