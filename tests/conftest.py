@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
 
-_common = {"deadline": None, "max_examples": 50, "suppress_health_check": [HealthCheck.too_slow]}
+_common = {"deadline": None, "max_examples": 100, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("default", **_common)
 settings.register_profile("ci", derandomize=True, print_blob=True, **_common)
 settings.register_profile("thorough", **{**_common, "max_examples": 500})

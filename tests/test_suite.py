@@ -70,7 +70,7 @@ def test_names_in_the_constraints_are_normal() -> None:
         ("numerical and not slow and not gpu", "default", 7, False),
         ("", "default", 7, False),
         ("not slow and not gpu", "thorough", 500, False),
-        ("slow", "default", 50, True),
+        ("slow", "default", 100, True),
         ("slow and numerical", "thorough", 500, True),
     ],
 )

@@ -45,12 +45,7 @@ def assert_compiles(name: str, backend: str, tolerance: float, **options: object
             assert_same(grad, expected[key], key, tolerance=tolerance)
 
 
-def by_turns() -> list[Any]:
-    """All kinds, of which every second one is slow: others compile it with all options, in one graph or in models."""
-    return [pytest.param(name, marks=[pytest.mark.slow] * (i % 2)) for i, name in enumerate(NAMES)]
-
-
-@pytest.mark.parametrize("name", by_turns())
+@pytest.mark.parametrize("name", NAMES)
 def test_compiled_equals_eager(name: str) -> None:
     assert_compiles(name, "aot_eager", 1e-9)
 
@@ -137,7 +132,7 @@ def test_what_follows_a_compiled_convolution_may_change_its_result_in_place(size
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("name", ["conv2d", "conv1d channels", "conv transpose 2d dim_scale channels"])
+@pytest.mark.parametrize("name", [name for name in KINDS if name.startswith("conv")])
 def test_a_compiler_sees_convolutions_where_no_gradient_is_asked_for(name: str) -> None:
     """So that it chooses their layout; with a gradient it would keep the filters, so there it sees one step."""
     layer = KINDS[name].make(plan="expand")

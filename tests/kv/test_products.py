@@ -119,7 +119,7 @@ def test_threads_share_a_model() -> None:
 
 
 @pytest.mark.traced
-@pytest.mark.parametrize("train", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("train", [False, True])
 def test_it_compiles_as_one_graph(train: bool) -> None:
     small, x = small_of(WrittenLM(layers=1)).train(train), tokens(1)
     compiled = torch.compile(small, backend="eager", fullgraph=True)
