@@ -110,7 +110,7 @@ class Moments:
         """Adds what another one holds, which it may keep from then on.
 
         Args:
-            other: Of as many columns, in full or the diagonal alone as this one.
+            other: It has as many columns as this one, and like this one is whole or holds the diagonal alone.
         """
         if other._sum is not None:
             self._sum = other._sum if self._sum is None else self._sum.add_(other._sum)

@@ -1,4 +1,4 @@
-"""What is known of a weight's outputs, as its fit uses it."""
+"""Moments of the gradients of outputs, in the form in which a weight's fit takes them."""
 
 from __future__ import annotations
 

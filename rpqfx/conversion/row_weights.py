@@ -39,7 +39,7 @@ class RowWeights:
         """Counts what a batch gave, of whichever process, into the mean.
 
         Args:
-            weight: Of the products.
+            weight: The weight whose products these are.
             total: Sum of the energies that were put.
             rows: How many they are.
         """

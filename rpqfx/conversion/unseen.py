@@ -1,4 +1,4 @@
-"""What calibration did not show of a model's weights: refused where it is all, else noted for the report."""
+"""Finds weights whose inputs calibration did not show. All of them are refused, some are noted for the report."""
 
 from __future__ import annotations
 

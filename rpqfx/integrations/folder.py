@@ -26,7 +26,7 @@ GUARD = (1,)  # the shape of a tensor that stands for a dense weight, so that it
 
 
 class Folder:
-    """What the files of a folder hold; that its tensors are what was written is known after ``verify`` or ``verified``.
+    """Reads the files of a folder. After ``verify`` or ``verified`` its tensors are known to be what was written.
 
     Args:
         files: As transformers found them.

@@ -1,8 +1,8 @@
 // Tiles of codes as columns of the transposed matrix.
 //
-// Entries are looked up within registers, for as many vectors at once as a register holds floats: the line of 16 entries
-// (lines.h) that belongs to one number of a sub-vector is one register, or two. So numbers of many vectors lie beside each other,
-// which is the transposed matrix.
+// Entries are looked up within registers, for half a tile's vectors at once: the line of 16 entries (lines.h) that belongs to one
+// number of a sub-vector fits in a register or two. So numbers of many vectors lie beside each other, which is the
+// transposed matrix.
 #pragma once
 
 #include <vector>

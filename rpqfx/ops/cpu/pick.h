@@ -136,7 +136,7 @@ inline void pick_sum(const Tensor& table, const Tensor& codes, int64_t width, co
                                shift->scalar_type() == at::kFloat), "a shift does not go with the table");
   const Packed packed(codes, width, table.size(2), tokens);
   const Scales scales(scale, batch, count, tokens);
-  const int64_t block = PICK_TOKENS, blocks = (tokens + block - 1) / block;
+  const int64_t blocks = (tokens + PICK_TOKENS - 1) / PICK_TOKENS;
   const float* lines = table.const_data_ptr<float>();
   const float* shifts = shift ? shift->const_data_ptr<float>() : nullptr;
   float* out = y.data_ptr<float>();
@@ -147,10 +147,10 @@ inline void pick_sum(const Tensor& table, const Tensor& codes, int64_t width, co
       using Code = decltype(code);
       at::parallel_for(0, batch * count * blocks, 2, [&](int64_t begin, int64_t end) {
         std::vector<Code> room;
-        std::vector<float> sums(block * W);
+        std::vector<float> sums(PICK_TOKENS * W);
         for (int64_t task = begin; task < end; ++task) {
-          const int64_t b = task / (count * blocks), h = task / blocks % count, first = task % blocks * block;
-          const int64_t left = std::min(block, tokens - first), head = b * count + h;
+          const int64_t b = task / (count * blocks), h = task / blocks % count, first = task % blocks * PICK_TOKENS;
+          const int64_t left = std::min(PICK_TOKENS, tokens - first), head = b * count + h;
           std::fill_n(sums.data(), left * W, 0.0f);
           for (int64_t s = heads[h]; s < heads[h + 1]; s += group) {
             const int64_t some = std::min(group, heads[h + 1] - s);
