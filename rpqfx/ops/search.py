@@ -36,6 +36,8 @@ def nearest(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
     """
     if compiled(points, centres):
         return kernels.nearest(points, centres)
+    if len(centres) == 1:
+        return points.new_zeros(len(points), dtype=torch.int64), (points - centres).square().sum(1)
     codes, distances, first = [], [], firsts(centres)
     for block in points.split(max(1, _BLOCK_ELEMENTS // len(centres))):
         code = first[_scores(block, centres).argmin(1)]

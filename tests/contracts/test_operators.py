@@ -15,14 +15,14 @@ from rpqfx.nn import RPQConv2d, RPQConvTranspose2d, RPQLinear
 from tests.helpers import randn, stored
 
 # Small, since gradients are checked number by number; the signs of nine vectors are two bytes.
-SPEC = rpqfx.CodebookSpec(9, 8, 2, entries=3, signs=True)
-CONV = ([9, 2, 2, 2], [1, 2], [1, 0], [1, 1], False, [0, 0], 1)
+SPEC = rpqfx.CodebookSpec(9, 4, 2, entries=3, signs=True)
+CONV = ([9, 2, 1, 2], [1, 2], [1, 0], [1, 1], False, [0, 0], 1)
 
 
 def arguments() -> dict[str, tuple[Any, ...]]:
     books, codes, _, signs = stored(SPEC, 0)
     held = (books, codes, signs)
-    x, y, image = randn(1, 2, 8), randn(2, 2, 9), randn(3, 2, 2, 2, 4)
+    x, y, image = randn(1, 2, 4), randn(2, 2, 9), randn(3, 2, 2, 1, 4)
     out = randn(4, 2, 9, 3, 2)
     plain, scale = held[:2], randn(5, 9)
     table, maps = randn(6, 2, *codes.shape[:2], SPEC.entries, 3), randn(7, 2, 9, 3)
@@ -37,10 +37,10 @@ def arguments() -> dict[str, tuple[Any, ...]]:
         "conv": (image, *held, *CONV),
         "conv_book": (image, out, codes, signs, *CONV, SPEC.books, SPEC.entries),
         "expand": (*plain, scale, signs),
-        "expand dims": (*plain, None, signs, randn(9, 8)),
+        "expand dims": (*plain, None, signs, randn(9, 4)),
         "lookup": (torch.tensor([[3, 0], [8, 3]]), *plain, scale, signs),
-        "lookup dims": (torch.tensor([[3, 0], [8, 3]]), *plain, scale, signs, randn(9, 8)),
-        "collect": (randn(8, 9, 8), codes, signs, SPEC.books, SPEC.entries),
+        "lookup dims": (torch.tensor([[3, 0], [8, 3]]), *plain, scale, signs, randn(9, 4)),
+        "collect": (randn(8, 9, 4), codes, signs, SPEC.books, SPEC.entries),
         "gather_sum": (table, codes),
         "bin_sum": (maps, codes, SPEC.entries),
     }
