@@ -10,6 +10,7 @@ rows keep the comparison honest: a smaller dense model of the same bytes, and th
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import pydoc_data.topics
 import sys
@@ -102,6 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", default=os.environ.get("RPQFX_QUICK") == "1")
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--json", action="store_true", help="end with the rows as one line of JSON")
     arguments = parser.parse_args()
     steps = arguments.steps or (40 if arguments.quick else 150)
     torch.set_num_threads(2)
@@ -119,6 +121,7 @@ def main() -> None:
         speeds[name] = train(name, model, training, steps, rate)
     converted = rpqfx.rpqify(dense, rpqfx.Policy(codebook_dim=4, bits=8, sharing="layer"))
 
+    rows = []
     print(f"\n{'model':<28}{'bytes':>12}{'validation loss':>18}{'tokens/s (training)':>22}")
     for name, model, speed in (
         ("dense", dense, speeds["dense"]),
@@ -128,7 +131,9 @@ def main() -> None:
     ):
         size = sum(t.nbytes for t in {id(t): t for t in (*model.parameters(), *model.buffers())}.values())
         told = "-" if speed is None else f"{speed:,.0f}"
-        print(f"{name:<28}{size:>12,}{validate(model, validation):>18.3f}{told:>22}", flush=True)
+        loss = validate(model, validation)
+        rows.append({"model": name, "bytes": size, "loss": loss, "tokens_a_second": speed})
+        print(f"{name:<28}{size:>12,}{loss:>18.3f}{told:>22}", flush=True)
 
     with tempfile.TemporaryDirectory() as folder:  # what was saved computes the same, to the last bit
         path = Path(folder) / "small.rpq"
@@ -137,6 +142,8 @@ def main() -> None:
         sample = validation[None, :CONTEXT]
         assert torch.equal(again(sample), small(sample))
         print(f"\nsaved in {path.stat().st_size:,} bytes; loaded again with identical outputs")
+    if arguments.json:
+        print(json.dumps({"steps": steps, "batch": BATCH, "context": CONTEXT, "rows": rows}))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,20 @@
 """Layers against what they are compared with, in one run and in turns.
 
-    python examples/bench/layers.py             # two threads, float32, medians of 15, in milliseconds
+    python examples/bench/layers.py              # two threads, float32, medians of 15
+    python examples/bench/layers.py --opt66b     # and a token of OPT-66B, for minutes; needs the extra examples
 
 Beside each other: the dense layer (in float32, and in bfloat16 where the CPU multiplies it in hardware), gather and
 multiply (what RPQ-pytorch does, its own layer where it is installed), the codebooks through torch's own operators, and
 the codebooks as they run. Each has tensors of its own, and a run of one follows a run of another, so all find cold
 caches ("again at once": a run that follows a run of the same layer, as few rows of a small model would). The floor is
 what the work of the codebooks must take at the least: its bytes at the speed of the memory, or its multiply-adds at the
-speed of the matrix product plus its additions at the speed of adding from the cache, all measured first.
+speed of the matrix product plus its additions at the speed of adding from the cache, all measured first. Writes
+``examples/results/layers.json``. A GPU's figures are those of ``gpu.py``.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import statistics
@@ -22,8 +25,10 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
+import results
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -53,13 +58,6 @@ CPU_CASES = (
     *(Case(1280, 5120, 16, batch, backward) for batch in (512, 2048) for backward in (False, True)),
     *(Case(768, 768, 12, batch, backward) for batch in (64, 128, 256, 512) for backward in (False, True)),
 )  # fmt: skip
-GPU_CASES = (Case(9216, 9216, 72, 1), Case(9216, 9216, 72, 512), Case(9216, 9216, 72, 2048, True))
-
-
-HEAD = (
-    "| in x out, M, batch | pass | dense | dense bfloat16 | {gather} | torch's operators | rpqfx | again at once "
-    "| over dense | over gather | bytes, multiply-adds, additions | floor | of the floor |"
-)
 
 
 @dataclass(frozen=True)
@@ -71,16 +69,15 @@ class Machine:
     additions: float
 
     @classmethod
-    def measure(cls, device: torch.device, dtype: torch.dtype) -> Machine:
-        large, square = torch.ones(2**27, device=device), torch.ones(4096, 4096, device=device, dtype=dtype)
-        cached = torch.ones(2**18, device=device)
+    def measure(cls) -> Machine:
+        large, square, cached = torch.ones(2**27), torch.ones(4096, 4096), torch.ones(2**18)
         return cls(
-            bytes=4 * large.numel() / fastest(large.sum, device),
-            products=4096**3 / fastest(lambda: square @ square, device),
-            additions=cached.numel() / fastest(cached.sum, device),
+            bytes=4 * large.numel() / fastest(large.sum),
+            products=4096**3 / fastest(lambda: square @ square),
+            additions=cached.numel() / fastest(cached.sum),
         )
 
-    def floor(self, held: nn.Module, case: Case) -> tuple[str, float]:
+    def floor(self, held: nn.Module, case: Case) -> dict[str, float]:
         """What a case counts, and the milliseconds that this takes at the least."""
         stages, _, entries, _ = held.codebooks.shape
         _, sub_vectors, vectors = held.codes.shape
@@ -91,20 +88,16 @@ class Machine:
         products = passes * case.batch * entries * case.wide * stages
         additions = (1 + case.backward) * case.batch * sub_vectors * vectors * stages
         least = max(size / self.bytes, products / self.products + additions / self.additions)
-        return f"{size / 1e6:.1f} MB, {products / 1e9:.2f} G, {additions / 1e9:.2f} G", 1e3 * least
+        return {"bytes": size, "products": products, "additions": additions, "floor_ms": 1e3 * least}
 
 
-def fastest(run: Callable[[], object], device: torch.device) -> float:
-    return min(seconds(run, device) for _ in range(7))
+def fastest(run: Callable[[], object]) -> float:
+    return min(seconds(run) for _ in range(7))
 
 
-def seconds(run: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+def seconds(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
@@ -134,7 +127,7 @@ def milliseconds(run: Callable[..., None], layers: list[Layer], x: Tensor, plain
         shuffle(order)  # no layer always comes after the one that empties the caches
         for i in order:
             with torch_operators() if i == plain else nullcontext():
-                taken = seconds(lambda: run(layers[i], inputs[i]), x.device)  # noqa: B023
+                taken = seconds(lambda: run(layers[i], inputs[i]))  # noqa: B023
             if turn >= WARM_UP:
                 times[i].append(1e3 * taken)
     return [statistics.median(found) for found in times]
@@ -165,82 +158,57 @@ def has_fast_bfloat16() -> bool:
     return bool(flags.get("amx_tile") or flags.get("avx512_bf16"))
 
 
-def table(cases: tuple[Case, ...], device: torch.device, dtype: torch.dtype) -> None:
-    machine = Machine.measure(device, dtype)
-    print(
-        f"\n{dtype}: {machine.bytes / 1e9:.0f} GB/s, {machine.products / 1e9:.0f} G multiply-adds/s, "
-        f"{machine.additions / 1e9:.0f} G additions/s\n"
-    )
-    half = device.type == "cpu" and has_fast_bfloat16()
-    for i, case in enumerate(cases):
-        torch.manual_seed(0)
-        made = {"device": device, "dtype": dtype}
-        dense = nn.Linear(case.wide, case.out, **made)
-        ours, plain, other = (RPQLinear(case.wide, case.out, codebooks=case.count, **made) for _ in range(3))
-        name, gather = gather_and_multiply(other)
-        layers: list[Layer] = [dense, gather, plain, ours]
-        layers += [nn.Linear(case.wide, case.out, device=device, dtype=torch.bfloat16)] if half else []
-        x = torch.randn(case.batch, case.wide, **made, requires_grad=case.backward)
-        run = forward_backward if case.backward else forward
-        a, b, c, d, *rest = milliseconds(run, layers, x, plain=2)
-        counted, floor = machine.floor(ours.weight_rpq, case)
-        if i == 0:
-            print(HEAD.format(gather=name) + "\n|" + "---|" * 13)
-        again = "-"
-        if case.batch <= 16:
-            again = f"{milliseconds(forward, [ours], x)[0]:.2f}"
-        cells = (
-            f"{case.wide} x {case.out}, {case.count}, B={case.batch}", "f + b" if case.backward else "f", f"{a:.2f}",
-            f"{rest[0]:.2f}" if rest else "-", f"{b:.2f}", f"{c:.2f}", f"{d:.2f}", again, f"{a / d:.1f} x",
-            f"{b / d:.1f} x", counted, f"{floor:.2f}", f"{floor / d:.0%}",
-        )  # fmt: skip
-        print(f"| {' | '.join(cells)} |", flush=True)
+def linear(case: Case, machine: Machine) -> dict[str, Any]:
+    """One case: milliseconds of all that is compared, and what the codebooks have to do."""
+    torch.manual_seed(0)
+    dense = nn.Linear(case.wide, case.out)
+    ours, plain, other = (RPQLinear(case.wide, case.out, codebooks=case.count) for _ in range(3))
+    name, gather = gather_and_multiply(other)
+    layers: list[Layer] = [dense, gather, plain, ours]
+    layers += [nn.Linear(case.wide, case.out, dtype=torch.bfloat16)] if has_fast_bfloat16() else []
+    x = torch.randn(case.batch, case.wide, requires_grad=case.backward)
+    found = milliseconds(forward_backward if case.backward else forward, layers, x, plain=2)
+    ways = ("dense_ms", "gather_ms", "operators_ms", "ours_ms", "dense_bfloat16_ms")
+    row = {**dataclasses.asdict(case), "gather": name, **dict(zip(ways, found, strict=False))}
+    if case.batch <= 16:
+        row["again_ms"] = milliseconds(forward, [ours], x)[0]
+    return row | machine.floor(ours.weight_rpq, case)
 
 
-def embedding(device: torch.device) -> None:
+def embedding() -> dict[str, float]:
     """Eight rows of a large table."""
-    ids = torch.randint(50_272, (8,), device=device)
-    dense, other, ours = (
-        kind(50_272, 9216, device=device, **rest)
-        for kind, rest in ((nn.Embedding, {}), (RPQEmbedding, {"codebooks": 72}), (RPQEmbedding, {"codebooks": 72}))
-    )
+    ids = torch.randint(50_272, (8,))
+    dense = nn.Embedding(50_272, 9216)
+    other, ours = (RPQEmbedding(50_272, 9216, codebooks=72) for _ in range(2))
     held = other.weight_rpq
 
     def gather(ids: Tensor) -> Tensor:
         return F.embedding(ids, codebook.expand(held.codebooks, held.codes))
 
-    a, b, c = milliseconds(forward, [dense, gather, ours], ids)
-    print("\n| embedding | dense | gather + lookup | rpqfx | of dense | over gather |\n|---|---|---|---|---|---|")
-    print(f"| 50272 x 9216, 72, 8 ids | {a:.3f} | {b:.1f} | {c:.3f} | {c / a:.1f} | {b / c:.0f} x |", flush=True)
-
-
-def opt66b() -> None:
-    """Seconds for a token of OPT-66B with random weights, by the example that shows it, where it can run."""
-    example = Path(__file__).parents[1] / "02_opt66b.py"
-    done = subprocess.run([sys.executable, str(example), "--json"], stdout=subprocess.PIPE, text=True)
-    if done.returncode:  # it has said what it lacks
-        return
-    found = json.loads(done.stdout.splitlines()[-1])
-    gather, ours = found["gather"]["token_s"], found["float32"]
-    print("\n| OPT-66B, one sequence, float32 | dense | gather + linear, scaled | rpqfx | over gather | resident |")
-    print("|---|---|---|---|---|---|")
-    print(
-        f"| seconds for a token | does not fit | {gather:.1f} | {ours['token_s']:.3f} "
-        f"| {gather / ours['token_s']:.0f} x | {ours['peak_bytes'] / 1e9:.2f} GB |",
-        flush=True,
+    return dict(
+        zip(("dense_ms", "gather_ms", "ours_ms"), milliseconds(forward, [dense, gather, ours], ids), strict=True)
     )
+
+
+def opt66b() -> dict[str, Any]:
+    """Seconds for a token of OPT-66B with random weights, by the example that shows it."""
+    example = Path(__file__).parents[1] / "02_opt66b.py"
+    done = subprocess.run([sys.executable, str(example), "--json"], stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def main() -> None:
     torch.set_num_threads(2)
-    cpu = torch.device("cpu")
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
-    table(CPU_CASES, cpu, torch.float32)
-    embedding(cpu)
-    opt66b()
-    if torch.cuda.is_available():
-        print(f"\n{torch.cuda.get_device_name()}")
-        table(GPU_CASES, torch.device("cuda"), torch.bfloat16)
+    machine = Machine.measure()
+    figures: dict[str, Any] = {"seed": 0, "runs": RUNS, "speeds": dataclasses.asdict(machine), "rows": []}
+    for case in CPU_CASES:
+        figures["rows"].append(linear(case, machine))
+        print(json.dumps(figures["rows"][-1]), flush=True)
+    figures["embedding"] = embedding()
+    if "--opt66b" in sys.argv:
+        figures["opt66b"] = opt66b()
+    results.write("layers", " ".join(["python examples/bench/layers.py", *sys.argv[1:]]), figures)
 
 
 if __name__ == "__main__":

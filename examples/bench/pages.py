@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import layer_tables
 import results
 
 ROOT = Path(__file__).parents[2]
@@ -49,9 +50,7 @@ def decoding(name: str) -> str:
         "| | MB | process grown by, MB | perplexity | tokens/s | compiled | packaged | best over dense eager | "
         "prompt, tokens/s |"
     )
-    said = found["machine"]
-    where = f"{said['processor']} ({said['capability']}), {said['threads']} threads, torch {said['versions']['torch']}"
-    return "\n".join([f"Measured on {where}: `{found['command']}`.", "", head, "|---" * 9 + "|", *lines]) + "\n"
+    return "\n".join([results.where(found), "", head, "|---" * 9 + "|", *lines]) + "\n"
 
 
 def scratch(name: str) -> str:
@@ -190,9 +189,7 @@ def ranks() -> str:
 def kv_decode() -> str:
     """Returns what a token costs on codes: attention of one layer, and a whole model where it was timed."""
     found = results.read("kv-decode")
-    said = found["machine"]
-    where = f"{said['processor']} ({said['capability']}), {said['threads']} threads, torch {said['versions']['torch']}"
-    parts = [f"Measured on {where}: `{found['command']}`."]
+    parts = [results.where(found)]
     for name, key in (
         (f"attention of one token to {found['tokens']:,}, a layer", "layers"),
         (f"SmolLM2-135M at 3 bits, a token at {found.get('context', 0):,}, eager", "model"),
@@ -211,8 +208,6 @@ def kv_decode() -> str:
 def encoders() -> str:
     """Returns the times of converted encoders and convolutional networks, beside the dense ones."""
     found = results.read("encoders")
-    said = found["machine"]
-    where = f"{said['processor']} ({said['capability']}), {said['threads']} threads, torch {said['versions']['torch']}"
     lines = [
         f"| {row['model']} | {row['batch']} | {1e3 * row['dense_s']:.1f} | {1e3 * row['ours_s']:.1f} | "
         f"{row['dense_s'] / row['ours_s']:.2f} | {1e3 * row['dense_compiled_s']:.1f} | "
@@ -220,7 +215,7 @@ def encoders() -> str:
         for row in found["rows"]
     ]
     head = "| | batch | dense, ms | ours | dense over ours | dense, compiled, ms | ours | dense over ours |"
-    return "\n".join([f"Measured on {where}: `{found['command']}`.", "", head, "|---" * 8 + "|", *lines]) + "\n"
+    return "\n".join([results.where(found), "", head, "|---" * 8 + "|", *lines]) + "\n"
 
 
 def kv_zoo() -> str:
@@ -284,6 +279,10 @@ def _on_gpu(found: Any) -> str:
 GPU = "gpu-nvidia-h200"
 WAYS = ("DDP", "FSDP2", "TP")
 TABLES: dict[str, Callable[[], str]] = {
+    "quickstart": layer_tables.quickstart,
+    "sizes": layer_tables.sizes,
+    "layers": lambda: layer_tables.layers(short=False),
+    "layers-short": lambda: layer_tables.layers(short=True),
     "reliability": reliability,
     "decode-smollm2": lambda: decoding("decode-smollm2"),
     "scratch-text": lambda: scratch("scratch-text"),

@@ -57,6 +57,17 @@ def read(name: str, folder: Path = FOLDER) -> dict[str, Any]:
     return found
 
 
+def where(found: dict[str, Any]) -> str:
+    """Says on which machine, and by which command, figures were measured.
+
+    Args:
+        found: What ``read`` gave.
+    """
+    said = found["machine"]
+    processor = f"{said['processor']} ({said['capability']}), {said['threads']} threads"
+    return f"Measured on {processor}, torch {said['versions']['torch']}: `{found['command']}`."
+
+
 def read_all(name: str, folder: Path = FOLDER) -> list[dict[str, Any]]:
     """Reads every result in a folder of results, sorted by file name."""
     return [json.loads(path.read_text("utf-8")) for path in sorted((folder / name).glob("*.json"))]

@@ -12,6 +12,7 @@ import importlib.util
 from pathlib import Path
 from types import ModuleType
 
+import results
 import torch
 from torch import nn
 
@@ -58,15 +59,23 @@ def _vit_module() -> ModuleType:
 
 
 def main() -> None:
-    print(f"{'model':<24}{'policy':<30}{'dense':>12}{'rewritten':>14}{'RPQ-pytorch':>14}")
+    rows = []
     for name, build in (("ViT-giant/14, 336 px", vit_giant), ("OPT-66B", opt_66b)):
         with torch.device("meta"):
             dense = build()
-        for label, options in (("one codebook per head", {}), ("the same, vectors as rows", {"split": "row"})):
-            report = rpqfx.report(rpqfx.rpqify(dense, rpqfx.Policy.from_scratch(codebooks="heads", **options)))
-            sizes = (report.before, report.after)
-            before, after = (f"{size / 2**20:,.1f} MiB" for size in sizes)
-            print(f"{name:<24}{label:<30}{before:>12}{after:>14}{THEIRS[name]:>10,.1f} MiB", flush=True)
+        for split in ("auto", "row"):
+            report = rpqfx.report(rpqfx.rpqify(dense, rpqfx.Policy.from_scratch(codebooks="heads", split=split)))
+            rows.append(
+                {
+                    "model": name,
+                    "split": split,
+                    "before": report.before,
+                    "after": report.after,
+                    "theirs_mib": THEIRS[name],
+                }
+            )
+            print(rows[-1], flush=True)
+    results.write("sizes", "python examples/bench/sizes.py", {"rows": rows})
 
 
 if __name__ == "__main__":
