@@ -109,7 +109,7 @@ def main() -> None:
 
     torch.manual_seed(0)
     dense = GPT()
-    small = rpqfx.rpqify(dense, rpqfx.Policy.from_scratch(codebook_dim=64, bits=6, signs=True))
+    small = rpqfx.rpqify(dense, rpqfx.Policy.from_scratch(codebook_dim=64, codebook_bits=6, signs=True))
     report = rpqfx.report(small)
     print(report, end="\n\n")
     tiny = GPT(dim=96)
@@ -117,7 +117,7 @@ def main() -> None:
     speeds = {}
     for name, model, rate in (("dense", dense, 1e-3), ("codebooks", small, 4e-3), ("smaller dense", tiny, 4e-3)):
         speeds[name] = train(name, model, training, steps, rate)
-    converted = rpqfx.rpqify(dense, rpqfx.Policy(codebook_dim=4, bits=8, sharing="layer"))
+    converted = rpqfx.rpqify(dense, rpqfx.Policy(codebook_dim=4, codebook_bits=8, sharing="layer"))
 
     print(f"\n{'model':<28}{'bytes':>12}{'validation loss':>18}{'tokens/s (training)':>22}")
     for name, model, speed in (

@@ -54,9 +54,9 @@ def tiny() -> nn.Module:
     rules = (
         Rule("first", sharing="shape", stages=2),
         Rule("second", sharing="shape", stages=2),
-        Rule("square", signs=True, dim_scale=True),
+        Rule("square", signs=True, column_scale=True),
     )
-    policy = Policy(codebook_dim=4, bits=2, min_size=1, scale=True, allow_growth=True, rules=rules)
+    policy = Policy(codebook_dim=4, codebook_bits=2, min_size=1, scale=True, allow_growth=True, rules=rules)
     small = rpqfx.rpqify(Tiny(), lambda site: _in_tiles(policy(site))).eval()
     with torch.no_grad():
         small.square.weight_rpq.codebooks.copy_(small.square.weight_rpq.codebooks.half())
@@ -87,15 +87,15 @@ def cached() -> nn.Module:
     """A language model whose weights and cache are in codebooks."""
     torch.manual_seed(0)
     policy = rpqfx.KVPolicy(bits=3, window=4, sinks=2, entries=16, chunk=8, sub_vector=4)
-    small = rpqfx.rpqify(LM(layers=1), Policy(codebook_dim=8, bits=3, min_size=64))
+    small = rpqfx.rpqify(LM(layers=1), Policy(codebook_dim=8, codebook_bits=3, min_size=64))
     return rpqfx.quantize_kv(small, policy, calibration=[tokens(1)]).eval()
 
 
 def drawn() -> nn.Module:
     """A ``Tiny`` whose codes are seeds, but for a stage of one and all of another."""
     torch.manual_seed(0)
-    rules = (Rule("first", stages=3), Rule("second", stages=2), Rule("square", bits=3))
-    policy = Policy.from_scratch(codebook_dim=4, bits=2, min_size=1, allow_growth=True, rules=rules)
+    rules = (Rule("first", stages=3), Rule("second", stages=2), Rule("square", codebook_bits=3))
+    policy = Policy.from_scratch(codebook_dim=4, codebook_bits=2, min_size=1, allow_growth=True, rules=rules)
     small = rpqfx.rpqify(Tiny(), lambda site: _in_tiles(policy(site))).eval()
     first, square = small.first.weight_rpq, small.square.weight_rpq
     first.codes = torch.stack([first.codes[0], first.codes[1].flip(-1), first.codes[2]])

@@ -21,7 +21,7 @@ from rpqfx.codebook import unpack_signs
 from rpqfx.nn import RPQWeight
 from tests.helpers import seen_as
 
-SMALL = Policy(codebook_dim=4, bits=2, min_size=64)
+SMALL = Policy(codebook_dim=4, codebook_bits=2, min_size=64)
 SUFFIX = "_rpq"
 
 
@@ -438,14 +438,14 @@ CASES = [
         CNN,
         _randn(4, 3, 10, 10),
         ("stem.weight", "grouped.weight", "depthwise.weight", "point.weight", "head.weight"),
-        Policy(codebook_dim=9, bits=1, min_size=64),
+        Policy(codebook_dim=9, codebook_bits=1, min_size=64),
     ),
     Case(
         "decoder",
         Decoder,
         _randn(2, 16, 3, 4),
         ("up1.weight", "up2.weight", "up3.weight"),
-        Policy(codebook_dim=9, bits=1, min_size=64),
+        Policy(codebook_dim=9, codebook_bits=1, min_size=64),
     ),
     Case(
         "encoder",
@@ -511,9 +511,9 @@ CASES = [
         FunctionalConvs,
         _randint(30, 2, 9),
         ("one", "up", "two", "three", "table"),
-        Policy(codebook_dim=4, bits=1, min_size=64),
+        Policy(codebook_dim=4, codebook_bits=1, min_size=64),
     ),
-    Case("experts", Experts, _randn(5, 16), ("up", "down"), Policy(codebook_dim=4, bits=2, min_size=64)),
+    Case("experts", Experts, _randn(5, 16), ("up", "down"), Policy(codebook_dim=4, codebook_bits=2, min_size=64)),
     Case("opaque", Opaque, _randn(6, 12), ("first.weight", "positive", "negative")),
     Case(
         "structured",
@@ -547,7 +547,7 @@ CASES = [
         Subclassed,
         _randn(4, 3, 6, 6),
         ("conv.weight", "fc.weight"),
-        Policy(codebook_dim=9, bits=1, min_size=64),
+        Policy(codebook_dim=9, codebook_bits=1, min_size=64),
     ),
     Case(
         "recurrent",
@@ -593,8 +593,8 @@ def definition(weight: RPQWeight, leaves: Mapping[str, Tensor] | None = None) ->
         columns.append(sum(parts))
     vectors = torch.cat(columns, 1)
     vectors = vectors * held["scale"][:, None] if "scale" in held else vectors
-    if "dim_scale" in held:
-        vectors = vectors * held["dim_scale"].repeat_interleave(weight.spec.dim_scale)
+    if "column_scale" in held:
+        vectors = vectors * held["column_scale"].repeat_interleave(weight.spec.column_scale_group)
     if weight.layout.zero_vector is not None:
         keep = torch.arange(count) != weight.layout.zero_vector
         vectors = vectors * keep[:, None].to(vectors.dtype)

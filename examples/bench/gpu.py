@@ -112,7 +112,7 @@ def filled(spec: CodebookSpec, device: Device, dtype: torch.dtype) -> RPQWeight:
     """Returns a weight with random codebooks and codes, made on the device."""
     weight = RPQWeight(spec, device="meta", dtype=dtype).to_empty(device=device.name).requires_grad_(False)
     weight.codebooks.normal_(0, (spec.stages * spec.dim) ** -0.5)
-    for factors in (weight.scale, weight.dim_scale):
+    for factors in (weight.scale, weight.column_scale):
         if factors is not None:
             factors.uniform_(0.5, 1.5)
     codes = weight.stored_codes
@@ -128,7 +128,7 @@ def scratch_spec(out: int, wide: int, books: int) -> CodebookSpec:
 
 
 def converted_spec(out: int, wide: int, d: int, stages: int) -> CodebookSpec:
-    return CodebookSpec(out, wide, d, 16, stages, 1, scale=True, dim_scale=1, tiled=True)
+    return CodebookSpec(out, wide, d, 16, stages, 1, scale=True, column_scale_group=1, tiled=True)
 
 
 def layers(device: Device) -> Iterator[Row]:

@@ -156,7 +156,7 @@ def gather_and_multiply(layer: RPQLinear) -> tuple[str, Layer]:
     except ImportError:
         held = layer.weight_rpq
         return "gather + linear", lambda x: F.linear(x, codebook.expand(held.codebooks, held.codes), layer.bias)
-    theirs = Theirs(layer.in_features, layer.out_features, layer.weight_rpq.spec.sub_vectors)
+    theirs = Theirs(layer.in_features, layer.out_features, layer.weight_rpq.spec.num_subvectors)
     return "RPQ-pytorch", theirs.to(layer.bias.device, layer.bias.dtype)
 
 
@@ -176,7 +176,7 @@ def table(cases: tuple[Case, ...], device: torch.device, dtype: torch.dtype) -> 
         torch.manual_seed(0)
         made = {"device": device, "dtype": dtype}
         dense = nn.Linear(case.wide, case.out, **made)
-        ours, plain, other = (RPQLinear(case.wide, case.out, codebooks=case.count, **made) for _ in range(3))
+        ours, plain, other = (RPQLinear(case.wide, case.out, num_subvectors=case.count, **made) for _ in range(3))
         name, gather = gather_and_multiply(other)
         layers: list[Layer] = [dense, gather, plain, ours]
         layers += [nn.Linear(case.wide, case.out, device=device, dtype=torch.bfloat16)] if half else []
@@ -202,7 +202,11 @@ def embedding(device: torch.device) -> None:
     ids = torch.randint(50_272, (8,), device=device)
     dense, other, ours = (
         kind(50_272, 9216, device=device, **rest)
-        for kind, rest in ((nn.Embedding, {}), (RPQEmbedding, {"codebooks": 72}), (RPQEmbedding, {"codebooks": 72}))
+        for kind, rest in (
+            (nn.Embedding, {}),
+            (RPQEmbedding, {"num_subvectors": 72}),
+            (RPQEmbedding, {"num_subvectors": 72}),
+        )
     )
     held = other.weight_rpq
 

@@ -98,7 +98,9 @@ def main() -> None:
     for name, shape in MODELS.items():
         dense = opt(*shape)
         sizes = {"dense": Size.of(dense, *shape)}
-        sizes["codebooks"] = Size.of(rpqfx.rpqify(dense, rpqfx.Policy.from_scratch(codebook_dim=64, bits=8)), *shape)
+        sizes["codebooks"] = Size.of(
+            rpqfx.rpqify(dense, rpqfx.Policy.from_scratch(codebook_dim=64, codebook_bits=8)), *shape
+        )
         for ranks in RANKS:
             for kind, size in sizes.items():
                 ways = {"DDP": size.ddp(ranks), "FSDP2": size.fsdp(ranks), "TP": size.tensor_parallel(ranks)}

@@ -63,7 +63,7 @@ def main() -> None:
         with torch.device("meta"):
             dense = build()
         for label, options in (("one codebook per head", {}), ("the same, vectors as rows", {"split": "row"})):
-            report = rpqfx.report(rpqfx.rpqify(dense, rpqfx.Policy.from_scratch(codebooks="heads", **options)))
+            report = rpqfx.report(rpqfx.rpqify(dense, rpqfx.Policy.from_scratch(num_subvectors="heads", **options)))
             sizes = (report.before, report.after)
             before, after = (f"{size / 2**20:,.1f} MiB" for size in sizes)
             print(f"{name:<24}{label:<30}{before:>12}{after:>14}{THEIRS[name]:>10,.1f} MiB", flush=True)

@@ -76,13 +76,13 @@ def fit_codebooks(
     for stage in range(0, spec.stages, together):
         flip = rest.sum(-1) < 0 if spec.signs else torch.zeros_like(rest[..., 0], dtype=torch.bool)
         turned = torch.where(flip[..., None], -rest, rest)
-        books, found = _fit_groups(turned, shares, spec, together, steps, beam, seed + stage * spec.sub_vectors)
+        books, found = _fit_groups(turned, shares, spec, together, steps, beam, seed + stage * spec.num_subvectors)
         codebooks.append(books)
         codes.append(found)
         minus.append(flip)
         if spec.signs:
-            share = spec.sub_vectors // books.shape[1]
-            sums = torch.stack([books[0, m // share][found[0, m]] for m in range(spec.sub_vectors)])
+            share = spec.num_subvectors // books.shape[1]
+            sums = torch.stack([books[0, m // share][found[0, m]] for m in range(spec.num_subvectors)])
             rest = rest - torch.where(flip[..., None], -sums, sums)
     return Fit(
         torch.cat(codebooks).to(matrix.dtype),

@@ -242,7 +242,7 @@ def _share(model: nn.Module, members: list[tuple[Site, Hold]], weights: list[RPQ
         return
     whole = CodebookSpec(
         sum(spec.num_vectors for spec in specs), specs[0].dim, specs[0].codebook_dim, specs[0].entries,
-        specs[0].stages, specs[0].books, specs[0].scale, specs[0].signs,
+        specs[0].stages, specs[0].num_codebooks, specs[0].scale, specs[0].signs,
     )  # fmt: skip
     rows = [w.layout.to_vectors(p.detach()) for w, p in zip(weights, parameters, strict=True)]
     fit = fit_codebooks(torch.cat(rows), whole, seed=seed)

@@ -66,9 +66,9 @@ def layout_of(site: Site, hold: Hold) -> Layout:
             f"{site.name}: the decision has {hold.spec.num_vectors} vectors of length {hold.spec.dim}, the site "
             f"{layout.num_vectors} of length {layout.dim} with split={hold.split!r}"
         )
-    if hold.spec.dim_scale % site.taps:
+    if hold.spec.column_scale_group % site.taps:
         raise RewriteError(
-            f"{site.name}: {hold.spec.dim_scale} elements of a filter share a factor, which the {site.taps} taps of a "
-            f"channel must; give the spec dim_scale={site.taps}"
+            f"{site.name}: {hold.spec.column_scale_group} elements of a filter share a factor, which the {site.taps} "
+            f"taps of a channel must; give the spec column_scale_group={site.taps}"
         )
     return layout

@@ -16,7 +16,7 @@ from rpqfx.policies.decision import Hold
 
 _LOADING = Work("loading", "model, policy or seed")
 _DENSE, _ERROR, _STD = "dense", "error", "std"  # what is kept beside a weight's tensors
-_FACTORS = ("scale", "dim_scale")
+_FACTORS = ("scale", "column_scale")
 
 
 class Kept:

@@ -108,7 +108,9 @@ class Quantizing(ConversionOps):
             name: Of the tensor.
         """
         hold = self._settled.get(self._site_of.get(name, ""))
-        return hold.spec.stages * hold.spec.bits / hold.spec.codebook_dim / 8 if isinstance(hold, Hold) else None
+        return (
+            hold.spec.stages * hold.spec.codebook_bits / hold.spec.codebook_dim / 8 if isinstance(hold, Hold) else None
+        )
 
     def dtype_of(self, converter: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Returns the dtype that transformers gives a tensor.

@@ -30,7 +30,7 @@ def check_placed(tensors: Tensors, x: Tensor | None, owner: nn.Module | None, bi
     device = tensors.codebooks.device
     if (x is not None and x.device != device) or tensors.codes.device != device:
         _refuse(tensors, x, owner, bias)
-    for tensor in (tensors.scale, tensors.signs, tensors.dim_scale, bias):
+    for tensor in (tensors.scale, tensors.signs, tensors.column_scale, bias):
         if tensor is not None and tensor.device != device:
             _refuse(tensors, x, owner, bias)
 

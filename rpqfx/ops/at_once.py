@@ -34,7 +34,7 @@ def linear_at_once(x: Tensor, weight: Tensors, bias: Tensor | None, plan: Plan) 
     if not _on_cpu(x, weight) and not _on_gpu(x, weight, bias):
         return None
     tiled = kernels.tiled if x.is_cpu else cuda.tiled
-    dims = weight.dim_scale if weight.share == 1 else weight.dims
+    dims = weight.column_scale if weight.share == 1 else weight.dims
     return tiled(x, weight.codebooks, weight.codes, weight.tiled, bias, plan, dims, weight.scale)
 
 
@@ -68,7 +68,7 @@ def conv_at_once(
     if conv_plan(x, weight, weight_shape, stride, groups, transposed, plan) == "contract":
         return None
     return kernels.conv(
-        x, weight.codebooks, weight.codes, weight.signs, weight.dim_scale, weight.scale, bias, weight_shape, stride,
+        x, weight.codebooks, weight.codes, weight.signs, weight.column_scale, weight.scale, bias, weight_shape, stride,
         padding, dilation, transposed, output_padding or (0,) * len(stride), groups,
     )  # fmt: skip
 
@@ -82,7 +82,7 @@ def _plain(x: Tensor, weight: Tensors, bias: Tensor | None) -> bool:
         return False  # as those that are split over processes
     if bias is not None and (bias.dtype is not x.dtype or type(bias) not in (Tensor, nn.Parameter)):
         return False
-    if differentiated(x, books, weight.scale, weight.dim_scale, bias) or autocast_dtype(x.device) is not None:
+    if differentiated(x, books, weight.scale, weight.column_scale, bias) or autocast_dtype(x.device) is not None:
         return False
     return not torch.jit.is_tracing()  # type: ignore[attr-defined]
 

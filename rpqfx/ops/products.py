@@ -35,7 +35,7 @@ class Tensors(NamedTuple):
         codes: ``[R, M, N]``.
         scale: ``[N]`` or None.
         signs: ``[R, M, ceil(N/8)]`` or None.
-        dim_scale: ``[D / share]``, a factor for each ``share`` columns in a row, or None.
+        column_scale: ``[D / share]``, a factor for each ``share`` columns in a row, or None.
         tiled: ``N`` where the codes lie in tiles (``rpqfx.codebook.tiles``), else 0.
     """
 
@@ -43,7 +43,7 @@ class Tensors(NamedTuple):
     codes: Tensor
     scale: Tensor | None = None
     signs: Tensor | None = None
-    dim_scale: Tensor | None = None
+    column_scale: Tensor | None = None
     tiled: int = 0
 
     @property
@@ -58,28 +58,28 @@ class Tensors(NamedTuple):
     @property
     def share(self) -> int:
         """How many columns have one factor; 0 without factors."""
-        if self.dim_scale is None:
+        if self.column_scale is None:
             return 0
-        return self.codes.shape[1] * self.codebooks.shape[3] // self.dim_scale.shape[0]
+        return self.codes.shape[1] * self.codebooks.shape[3] // self.column_scale.shape[0]
 
     @property
     def dims(self) -> Tensor | None:
         """``[D]``, the factor of each column, or None."""
-        return None if self.dim_scale is None else _repeat(self.dim_scale, self.share)
+        return None if self.column_scale is None else _repeat(self.column_scale, self.share)
 
     def detach(self) -> Tensors:
         """The same tensors, without a gradient."""
-        scale, signs, dims = (t if t is None else t.detach() for t in (self.scale, self.signs, self.dim_scale))
+        scale, signs, dims = (t if t is None else t.detach() for t in (self.scale, self.signs, self.column_scale))
         return Tensors(self.codebooks.detach(), self.codes, scale, signs, dims, self.tiled)
 
     def vectors(self, index: Tensor | slice) -> Tensors:
         """The same matrix, with some of its vectors only (see ``codebook.select_vectors``)."""
         if not self.tiled:
             some = codebook.select_vectors(index, self.codes, self.scale, self.signs)
-            return Tensors(self.codebooks, *some, self.dim_scale)
+            return Tensors(self.codebooks, *some, self.column_scale)
         if isinstance(index, Tensor):
             scale = None if self.scale is None else self.scale.index_select(0, index)
-            return Tensors(self.codebooks, pick(self.codes, index), scale, None, self.dim_scale)
+            return Tensors(self.codebooks, pick(self.codes, index), scale, None, self.column_scale)
         start, stop, step = codebook.range_of(index, self.tiled)
         if step != 1 or start % TILE or stop == start:
             return self.untiled().vectors(index)
@@ -89,18 +89,18 @@ class Tensors(NamedTuple):
     def sub_vectors(self, index: Tensor | slice) -> Tensors:
         """Some sub-vectors of every vector (see ``codebook.select_sub_vectors``)."""
         books, codes, signs = codebook.select_sub_vectors(index, self.codebooks, self.codes, self.signs)
-        return Tensors(books, codes, self.scale, signs, self._dim_scale_of(index), self.tiled)
+        return Tensors(books, codes, self.scale, signs, self._column_scale_of(index), self.tiled)
 
-    def _dim_scale_of(self, index: Tensor | slice) -> Tensor | None:
+    def _column_scale_of(self, index: Tensor | slice) -> Tensor | None:
         """The factors of some sub-vectors' columns, one each unless all that share one are there."""
-        if self.dim_scale is None:
+        if self.column_scale is None:
             return None
         d, share = self.codebooks.shape[3], self.share
         if isinstance(index, slice):
             start, stop, step = codebook.range_of(index, self.codes.shape[1])
             if step == 1 and start * d % share == 0 and stop * d % share == 0:
-                return self.dim_scale[start * d // share : stop * d // share]
-        return _repeat(self.dim_scale, share).view(-1, d)[index].reshape(-1)
+                return self.column_scale[start * d // share : stop * d // share]
+        return _repeat(self.column_scale, share).view(-1, d)[index].reshape(-1)
 
 
 def expand(weight: Tensors, grad_factor: float = 1.0) -> Tensor:
@@ -175,12 +175,12 @@ def conv(
 
     Raises:
         InputError: If channels or dtype of ``x`` do not fit.
-        SpecError: If taps of one channel have different ``dim_scale`` factors.
+        SpecError: If taps of one channel have different ``column_scale`` factors.
     """
     if weight.share % math.prod(weight_shape[2:]):
         raise SpecError(
             f"the {math.prod(weight_shape[2:])} taps of a channel have one factor, but {weight.share} elements of a "
-            "filter share one; give the spec a dim_scale that is a multiple of the taps"
+            "filter share one; give the spec a column_scale_group that is a multiple of the taps"
         )
     weight = weight.untiled()
     channels = weight_shape[0] if transposed else weight_shape[1] * groups
@@ -276,8 +276,8 @@ def _form(x: Tensor, weight: Tensors, plan: Plan) -> Form:
 
 
 def _prepare(x: Tensor, weight: Tensors, width: int, axis: int = -1) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Checks the input; casts it, the scale and the ``dim_scale`` as autocast would for the dense operation."""
-    books, scale, dims = weight.codebooks, weight.scale, weight.dim_scale
+    """Checks the input; casts it, the scale and the ``column_scale`` as autocast would for the dense operation."""
+    books, scale, dims = weight.codebooks, weight.scale, weight.column_scale
     if x.dim() < -axis or x.shape[axis] != width:
         raise InputError(f"expected {width} features in dimension {axis} of the input, got shape {tuple(x.shape)}")
     if x.is_complex():

@@ -128,7 +128,7 @@ def _too_few(
         asked *= _NEXT
     return (
         f"{said}, nor any other number up to {_MOST_BITS}: there are too few of them to share codebooks; use "
-        "Policy(bits=..., codebook_dim=...), or rewrite more weights (min_size, kinds, rules)"
+        "Policy(codebook_bits=..., codebook_dim=...), or rewrite more weights (min_size, kinds, rules)"
     )
 
 
@@ -202,11 +202,11 @@ class _Ways:
         if (key, *shape) not in self._staged:
             factors = _factors(site, self._bits)
             spec = CodebookSpec(
-                layout.num_vectors, layout.dim, d, fast_shapes.ENTRIES, stages, 1, scale=True, dim_scale=factors,
-                tiled=True
+                layout.num_vectors, layout.dim, d, fast_shapes.ENTRIES, stages, 1, scale=True,
+                column_scale_group=factors, tiled=True
             )  # fmt: skip
             size = _whole_bytes(site.numel // d * stages * fast_shapes.STAGE_BITS)
-            size += (spec.num_vectors + spec.dim_scales) * _FLOAT_BITS
+            size += (spec.num_vectors + spec.num_column_scales) * _FLOAT_BITS
             hold = Hold(spec, "row", group=f"{self._group} {site.dtype}")
             self._staged[key, *shape] = Candidate(hold, size, cost * fast_shapes.LEFT[shape])
         return [self._staged[key, *shape]]
@@ -234,9 +234,9 @@ class _Ways:
     def _candidate(self, site: Site, cost: float, length: int, k: int, own: bool) -> Candidate[Hold]:
         layout = site.layout("row")
         spec = CodebookSpec(
-            layout.num_vectors, layout.dim, length, 2**k, 1, 1, dim_scale=_factors(site, self._bits)
+            layout.num_vectors, layout.dim, length, 2**k, 1, 1, column_scale_group=_factors(site, self._bits)
         )  # fmt: skip
-        size = _whole_bytes(site.numel // length * k) + spec.dim_scales * _FLOAT_BITS
+        size = _whole_bytes(site.numel // length * k) + spec.num_column_scales * _FLOAT_BITS
         size += 2**k * length * _FLOAT_BITS if own else 0
         hold = Hold(spec, "row", group=None if own else f"{self._group} {site.dtype}")
         return Candidate(hold, size, cost * min(1.0, _ZADOR[length] * 4.0 ** (-k / length)))

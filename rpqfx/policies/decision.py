@@ -107,8 +107,8 @@ def together(members: Sequence[tuple[Site, Options]]) -> dict[str, Hold | Skip]:
     """Decides sites that share one set of codebooks, or a single site, so that all of them together shrink.
 
     A site takes part where its codes are smaller than its dense tensor; the codebooks are taken on where they are
-    smaller than what those sites gain. Otherwise fewer bits are tried, down to ``min_bits``, and then all are left, or
-    with ``allow_growth`` all are quantized with the number of bits that the options give.
+    smaller than what those sites gain. Otherwise fewer bits are tried, down to ``min_codebook_bits``, and then all are
+    left, or with ``allow_growth`` all are quantized with the number of bits that the options give.
 
     Args:
         members: Sites whose codebooks have one shape, with their options; none empty.
@@ -120,12 +120,12 @@ def together(members: Sequence[tuple[Site, Options]]) -> dict[str, Hold | Skip]:
         PolicyError: If the options ask for what a site cannot give.
     """
     options = members[0][1]
-    most, growing = options.bits, options.allow_growth
-    tries = [(bits, False) for bits in range(most, min(options.min_bits or most, most) - 1, -1)]
+    most, growing = options.codebook_bits, options.allow_growth
+    tries = [(bits, False) for bits in range(most, min(options.min_codebook_bits or most, most) - 1, -1)]
     for bits, grown in [*tries, (most, True)] if growing else tries:
         if len(members) == 1:
             site, own = members[0]
-            holds = {site.name: smallest(site, dataclasses.replace(own, bits=bits, min_bits=None))}
+            holds = {site.name: smallest(site, dataclasses.replace(own, codebook_bits=bits, min_codebook_bits=None))}
         else:  # one shape for all: the split stays the one that made them a group
             holds = {site.name: _with_bits(smallest(site, own), bits) for site, own in members}
         gains = {s.name: s.dense_bytes - holds[s.name].spec.stored_bytes(s.dtype, codebooks=False) for s, _ in members}
@@ -146,8 +146,8 @@ def _no_gain(site: Site, options: Options, sharers: int = 1) -> Skip:
     hold = smallest(site, options)
     others = f", and {sharers} sites that share codebooks would not either" if sharers > 1 else ""
     return Skip(
-        f"would not shrink: {site.dense_bytes:,} bytes dense, {stored_bytes(site, hold):,} with {options.bits} bits "
-        f"for {hold.spec.num_vectors} vectors of length {hold.spec.dim}{others}"
+        f"would not shrink: {site.dense_bytes:,} bytes dense, {stored_bytes(site, hold):,} with "
+        f"{options.codebook_bits} bits for {hold.spec.num_vectors} vectors of length {hold.spec.dim}{others}"
     )
 
 
@@ -157,16 +157,16 @@ def candidates(site: Site, options: PartialOptions) -> list[Candidate[Hold | Ski
     unit = site.layout("row", options.experts or "shared").unit
     lengths = _LENGTHS if options.codebook_dim is None else (options.codebook_dim,)
     dims = sorted({nearest_divisor(unit, d) for d in lengths})
-    fewest = options.min_bits or options.bits or _FEWEST_BITS
-    most = options.bits or max(_MOST_BITS, fewest)
+    fewest = options.min_codebook_bits or options.codebook_bits or _FEWEST_BITS
+    most = options.codebook_bits or max(_MOST_BITS, fewest)
     sharings: tuple[Sharing, ...] = ("own", "layer") if options.sharing is None else (options.sharing,)
-    for d in dims if options.codebooks is None else (None,):
+    for d in dims if options.num_subvectors is None else (None,):
         for bits in range(fewest, most + 1):
             for sharing in sharings:
                 chosen = {
                     "sharing": sharing,
-                    "bits": bits,
-                    "min_bits": None,
+                    "codebook_bits": bits,
+                    "min_codebook_bits": None,
                     **({} if d is None else {"codebook_dim": d}),
                 }
                 hold = smallest(site, Options(**{**options.given(), **chosen}))
@@ -182,16 +182,16 @@ _FEWEST_BITS, _MOST_BITS = 2, 12
 
 def _hold(site: Site, options: Options, split: Split) -> Hold:
     layout = site.layout(split, options.experts)
-    dim, count = layout.unit, options.codebooks
+    dim, count = layout.unit, options.num_subvectors
     if count == "heads":
         if site.heads is None:
-            raise PolicyError(f"{site.name}: the model names no number of heads; give codebooks as a number")
+            raise PolicyError(f"{site.name}: the model names no number of heads; give num_subvectors as a number")
         d = nearest_divisor(dim, max(1, dim // site.heads))
     elif count is not None:
         if count < 1 or dim % count:
             near = dim // nearest_divisor(dim, max(1, dim // max(1, count)))
             raise PolicyError(
-                f"{site.name}: {count} codebooks do not divide its vector length {dim}; the nearest count that does "
+                f"{site.name}: num_subvectors {count} does not divide its vector length {dim}; the nearest that does "
                 f"is {near}; give codebook_dim to let the policy choose"
             )
         d = dim // count
@@ -201,8 +201,8 @@ def _hold(site: Site, options: Options, split: Split) -> Hold:
     books = layout.dim // dim if options.sharing == "layer" else None  # one, or one an expert
     try:
         spec = CodebookSpec(
-            layout.num_vectors, layout.dim, d, 2**options.bits, options.stages, books, options.scale, options.signs,
-            options.grad_scale, site.taps if options.dim_scale else 0,
+            layout.num_vectors, layout.dim, d, 2**options.codebook_bits, options.stages, books, options.scale,
+            options.signs, options.grad_scale, site.taps if options.column_scale else 0,
         )  # fmt: skip
     except SpecError as error:
         raise PolicyError(f"{site.name}: {error}") from error
@@ -225,5 +225,5 @@ def stored_bytes(site: Site, decision: Hold | Skip) -> int:
 
 def _distortion(spec: CodebookSpec) -> float:
     """Returns the expected squared error of unit-variance weights, by rule of thumb: ``4**-rate`` an element."""
-    rate = spec.stages * spec.bits / spec.codebook_dim
+    rate = spec.stages * spec.codebook_bits / spec.codebook_dim
     return spec.num_vectors * spec.dim * (1 - 1 / spec.users_per_entry) * 4.0**-rate

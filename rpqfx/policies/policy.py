@@ -77,55 +77,57 @@ class Policy(PartialOptions, PolicyBase):
                 object.__setattr__(self, name, value)
         super().__post_init__()
         for rule in self.rules:
-            if rule.bits is None and (rule.min_bits or 0) > (self.bits or 16):
+            if rule.codebook_bits is None and (rule.min_codebook_bits or 0) > (self.codebook_bits or 16):
                 raise PolicyError(
-                    f"min_bits={rule.min_bits} of the rule for {shown(rule.match)} is more than the policy's bits "
-                    f"({self.bits}); set bits in the rule as well"
+                    f"min_codebook_bits={rule.min_codebook_bits} of the rule for {shown(rule.match)} is more than the "
+                    f"policy's codebook_bits ({self.codebook_bits}); set codebook_bits in the rule as well"
                 )
         self.amount.check(self, self.rules)
 
     @classmethod
     @spelled
     def from_scratch(
-        cls, *, codebook_dim: int | None = None, codebooks: int | Literal["heads"] | None = None, bits: int = 8,
-        min_bits: int | None = None, stages: int = 1, sharing: Sharing = "own", experts: Experts = "shared",
-        split: Split | Literal["auto"] = "auto", scale: bool = False, dim_scale: bool = False, signs: bool = False,
-        grad_scale: GradScale = "sum", plan: Plan = "auto", min_size: int = 4096, allow_growth: bool = False,
-        rules: tuple[Rule, ...] = (), kinds: tuple[Kind, ...] = KINDS,
+        cls, *, codebook_dim: int | None = None, num_subvectors: int | Literal["heads"] | None = None,
+        codebook_bits: int = 8, min_codebook_bits: int | None = None, stages: int = 1, sharing: Sharing = "own",
+        experts: Experts = "shared", split: Split | Literal["auto"] = "auto", scale: bool = False,
+        column_scale: bool = False, signs: bool = False, grad_scale: GradScale = "sum", plan: Plan = "auto",
+        min_size: int = 4096, allow_growth: bool = False, rules: tuple[Rule, ...] = (), kinds: tuple[Kind, ...] = KINDS,
     ) -> Policy:  # fmt: skip
         """Makes a policy for training from scratch: codebooks are drawn anew, with fewer entries in small layers.
 
-        Options are those of [`Options`][rpqfx.policies.policy.Options], with ``init="random"``. ``min_bits`` is 4 (or
-        ``bits``, if fewer) if left out, so that small layers get fewer entries rather than stay dense.
+        Options are those of [`Options`][rpqfx.policies.policy.Options], with ``init="random"``. ``min_codebook_bits``
+        is 4 (or ``codebook_bits``, if fewer) if left out, so that small layers get fewer entries rather than stay
+        dense.
 
         Raises:
             PolicyError: As the class.
         """
-        fewest = min(4, bits) if type(bits) is int else 4
+        fewest = min(4, codebook_bits) if type(codebook_bits) is int else 4
         return cls(
-            codebook_dim=codebook_dim, codebooks=codebooks, bits=bits,
-            min_bits=fewest if min_bits is None else min_bits, stages=stages, sharing=sharing, experts=experts,
-            split=split, scale=scale, dim_scale=dim_scale, signs=signs, grad_scale=grad_scale, init="random", plan=plan,
-            min_size=min_size, allow_growth=allow_growth, rules=rules, kinds=kinds,
+            codebook_dim=codebook_dim, num_subvectors=num_subvectors, codebook_bits=codebook_bits,
+            min_codebook_bits=fewest if min_codebook_bits is None else min_codebook_bits, stages=stages,
+            sharing=sharing, experts=experts, split=split, scale=scale, column_scale=column_scale, signs=signs,
+            grad_scale=grad_scale, init="random", plan=plan, min_size=min_size, allow_growth=allow_growth, rules=rules,
+            kinds=kinds,
         )  # fmt: skip
 
     @classmethod
     @spelled
     def budget(
         cls, *, ratio: float | None = None, bytes: int | None = None, codebook_dim: int | None = None,
-        codebooks: int | Literal["heads"] | None = None, bits: int | None = None, min_bits: int | None = None,
-        stages: int = 1, sharing: Literal["own", "layer"] | None = None, experts: Experts = "shared",
-        split: Split | Literal["auto"] = "auto", scale: bool = False, dim_scale: bool = False, signs: bool = False,
-        grad_scale: GradScale = "sum", init: Init = "fit", plan: Plan = "auto", min_size: int = 4096,
-        rules: tuple[Rule, ...] = (), kinds: tuple[Kind, ...] = KINDS,
+        num_subvectors: int | Literal["heads"] | None = None, codebook_bits: int | None = None,
+        min_codebook_bits: int | None = None, stages: int = 1, sharing: Literal["own", "layer"] | None = None,
+        experts: Experts = "shared", split: Split | Literal["auto"] = "auto", scale: bool = False,
+        column_scale: bool = False, signs: bool = False, grad_scale: GradScale = "sum", init: Init = "fit",
+        plan: Plan = "auto", min_size: int = 4096, rules: tuple[Rule, ...] = (), kinds: tuple[Kind, ...] = KINDS,
     ) -> Policy:  # fmt: skip
         """Makes a policy that meets a total of bytes, everything in it counted.
 
         It chooses entries, sub-vector length and sharing for each layer, and which layers stay dense; of these, what
-        is given (``bits``, ``codebook_dim`` or ``codebooks``, ``sharing``) holds for every layer, and ``min_bits``
-        without ``bits`` is the fewest. Layers are traded off by the rate-distortion rule of thumb for vector
-        quantisation (see ``rpqfx.policies.budget``). A layer that matches a rule with a shape of its own
-        (``codebook_dim``, ``codebooks`` or ``bits``) keeps it. The total is that of
+        is given (``codebook_bits``, ``codebook_dim`` or ``num_subvectors``, ``sharing``) holds for every layer, and
+        ``min_codebook_bits`` without ``codebook_bits`` is the fewest. Layers are traded off by the rate-distortion rule
+        of thumb for vector quantisation (see ``rpqfx.policies.budget``). A layer that matches a rule with a shape of
+        its own (``codebook_dim``, ``num_subvectors`` or ``codebook_bits``) keeps it. The total is that of
         [`Budget`][rpqfx.policies.policy.Budget], the options are those of [`Options`][rpqfx.policies.policy.Options].
 
         Raises:
@@ -133,10 +135,10 @@ class Policy(PartialOptions, PolicyBase):
                 total cannot be reached, with the closest that can.
         """
         return cls(
-            amount=Budget(ratio=ratio, bytes=bytes), codebook_dim=codebook_dim, codebooks=codebooks, bits=bits,
-            min_bits=min_bits, stages=stages, sharing=sharing, experts=experts, split=split, scale=scale,
-            dim_scale=dim_scale, signs=signs, grad_scale=grad_scale, init=init, plan=plan, min_size=min_size,
-            rules=rules, kinds=kinds,
+            amount=Budget(ratio=ratio, bytes=bytes), codebook_dim=codebook_dim, num_subvectors=num_subvectors,
+            codebook_bits=codebook_bits, min_codebook_bits=min_codebook_bits, stages=stages, sharing=sharing,
+            experts=experts, split=split, scale=scale, column_scale=column_scale, signs=signs, grad_scale=grad_scale,
+            init=init, plan=plan, min_size=min_size, rules=rules, kinds=kinds,
         )  # fmt: skip
 
     @classmethod
@@ -242,10 +244,10 @@ class Policy(PartialOptions, PolicyBase):
         """Returns the options of a site that are written down, the matching rule's laid over the policy's."""
         rule = self.rule_for(site)
         own, merged = {} if rule is None else rule.given(), self.given()
-        if "codebook_dim" in own or "codebooks" in own:
-            merged = {name: value for name, value in merged.items() if name not in ("codebook_dim", "codebooks")}
-        if "bits" in own and merged.get("min_bits", 0) > own["bits"]:
-            del merged["min_bits"]  # the rule asks for fewer than the policy would go down to
+        if "codebook_dim" in own or "num_subvectors" in own:
+            merged = {name: value for name, value in merged.items() if name not in ("codebook_dim", "num_subvectors")}
+        if "codebook_bits" in own and merged.get("min_codebook_bits", 0) > own["codebook_bits"]:
+            del merged["min_codebook_bits"]  # the rule asks for fewer than the policy would go down to
         return PartialOptions(**{**merged, **own})
 
     def _rule_sets_shape(self, site: Site) -> bool:
@@ -259,7 +261,7 @@ class Policy(PartialOptions, PolicyBase):
             options = self.options_for(site)
             if options.sharing in ("shape", "role") and self._refused(site, options) is None:
                 hold = smallest(site, options)
-                key = (hold.group, *hold.shared, options.min_bits, options.allow_growth)
+                key = (hold.group, *hold.shared, options.min_codebook_bits, options.allow_growth)
                 groups[key].append((site, options))
         return {name: decision for group in groups.values() for name, decision in together(group).items()}
 

@@ -131,13 +131,13 @@ def _check_site(site: dict[str, Any], entries: dict[str, dict[str, Any]]) -> Non
     parts = spec["dim"] // spec["codebook_dim"]
     codes = (spec["stages"], parts, spec["num_vectors"])
     wanted: dict[str, tuple[int, ...]] = {
-        "codebooks": (spec["stages"], spec["books"], spec["entries"], spec["codebook_dim"]),
+        "codebooks": (spec["stages"], spec["num_codebooks"], spec["entries"], spec["codebook_dim"]),
         "codes": codes,
     }
     if spec["scale"]:
         wanted["scale"] = (spec["num_vectors"],)
-    if spec.get("dim_scale"):
-        wanted["dim_scale"] = (spec["dim"] // spec["dim_scale"],)
+    if spec.get("column_scale_group"):
+        wanted["column_scale"] = (spec["dim"] // spec["column_scale_group"],)
     if spec["signs"]:
         wanted["signs"] = (*codes[:2], -(-codes[2] // 8))
     for part, shape in wanted.items():
@@ -150,9 +150,9 @@ def _check_site(site: dict[str, Any], entries: dict[str, dict[str, Any]]) -> Non
         if "drawn" in entry:
             known = CodebookSpec.from_dict(spec)
             right = part == "codes" and packed == known.entries and dtype is known.code_dtype and may_be_seed(known)
-        if part in ("codebooks", "scale", "dim_scale"):
+        if part in ("codebooks", "scale", "column_scale"):
             right = dtype.is_floating_point
-        if not right or (entry["kind"] == "parameter") != (part in ("codebooks", "scale", "dim_scale")):
+        if not right or (entry["kind"] == "parameter") != (part in ("codebooks", "scale", "column_scale")):
             raise FormatError(f"its manifest says that {name} has {part} of {dtype}, a {entry['kind']}")
     _check_layout(name, layout, spec)
 

@@ -90,8 +90,8 @@ _IS_DTYPE = _one_of(*DTYPES)
 
 _SPEC = _Keys({
     "num_vectors": _whole(1), "dim": _whole(1), "codebook_dim": _whole(1), "entries": _ENTRIES, "stages": _whole(1),
-    "books": _whole(1), "scale": _is_flag, "signs": _is_flag, "grad_scale": _one_of("sum", "sqrt", "mean"),
-    "?dim_scale": _whole(0), "?tiled": _is_flag,
+    "num_codebooks": _whole(1), "scale": _is_flag, "signs": _is_flag, "grad_scale": _one_of("sum", "sqrt", "mean"),
+    "?column_scale_group": _whole(0), "?tiled": _is_flag,
 })  # fmt: skip
 _LAYOUT = _Keys({
     "shape": _list_of(_whole(1), 1), "lead": _whole(0), "transposed": _is_flag, "zero_vector": _or_none(_whole(0)),
@@ -111,8 +111,8 @@ _RECORD = _Keys({
     "name": _is_name, "names": _NAMES, "kind": _is_text, "module_type": _is_text, "shape": _list_of(_whole(0)),
     "spec": _or_none(_SPEC), "split": _one_of(None, "row", "column"),
     "init": _or_none(_is_text), "reason": _or_none(_is_text), "error": _or_none(_is_number), "before": _whole(0),
-    "after": _whole(0), "shared": _whole(0), "plan": _one_of(*PLANS), "code_bits": _whole(0),
-    "codebook_bits": _whole(0), "scale_bits": _whole(0), "?drawn_stages": _whole(0),
+    "after": _whole(0), "shared": _whole(0), "plan": _one_of(*PLANS), "stored_code_bits": _whole(0),
+    "stored_codebook_bits": _whole(0), "stored_scale_bits": _whole(0), "?drawn_stages": _whole(0),
 })  # fmt: skip
 _CODER = _Keys({
     "heads": _whole(1), "dim": _whole(1), "sub_vector": _whole(1), "entries": _ENTRIES,

@@ -109,7 +109,9 @@ def test_one_graph_infers_every_batch(name: str):
 def test_a_graph_for_each_batch_is_noticed():
     """Otherwise the counts above could not fail."""
     counts: Counter[str] = Counter()
-    compiled = torch.compile(RPQLinear(64, 64, codebook_dim=8, bits=2), backend=counting(counts), dynamic=False)
+    compiled = torch.compile(
+        RPQLinear(64, 64, codebook_dim=8, codebook_bits=2), backend=counting(counts), dynamic=False
+    )
     for batch in BATCHES[:3]:
         compiled(torch.zeros(batch, 64)).sum().backward()
     assert counts == {"forward": 3, "backward": 3}

@@ -74,7 +74,9 @@ def test_a_policy_raises(at: int, inplace: bool) -> None:
     model = net()
     unchanged(model, lambda: rpqfx.rpqify(model, Raising(at, Skip("no")), inplace=inplace))
     rule = Rule(Raising(at), skip="it says so")
-    unchanged(model, lambda: rpqfx.rpqify(model, Policy(codebook_dim=4, bits=2, rules=[rule]), inplace=inplace))
+    unchanged(
+        model, lambda: rpqfx.rpqify(model, Policy(codebook_dim=4, codebook_bits=2, rules=[rule]), inplace=inplace)
+    )
 
 
 @PLACES

@@ -41,7 +41,7 @@ class Case(NamedTuple):
 
 
 def _options(d: int) -> dict[str, Any]:
-    return {"codebook_dim": d, "bits": 2}
+    return {"codebook_dim": d, "codebook_bits": 2}
 
 
 CASES = {

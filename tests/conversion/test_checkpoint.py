@@ -73,7 +73,7 @@ def test_without_calibration_too(tmp_path: pathlib.Path, fits: list[Any]) -> Non
 
 
 def test_weights_with_signs_and_factors_are_kept_too(tmp_path: pathlib.Path, fits: list[Any]) -> None:
-    policy = Policy(codebook_dim=4, bits=3, min_size=256, signs=True, scale=True, dim_scale=True)
+    policy = Policy(codebook_dim=4, codebook_bits=3, min_size=256, signs=True, scale=True, column_scale=True)
     wanted = converted(tmp_path, policy=policy)
     assert [1 for weight in held_weights(wanted).values() if weight.signs is not None and weight.signs.any()]
     fits.clear()
@@ -82,7 +82,7 @@ def test_weights_with_signs_and_factors_are_kept_too(tmp_path: pathlib.Path, fit
 
 def test_a_checkpoint_is_for_conversions() -> None:
     with pytest.raises(InputError, match=r"got none; give calibration batches, or a policy with a rate .*, or call"):
-        rpqfx.convert(mlp(), Policy(bits=4, codebook_dim=4), None, checkpoint="nowhere")
+        rpqfx.convert(mlp(), Policy(codebook_bits=4, codebook_dim=4), None, checkpoint="nowhere")
     assert not os.path.exists("nowhere")
 
 

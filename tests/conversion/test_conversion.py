@@ -246,7 +246,7 @@ def test_inputs_that_layers_share_are_summed_once(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(layerwise.Moments, "add", spy)
     torch.manual_seed(0)
     batches = inputs(0, 16, 32)
-    rpqfx.convert(Split(), Policy(bits=4, codebook_dim=4, min_size=1), [x.clone() for x in batches])
+    rpqfx.convert(Split(), Policy(codebook_bits=4, codebook_dim=4, min_size=1), [x.clone() for x in batches])
     assert adds == [False] * (4 * 3 + 3 * 3)  # energies of four weights, then moments of three inputs
     adds.clear()
     rpqfx.convert(Split(), POLICY, [x.clone() for x in batches])
@@ -376,7 +376,7 @@ def test_columns_beyond_half_precision_keep_to_the_bits(column: float) -> None:
 
 
 def test_fewer_vectors_than_entries() -> None:
-    policy = Policy(bits=6, codebook_dim=4, min_size=1, allow_growth=True)
+    policy = Policy(codebook_bits=6, codebook_dim=4, min_size=1, allow_growth=True)
     model, batches = mlp(0, 32, 8, 8), inputs(0, 16, 32)
     small = rpqfx.convert(model, policy, batches)
     assert error(model, small, batches) < 1e-5
@@ -394,11 +394,13 @@ def test_other_dtypes(name: str, dtype: torch.dtype) -> None:
     assert rpqfx.report(small).bits_per_weight <= 3
 
 
-@pytest.mark.parametrize("extra", [{}, {"signs": True}, {"scale": True, "dim_scale": True}, {"stages": 2, "bits": 3}])
+@pytest.mark.parametrize(
+    "extra", [{}, {"signs": True}, {"scale": True, "column_scale": True}, {"stages": 2, "codebook_bits": 3}]
+)
 @pytest.mark.parametrize("sharing", ["own", "layer", "shape", "role"])
 def test_any_policy_may_be_calibrated(extra: dict[str, Any], sharing: str) -> None:
     model, batches = mlp(0, 64, 64, 64), inputs(0, 64, 64)
-    policy = Policy(**{"bits": 4, "codebook_dim": 4, "sharing": sharing, **extra})
+    policy = Policy(**{"codebook_bits": 4, "codebook_dim": 4, "sharing": sharing, **extra})
     small = rpqfx.convert(model, policy, batches)
     found = error(model, small, batches)
     assert found < 0.25 and found < 1.1 * error(model, rpqfx.rpqify(model, policy), batches)
@@ -448,7 +450,8 @@ def test_weights_of_two_dtypes_keep_to_the_bits() -> None:
 def test_what_a_rule_gives_a_shape_is_not_counted() -> None:
     model = mlp()
     policy = Policy.pretrained(
-        bits_per_weight=2, rules=(Rule("2.*", bits=5, codebook_dim=2, sharing="layer"), Rule("4.*", skip="mine"))
+        bits_per_weight=2,
+        rules=(Rule("2.*", codebook_bits=5, codebook_dim=2, sharing="layer"), Rule("4.*", skip="mine")),
     )
     small = rpqfx.convert(model, policy, inputs(0, 16, 32))
     sites = {site.name: site for site in rpqfx.report(small).sites}

@@ -66,7 +66,7 @@ def test_what_they_become_is_what_the_codebooks_say(case: Case) -> None:
     for number, weight in enumerate(made.values()):
         tensors = stored_all(weight.spec, number)
         factors = {
-            name: getattr(tensors, name) for name in ("scale", "dim_scale") if getattr(tensors, name) is not None
+            name: getattr(tensors, name) for name in ("scale", "column_scale") if getattr(tensors, name) is not None
         }
         weight.become(nn.Parameter(tensors.codebooks * 0.3), tensors.codes, factors)
         assert type(weight) is RPQWeight

@@ -95,7 +95,9 @@ def test_shared_codebooks_tied_tables_and_notes() -> None:
 
 
 def test_layers_that_were_built_as_rpq_layers() -> None:
-    model = nn.Sequential(RPQEmbedding(24, 16, codebook_dim=4, bits=2, padding_idx=3), RPQLinear(16, 32, bits=2))
+    model = nn.Sequential(
+        RPQEmbedding(24, 16, codebook_dim=4, codebook_bits=2, padding_idx=3), RPQLinear(16, 32, codebook_bits=2)
+    )
     again = rpqfx.dequantize(model)
     assert [type(layer) for layer in again] == [nn.Embedding, nn.Linear]
     ids = torch.randint(24, (3, 5))
@@ -135,7 +137,7 @@ def test_what_cannot_be_dense_again_is_refused_before_anything_is_done() -> None
     class Own(RPQLinear):
         """A class whose dense namesake nobody knows."""
 
-    model = nn.Sequential(RPQLinear(16, 16, bits=2), Own(16, 16, bits=2))
+    model = nn.Sequential(RPQLinear(16, 16, codebook_bits=2), Own(16, 16, codebook_bits=2))
     with pytest.raises(RewriteError, match="1 is a Own, a class derived from an RPQ layer"):
         rpqfx.dequantize(model, inplace=True)
     assert type(model[0]) is RPQLinear

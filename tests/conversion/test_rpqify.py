@@ -57,9 +57,9 @@ def test_a_policy_that_rewrites_nothing_says_why():
     with pytest.raises(PolicyError, match=r"rewrites nothing.*fc1.weight: 384 elements, fewer than min_size 4096"):
         rpqfx.rpqify(MLP(), Policy())
     with pytest.raises(PolicyError, match=r"rule 'blocs\.\*' matches no site; fc1\.weight: mine"):
-        rpqfx.rpqify(MLP(), Policy(rules=(Rule("blocs.*", bits=2), Rule("*", skip="mine"))))
+        rpqfx.rpqify(MLP(), Policy(rules=(Rule("blocs.*", codebook_bits=2), Rule("*", skip="mine"))))
     with pytest.raises(PolicyError, match="would not shrink: 1,536 bytes dense"):
-        rpqfx.rpqify(MLP(), Policy(min_size=1, codebook_dim=4, bits=8))
+        rpqfx.rpqify(MLP(), Policy(min_size=1, codebook_dim=4, codebook_bits=8))
     with pytest.raises(PolicyError, match=r"and 5 more$"):
         rpqfx.rpqify(GPT(), Policy())
 
@@ -113,7 +113,7 @@ def test_a_lazy_model_is_rewritten_once_it_has_run_and_refused_before():
             rpqfx.rpqify(model, SMALL, inplace=inplace)
     assert type(model[2]) is nn.LazyLinear
     model(images)
-    small = rpqfx.rpqify(model, Policy(codebook_dim=9, bits=1, min_size=64))
+    small = rpqfx.rpqify(model, Policy(codebook_dim=9, codebook_bits=1, min_size=64))
     assert set(held_weights(small)) == {"0.weight", "2.weight"} and small(images).shape == (2, 16)
 
 
@@ -222,7 +222,7 @@ def test_a_whole_graph_names_module_line_and_way_out_where_it_cannot_be():
     with pytest.raises(
         CaptureError, match=r"cannot trace 1 \(Opaque\) at .*models\.py:\d+ symbolically \(TraceError.*example_inputs"
     ) as caught:
-        whole_graph(rpqfx.rpqify(model, Policy(codebook_dim=4, bits=2, min_size=64, kinds=("linear",))))
+        whole_graph(rpqfx.rpqify(model, Policy(codebook_dim=4, codebook_bits=2, min_size=64, kinds=("linear",))))
     line = int(str(caught.value).partition("models.py:")[2].partition(" ")[0])
     assert "for row in x" in Path(models.__file__).read_text().splitlines()[line - 1]
 
@@ -281,7 +281,7 @@ def test_a_rewritten_model_compiles_whole(name: str, training: bool):
 
 
 @pytest.mark.parametrize(
-    "policy", [SMALL, Policy.from_scratch(codebook_dim=4, bits=2, min_size=64)], ids=["fit", "new"]
+    "policy", [SMALL, Policy.from_scratch(codebook_dim=4, codebook_bits=2, min_size=64)], ids=["fit", "new"]
 )
 def test_training_reduces_a_loss(policy: Policy):
     torch.manual_seed(0)
@@ -302,7 +302,7 @@ def test_training_reduces_a_loss(policy: Policy):
 
 def test_a_frozen_model_still_fits_and_has_no_gradient():
     model = CNN().requires_grad_(False)
-    small = rpqfx.rpqify(model, Policy(codebook_dim=9, bits=1, min_size=64)).eval()
+    small = rpqfx.rpqify(model, Policy(codebook_dim=9, codebook_bits=1, min_size=64)).eval()
     y = small(torch.randn(2, 3, 8, 8))
     assert not y.requires_grad
 
@@ -319,7 +319,7 @@ def test_a_padding_row_with_values_keeps_them_and_gets_no_gradient():
     dense = nn.Sequential(nn.Embedding(64, 16, padding_idx=1))
     with torch.no_grad():
         dense[0].weight[1] = 5.0
-    small = rpqfx.rpqify(dense, Policy(codebook_dim=4, bits=5, min_size=0))
+    small = rpqfx.rpqify(dense, Policy(codebook_dim=4, codebook_bits=5, min_size=0))
     ids = torch.tensor([1])
     torch.testing.assert_close(small(ids), small[0].weight[1:2])
     assert small(ids).abs().sum() > 40
@@ -330,7 +330,7 @@ def test_a_padding_row_with_values_keeps_them_and_gets_no_gradient():
 def test_codebooks_that_only_pay_together_are_shared():
     """Layers that would not shrink alone do where many share their codebooks."""
     model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(8)))
-    alone = Policy(codebook_dim=16, bits=6)
+    alone = Policy(codebook_dim=16, codebook_bits=6)
     with pytest.raises(PolicyError, match="would not shrink"):
         rpqfx.rpqify(model, alone)
     small = rpqfx.rpqify(model, dataclasses.replace(alone, sharing="shape"))
@@ -340,7 +340,7 @@ def test_codebooks_that_only_pay_together_are_shared():
 
 def test_a_count_need_divide_one_way_only():
     """With split='auto' an explicit count that divides one side of a weight is taken there."""
-    small = rpqfx.rpqify(nn.Sequential(nn.Linear(512, 100)), Policy(codebooks=16, bits=4))
+    small = rpqfx.rpqify(nn.Sequential(nn.Linear(512, 100)), Policy(num_subvectors=16, codebook_bits=4))
     assert small[0].weight_rpq.spec.dim == 512
 
 

@@ -76,7 +76,7 @@ def decoder(coded: bool = False) -> nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3 if parameter.dim() > 1 else 1)
-    policy = rpqfx.Policy.from_scratch(codebook_dim=4, bits=4, min_size=64, allow_growth=True)
+    policy = rpqfx.Policy.from_scratch(codebook_dim=4, codebook_bits=4, min_size=64, allow_growth=True)
     return rpqfx.rpqify(model, policy) if coded else model
 
 

@@ -119,7 +119,7 @@ def test_leaf_returns_what_it_was_given_and_refuses_anything_else():
 
 def test_a_rule_keeps_a_site_out_and_the_report_says_why():
     rules = (Rule("0.w", skip="its owner said so"),)
-    small = rpqfx.rpqify(nn.Sequential(Counting()), Policy(codebook_dim=4, bits=2, min_size=64, rules=rules))
+    small = rpqfx.rpqify(nn.Sequential(Counting()), Policy(codebook_dim=4, codebook_bits=2, min_size=64, rules=rules))
     made = rpqfx.report(small)
     assert {record.name: record.reason for record in made.skipped} == {"0.w": "its owner said so"}
     assert "left: its owner said so" in str(made) and type(small[0].w) is nn.Parameter

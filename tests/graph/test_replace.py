@@ -61,7 +61,7 @@ def test_plans_arrive_in_every_weight_and_change_no_result(init: str, sharing: s
     """Tied layers have one weight and so one plan; layers that share codebooks each have their own."""
     model = GPT().eval()
     rules = (Rule("tok", plan="contract"), Rule("blocks.1.*", plan="expand"))
-    policy = Policy(codebook_dim=4, bits=2, min_size=64, init=init, sharing=sharing, rules=rules)
+    policy = Policy(codebook_dim=4, codebook_bits=2, min_size=64, init=init, sharing=sharing, rules=rules)
     small = rpqfx.rpqify(model, policy)
     weights = held_weights(small)
     assert weights["head.weight"] is weights["tok.weight"] and weights["tok.weight"].plan == "contract"
@@ -102,20 +102,22 @@ def test_same_outputs_and_gradients_as_the_dense_model_with_the_expanded_weights
 
 
 STYLES = {
-    "stages and scale": Policy(codebook_dim=4, bits=2, min_size=64, stages=2, scale=True, allow_growth=True),
-    "factors of columns": Policy(codebook_dim=4, bits=2, min_size=64, dim_scale=True, allow_growth=True),
-    "signs": Policy(codebook_dim=4, bits=2, min_size=64, signs=True, allow_growth=True),
-    "one codebook for the layer": Policy(codebook_dim=4, bits=3, min_size=64, sharing="layer", allow_growth=True),
-    "one codebook for a role": Policy(codebook_dim=4, bits=2, min_size=64, sharing="role", allow_growth=True),
+    "stages and scale": Policy(codebook_dim=4, codebook_bits=2, min_size=64, stages=2, scale=True, allow_growth=True),
+    "factors of columns": Policy(codebook_dim=4, codebook_bits=2, min_size=64, column_scale=True, allow_growth=True),
+    "signs": Policy(codebook_dim=4, codebook_bits=2, min_size=64, signs=True, allow_growth=True),
+    "one codebook for the layer": Policy(
+        codebook_dim=4, codebook_bits=3, min_size=64, sharing="layer", allow_growth=True
+    ),
+    "one codebook for a role": Policy(codebook_dim=4, codebook_bits=2, min_size=64, sharing="role", allow_growth=True),
     "columns": Policy(
         codebook_dim=4,
-        bits=2,
+        codebook_bits=2,
         min_size=64,
         split="column",
         kinds=("linear", "bilinear", "attention"),
         allow_growth=True,
     ),
-    "random": Policy(codebook_dim=4, bits=2, min_size=64, init="random", allow_growth=True),
+    "random": Policy(codebook_dim=4, codebook_bits=2, min_size=64, init="random", allow_growth=True),
 }
 
 
@@ -274,7 +276,7 @@ def test_training_flags_survive_one_by_one():
 def test_frozen_weights_stay_frozen_and_others_do_not():
     model = BY_NAME["frozen"].model()
     for init in ("fit", "random"):
-        small = rpqfx.rpqify(model, Policy(codebook_dim=4, bits=2, min_size=64, init=init, scale=True))
+        small = rpqfx.rpqify(model, Policy(codebook_dim=4, codebook_bits=2, min_size=64, init=init, scale=True))
         wanted = {name.partition(SUFFIX)[0]: p.requires_grad for name, p in small.named_parameters()}
         assert wanted == {name: p.requires_grad for name, p in model.named_parameters()}
 
@@ -374,7 +376,7 @@ def test_a_module_used_twice_is_replaced_once():
 @pytest.mark.parametrize("init", ["fit", "random"])
 def test_codebooks_shared_by_role_are_one_parameter_whose_gradient_adds_up(init: str):
     model = GPT(depth=3).double()
-    small = rpqfx.rpqify(model, Policy(codebook_dim=4, bits=2, min_size=64, sharing="role", init=init))
+    small = rpqfx.rpqify(model, Policy(codebook_dim=4, codebook_bits=2, min_size=64, sharing="role", init=init))
     held = held_weights(small)
     for name in ("qkv", "proj", "fc1", "fc2"):
         members = [held[f"blocks.{i}.{name}.weight"] for i in range(3)]
@@ -390,13 +392,13 @@ def test_codebooks_shared_by_role_are_one_parameter_whose_gradient_adds_up(init:
 
 def test_codebooks_shared_by_shape_go_by_vector_length():
     model = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(16, 64), nn.Linear(32, 48))
-    small = rpqfx.rpqify(model, Policy(codebook_dim=4, bits=2, min_size=64, sharing="shape", split="row"))
+    small = rpqfx.rpqify(model, Policy(codebook_dim=4, codebook_bits=2, min_size=64, sharing="shape", split="row"))
     books = [layer.weight_rpq.codebooks for layer in small]
     assert books[0] is books[2] and books[1] is books[3] and books[0] is not books[1]
 
 
 def test_one_codebook_for_a_layer_serves_all_its_sub_vectors():
-    small = rpqfx.rpqify(MLP(), Policy(codebook_dim=4, bits=2, min_size=64, sharing="layer"))
+    small = rpqfx.rpqify(MLP(), Policy(codebook_dim=4, codebook_bits=2, min_size=64, sharing="layer"))
     assert all(weight.codebooks.shape[1] == 1 for weight in held_weights(small).values())
 
 
@@ -410,7 +412,7 @@ def test_codebooks_fitted_together_serve_each_member_nearly_as_well_as_its_own()
             layer.weight.copy_(base + 0.05 * torch.randn(64, 16, generator=g))
 
     def errors(**options: Any) -> list[float]:
-        small = rpqfx.rpqify(model, Policy(codebook_dim=4, bits=4, min_size=64, split="row", **options))
+        small = rpqfx.rpqify(model, Policy(codebook_dim=4, codebook_bits=4, min_size=64, split="row", **options))
         return [
             float((m.weight - d.weight).detach().norm()) for m, d in zip(small["layers"], model["layers"], strict=True)
         ]
@@ -423,7 +425,7 @@ def test_codebooks_fitted_together_serve_each_member_nearly_as_well_as_its_own()
 def test_members_of_one_group_that_differ_in_dtype_are_refused():
     model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(16, 32), nn.Linear(16, 32).bfloat16()])})
     with pytest.raises(RewriteError, match=r"layers\.0\.weight, layers\.1\.weight cannot share codebooks"):
-        rpqfx.rpqify(model, Policy(codebook_dim=4, bits=2, min_size=64, sharing="role"))
+        rpqfx.rpqify(model, Policy(codebook_dim=4, codebook_bits=2, min_size=64, sharing="role"))
 
 
 # ------------------------------------------------------------------------------------------------- what a fit loses
@@ -447,15 +449,15 @@ def test_more_bits_or_more_stages_lose_less():
         small = rpqfx.rpqify(model, Policy(codebook_dim=4, min_size=64, allow_growth=True, **options))
         return float(rpqfx.report(small).rewritten[0].error)
 
-    falling = [error(bits=bits) for bits in range(1, 6)]
+    falling = [error(codebook_bits=bits) for bits in range(1, 6)]
     assert falling == sorted(falling, reverse=True) and falling[-1] < 0.6 * falling[0]
-    stages = [error(bits=3, stages=stages) for stages in (1, 2, 3)]
+    stages = [error(codebook_bits=3, stages=stages) for stages in (1, 2, 3)]
     assert stages == sorted(stages, reverse=True) and stages[-1] < stages[0]
 
 
 def test_as_many_entries_as_vectors_lose_nothing():
     model = nn.Sequential(nn.Linear(16, 16))
-    small = rpqfx.rpqify(model, Policy(codebook_dim=4, bits=4, min_size=1, allow_growth=True))
+    small = rpqfx.rpqify(model, Policy(codebook_dim=4, codebook_bits=4, min_size=1, allow_growth=True))
     torch.testing.assert_close(small[0].weight, model[0].weight)
 
 
@@ -471,7 +473,7 @@ def test_random_codebooks_have_the_weights_own_standard_deviation_and_no_error()
 
 def test_fits_of_one_seed_are_equal_and_of_another_differ():
     model = MLP(width=64)
-    policy = Policy(codebook_dim=4, bits=3, min_size=64)
+    policy = Policy(codebook_dim=4, codebook_bits=3, min_size=64)
     first, again, other = (rpqfx.rpqify(model, policy, seed=seed) for seed in (0, 0, 1))
     assert_bits(first, bits_of(again))
     assert not torch.equal(first.fc1.weight, other.fc1.weight)
@@ -528,7 +530,7 @@ def nan_in_the_last() -> nn.Module:
 def test_a_weight_with_nan_is_named_and_nothing_is_touched(sharing: str):
     model = nan_in_the_last()
     before = whole(model)
-    policy = Policy(codebook_dim=4, bits=2, min_size=64, sharing=sharing)
+    policy = Policy(codebook_dim=4, codebook_bits=2, min_size=64, sharing=sharing)
     with pytest.raises(RewriteError, match=r"blocks\.1\.fc2\.weight has infinite or NaN elements; mend it, or skip it"):
         rpqfx.rpqify(model, policy, inplace=True)
     assert_whole(model, before)
@@ -536,24 +538,24 @@ def test_a_weight_with_nan_is_named_and_nothing_is_touched(sharing: str):
 
 def test_a_weight_with_nan_can_be_skipped_or_drawn_anew():
     model = nan_in_the_last()
-    skipping = Policy(codebook_dim=4, bits=2, min_size=64, rules=(Rule("blocks.1.fc2", skip="it holds NaN"),))
+    skipping = Policy(codebook_dim=4, codebook_bits=2, min_size=64, rules=(Rule("blocks.1.fc2", skip="it holds NaN"),))
     assert rpqfx.report(rpqfx.rpqify(model, skipping)).skipped[-1].reason == "it holds NaN"
-    drawn = rpqfx.rpqify(model, Policy(codebook_dim=4, bits=2, min_size=64, init="random"))
+    drawn = rpqfx.rpqify(model, Policy(codebook_dim=4, codebook_bits=2, min_size=64, init="random"))
     assert bool(torch.isfinite(drawn.blocks[1].fc2.weight).all())
 
 
 def test_factors_that_differ_within_a_channel_of_a_convolution_are_refused():
     model = nn.Sequential(nn.Conv1d(4, 16, 3))
     before = whole(model)
-    captured, sites, _ = steps(model, Policy(bits=2, min_size=0, allow_growth=True))
-    wrong = CodebookSpec(16, 12, 6, 4, dim_scale=1)
+    captured, sites, _ = steps(model, Policy(codebook_bits=2, min_size=0, allow_growth=True))
+    wrong = CodebookSpec(16, 12, 6, 4, column_scale_group=1)
     with pytest.raises(
-        RewriteError, match=r"0\.weight: 1 elements of a filter share a factor.*give the spec dim_scale=3"
+        RewriteError, match=r"0\.weight: 1 elements of a filter share a factor.*give the spec column_scale_group=3"
     ):
         rewrite(captured, {"0.weight": wrong}, sites)
     assert_whole(model, before)
-    rewrite(captured, {"0.weight": dataclasses.replace(wrong, dim_scale=3)}, sites)
-    assert model[0].weight_rpq.dim_scale.shape == (4,)
+    rewrite(captured, {"0.weight": dataclasses.replace(wrong, column_scale_group=3)}, sites)
+    assert model[0].weight_rpq.column_scale.shape == (4,)
 
 
 def test_a_decision_for_no_site_or_of_another_shape_touches_nothing():
@@ -613,7 +615,7 @@ def test_install_puts_one_weight_under_all_names():
 
 def test_attention_whose_output_projection_alone_is_held_calls_it():
     model = nn.MultiheadAttention(16, 4)
-    policy = Policy(codebook_dim=4, bits=2, min_size=64, rules=(Rule("in_proj_weight", skip="left dense"),))
+    policy = Policy(codebook_dim=4, codebook_bits=2, min_size=64, rules=(Rule("in_proj_weight", skip="left dense"),))
     small = rpqfx.rpqify(model, policy)
     assert type(small) is RPQMultiheadAttention and type(small.out_proj) is RPQLinear
     assert set(held_weights(small)) == {"out_proj.weight"}

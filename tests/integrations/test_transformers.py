@@ -38,8 +38,8 @@ TINY = {
     "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 LLAMA = {**TINY, "num_key_value_heads": 2, "tie_word_embeddings": True}
-POLICY = Policy.from_scratch(codebook_dim=8, bits=5, min_size=1024)
-WIDE = Policy.from_scratch(codebook_dim=4, bits=9, min_size=1024, allow_growth=True, scale=True, signs=True)
+POLICY = Policy.from_scratch(codebook_dim=8, codebook_bits=5, min_size=1024)
+WIDE = Policy.from_scratch(codebook_dim=4, codebook_bits=9, min_size=1024, allow_growth=True, scale=True, signs=True)
 KV = KVPolicy(sinks=2, window=4, entries=16, chunk=8)
 
 
@@ -64,7 +64,7 @@ def bert() -> Any:
 
 def in_tiles(site: Any) -> Any:
     """Two stages of drawn codes that lie in tiles."""
-    answer = Policy.from_scratch(codebook_dim=4, bits=4, stages=2, sharing="layer", min_size=1024)(site)
+    answer = Policy.from_scratch(codebook_dim=4, codebook_bits=4, stages=2, sharing="layer", min_size=1024)(site)
     if not isinstance(answer, rpqfx.Hold):
         return answer
     return dataclasses.replace(answer, spec=dataclasses.replace(answer.spec, tiled=True))
@@ -317,7 +317,7 @@ class _Allocated(TorchDispatchMode):
 
 def tiled(site: Site) -> Hold | Skip:
     """Holds a weight as conversions do, with codes drawn at random."""
-    decided = Policy.from_scratch(codebook_dim=8, bits=4).decide([site])[site.name]
+    decided = Policy.from_scratch(codebook_dim=8, codebook_bits=4).decide([site])[site.name]
     assert isinstance(decided, Hold)
     return dataclasses.replace(decided, spec=dataclasses.replace(decided.spec, stages=4, tiled=True))
 
@@ -398,7 +398,7 @@ def _without_an_entry_of_the_index(path: Path) -> None:
 
 
 def _with_anothers_shard(path: Path) -> None:
-    rpqfx.rpqify(llama(), Policy.from_scratch(codebook_dim=8, bits=4, min_size=1024)).save_pretrained(
+    rpqfx.rpqify(llama(), Policy.from_scratch(codebook_dim=8, codebook_bits=4, min_size=1024)).save_pretrained(
         path / "other", max_shard_size="20KB"
     )
     shards = sorted(path.glob("*.safetensors"))
@@ -596,7 +596,7 @@ def test_what_was_interrupted_while_loading_goes_on(
 
 
 def test_a_policy_says_how(dense: Path) -> None:
-    policy = Policy(codebook_dim=8, bits=4, rules=(rpqfx.Rule("*.mlp.*", skip="they stay"),), min_size=1024)
+    policy = Policy(codebook_dim=8, codebook_bits=4, rules=(rpqfx.Rule("*.mlp.*", skip="they stay"),), min_size=1024)
     small = transformers.LlamaForCausalLM.from_pretrained(dense, quantization_config=rpqfx.RPQConfig(policy=policy))
     wanted = rpqfx.rpqify(llama(num_hidden_layers=1), policy).eval()
     assert torch.equal(logits(small), logits(wanted))
@@ -619,7 +619,7 @@ def test_no_more_than_one_dense_weight_is_there(dense: Path, monkeypatch: pytest
         take(self, model, name, weight)
 
     monkeypatch.setattr(Quantizing, "_take", noting)
-    policy = Policy(codebook_dim=8, bits=4, min_size=1024)
+    policy = Policy(codebook_dim=8, codebook_bits=4, min_size=1024)
     transformers.LlamaForCausalLM.from_pretrained(dense, quantization_config=rpqfx.RPQConfig(policy=policy))
     assert len(seen) == 8
 
@@ -633,7 +633,7 @@ def test_what_the_checkpoint_lacks_is_drawn_dense(dense: Path) -> None:
     assert reasons == {"score.weight": "it is not in the checkpoint, and was drawn"}
 
 
-POLICY_FIT = Policy(codebook_dim=8, bits=4, min_size=1024)
+POLICY_FIT = Policy(codebook_dim=8, codebook_bits=4, min_size=1024)
 
 
 def test_beside_what_is_done_there_is_one_dense_weight_at_a_time(tmp_path: Path) -> None:
@@ -667,7 +667,10 @@ def test_options_that_cannot_be_followed(dense: Path) -> None:
             make()
     for policy, message in (
         (POLICY, "draws codebooks anew"),
-        (Policy(codebook_dim=8, bits=4, sharing="shape", min_size=1024), "convert the model with rpqfx.rpqify"),
+        (
+            Policy(codebook_dim=8, codebook_bits=4, sharing="shape", min_size=1024),
+            "convert the model with rpqfx.rpqify",
+        ),
     ):
         with pytest.raises(PolicyError, match=message):
             transformers.LlamaForCausalLM.from_pretrained(dense, quantization_config=config(policy=policy))

@@ -16,7 +16,7 @@ from rpqfx.kv.module import attentions
 from tests.kv.kv_models import LM, tokens
 
 WEIGHTS = Policy(
-    codebook_dim=4, bits=4, min_size=64, sharing="layer", rules=(Rule("*kv_codes*", skip="the cache's own"),)
+    codebook_dim=4, codebook_bits=4, min_size=64, sharing="layer", rules=(Rule("*kv_codes*", skip="the cache's own"),)
 )  # fmt: skip
 CACHES: dict[str, dict[str, Any]] = {
     "mapped": {}, "averages": {"decay": 0.9}, "channels": {"transform": False}, "scaled": {"scaled": True},

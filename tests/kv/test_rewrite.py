@@ -113,7 +113,7 @@ def test_torchs_own_attention() -> None:
 
 def test_with_weights_in_codebooks_too() -> None:
     model, ids = LM(), tokens(1)
-    held = rpqify(model, Policy(codebook_dim=4, bits=4, min_size=0))
+    held = rpqify(model, Policy(codebook_dim=4, codebook_bits=4, min_size=0))
     small = small_of(held)
     assert len(attentions(small)) == 2
     assert not torch.allclose(small(ids), held(ids), atol=1e-3)

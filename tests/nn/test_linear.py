@@ -46,8 +46,8 @@ def test_split_says_whether_vectors_are_rows_or_columns() -> None:
     ("options", "message"),
     [
         ({"codebook_dim": 5}, "codebook_dim 5 does not divide the vector length 12"),
-        ({"codebooks": 5}, "5 codebooks do not divide"),
-        ({"bits": 9}, "use at most 3 bits"),
+        ({"num_subvectors": 5}, "num_subvectors 5 does not divide"),
+        ({"codebook_bits": 9}, "use at most 3 bits"),
         ({"stages": 0}, "stages must be at least 1"),
     ],
 )

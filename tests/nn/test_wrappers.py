@@ -107,7 +107,9 @@ def test_a_sharded_model_is_refused_by_name(one_process: None, tmp_path: Path) -
 @around
 def test_a_wrapped_model_is_rewritten_by_the_names_that_it_has_within(wrap: Callable[[nn.Module], nn.Module]) -> None:
     model = wrap(MLP())
-    policy = rpqfx.Policy(codebook_dim=4, bits=2, min_size=64, rules=(rpqfx.Rule("fc1.weight", skip="told so"),))
+    policy = rpqfx.Policy(
+        codebook_dim=4, codebook_bits=2, min_size=64, rules=(rpqfx.Rule("fc1.weight", skip="told so"),)
+    )
     small = rpqfx.rpqify(model, policy)
     assert type(small) is type(model) and not held_weights(model)
     found = rpqfx.report(small)

@@ -56,9 +56,15 @@ def test_a_convolution_in_one_call_is_that_in_several(
     bias: bool, kernel: int, dtype: torch.dtype, plan: str,
 ):  # fmt: skip
     spatial = 1 if kind.__name__.endswith("1d") else 2
-    options: dict[str, Any] = {"codebook_dim": d, "bits": 3, "stages": stages, "signs": signs, "scale": factors}
+    options: dict[str, Any] = {
+        "codebook_dim": d,
+        "codebook_bits": 3,
+        "stages": stages,
+        "signs": signs,
+        "scale": factors,
+    }
     if factors:
-        options["dim_scale"] = True
+        options["column_scale"] = True
     layer = randomise(
         kind(12 * groups, 24 * groups, kernel, stride, 1, groups=groups, bias=bias, dtype=dtype, **options), seed
     )
@@ -81,7 +87,7 @@ def _expands(d: int, taps: int, groups: int) -> bool:
 def test_a_product_in_one_call_is_that_in_several(
     seed: int, rows: int, d: int, stages: int, factors: bool, bias: bool, vectors: int
 ):
-    spec = CodebookSpec(vectors, 24, d, 16, stages, 1, scale=factors, dim_scale=int(factors), tiled=True)
+    spec = CodebookSpec(vectors, 24, d, 16, stages, 1, scale=factors, column_scale_group=int(factors), tiled=True)
     weight = randomise(RPQWeight(spec), seed)
     weight.codes = torch.randint(16, spec.codes_shape, generator=generator(seed)).to(spec.code_dtype)
     x = randn(seed, rows, 24, dtype=torch.float32)
@@ -91,11 +97,11 @@ def test_a_product_in_one_call_is_that_in_several(
 
 @needs_kernels
 def test_a_convolution_that_contracts_or_learns_is_not_one_call():
-    layer = rnn.RPQConv2d(8, 64, 3, codebook_dim=9, bits=2, plan="contract")
+    layer = rnn.RPQConv2d(8, 64, 3, codebook_dim=9, codebook_bits=2, plan="contract")
     x = torch.randn(1, 8, 5, 5)
     for learns in (False, True):
         with pytest.MonkeyPatch.context() as patch, torch.set_grad_enabled(learns):
             patch.setattr("rpqfx.ops.at_once.kernels.conv", None)  # would raise where it is called
             assert layer(x).shape == (1, 64, 3, 3)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        assert rnn.RPQConv2d(8, 64, 3, codebook_dim=2, bits=2)(x).dtype is torch.bfloat16
+        assert rnn.RPQConv2d(8, 64, 3, codebook_dim=2, codebook_bits=2)(x).dtype is torch.bfloat16

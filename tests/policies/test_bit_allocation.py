@@ -56,8 +56,8 @@ def stored(holds: Mapping[str, Hold]) -> float:
         bits += spec.stages * spec.codebooks_shape[1] * spec.entries * spec.codebook_dim * 16
         for name in names:
             spec = holds[name].spec
-            factors = spec.dim_scales + (spec.num_vectors if spec.scale else 0)
-            bits += 8 * packed_bytes(spec.num_vectors * spec.sub_vectors * spec.stages, spec.entries) + 16 * factors
+            factors = spec.num_column_scales + (spec.num_vectors if spec.scale else 0)
+            bits += 8 * packed_bytes(spec.num_vectors * spec.num_subvectors * spec.stages, spec.entries) + 16 * factors
     return bits
 
 
@@ -80,7 +80,7 @@ def test_no_more_bits_are_spent_than_asked(sites: list[Site], bits: float, weigh
     for site in sites:
         spec = holds[site.name].spec
         assert (spec.num_vectors, spec.dim) == (site.layout("row").num_vectors, site.layout("row").dim)
-        assert spec.dim_scale % site.taps == 0
+        assert spec.column_scale_group % site.taps == 0
     for names in groups_of(holds).values():
         assert len({site.dtype for site in sites if site.name in names}) == 1
 
@@ -93,7 +93,7 @@ def test_most_of_the_bits_are_spent(bits: float) -> None:
 
 def rate(hold: Hold) -> float:
     """Bits of codes for each number."""
-    return hold.spec.stages * hold.spec.bits / hold.spec.codebook_dim
+    return hold.spec.stages * hold.spec.codebook_bits / hold.spec.codebook_dim
 
 
 def expected(sites: Sequence[Site], holds: Mapping[str, Hold]) -> float:
@@ -144,7 +144,11 @@ def test_policies_count_weights_and_tables_apart() -> None:
 
 def test_a_rule_with_a_shape_is_followed_and_other_rules_are_too() -> None:
     sites = [table("emb", 4096, 64), linear("a", 256, 64), linear("b", 256, 64), linear("c", 256, 64)]
-    rules = (Rule("emb", bits=4, codebook_dim=8), Rule("a", bits=5, codebook_dim=4), Rule("b", skip="mine"))
+    rules = (
+        Rule("emb", codebook_bits=4, codebook_dim=8),
+        Rule("a", codebook_bits=5, codebook_dim=4),
+        Rule("b", skip="mine"),
+    )
     found = Policy.pretrained(bits_per_weight=2, rules=rules).decide(sites)
     assert [found[name].spec.entries for name in ("emb", "a")] == [16, 32]  # type: ignore[union-attr]
     assert found["b"] == Skip("mine")

@@ -119,11 +119,15 @@ def test_ties_and_what_is_left_dense_are_counted():
 
 
 def test_rules_that_fix_a_shape_are_kept():
-    rules = (Rule("tok", bits=4, codebook_dim=8), Rule("blocks.1.fc1", codebooks=4), Rule("blocks.1.fc2", scale=True))
-    small = rpqfx.rpqify(gpt(), Policy.budget(ratio=0.5, min_size=256, bits=3, rules=rules))
+    rules = (
+        Rule("tok", codebook_bits=4, codebook_dim=8),
+        Rule("blocks.1.fc1", num_subvectors=4),
+        Rule("blocks.1.fc2", scale=True),
+    )
+    small = rpqfx.rpqify(gpt(), Policy.budget(ratio=0.5, min_size=256, codebook_bits=3, rules=rules))
     made = {record.name: record for record in rpqfx.report(small).sites}
     assert (made["tok.weight"].spec.entries, made["tok.weight"].spec.codebook_dim) == (16, 8)
-    assert made["blocks.1.fc1.weight"].spec.sub_vectors == 4
+    assert made["blocks.1.fc1.weight"].spec.num_subvectors == 4
     assert made["blocks.1.fc2.weight"].spec is None or made["blocks.1.fc2.weight"].spec.scale
     assert rpqfx.report(small).after <= 0.5 * rpqfx.report(small).before
 
@@ -134,7 +138,9 @@ def test_a_larger_ratio_never_fits_worse():
     rates = []
     for policy in policies:
         held = [d for d in policy.decide(sites).values() if isinstance(d, Hold)]
-        rates.append(sum(d.spec.num_vectors * d.spec.dim * 4.0 ** -(d.spec.bits / d.spec.codebook_dim) for d in held))
+        rates.append(
+            sum(d.spec.num_vectors * d.spec.dim * 4.0 ** -(d.spec.codebook_bits / d.spec.codebook_dim) for d in held)
+        )
     assert rates == sorted(rates, reverse=True) and rates[-1] < rates[0]
 
 

@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="gloo is not built in"),
 ]
-POLICY = rpqfx.Policy(codebook_dim=4, bits=4, min_size=64, allow_growth=True)
+POLICY = rpqfx.Policy(codebook_dim=4, codebook_bits=4, min_size=64, allow_growth=True)
 
 
 def llama() -> Any:

@@ -27,7 +27,8 @@ from tests.models import held_weights
 both_formats = pytest.mark.parametrize("suffix", [".rpq", ".safetensors"])
 POLICIES = {
     "one stage": {}, "two stages": {"stages": 2}, "shared": {"sharing": "shape"}, "layer": {"sharing": "layer"},
-    "factors": {"scale": True, "dim_scale": True, "signs": True}, "wide": {"bits": 9}, "few": {"bits": 1},
+    "factors": {"scale": True, "column_scale": True, "signs": True}, "wide": {"codebook_bits": 9},
+    "few": {"codebook_bits": 1},
 }  # fmt: skip
 
 
@@ -48,7 +49,7 @@ class Net(nn.Module):
 
 def drawn(seed: int = 0, **options: Any) -> nn.Module:
     torch.manual_seed(seed)
-    options = {"codebook_dim": 4, "bits": 4, "min_size": 256, "allow_growth": True, **options}
+    options = {"codebook_dim": 4, "codebook_bits": 4, "min_size": 256, "allow_growth": True, **options}
     return rpqfx.rpqify(Net(), Policy.from_scratch(**options))
 
 
@@ -105,7 +106,7 @@ def test_a_model_is_saved_without_codes_and_comes_back(options: dict[str, Any], 
 @pytest.mark.parametrize("tiled", [False, True])
 def test_tiles_come_back(tiled: bool) -> None:
     def held(site: Any) -> Any:
-        answer = Policy.from_scratch(codebook_dim=4, bits=4, stages=2, sharing="layer", min_size=256)(site)
+        answer = Policy.from_scratch(codebook_dim=4, codebook_bits=4, stages=2, sharing="layer", min_size=256)(site)
         if not isinstance(answer, Hold):
             return answer
         return Hold(CodebookSpec(**{**answer.spec.to_dict(), "tiled": tiled}), answer.split, "random")
@@ -117,7 +118,7 @@ def test_tiles_come_back(tiled: bool) -> None:
 
 
 def test_the_file_is_smaller_by_the_codes() -> None:
-    small = drawn(bits=4, codebook_dim=2)
+    small = drawn(codebook_bits=4, codebook_dim=2)
     seed = len(saved(small))
     for weight in set(held_weights(small).values()):
         weight.codes = weight.codes.flip(-1)
@@ -178,7 +179,7 @@ def test_a_stage_that_was_learned_is_stored_and_the_other_is_a_seed() -> None:
     again = loaded(content)
     assert_same(again, small)
     table = rpqfx.report(small).sites[0]
-    assert table.drawn_stages == 1 and table.code_bits == 8 * 14 + 600 * 4 * 4
+    assert table.drawn_stages == 1 and table.stored_code_bits == 8 * 14 + 600 * 4 * 4
     assert "; random codes of 3 sites as a seed\n" in str(rpqfx.report(small))
     assert saved(again) == content
 
@@ -201,7 +202,9 @@ def test_codes_that_recoding_learned_are_stored(recipe: str) -> None:
 
 def test_weights_that_share_a_codebook_have_second_stages_of_their_own() -> None:
     net = nn.Sequential(nn.Linear(32, 64), nn.Linear(32, 64))
-    small = rpqfx.rpqify(net, Policy.from_scratch(codebook_dim=4, bits=4, stages=2, sharing="shape", min_size=256))
+    small = rpqfx.rpqify(
+        net, Policy.from_scratch(codebook_dim=4, codebook_bits=4, stages=2, sharing="shape", min_size=256)
+    )
     assert small[0].weight_rpq.codebooks is small[1].weight_rpq.codebooks
     Recoding(small, torch.optim.SGD(small.parameters(), 0.1), steps=10, recipe="sketch")
     assert not torch.equal(small[0].weight_rpq.codes[1], small[1].weight_rpq.codes[1])
@@ -273,7 +276,9 @@ def test_seeds_go_where_the_model_goes(way: Callable[[nn.Module], nn.Module]) ->
 
 def test_a_model_that_is_materialized_draws_a_seed() -> None:
     with torch.device("meta"):
-        small = rpqfx.rpqify(Net(), Policy.from_scratch(codebook_dim=4, bits=4, min_size=256, allow_growth=True))
+        small = rpqfx.rpqify(
+            Net(), Policy.from_scratch(codebook_dim=4, codebook_bits=4, min_size=256, allow_growth=True)
+        )
     assert not any(weight.drawn_stages() for weight in held_weights(small).values())
     torch.manual_seed(0)
     rpqfx.materialize(small)

@@ -15,7 +15,7 @@ from rpqfx.errors import FormatError, InputError, RewriteError
 from rpqfx.kv import CodebookCache, attentions
 from tests.kv.kv_models import LM, tokens
 
-WEIGHTS = rpqfx.Policy(codebook_dim=4, bits=4, min_size=64, sharing="layer")
+WEIGHTS = rpqfx.Policy(codebook_dim=4, codebook_bits=4, min_size=64, sharing="layer")
 
 
 def small_of(model: nn.Module, **options: Any) -> nn.Module:

@@ -105,7 +105,7 @@ class Twice(nn.Module):
 
     def __init__(self, times: int) -> None:
         super().__init__()
-        self.fc = RPQLinear(16, 16, codebook_dim=4, bits=2)
+        self.fc = RPQLinear(16, 16, codebook_dim=4, codebook_bits=2)
         self.times = times
 
     def forward(self, x: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ def test_tied_layers_are_one_weight(timer: Any) -> None:
 
 def test_weights_of_equal_shape_and_use_are_timed_once(timer: Any) -> None:
     def layer(**options: Any) -> RPQLinear:
-        return RPQLinear(16, 16, codebook_dim=4, bits=2, **options)
+        return RPQLinear(16, 16, codebook_dim=4, codebook_bits=2, **options)
 
     frozen = layer().requires_grad_(False)
     model = nn.Sequential(layer(), layer(), layer(split="column"), layer(signs=True), layer(), frozen)
@@ -175,7 +175,7 @@ def test_any_model_is_tuned_and_computes_what_it_did(case: Case, backward: bool,
 
 def test_a_convolution_that_cannot_contract_is_timed_one_way(timer: Any) -> None:
     """Sub-vectors of whole channels and one group can; half a filter, or groups, cannot."""
-    options: dict[str, Any] = {"padding": 1, "bits": 2}
+    options: dict[str, Any] = {"padding": 1, "codebook_bits": 2}
     model = nn.Sequential(
         RPQConv2d(8, 8, 3, codebook_dim=9, **options),
         RPQConv2d(8, 8, 3, codebook_dim=3, **options),
@@ -228,7 +228,9 @@ def test_on_a_real_clock_a_large_layer_contracts_and_short_sub_vectors_expand() 
     """A tenth of the work against ten times of it: far enough apart for any machine."""
     torch.manual_seed(0)
     model = nn.Sequential(
-        RPQLinear(1024, 8192, codebook_dim=128, bits=4), nn.Flatten(), RPQLinear(8192, 64, codebook_dim=1, bits=4)
+        RPQLinear(1024, 8192, codebook_dim=128, codebook_bits=4),
+        nn.Flatten(),
+        RPQLinear(8192, 64, codebook_dim=1, codebook_bits=4),
     )
     made = rpqfx.tune(model, torch.randn(256, 1024), repeats=3)
     assert [weight.plan for weight in made.weights] == ["contract", "expand"], made
@@ -247,7 +249,7 @@ def state(model: nn.Module) -> dict[str, Any]:
 def test_statistics_gradients_modes_and_random_states_stay(backward: bool) -> None:
     """With the real clock, in train mode; the claim about runs and trials themselves is in test_uses."""
     torch.manual_seed(0)
-    small = rpqfx.rpqify(CNN(), Policy(codebook_dim=9, bits=1, min_size=64)).train()
+    small = rpqfx.rpqify(CNN(), Policy(codebook_dim=9, codebook_bits=1, min_size=64)).train()
     small.norm.eval()
     small(torch.randn(2, 3, 10, 10)).sum().backward()
     before, states, x = state(small), (torch.get_rng_state(), random.getstate()), torch.ones(2, 3, 10, 10)
@@ -325,7 +327,7 @@ def test_inputs_are_passed_on(timer: Any) -> None:
 
 @pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
 def test_gradients_are_timed_wherever_it_is_called(around: Any, timer: Any) -> None:
-    small = rpqfx.rpqify(CNN(), Policy(codebook_dim=9, bits=1, min_size=64)).train()
+    small = rpqfx.rpqify(CNN(), Policy(codebook_dim=9, codebook_bits=1, min_size=64)).train()
     seen = timer(contract_if(lambda trial: True))
     x = torch.randn(2, 3, 10, 10)
     for backward in (True, False):

@@ -60,7 +60,7 @@ def run(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
         raise InputError(f"{out} is there already; name a new folder with --out, or remove it")
     _check_options(given)
     class_of(given.folder)
-    policy = Policy.pretrained(given.bits, embedding_bits=given.embedding_bits)
+    policy = Policy.pretrained(given.bits_per_weight, embedding_bits=given.embedding_bits)
     if given.calibration is None:
         small, quality, data = _while_loading(given, policy)
     else:

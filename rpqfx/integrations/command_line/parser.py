@@ -121,7 +121,9 @@ def _parser() -> argparse.ArgumentParser:
 def _add_convert(convert: argparse.ArgumentParser) -> None:
     convert.add_argument("folder", metavar="FOLDER", help="dense model, as save_pretrained writes it")
     convert.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the result goes")
-    convert.add_argument("--bits", type=_bits, required=True, help="bits a weight, all that is stored counted")
+    convert.add_argument(
+        "--bits-per-weight", type=_bits, required=True, help="bits a weight, all that is stored counted"
+    )
     convert.add_argument(
         "--embedding-bits", type=_bits, default=8.5, help="bits a weight of embeddings and heads (%(default)s)"
     )

@@ -39,15 +39,15 @@ def matmul(
 
 
 def conv(
-    x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None, dim_scale: Tensor | None, scale: Tensor | None,
-    bias: Tensor | None, *geometry: Any,
+    x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None, column_scale: Tensor | None,
+    scale: Tensor | None, bias: Tensor | None, *geometry: Any,
 ) -> Tensor:  # fmt: skip
-    """A convolution whose filters are expanded, with ``dim_scale [D / share]``, ``scale [N]`` and bias; contiguous.
+    """A convolution whose filters are expanded, with ``column_scale [D / share]``, ``scale [N]`` and bias; contiguous.
 
     ``geometry`` is ``weight_shape``, ``stride``, ``padding``, ``dilation``, ``transposed``, ``output_padding`` and
     ``groups``, as ``rpqfx.ops.library.conv`` takes them.
     """
-    return torch.ops.rpqfx_cpu.conv(x, codebooks, codes, signs, dim_scale, scale, bias, *geometry)
+    return torch.ops.rpqfx_cpu.conv(x, codebooks, codes, signs, column_scale, scale, bias, *geometry)
 
 
 def contract_t(y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None = None) -> Tensor:

@@ -19,7 +19,7 @@ from rpqfx.storage.sealed_manifest import checksum, seal_of
 def file(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     path = tmp_path / "small.rpq"
-    small = rpqfx.rpqify(nn.Sequential(nn.Linear(64, 96)), rpqfx.Policy.from_scratch(codebook_dim=8, bits=5))
+    small = rpqfx.rpqify(nn.Sequential(nn.Linear(64, 96)), rpqfx.Policy.from_scratch(codebook_dim=8, codebook_bits=5))
     small[0].weight_rpq.codes.clamp_(max=10)
     rpqfx.save(small, path)
     return path

@@ -44,7 +44,7 @@ def made(name: str, policy: Policy = SMALL) -> tuple[nn.Module, nn.Module, Tenso
 @pytest.mark.parametrize("name", LAYERS)
 @either_mode
 def test_outputs_and_gradients_are_those_of_the_expanded_weights(name: str, training: bool, split: str):
-    model, small, x = made(name, Policy(codebook_dim=4, bits=2, min_size=64, split=split, allow_growth=True))
+    model, small, x = made(name, Policy(codebook_dim=4, codebook_bits=2, min_size=64, split=split, allow_growth=True))
     assert set(held_weights(small)) == {n for n, p in model.named_parameters() if p.dim() > 1}
     assert_equals_dense(model.train(training), small.train(training), (x,), {})
 
@@ -96,7 +96,7 @@ class Own(nn.LSTM):
 
 def test_parameters_are_drawn_anew_with_torchs_own_deviation():
     torch.manual_seed(0)
-    small = rpqfx.rpqify(nn.LSTM(256, 256), Policy(bits=6, init="random"))
+    small = rpqfx.rpqify(nn.LSTM(256, 256), Policy(codebook_bits=6, init="random"))
     with torch.no_grad():
         for parameter in small.parameters():
             parameter.zero_()
@@ -114,7 +114,7 @@ def test_parameters_are_drawn_anew_with_torchs_own_deviation():
 def test_a_layer_on_the_meta_device_is_materialised(build: Any):
     with torch.device("meta"):
         model = nn.Sequential(build())
-    small = rpqfx.rpqify(model, Policy(bits=4))
+    small = rpqfx.rpqify(model, Policy(codebook_bits=4))
     rpqfx.materialize(small)
     for weight in held_weights(small).values():
         assert float(weight().detach().std()) == pytest.approx(1 / math.sqrt(3 * 64), rel=0.2)

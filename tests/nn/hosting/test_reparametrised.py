@@ -149,7 +149,7 @@ def test_recurrent_layers_may_be_parametrised(how: str, training: bool):
 
 def test_a_recurrent_layer_that_is_only_parametrised_keeps_no_dense_tensor():
     model = parametrizations.spectral_norm(nn.GRU(16, 16), "weight_hh_l0").double()
-    policy = Policy(codebook_dim=4, bits=2, min_size=64, rules=(Rule("weight_ih_l0", skip="left dense"),))
+    policy = Policy(codebook_dim=4, codebook_bits=2, min_size=64, rules=(Rule("weight_ih_l0", skip="left dense"),))
     small = rpqfx.rpqify(model, policy)
     assert small._flat_weights == [None] * 4
     assert_same_as_dense(model, small, torch.randn(5, 2, 16, dtype=torch.float64), False)
@@ -188,7 +188,7 @@ def test_a_parametrised_parameter_is_what_its_modules_graph_does_with_it():
 def test_rules_by_class_reach_parametrised_layers():
     model = nn.Sequential(parametrizations.weight_norm(nn.Linear(16, 16)), nn.Conv1d(16, 16, 1))
     rules = (Rule(nn.Linear, skip="no linear layers"),)
-    small = rpqfx.rpqify(model, Policy(codebook_dim=4, bits=2, min_size=64, rules=rules))
+    small = rpqfx.rpqify(model, Policy(codebook_dim=4, codebook_bits=2, min_size=64, rules=rules))
     assert set(held_weights(small)) == {"1.weight"}
 
 
