@@ -1,4 +1,4 @@
-"""Train a small GPT twice, dense and with its weights in codebooks, and compare the two.
+"""Train a small GPT twice, dense and with its weights quantized, and compare the two.
 
 The text is English that every Python carries (``pydoc_data.topics``), read as bytes; nothing is downloaded. Two more
 rows keep the comparison honest: a smaller dense model of the same bytes, and the dense model converted after training.

@@ -1,4 +1,4 @@
-"""A KV cache in codebooks, in any model that calls scaled_dot_product_attention.
+"""A quantized KV cache, in any model that calls scaled_dot_product_attention.
 
     python examples/03_kv_cache.py
 
@@ -69,7 +69,7 @@ def main(seconds: float = 60.0) -> None:
 
     test = batch(held_out, 16)
     with torch.no_grad():
-        for name, net in (("plain cache", model), ("in codebooks", small)):
+        for name, net in (("plain cache", model), ("quantized", small)):
             loss = F.cross_entropy(net(test)[:, :-1].flatten(0, 1), test[:, 1:].flatten())
             print(f"{name}: {loss:.3f} nats a byte")
 

@@ -1,4 +1,4 @@
-"""Train the quickstart's model in several processes, dense and with its weights in codebooks.
+"""Train the quickstart's model in several processes, dense and with its weights quantized.
 
 For each it prints the loss (the same as in one process), the bytes that each process sends in a step and the bytes of
 Parameters and codes that it holds. It runs on processors, with gloo.

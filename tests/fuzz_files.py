@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import rpqfx
-from rpqfx import Hold, Policy, Rule, Skip
+from rpqfx import KeepDense, Policy, Quantize, Rule
 from rpqfx.conversion.checkpoint import Checkpoint
 from rpqfx.errors import FormatError
 from rpqfx.storage.container import open_container
@@ -63,9 +63,9 @@ def tiny() -> nn.Module:
     return small
 
 
-def _in_tiles(answer: Hold | Skip) -> Hold | Skip:
+def _in_tiles(answer: Quantize | KeepDense) -> Quantize | KeepDense:
     """The same, with codes that lie in tiles where they can."""
-    if isinstance(answer, Hold) and answer.spec.stages > 1:
+    if isinstance(answer, Quantize) and answer.spec.stages > 1:
         return dataclasses.replace(answer, spec=dataclasses.replace(answer.spec, tiled=True))
     return answer
 
@@ -84,7 +84,7 @@ class Largest(TorchDispatchMode):
 
 
 def cached() -> nn.Module:
-    """A language model whose weights and cache are in codebooks."""
+    """A language model whose weights and cache are quantized."""
     torch.manual_seed(0)
     policy = rpqfx.KVPolicy(bits=3, window=4, sinks=2, entries=16, chunk=8, sub_vector=4)
     small = rpqfx.rpqify(LM(layers=1), Policy(codebook_dim=8, codebook_bits=3, min_size=64))

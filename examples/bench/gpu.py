@@ -221,7 +221,7 @@ def training(device: Device) -> Iterator[Row]:
 
 
 def language_model(device: Device, bits: float | None) -> nn.Module:
-    """Returns a model of 1B shapes with random numbers, made on the device; dense, or in codebooks."""
+    """Returns a model of 1B shapes with random numbers, made on the device; dense or quantized."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = dict(decode.SHAPE_1B)

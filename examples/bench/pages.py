@@ -126,14 +126,14 @@ def gpu_models() -> str:
 
 
 def opening() -> str:
-    """Returns what it takes to open a folder, dense and in codebooks, and what the folder takes."""
+    """Returns what it takes to open a folder, dense and quantized, and what the folder takes."""
     found = results.read("pretrained")
     lines = [
         f"| {name} | {bytes_ / 1e6:.1f} | {row['seconds']:.2f} | {row['thread_seconds']:.2f} | "
         f"{row['seconds_to_first_answer']:.2f} | {row['tensors'] / 1e6:.1f} | {row['above'] / 1e6:.2f} |"
         for name, bytes_, row in (
             ("dense", found["dense_bytes"], found["dense"]),
-            (f"in codebooks, {found['bits_per_weight']:.2f} bits a weight", found["folder_bytes"], found["small"]),
+            (f"quantized, {found['bits_per_weight']:.2f} bits a weight", found["folder_bytes"], found["small"]),
         )
     ]
     said = found["machine"]
@@ -150,7 +150,7 @@ def opening() -> str:
 
 
 def distributed() -> str:
-    """Returns the loss, the traffic and the memory of training in several processes, dense and in codebooks."""
+    """Returns the loss, the traffic and the memory of training in several processes, dense and quantized."""
     found = results.read("distributed")
     dense = {row["how"]: row for row in found["rows"] if row["kind"] == "dense"}
     lines = [
@@ -171,7 +171,7 @@ def distributed() -> str:
 
 
 def ranks() -> str:
-    """Returns memory and traffic of large models on many devices, counted, dense and in codebooks."""
+    """Returns memory and traffic of large models on many devices, counted, dense and quantized."""
     found = results.read("ranks")
     lines = [
         f"| {row['model']} | {row['ranks']} | {row['kind']} | "

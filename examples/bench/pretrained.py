@@ -1,4 +1,4 @@
-"""What a folder of a model in codebooks takes, and what it takes to open it, beside the dense model's folder.
+"""What a folder of a quantized model takes, and what it takes to open it, beside the dense model's folder.
 
     RPQFX_EVALKIT=<kit> python examples/bench/pretrained.py --files <folder>       # SmolLM2 at 3 bits
     python examples/bench/pretrained.py --random                                   # a small random model, no kit

@@ -1,4 +1,4 @@
-"""What each way of using many devices takes, dense and in codebooks: memory of a device, and bytes it sends in a step.
+"""What each way of using many devices takes, dense and quantized: memory of a device, and bytes it sends in a step.
 
     python examples/bench/ranks.py
 

@@ -32,11 +32,11 @@ from rpqfx.graph.snapshot import Snapshot, small_tensors
 from rpqfx.graph.transformers_models import adapt_pretrained
 from rpqfx.graph.validate import groups_of, layout_of, settle
 from rpqfx.nn.weight import RPQWeight
-from rpqfx.policies.decision import Hold, Skip
+from rpqfx.policies.decision import KeepDense, Quantize
 from rpqfx.policies.site import Site
 from rpqfx.reporting.progress import Progress
 
-Decide = Callable[[Mapping[str, float]], Mapping[str, Hold | Skip]]
+Decide = Callable[[Mapping[str, float]], Mapping[str, Quantize | KeepDense]]
 
 
 def convert_sites(
@@ -108,7 +108,7 @@ class _Conversion:
 
     def run(self) -> None:
         settled = settle(self._decide({}), self._sites)
-        self._weights = self._stand_ins({n: d for n, d in settled.items() if isinstance(d, Hold)})
+        self._weights = self._stand_ins({n: d for n, d in settled.items() if isinstance(d, Quantize)})
         put(self._model, self._sites, self._weights)
         check_same_conversion(self._ranks, self._model, self._dense(), self._batches.calls, {
             "the policy": repr(sorted((name, repr(decision)) for name, decision in settled.items())),
@@ -137,7 +137,7 @@ class _Conversion:
         adapt_pretrained(self._model)  # not before: only now is it known which weights share codebooks
         record(self._model, self._sites, settled, self._errors, calibrated=self._calibrated, notes=notes)
 
-    def _stand_ins(self, holds: Mapping[str, Hold]) -> dict[str, StandIn]:
+    def _stand_ins(self, holds: Mapping[str, Quantize]) -> dict[str, StandIn]:
         made: dict[str, StandIn] = {}
         self._parameters: dict[str, nn.Parameter] = {}
         for name, hold in holds.items():
@@ -182,11 +182,11 @@ class _Conversion:
 
         observer.watch(runs, after)
 
-    def _settle_specs(self, settled: Mapping[str, Hold | Skip]) -> None:
-        self._holds: dict[str, Hold] = {}
+    def _settle_specs(self, settled: Mapping[str, Quantize | KeepDense]) -> None:
+        self._holds: dict[str, Quantize] = {}
         for name, weight in self._weights.items():
             hold = settled.get(name)
-            if not isinstance(hold, Hold) or layout_of(self._by_name[name], hold) != weight.layout:
+            if not isinstance(hold, Quantize) or layout_of(self._by_name[name], hold) != weight.layout:
                 raise RewriteError(f"{name}: calibration changed how its vectors lie; decide that beforehand")
             weight.spec, weight.plan = hold.spec, hold.plan
             self._holds[name] = hold

@@ -1,4 +1,4 @@
-"""A weight in codebooks of which each process holds some rows or some columns."""
+"""A quantized weight of which each process holds some rows or some columns."""
 
 from __future__ import annotations
 

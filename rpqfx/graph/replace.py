@@ -30,14 +30,14 @@ from rpqfx.nn.hosting.host import back, backed_as, layer_for
 from rpqfx.nn.hosting.reparametrised import computed_from
 from rpqfx.nn.layer import random_weight
 from rpqfx.nn.weight import ReadAs, RPQWeight
-from rpqfx.policies.decision import Hold, Skip
+from rpqfx.policies.decision import KeepDense, Quantize
 from rpqfx.policies.site import Site
 from rpqfx.reporting.progress import Progress
 
 
 def rewrite(
     captured: Captured,
-    decisions: Mapping[str, CodebookSpec | Hold | Skip],
+    decisions: Mapping[str, CodebookSpec | Quantize | KeepDense],
     sites: Sequence[Site] | None = None,
     *,
     seed: int | None = None,
@@ -73,13 +73,13 @@ def rewrite(
 
 
 def _rewrite(
-    captured: Captured, decisions: Mapping[str, CodebookSpec | Hold | Skip], sites: Sequence[Site], seed: int | None,
-    progress: Progress | None,
+    captured: Captured, decisions: Mapping[str, CodebookSpec | Quantize | KeepDense], sites: Sequence[Site],
+    seed: int | None, progress: Progress | None,
 ) -> nn.Module:  # fmt: skip
     settled = settle(decisions, sites)
     check_loaded(captured.model, sites, settled)
     by_name = {site.name: site for site in sites}
-    held = {name: decision for name, decision in settled.items() if isinstance(decision, Hold)}
+    held = {name: decision for name, decision in settled.items() if isinstance(decision, Quantize)}
     made: dict[str, RPQWeight] = {}
     errors: dict[str, float | None] = {}
     if seed is not None and held and all(parameter_at(captured.model, name).is_meta for name in held):
@@ -206,7 +206,7 @@ def parameter_at(model: nn.Module, name: str) -> nn.Parameter:
     return parameter
 
 
-def _make(model: nn.Module, members: list[tuple[Site, Hold]], seed: int) -> list[RPQWeight]:
+def _make(model: nn.Module, members: list[tuple[Site, Quantize]], seed: int) -> list[RPQWeight]:
     weights = []
     for site, hold in members:
         layout = layout_of(site, hold)
@@ -227,7 +227,7 @@ def _make(model: nn.Module, members: list[tuple[Site, Hold]], seed: int) -> list
     return weights
 
 
-def _share(model: nn.Module, members: list[tuple[Site, Hold]], weights: list[RPQWeight], seed: int) -> None:
+def _share(model: nn.Module, members: list[tuple[Site, Quantize]], weights: list[RPQWeight], seed: int) -> None:
     """One set of codebooks for several weights; fitted ones are fitted to all of them together."""
     first = weights[0]
     specs = [hold.spec for _, hold in members]
@@ -263,7 +263,7 @@ def _share(model: nn.Module, members: list[tuple[Site, Hold]], weights: list[RPQ
 
 
 @torch.no_grad()
-def _error(model: nn.Module, site: Site, hold: Hold, weight: RPQWeight) -> float | None:
+def _error(model: nn.Module, site: Site, hold: Quantize, weight: RPQWeight) -> float | None:
     """Relative error of a fitted tensor, ``|W - W'| / |W|``; None where nothing was fitted."""
     dense = parameter_at(model, site.name)
     if hold.init != "fit" or dense.is_meta:

@@ -155,5 +155,5 @@ _RECURRENT = re.compile(r"weight_(ih|hh|hr)(_l\d+(_reverse)?)?")
 
 
 def is_rewritten(model: nn.Module) -> bool:
-    """Whether any module of a model already holds a tensor in codebooks."""
+    """Whether any module of a model already holds a quantized tensor."""
     return any(backed_weights(module) for module in model.modules())

@@ -33,7 +33,7 @@ def adapt_pretrained(model: nn.Module) -> None:
     """Sets those attributes on every transformers model within a rewritten model.
 
     Args:
-        model: A model whose weights, or keys and values, have just been put into codebooks.
+        model: A model whose weights, or keys and values, have just been quantized.
     """
     for module in model.modules():
         if not is_pretrained(module):
@@ -60,7 +60,7 @@ def restore_pretrained(model: nn.Module) -> None:
     Ties of codebooks of keys and values, which stay, are told anew.
 
     Args:
-        model: A model none of whose weights are in codebooks any more.
+        model: A model none of whose weights are quantized any more.
     """
     for module in model.modules():
         if not is_pretrained(module):
@@ -85,7 +85,7 @@ def is_pretrained(module: nn.Module) -> bool:
 
 
 def _patterns(model: nn.Module, ties: dict[str, str]) -> dict[str, str]:
-    """Ties (target: source), with a pattern for all stored tensors in place of a weight that is in codebooks.
+    """Ties (target: source), with a pattern for all stored tensors in place of a weight that is quantized.
 
     Patterns, not names: of names that stand for Parameters, others (peft) conclude that their owner is a layer.
     """
@@ -117,7 +117,7 @@ def _shared(model: nn.Module, whole: set[str]) -> dict[str, str]:
 
 
 def _names(model: nn.Module, ties: dict[str, str]) -> dict[str, str]:
-    """Ties (target: source), with the name of each stored tensor in place of a weight that is in codebooks."""
+    """Ties (target: source), with the name of each stored tensor in place of a weight that is quantized."""
     found: dict[str, str] = {}
     for target, source in ties.items():
         held = _tied(model, target, source)

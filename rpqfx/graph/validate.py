@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from rpqfx.codebook import CodebookSpec
 from rpqfx.errors import RewriteError
 from rpqfx.nn.layout import Layout
-from rpqfx.policies.decision import Hold, Skip, as_decision
+from rpqfx.policies.decision import KeepDense, Quantize, as_decision
 from rpqfx.policies.site import Site
 
 
-def settle(decisions: Mapping[str, CodebookSpec | Hold | Skip], sites: Sequence[Site]) -> dict[str, Hold | Skip]:
+def settle(
+    decisions: Mapping[str, CodebookSpec | Quantize | KeepDense], sites: Sequence[Site]
+) -> dict[str, Quantize | KeepDense]:
     """Decisions that can be carried out.
 
     Args:
@@ -32,12 +34,12 @@ def settle(decisions: Mapping[str, CodebookSpec | Hold | Skip], sites: Sequence[
         raise RewriteError(f"decisions for sites that the model does not have: {', '.join(unknown[:5])}")
     settled = {name: as_decision(by_name[name], decision) for name, decision in decisions.items()}
     for name, decision in settled.items():
-        if isinstance(decision, Hold) and by_name[name].blocked is not None:
+        if isinstance(decision, Quantize) and by_name[name].blocked is not None:
             raise RewriteError(f"{name} cannot be quantized: {by_name[name].blocked}")
     return settled
 
 
-def groups_of(held: Mapping[str, Hold]) -> dict[object, list[str]]:
+def groups_of(held: Mapping[str, Quantize]) -> dict[object, list[str]]:
     """Names of sites that share codebooks, together; every other site alone.
 
     Args:
@@ -50,7 +52,7 @@ def groups_of(held: Mapping[str, Hold]) -> dict[object, list[str]]:
     return groups
 
 
-def layout_of(site: Site, hold: Hold) -> Layout:
+def layout_of(site: Site, hold: Quantize) -> Layout:
     """How a site's tensor is seen as vectors, by a decision.
 
     Args:

@@ -38,7 +38,7 @@ class Folder:
     def __init__(self, files: Sequence[str] | None) -> None:
         if not files:
             raise FormatError(
-                "a model in codebooks comes from the files of its folder, and no files were found; pass the folder to "
+                "a quantized model comes from the files of its folder, and no files were found; pass the folder to "
                 "from_pretrained, without state_dict"
             )
         self.files = [str(file) for file in files]

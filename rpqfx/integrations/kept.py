@@ -1,4 +1,4 @@
-"""Weights that were put into codebooks while they were loaded, kept on disk until all of them are."""
+"""Weights that were quantized while they were loaded, kept on disk until all of them are."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rpqfx.conversion.checkpoint import Checkpoint, Work, fingerprint
 from rpqfx.errors import FormatError
 from rpqfx.nn.layout import Layout
 from rpqfx.nn.weight import RPQWeight
-from rpqfx.policies.decision import Hold
+from rpqfx.policies.decision import Quantize
 
 _LOADING = Work("loading", "model, policy or seed")
 _DENSE, _ERROR, _STD = "dense", "error", "std"  # what is kept beside a weight's tensors
@@ -35,7 +35,7 @@ class Kept:
         self._folder = os.fspath(folder)
         self._store = Checkpoint(folder, fingerprint(words, ()), _LOADING)
 
-    def load(self, name: str, hold: Hold, layout: Layout, dense: Tensor) -> tuple[RPQWeight, float | None] | None:
+    def load(self, name: str, hold: Quantize, layout: Layout, dense: Tensor) -> tuple[RPQWeight, float | None] | None:
         """Returns a weight and the error of its fit, or None where it is not done.
 
         Args:

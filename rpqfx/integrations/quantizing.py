@@ -1,4 +1,4 @@
-"""Weights put into codebooks while ``from_pretrained`` of transformers loads them, each as it comes, without data."""
+"""Weights quantized while ``from_pretrained`` of transformers loads them, each as it comes, without data."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from rpqfx.graph.validate import groups_of, layout_of, settle
 from rpqfx.integrations.kept import Kept
 from rpqfx.nn.weight import RPQWeight
 from rpqfx.policies.decide import decide_all
-from rpqfx.policies.decision import Hold, Skip
+from rpqfx.policies.decision import KeepDense, Quantize
 from rpqfx.policies.policy import Policy, Rate
 from rpqfx.reporting.report import dense_bytes
 from rpqfx.storage.files import take_in
@@ -61,7 +61,7 @@ class Quantizing(ConversionOps):
         others = dense_bytes(model) - sum(site.dense_bytes for site in self._sites)
         decisions, self._notes = decide_all(policy, self._sites, others)
         self._settled = settle(decisions, self._sites)
-        held = {name: hold for name, hold in self._settled.items() if isinstance(hold, Hold)}
+        held = {name: hold for name, hold in self._settled.items() if isinstance(hold, Quantize)}
         self._groups: dict[str, object] = {}
         for key, names in groups_of(held).items():
             if len(names) > 1 and not self._by_rate:
@@ -109,7 +109,9 @@ class Quantizing(ConversionOps):
         """
         hold = self._settled.get(self._site_of.get(name, ""))
         return (
-            hold.spec.stages * hold.spec.codebook_bits / hold.spec.codebook_dim / 8 if isinstance(hold, Hold) else None
+            hold.spec.stages * hold.spec.codebook_bits / hold.spec.codebook_dim / 8
+            if isinstance(hold, Quantize)
+            else None
         )
 
     def dtype_of(self, converter: Any, dtype: torch.dtype | None) -> torch.dtype | None:
@@ -126,7 +128,7 @@ class Quantizing(ConversionOps):
         self, input_dict: dict[str, Any], full_layer_name: str = "", model: Any = None, missing_keys: Any = None,
         **kwargs: Any,
     ) -> dict[str, Tensor]:  # fmt: skip
-        """Puts a weight into codebooks, in the model; an error is kept for ``finish``.
+        """Quantizes a weight, in the model; an error is kept for ``finish``.
 
         Args:
             input_dict: The dense tensor.
@@ -163,13 +165,13 @@ class Quantizing(ConversionOps):
         if not bool(torch.isfinite(dense).all()):
             raise RewriteError(f"{name} has infinite or NaN elements; mend it, or skip it with modules_to_not_convert")
         hold = self._settled[name]
-        assert isinstance(hold, Hold)
+        assert isinstance(hold, Quantize)
         weight = self._made_of(name, hold, nn.Parameter(dense))
         put(model, self._sites, {name: weight})
         for part in (weight, *(model.get_submodule(own.rpartition(".")[0]) for own in self._by_name[name].names)):
             part._is_hf_initialized = True  # type: ignore[assignment]
 
-    def _made_of(self, name: str, hold: Hold, dense: nn.Parameter) -> RPQWeight:
+    def _made_of(self, name: str, hold: Quantize, dense: nn.Parameter) -> RPQWeight:
         """The weight as it was kept, or fitted now, and then kept."""
         found = None if self._kept is None else self._kept.load(name, hold, layout_of(self._by_name[name], hold), dense)
         if found is None:
@@ -186,7 +188,7 @@ class Quantizing(ConversionOps):
     def _shares(self, name: str) -> bool:
         return sum(other == self._groups[name] for other in self._groups.values()) > 1
 
-    def _fit(self, name: str, hold: Hold, dense: nn.Parameter) -> RPQWeight:
+    def _fit(self, name: str, hold: Quantize, dense: nn.Parameter) -> RPQWeight:
         layout = layout_of(self._by_name[name], hold)
         if not self._by_rate:
             weight = RPQWeight.from_dense(dense, hold.spec, layout, seed=self._seed, plan=hold.plan)
@@ -213,13 +215,13 @@ class Quantizing(ConversionOps):
             model: The model.
 
         Raises:
-            RPQError: What was raised while a weight was put into codebooks.
+            RPQError: What was raised while a weight was quantized.
         """
         if self._failed:
             raise self._failed[0]
         for name in self._groups:
             if name not in self._made:
-                self._settled[name] = Skip("it is not in the checkpoint, and was drawn")
+                self._settled[name] = KeepDense("it is not in the checkpoint, and was drawn")
         model.__dict__["all_tied_weights_keys"] = self._ties
         adapt_pretrained(model)
         record(model, self._sites, self._settled, self._errors, notes=self._notes)
@@ -233,7 +235,7 @@ def _words(model: nn.Module, policy: Policy, seed: int) -> list[str]:
 
 
 def _tie(model: Any) -> None:
-    """Ties what transformers will tie when all is loaded, so that it is put into codebooks once."""
+    """Ties what transformers will tie when all is loaded, so that it is quantized once."""
     ties = getattr(model, "all_tied_weights_keys", None) or {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for target, source in ties.items():

@@ -18,7 +18,7 @@ class SavedCalibration(Protocol):
         """Raises unless the coders are of a model like this one.
 
         Args:
-            model: Dense, or with weights in codebooks.
+            model: Dense, or with quantized weights.
         """
 
     def put(self, model: nn.Module) -> None:

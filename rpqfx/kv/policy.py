@@ -1,4 +1,4 @@
-"""How a model's KV cache is held in codebooks: values that say it, and nothing that does it."""
+"""How a model's KV cache is quantized: values that say it, and nothing that does it."""
 
 from __future__ import annotations
 

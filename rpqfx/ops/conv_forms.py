@@ -1,4 +1,4 @@
-"""A convolution whose filters are held in codebooks, as a form (see ``rpqfx.ops.forms``)."""
+"""A convolution whose filters are quantized, as a form (see ``rpqfx.ops.forms``)."""
 
 from __future__ import annotations
 

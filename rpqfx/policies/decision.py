@@ -18,7 +18,7 @@ from rpqfx.policies.site import Site
 
 
 @dataclass(frozen=True)
-class Skip:
+class KeepDense:
     """A decision to leave a site as it is.
 
     Args:
@@ -29,7 +29,7 @@ class Skip:
 
 
 @dataclass(frozen=True)
-class Hold:
+class Quantize:
     """A decision to quantize a site's weight.
 
     Args:
@@ -54,7 +54,7 @@ class Hold:
         return (self.spec.codebooks_shape, self.spec.scale, self.spec.signs, self.init)
 
 
-def as_decision(site: Site, answer: CodebookSpec | Hold | Skip) -> Hold | Skip:
+def as_decision(site: Site, answer: CodebookSpec | Quantize | KeepDense) -> Quantize | KeepDense:
     """Returns a spec as a decision: its shape says along which side of the site its vectors lie.
 
     Args:
@@ -64,17 +64,17 @@ def as_decision(site: Site, answer: CodebookSpec | Hold | Skip) -> Hold | Skip:
     Raises:
         PolicyError: If the spec fits neither side, or the answer is something else.
     """
-    if isinstance(answer, (Hold, Skip)):
+    if isinstance(answer, (Quantize, KeepDense)):
         return answer
     if not isinstance(answer, CodebookSpec):
-        raise PolicyError(f"{site.name}: a policy returns a CodebookSpec, a Hold or a Skip, got {answer!r}")
+        raise PolicyError(f"{site.name}: a policy returns a CodebookSpec, a Quantize or a KeepDense, got {answer!r}")
     splits: tuple[Split, ...] = ("row", "column") if site.splits else ("row",)
     sharings: tuple[Experts, ...] = ("shared", "own") if site.experts else ("shared",)
     for experts, split in itertools.product(sharings, splits):
         layout = site.layout(split, experts)
         fits = (layout.num_vectors, layout.dim) == (answer.num_vectors, answer.dim)
         if fits and layout.unit % answer.codebook_dim == 0:
-            return Hold(answer, split, experts=experts)
+            return Quantize(answer, split, experts=experts)
     row = site.layout("row")
     raise PolicyError(
         f"{site.name}: the spec has {answer.num_vectors} vectors of length {answer.dim}, "
@@ -82,7 +82,7 @@ def as_decision(site: Site, answer: CodebookSpec | Hold | Skip) -> Hold | Skip:
     )
 
 
-def smallest(site: Site, options: Options) -> Hold:
+def smallest(site: Site, options: Options) -> Quantize:
     """Returns the site's spec, with the smaller split where the options leave that open.
 
     Raises:
@@ -103,7 +103,7 @@ def smallest(site: Site, options: Options) -> Hold:
     return min(holds, key=lambda hold: stored_bytes(site, hold))
 
 
-def together(members: Sequence[tuple[Site, Options]]) -> dict[str, Hold | Skip]:
+def together(members: Sequence[tuple[Site, Options]]) -> dict[str, Quantize | KeepDense]:
     """Decides sites that share one set of codebooks, or a single site, so that all of them together shrink.
 
     A site takes part where its codes are smaller than its dense tensor; the codebooks are taken on where they are
@@ -138,22 +138,22 @@ def together(members: Sequence[tuple[Site, Options]]) -> dict[str, Hold | Skip]:
     return {site.name: _no_gain(site, own, len(members)) for site, own in members}
 
 
-def _with_bits(hold: Hold, bits: int) -> Hold:
+def _with_bits(hold: Quantize, bits: int) -> Quantize:
     return dataclasses.replace(hold, spec=dataclasses.replace(hold.spec, entries=2**bits))
 
 
-def _no_gain(site: Site, options: Options, sharers: int = 1) -> Skip:
+def _no_gain(site: Site, options: Options, sharers: int = 1) -> KeepDense:
     hold = smallest(site, options)
     others = f", and {sharers} sites that share codebooks would not either" if sharers > 1 else ""
-    return Skip(
+    return KeepDense(
         f"would not shrink: {site.dense_bytes:,} bytes dense, {stored_bytes(site, hold):,} with "
         f"{options.codebook_bits} bits for {hold.spec.num_vectors} vectors of length {hold.spec.dim}{others}"
     )
 
 
-def candidates(site: Site, options: PartialOptions) -> list[Candidate[Hold | Skip]]:
+def candidates(site: Site, options: PartialOptions) -> list[Candidate[Quantize | KeepDense]]:
     """Returns every spec that a budget may choose for a site, as its options leave that open, and leaving it dense."""
-    found = [Candidate[Hold | Skip](Skip("the budget affords it dense"), site.dense_bytes, 0.0)]
+    found = [Candidate[Quantize | KeepDense](KeepDense("the budget affords it dense"), site.dense_bytes, 0.0)]
     unit = site.layout("row", options.experts or "shared").unit
     lengths = _LENGTHS if options.codebook_dim is None else (options.codebook_dim,)
     dims = sorted({nearest_divisor(unit, d) for d in lengths})
@@ -180,7 +180,7 @@ _LENGTHS = (2, 4, 8, 16, 32, 64, 128)
 _FEWEST_BITS, _MOST_BITS = 2, 12
 
 
-def _hold(site: Site, options: Options, split: Split) -> Hold:
+def _hold(site: Site, options: Options, split: Split) -> Quantize:
     layout = site.layout(split, options.experts)
     dim, count = layout.unit, options.num_subvectors
     if count == "heads":
@@ -207,7 +207,7 @@ def _hold(site: Site, options: Options, split: Split) -> Hold:
     except SpecError as error:
         raise PolicyError(f"{site.name}: {error}") from error
     group = _group(site, options, layout.dim)
-    return Hold(spec, split, options.init, group, options.plan, options.experts)
+    return Quantize(spec, split, options.init, group, options.plan, options.experts)
 
 
 def _group(site: Site, options: Options, dim: int) -> str | None:
@@ -218,9 +218,9 @@ def _group(site: Site, options: Options, dim: int) -> str | None:
     return None
 
 
-def stored_bytes(site: Site, decision: Hold | Skip) -> int:
+def stored_bytes(site: Site, decision: Quantize | KeepDense) -> int:
     """Returns the bytes of a site's tensors after a decision."""
-    return site.dense_bytes if isinstance(decision, Skip) else decision.spec.stored_bytes(site.dtype)
+    return site.dense_bytes if isinstance(decision, KeepDense) else decision.spec.stored_bytes(site.dtype)
 
 
 def _distortion(spec: CodebookSpec) -> float:

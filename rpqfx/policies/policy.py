@@ -17,15 +17,15 @@ from rpqfx.policies.amount import EMBEDDING_BITS, Amount, Budget, Fixed, Rate, a
 from rpqfx.policies.base import PolicyBase
 from rpqfx.policies.bit_allocation import spread
 from rpqfx.policies.budget import Candidate, choose
-from rpqfx.policies.decision import Hold, Skip, candidates, smallest, stored_bytes, together
+from rpqfx.policies.decision import KeepDense, Quantize, candidates, smallest, stored_bytes, together
 from rpqfx.policies.options import Init, Options, PartialOptions, Rule, Sharing
 from rpqfx.policies.site import KINDS, Kind, Site
 from rpqfx.validation.spelling import spelled
 from rpqfx.validation.values import one_of, shown
 
-__all__ = ["Budget", "Decide", "Fixed", "Hold", "Options", "Policy", "Rate", "Rule", "Skip"]
+__all__ = ["Budget", "Decide", "Fixed", "KeepDense", "Options", "Policy", "Quantize", "Rate", "Rule"]
 
-Decide = Callable[[Site], CodebookSpec | Hold | Skip]
+Decide = Callable[[Site], CodebookSpec | Quantize | KeepDense]
 _TABLES = ("embedding", "embedding_bag")
 
 
@@ -37,8 +37,9 @@ class Policy(PartialOptions, PolicyBase):
     Precedence, strongest first: what a site cannot do (it is skipped, with the reason); the first rule that matches
     it; the policy's own options. Of a rule, only the options it sets count; the others come from the policy.
 
-    A policy returns a spec that divides, or a [`Skip`][rpqfx.policies.policy.Skip] with the reason. It makes no layer
-    larger unless ``allow_growth`` says so. It is a value: printable, comparable, and JSON both ways (predicates apart).
+    A policy returns a spec that divides, or a [`KeepDense`][rpqfx.policies.policy.KeepDense] with the reason. It makes
+    no layer larger unless ``allow_growth`` says so. It is a value: printable, comparable, and JSON both ways
+    (predicates apart).
 
     Options that are left out have the values of [`Options`][rpqfx.policies.policy.Options], unless ``amount`` chooses
     them for each weight; those read None here. An option that would do nothing beside an amount is refused.
@@ -169,7 +170,7 @@ class Policy(PartialOptions, PolicyBase):
 
     def decide(
         self, sites: Sequence[Site], other_bytes: int = 0, importance: Mapping[str, float] | None = None
-    ) -> dict[str, Hold | Skip]:
+    ) -> dict[str, Quantize | KeepDense]:
         """Decides every site.
 
         Args:
@@ -192,8 +193,8 @@ class Policy(PartialOptions, PolicyBase):
         if not isinstance(self.amount, Budget):
             return decisions
         before = other_bytes + sum(site.dense_bytes for site in sites)
-        free: dict[str, list[Candidate[Hold | Skip]]] = {}
-        alike: dict[object, list[Candidate[Hold | Skip]]] = {}  # most layers of a model are like another one
+        free: dict[str, list[Candidate[Quantize | KeepDense]]] = {}
+        alike: dict[object, list[Candidate[Quantize | KeepDense]]] = {}  # most layers of a model are like another one
         for site in sites:
             options, decision = self._written_for(site), decisions[site.name]
             if self._rule_sets_shape(site) or self._refused(site, self.options_for(site)) is not None:
@@ -207,12 +208,12 @@ class Policy(PartialOptions, PolicyBase):
 
     def _by_rate(
         self, rate: Rate, sites: Sequence[Site], importance: Mapping[str, float] | None
-    ) -> dict[str, Hold | Skip]:
+    ) -> dict[str, Quantize | KeepDense]:
         options = {site.name: self.options_for(site) for site in sites}
-        decisions: dict[str, Hold | Skip] = {}
+        decisions: dict[str, Quantize | KeepDense] = {}
         for site in sites:
             if (reason := self._refused(site, options[site.name])) is not None:
-                decisions[site.name] = Skip(reason)
+                decisions[site.name] = KeepDense(reason)
             elif self._rule_sets_shape(site):
                 decisions[site.name] = self(site)
         rows = {site.shape[0] for site in sites if site.kind in _TABLES}
@@ -221,7 +222,7 @@ class Policy(PartialOptions, PolicyBase):
         weights = [site for site in free if site not in tables]
         if rate.embedding_bits is None:
             reason = "embeddings and heads have a budget of their own, embedding_bits, and it is not given"
-            decisions |= {site.name: Skip(reason) for site in tables}
+            decisions |= {site.name: KeepDense(reason) for site in tables}
             tables = []
         held = spread(weights, rate.bits_per_weight, importance)
         held |= spread(tables, rate.embedding_bits or 0.0, None, "embeddings", "embedding_bits")
@@ -230,11 +231,11 @@ class Policy(PartialOptions, PolicyBase):
             decisions[name] = dataclasses.replace(hold, spec=spec, plan=options[name].plan)
         return decisions
 
-    def __call__(self, site: Site) -> Hold | Skip:
+    def __call__(self, site: Site) -> Quantize | KeepDense:
         """Decides one site by itself, leaving a budget and the sites that it could share codebooks with aside."""
         options = self.options_for(site)
         reason = self._refused(site, options)
-        return Skip(reason) if reason is not None else together([(site, options)])[site.name]
+        return KeepDense(reason) if reason is not None else together([(site, options)])[site.name]
 
     def options_for(self, site: Site) -> Options:
         """Returns all options of a site: those of the rule that it follows, else the policy's, else the defaults."""
@@ -254,7 +255,7 @@ class Policy(PartialOptions, PolicyBase):
         rule = self.rule_for(site)
         return rule is not None and rule.sets_shape
 
-    def _shared(self, sites: Sequence[Site]) -> dict[str, Hold | Skip]:
+    def _shared(self, sites: Sequence[Site]) -> dict[str, Quantize | KeepDense]:
         """Returns the decisions for the sites whose codebooks other layers share: each group is decided as one."""
         groups: dict[object, list[tuple[Site, Options]]] = defaultdict(list)
         for site in sites:

@@ -11,7 +11,7 @@ from torch import nn
 
 from rpqfx.codebook import CodebookSpec
 from rpqfx.ops import Plan
-from rpqfx.policies.decision import Hold, Skip
+from rpqfx.policies.decision import KeepDense, Quantize
 from rpqfx.policies.site import Site
 
 _ATTRIBUTE = "_rpqfx_records"
@@ -74,7 +74,9 @@ class SiteRecord:
         return ratio(self.stored_bits, math.prod(self.shape))
 
     @classmethod
-    def of(cls, site: Site, decision: Hold | Skip, error: float | None = None, calibrated: bool = False) -> SiteRecord:
+    def of(
+        cls, site: Site, decision: Quantize | KeepDense, error: float | None = None, calibrated: bool = False
+    ) -> SiteRecord:
         """Makes the record of a decision.
 
         Args:
@@ -87,7 +89,7 @@ class SiteRecord:
             name=site.name, names=site.names, kind=site.kind, module_type=site.module_type.__name__, shape=site.shape,
             before=site.dense_bytes, after=site.dense_bytes,
         )  # fmt: skip
-        if isinstance(decision, Skip):
+        if isinstance(decision, KeepDense):
             return dataclasses.replace(base, reason=decision.reason)
         init = "random" if error is None else "calibrated" if calibrated else "fit"
         return dataclasses.replace(base, spec=decision.spec, split=decision.split, init=init, error=error)

@@ -98,7 +98,7 @@ class Report:
 
 
 def report(model: nn.Module) -> Report:
-    """Returns which weights of a model are in codebooks, which stayed dense and why, and the bytes of all of it.
+    """Returns which weights of a model are quantized, which stayed dense and why, and the bytes of all of it.
 
     Bytes are counted from the tensors that are in the model now; a tensor with several names counts once.
 
@@ -203,7 +203,7 @@ def _totals(report: Report) -> list[str]:
     drawn = sum(site.drawn_stages > 0 for site in report.rewritten)
     seeds = f"; random codes of {drawn} site{'s' * (drawn > 1)} as a seed" if drawn else ""
     return [
-        f"{len(report.rewritten)} of {len(report.sites)} sites in codebooks; "
+        f"{len(report.rewritten)} of {len(report.sites)} sites quantized; "
         f"{size(report.before)} before, {size(report.after)} after ({share:.1%})",
         f"codebooks and scales {size(report.codebooks)}, codes and signs {size(report.codes)}, "
         f"everything else {size(report.other)}",

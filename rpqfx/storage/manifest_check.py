@@ -188,7 +188,7 @@ def _check_record(record: dict[str, Any]) -> None:
     if record["spec"] is not None:
         _check_spec(record["name"], record["spec"])
         if not math.prod(record["shape"]):
-            raise FormatError(f"its manifest says that {record['name']}, of no elements, is in codebooks")
+            raise FormatError(f"its manifest says that {record['name']}, of no elements, is quantized")
 
 
 def _entry_of(entries: dict[str, dict[str, Any]], names: list[str], shape: tuple[int, ...]) -> dict[str, Any]:

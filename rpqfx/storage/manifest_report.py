@@ -27,10 +27,10 @@ def report_of(manifest: Mapping[str, Any]) -> Report:
         manifest: Manifest of the file, checked.
 
     Raises:
-        RPQError: If the file holds nothing in codebooks, as that of a model whose keys and values alone are.
+        RPQError: If the file has no quantized weight, as that of a model whose keys and values alone are.
     """
     if not manifest["sites"]:
-        raise RPQError("holds no weights in codebooks, so there is nothing to report")
+        raise RPQError("holds no quantized weights, so there is nothing to report")
     entries = {name: entry for entry in manifest["tensors"] for name in entry["names"]}
     held = {name: site for site in manifest["sites"] for name in site["names"]}
     seen: set[str] = set()

@@ -116,7 +116,7 @@ def tune(
     backward: bool = False,
     repeats: int = 9,
 ) -> Tuning:
-    """Measures in which way each weight in codebooks runs faster, and sets its plan, in place.
+    """Measures in which way each quantized weight runs faster, and sets its plan, in place.
 
     Runs a copy of the model once, in the mode it is in, to see what is asked of each weight: by layers, and by modules
     that use a Parameter of their own. Each distinct product is then timed both ways on random inputs of the same shape,
@@ -141,7 +141,7 @@ def tune(
         Times and plans, weight by weight; print it for a table.
 
     Raises:
-        InputError: If ``model`` holds nothing in codebooks or is on the meta device, the inputs are no sequence or are
+        InputError: If ``model`` has no quantized weight or is on the meta device, the inputs are no sequence or are
             rejected by it, or ``repeats`` is no positive number.
         RewriteError: If the model cannot be copied, or is sharded.
     """

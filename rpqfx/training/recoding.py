@@ -60,7 +60,7 @@ class Recoding:
     all three. Training goes on to the same bits.
 
     Args:
-        model: A model in codebooks, whose weights are drawn anew; it changes in place. Codes without signs, ``scale``
+        model: A quantized model, whose weights are drawn anew; it changes in place. Codes without signs, ``scale``
             and ``column_scale``; of two stages for ``"sketch"``.
         optimizer: It has all codebooks, and has taken no step yet.
         steps: Optimizer steps of the whole training.
@@ -71,7 +71,7 @@ class Recoding:
         seed: Seeds drawn matrices, clusters and codes.
 
     Raises:
-        InputError: If nothing in the model is in codebooks, an argument is out of range or does not apply to the
+        InputError: If nothing in the model is quantized, an argument is out of range or does not apply to the
             recipe, or the optimizer has not all codebooks that train.
         RewriteError: If accelerate has offloaded the model.
     """

@@ -19,7 +19,7 @@ import rpqfx
 from rpqfx import Policy, Rule
 from rpqfx.errors import RewriteError, RPQError
 from rpqfx.graph import capture, find_sites, rewrite
-from rpqfx.policies.policy import Hold
+from rpqfx.policies.policy import Quantize
 
 accelerate = pytest.importorskip("accelerate")
 
@@ -170,7 +170,7 @@ def test_a_model_that_is_loaded_in_part_is_not_fitted(calibration: Any):
         rpqfx.rpqify(model, policy) if calibration is None else rpqfx.convert(model, policy, calibration)
     captured = capture(model)
     sites = find_sites(captured)
-    decisions = {site.name: hold for site in sites if isinstance(hold := FITTED(site), Hold)}
+    decisions = {site.name: hold for site in sites if isinstance(hold := FITTED(site), Quantize)}
     with pytest.raises(RewriteError, match=r"^a\.weight are on the meta device"):
         rewrite(captured, decisions)
     drawn = rpqfx.materialize(rpqfx.rpqify(model, DRAWN))

@@ -205,15 +205,17 @@ def test_match_and_skip_change_decisions() -> None:
 
 
 def test_a_budget_keeps_what_is_given_and_chooses_the_rest() -> None:
-    held = [d for d in Policy.budget(ratio=0.3, codebook_bits=5).decide(SITES).values() if isinstance(d, rpqfx.Hold)]
+    held = [
+        d for d in Policy.budget(ratio=0.3, codebook_bits=5).decide(SITES).values() if isinstance(d, rpqfx.Quantize)
+    ]
     assert {hold.spec.codebook_bits for hold in held} == {5}
-    held = [d for d in Policy.budget(ratio=0.3, codebook_dim=8).decide(SITES).values() if isinstance(d, rpqfx.Hold)]
+    held = [d for d in Policy.budget(ratio=0.3, codebook_dim=8).decide(SITES).values() if isinstance(d, rpqfx.Quantize)]
     assert {hold.spec.codebook_dim for hold in held} <= {8, 9} and len({hold.spec.codebook_bits for hold in held}) > 1
     for sharing in ("own", "layer"):
         held = [d for d in Policy.budget(ratio=0.3, sharing=sharing).decide(SITES).values() if hasattr(d, "spec")]
         assert all((hold.spec.num_codebooks == 1) == (sharing == "layer") for hold in held)
     held = [
-        d for d in Policy.budget(ratio=0.3, min_codebook_bits=7).decide(SITES).values() if isinstance(d, rpqfx.Hold)
+        d for d in Policy.budget(ratio=0.3, min_codebook_bits=7).decide(SITES).values() if isinstance(d, rpqfx.Quantize)
     ]
     assert all(hold.spec.codebook_bits >= 7 for hold in held)
 

@@ -1,4 +1,4 @@
-"""Weights in codebooks, attention on codes and routed blocks in one model: in every order, and none of them twice."""
+"""Quantized weights, attention on codes and routed blocks in one model: in every order, and none of them twice."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from rpqfx.graph.validate import layout_of
 from rpqfx.nn import RPQWeight
 from rpqfx.nn.layout import Layout
 from rpqfx.policies.decide import decide_all
-from rpqfx.policies.decision import Hold
+from rpqfx.policies.decision import Quantize
 from tests.helpers import generator, naive_tensor, randn, stored_all
 from tests.models import CASES, Case, assert_outputs, filled, held_weights
 
@@ -44,7 +44,7 @@ def with_stand_ins(case: Case) -> tuple[nn.Module, nn.Module, dict[str, StandIn]
     made = {
         site.name: StandIn(hold.spec, layout_of(site, hold), parameter_at(model, site.name), heard)
         for site in sites
-        if isinstance(hold := decisions[site.name], Hold)
+        if isinstance(hold := decisions[site.name], Quantize)
     }
     put(model, sites, made)
     return dense, model, made, heard

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import rpqfx
-from rpqfx import CodebookSpec, Hold, Policy, Rule, Site, Skip
+from rpqfx import CodebookSpec, KeepDense, Policy, Quantize, Rule, Site
 from rpqfx.conversion import rewritten as rewritten_module
 from rpqfx.errors import CaptureError, InputError, PolicyError, RewriteError, RPQError
 from rpqfx.graph import is_rewritten, whole_graph
@@ -123,12 +123,12 @@ def test_a_lazy_model_is_rewritten_once_it_has_run_and_refused_before():
 def test_a_callable_may_return_a_spec_a_hold_or_a_skip():
     seen: list[Site] = []
 
-    def decide(site: Site) -> CodebookSpec | Hold | Skip:
+    def decide(site: Site) -> CodebookSpec | Quantize | KeepDense:
         seen.append(site)
         if site.name.endswith("qkv.weight"):
-            return Skip("kept by hand")
+            return KeepDense("kept by hand")
         if site.kind == "embedding":
-            return Hold(CodebookSpec(*site.shape, codebook_dim=4, entries=4), init="random")
+            return Quantize(CodebookSpec(*site.shape, codebook_dim=4, entries=4), init="random")
         return CodebookSpec(site.layout().num_vectors, site.layout().dim, codebook_dim=2, entries=4)
 
     small = rpqfx.rpqify(GPT(), decide)
@@ -147,14 +147,16 @@ def test_a_spec_along_columns_is_understood():
 
 
 def test_answers_that_do_not_fit_are_refused_by_name():
-    with pytest.raises(PolicyError, match=r"fc1\.weight: a policy returns a CodebookSpec, a Hold or a Skip, got 8"):
+    with pytest.raises(
+        PolicyError, match=r"fc1\.weight: a policy returns a CodebookSpec, a Quantize or a KeepDense, got 8"
+    ):
         rpqfx.rpqify(MLP(), lambda site: 8)
     with pytest.raises(PolicyError, match=r"fc1\.weight: the spec has 5 vectors of length 12, the site 32 of .* 12"):
         rpqfx.rpqify(MLP(), lambda site: CodebookSpec(5, 12, 4, 4))
     with pytest.raises(RewriteError, match=r"fc1\.weight: the decision has 32 vectors of length 12.*split='column'"):
-        rpqfx.rpqify(MLP(), lambda site: Hold(CodebookSpec(32, 12, 4, 4), split="column"))
+        rpqfx.rpqify(MLP(), lambda site: Quantize(CodebookSpec(32, 12, 4, 4), split="column"))
     with pytest.raises(PolicyError, match=r"rewrites nothing\. fc1\.weight: no; fc2\.weight: no"):
-        rpqfx.rpqify(MLP(), lambda site: Skip("no"))
+        rpqfx.rpqify(MLP(), lambda site: KeepDense("no"))
 
 
 # ------------------------------------------------------------------------------------------------------- progress

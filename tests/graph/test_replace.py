@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rpqfx
-from rpqfx import CodebookSpec, Hold, Policy, Rule, Skip
+from rpqfx import CodebookSpec, KeepDense, Policy, Quantize, Rule
 from rpqfx.errors import RewriteError
 from rpqfx.graph import capture, find_sites, install, is_rewritten, rewrite
 from rpqfx.nn import Layout, RPQLinear, RPQMultiheadAttention, RPQWeight, VirtualWeight
@@ -482,7 +482,7 @@ def test_fits_of_one_seed_are_equal_and_of_another_differ():
 # ------------------------------------------------------------------------------- the step itself: all or nothing
 
 
-def steps(model: nn.Module, policy: Policy = SMALL) -> tuple[Any, list[Any], dict[str, Hold | Skip]]:
+def steps(model: nn.Module, policy: Policy = SMALL) -> tuple[Any, list[Any], dict[str, Quantize | KeepDense]]:
     captured = capture(model)
     sites = find_sites(captured)
     return captured, sites, policy.decide(sites)
@@ -563,8 +563,8 @@ def test_a_decision_for_no_site_or_of_another_shape_touches_nothing():
     before = whole(model)
     captured, sites, decisions = steps(model)
     with pytest.raises(RewriteError, match=r"decisions for sites that the model does not have: fc9\.weight"):
-        rewrite(captured, {**decisions, "fc9.weight": Skip("typo")}, sites)
-    wrong = Hold(CodebookSpec(32, 8, 4, 4))
+        rewrite(captured, {**decisions, "fc9.weight": KeepDense("typo")}, sites)
+    wrong = Quantize(CodebookSpec(32, 8, 4, 4))
     with pytest.raises(RewriteError, match=r"fc2.weight: the decision has 32 vectors of length 8, the site 8 .* 32"):
         rewrite(captured, {**decisions, "fc2.weight": wrong}, sites)
     assert_whole(model, before)

@@ -1,4 +1,4 @@
-"""quantize_ of torchao with weights in codebooks."""
+"""quantize_ of torchao with quantized weights."""
 
 from __future__ import annotations
 
@@ -78,6 +78,6 @@ def test_configs_that_say_nothing(options: dict[str, Any], kind: type[Exception]
 
 def test_a_layer_that_is_too_small_is_refused_by_name() -> None:
     small = nn.Sequential(nn.Linear(8, 4))
-    with pytest.raises(PolicyError, match=r"a Linear \(weight \(4, 8\), bias \(4,\)\) cannot be put into codebooks"):
+    with pytest.raises(PolicyError, match=r"a Linear \(weight \(4, 8\), bias \(4,\)\) cannot be quantized"):
         quantization.quantize_(small, RPQConfig(bits_per_weight=4))
     assert type(small[0]) is nn.Linear

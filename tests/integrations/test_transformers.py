@@ -1,4 +1,4 @@
-"""save_pretrained and from_pretrained of transformers with models in codebooks."""
+"""save_pretrained and from_pretrained of transformers with quantized models."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rpqfx
-from rpqfx import Hold, KVPolicy, Policy, RoutePolicy, Site, Skip
+from rpqfx import KeepDense, KVPolicy, Policy, Quantize, RoutePolicy, Site
 from rpqfx.codebook.packing import packed_bytes
 from rpqfx.errors import FormatError, InputError, PolicyError, RPQError
 from rpqfx.storage.archive import read_bytes
@@ -65,7 +65,7 @@ def bert() -> Any:
 def in_tiles(site: Any) -> Any:
     """Two stages of drawn codes that lie in tiles."""
     answer = Policy.from_scratch(codebook_dim=4, codebook_bits=4, stages=2, sharing="layer", min_size=1024)(site)
-    if not isinstance(answer, rpqfx.Hold):
+    if not isinstance(answer, rpqfx.Quantize):
         return answer
     return dataclasses.replace(answer, spec=dataclasses.replace(answer.spec, tiled=True))
 
@@ -315,10 +315,10 @@ class _Allocated(TorchDispatchMode):
         return sum(storage.nbytes() for storage in self.kept.values())
 
 
-def tiled(site: Site) -> Hold | Skip:
+def tiled(site: Site) -> Quantize | KeepDense:
     """Holds a weight as conversions do, with codes drawn at random."""
     decided = Policy.from_scratch(codebook_dim=8, codebook_bits=4).decide([site])[site.name]
-    assert isinstance(decided, Hold)
+    assert isinstance(decided, Quantize)
     return dataclasses.replace(decided, spec=dataclasses.replace(decided.spec, stages=4, tiled=True))
 
 

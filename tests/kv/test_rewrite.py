@@ -111,7 +111,7 @@ def test_torchs_own_attention() -> None:
         attention(x, x, x)
 
 
-def test_with_weights_in_codebooks_too() -> None:
+def test_with_quantized_weights_too() -> None:
     model, ids = LM(), tokens(1)
     held = rpqify(model, Policy(codebook_dim=4, codebook_bits=4, min_size=0))
     small = small_of(held)

@@ -143,7 +143,7 @@ def test_what_calibration_does_not_reach_is_said() -> None:
     assert all(record.error is not None for record in made.sites)
     every = rpqfx.report(rpqfx.convert(Aside(), policy, [{"x": x, "aside": True}]))
     assert {record.init for record in every.sites} == {"calibrated"} and not every.notes
-    with pytest.raises(InputError, match="no calibration batch reaches any weight that is to be in codebooks"):
+    with pytest.raises(InputError, match="no calibration batch reaches any weight that is to be quantized"):
         rpqfx.convert(Aside(), policy, [{"x": x, "both": False}])
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import rpqfx
-from rpqfx import Budget, Hold, Policy, Rule, Skip
+from rpqfx import Budget, KeepDense, Policy, Quantize, Rule
 from rpqfx.errors import PolicyError
 from rpqfx.graph import capture, find_sites
 from rpqfx.policies.budget import Candidate, choose
@@ -137,7 +137,7 @@ def test_a_larger_ratio_never_fits_worse():
     policies = [Policy.budget(ratio=r, min_size=256) for r in (0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)]
     rates = []
     for policy in policies:
-        held = [d for d in policy.decide(sites).values() if isinstance(d, Hold)]
+        held = [d for d in policy.decide(sites).values() if isinstance(d, Quantize)]
         rates.append(
             sum(d.spec.num_vectors * d.spec.dim * 4.0 ** -(d.spec.codebook_bits / d.spec.codebook_dim) for d in held)
         )
@@ -172,4 +172,4 @@ def test_a_budget_for_a_model_of_another_dtype_counts_that_dtype():
 
 def test_what_the_policy_leaves_alone_stays_whatever_the_budget():
     decisions = Policy.budget(bytes=10**9).decide(find_sites(capture(MLP())))
-    assert all(isinstance(d, Skip) and "fewer than min_size" in d.reason for d in decisions.values())
+    assert all(isinstance(d, KeepDense) and "fewer than min_size" in d.reason for d in decisions.values())

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import rpqfx
-from rpqfx import Budget, CodebookSpec, Hold, Policy, Rule, Site, Skip
+from rpqfx import Budget, CodebookSpec, KeepDense, Policy, Quantize, Rule, Site
 from rpqfx.errors import PolicyError
 from rpqfx.graph import capture, find_sites
 from rpqfx.policies.decide import decide_all
@@ -81,7 +81,7 @@ def options(draw: st.DrawFn) -> dict[str, Any]:
 @given(sites(), options())
 def test_any_site_gets_a_spec_that_divides_or_a_skip_with_a_reason(where: Site, chosen: dict[str, Any]):
     answer = Policy(**chosen)(where)
-    if isinstance(answer, Skip):
+    if isinstance(answer, KeepDense):
         assert "fewer than min_size" in answer.reason or "would not shrink" in answer.reason
         assert where.numel < chosen.get("min_size", 4096) or not chosen.get("allow_growth")
         return
@@ -110,7 +110,7 @@ def test_fewer_bits_are_tried_down_to_min_bits(where: Site, first: int, second: 
     low, high = sorted((first, second))
     answer = Policy(codebook_dim=8, codebook_bits=high, min_codebook_bits=low, min_size=0)(where)
     fixed = [Policy(codebook_dim=8, codebook_bits=bits, min_size=0)(where) for bits in range(high, low - 1, -1)]
-    wanted = next((found for found in fixed if isinstance(found, Hold)), fixed[0])
+    wanted = next((found for found in fixed if isinstance(found, Quantize)), fixed[0])
     assert answer == wanted
 
 
@@ -130,8 +130,8 @@ def test_split_auto_takes_the_smaller(where: Site):
 def test_a_layer_is_never_made_larger_without_being_told_to():
     small = site(shape=(200, 64))
     answer = Policy(codebook_bits=8)(small)
-    assert isinstance(answer, Skip) and answer.reason.startswith("would not shrink: 51,200 bytes dense, ")
-    assert isinstance(Policy(codebook_bits=8, allow_growth=True)(small), Hold)
+    assert isinstance(answer, KeepDense) and answer.reason.startswith("would not shrink: 51,200 bytes dense, ")
+    assert isinstance(Policy(codebook_bits=8, allow_growth=True)(small), Quantize)
 
 
 def test_an_explicit_count_that_divides_is_taken():
@@ -178,7 +178,7 @@ def test_from_scratch_draws_anew_and_lowers_bits():
     assert (policy.init, policy.min_codebook_bits) == ("random", 4)
     assert policy(site(shape=(4096, 4096))).spec.codebook_dim == 64
     answer = policy(site(shape=(128, 128)))
-    assert isinstance(answer, Hold) and answer.spec.codebook_bits < 8 and answer.init == "random"
+    assert isinstance(answer, Quantize) and answer.spec.codebook_bits < 8 and answer.init == "random"
 
 
 def test_sharing_puts_sites_of_one_shape_or_role_into_one_group():
@@ -200,7 +200,7 @@ def test_the_first_rule_that_matches_wins():
         min_size=0,
     )
     assert policy(site("a.b.weight")).spec.codebook_bits == 2
-    assert policy(site("x.weight")) == Skip("the rest")
+    assert policy(site("x.weight")) == KeepDense("the rest")
 
 
 def test_a_rule_sets_what_it_sets_and_the_policy_the_rest():
@@ -232,7 +232,7 @@ def test_plans_come_from_the_rule_and_then_from_the_policy():
     rules = (Rule("fc1", plan="contract"), Rule("fc2", plan="auto"), Rule("fc3", codebook_bits=4))
     for policy in (Policy(plan="expand", rules=rules), Policy.budget(ratio=0.06, plan="expand", rules=rules)):
         decisions = policy.decide([site(f"fc{i}.weight") for i in range(5)])
-        held = {name[2]: decision.plan for name, decision in decisions.items() if isinstance(decision, Hold)}
+        held = {name[2]: decision.plan for name, decision in decisions.items() if isinstance(decision, Quantize)}
         assert held == {"0": "expand", "1": "contract", "2": "auto", "3": "expand", "4": "expand"}
     free = Policy.budget(ratio=0.05, rules=(Rule("*", plan="contract"),)).decide([site()])["fc.weight"]
     assert free.spec != Policy()(site()).spec and free.plan == "contract"
@@ -284,26 +284,26 @@ def test_predicates_see_the_site():
 
 def test_what_a_site_cannot_do_outranks_every_rule():
     blocked = site(blocked="it cannot")
-    assert Policy(rules=(Rule("*", codebook_bits=2),))(blocked) == Skip("it cannot")
-    assert Policy(rules=(Rule("*", skip="no"),))(blocked) == Skip("it cannot")
-    assert decide_all(lambda where: CodebookSpec(1024, 128, 8), [blocked, site("b.w")])[0]["fc.weight"] == Skip(
+    assert Policy(rules=(Rule("*", codebook_bits=2),))(blocked) == KeepDense("it cannot")
+    assert Policy(rules=(Rule("*", skip="no"),))(blocked) == KeepDense("it cannot")
+    assert decide_all(lambda where: CodebookSpec(1024, 128, 8), [blocked, site("b.w")])[0]["fc.weight"] == KeepDense(
         "it cannot"
     )
 
 
 def test_a_rules_skip_outranks_size_and_kind():
     policy = Policy(min_size=10**9, kinds=("conv",), rules=(Rule("fc", skip="mine"),))
-    assert policy(site()) == Skip("mine")
-    assert policy(site("x.weight")) == Skip("the policy leaves every linear alone")
-    assert Policy(min_size=10**9)(site()) == Skip("131072 elements, fewer than min_size 1000000000")
+    assert policy(site()) == KeepDense("mine")
+    assert policy(site("x.weight")) == KeepDense("the policy leaves every linear alone")
+    assert Policy(min_size=10**9)(site()) == KeepDense("131072 elements, fewer than min_size 1000000000")
 
 
 def test_a_rule_may_allow_what_the_policy_does_not():
     policy = Policy(
         min_size=10**6, rules=(Rule("fc", min_size=0, codebook_bits=4), Rule("tiny", min_size=0, allow_growth=True))
     )
-    assert isinstance(policy(site()), Hold) and isinstance(policy(site("other.weight")), Skip)
-    assert isinstance(policy(site("tiny.weight", (4, 4))), Hold)
+    assert isinstance(policy(site()), Quantize) and isinstance(policy(site("other.weight")), KeepDense)
+    assert isinstance(policy(site("tiny.weight", (4, 4))), Quantize)
 
 
 def test_kinds_choose_what_is_rewritten():
@@ -311,7 +311,7 @@ def test_kinds_choose_what_is_rewritten():
     for kinds in (("conv",), ("linear",), ("embedding", "embedding_bag")):
         decisions = Policy(codebook_dim=8, codebook_bits=1, min_size=64, kinds=kinds).decide(find_sites(capture(model)))
         by_name = {where.name: where.kind for where in find_sites(capture(model))}
-        held = {by_name[name] for name, decision in decisions.items() if isinstance(decision, Hold)}
+        held = {by_name[name] for name, decision in decisions.items() if isinstance(decision, Quantize)}
         assert held == set(kinds)
 
 
@@ -344,7 +344,7 @@ def test_fewer_bits_are_tried_before_a_layer_may_grow():
     assert answer == Policy(codebook_bits=8, min_codebook_bits=4)(small) and answer.spec.codebook_bits < 8
     tiny = site(shape=(8, 8))
     assert Policy(codebook_bits=8, min_codebook_bits=4, min_size=0, allow_growth=True)(tiny).spec.codebook_bits == 8
-    assert isinstance(Policy(codebook_bits=8, min_codebook_bits=4, min_size=0)(tiny), Skip)
+    assert isinstance(Policy(codebook_bits=8, min_codebook_bits=4, min_size=0)(tiny), KeepDense)
 
 
 # --------------------------------------------------------------------------------------------------------- a value
@@ -492,7 +492,7 @@ def test_stored_bytes_in_the_reason_are_those_of_the_spec():
     where = site(shape=(300, 64))
     answer = Policy(codebook_dim=64, codebook_bits=8, stages=2, split="row")(where)
     size = CodebookSpec(300, 64, 64, 256, 2).stored_bytes()
-    assert isinstance(answer, Skip) and f"{size:,} with 8 bits" in answer.reason
+    assert isinstance(answer, KeepDense) and f"{size:,} with 8 bits" in answer.reason
     assert size == 4 * math.prod((2, 1, 256, 64)) + 2 * 300
 
 
@@ -518,7 +518,7 @@ def test_layers_that_share_codebooks_never_grow_together(rows, dim, bits, lower,
         min_size=0,
         split="row",
     )
-    held = {s: d for s in sites if isinstance(d := policy.decide(sites)[s.name], Hold)}
+    held = {s: d for s in sites if isinstance(d := policy.decide(sites)[s.name], Quantize)}
     groups: dict[object, int] = {}
     for site, hold in held.items():
         codes = hold.spec.stored_bytes(site.dtype, codebooks=False)

@@ -187,7 +187,7 @@ def test_each_form_shows_every_site_number_and_reason(form: str):
             assert f"{record.spec.num_vectors} x {record.spec.dim}" in text
             assert f"fit error {record.error:.3f}" in text
     assert "tok.weight (= head.weight)" in text
-    assert f"8 of 10 sites in codebooks; {size(made.before)} before, {size(made.after)} after" in text
+    assert f"8 of 10 sites quantized; {size(made.before)} before, {size(made.after)} after" in text
     assert "rule 'nobody' matches no site" in text
 
 

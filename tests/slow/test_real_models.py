@@ -54,7 +54,7 @@ def loaded(load: Callable[[], Any]) -> Any:
 
 
 def assert_covered(model: nn.Module, small: nn.Module) -> None:
-    """Every weight of a torch.nn layer is in codebooks, or in the report with a reason."""
+    """Every weight of a torch.nn layer is quantized, or in the report with a reason."""
     records = {name: record for record in rpqfx.report(small).sites for name in record.names}
     held = held_weights(small)
     for path, module in model.named_modules(remove_duplicate=False):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import rpqfx
-from rpqfx import CodebookSpec, Hold, Policy, Recoding
+from rpqfx import CodebookSpec, Policy, Quantize, Recoding
 from rpqfx.codebook.drawn_codes import VERSION
 from rpqfx.errors import FormatError
 from rpqfx.nn import RPQWeight, resize
@@ -107,9 +107,9 @@ def test_a_model_is_saved_without_codes_and_comes_back(options: dict[str, Any], 
 def test_tiles_come_back(tiled: bool) -> None:
     def held(site: Any) -> Any:
         answer = Policy.from_scratch(codebook_dim=4, codebook_bits=4, stages=2, sharing="layer", min_size=256)(site)
-        if not isinstance(answer, Hold):
+        if not isinstance(answer, Quantize):
             return answer
-        return Hold(CodebookSpec(**{**answer.spec.to_dict(), "tiled": tiled}), answer.split, "random")
+        return Quantize(CodebookSpec(**{**answer.spec.to_dict(), "tiled": tiled}), answer.split, "random")
 
     small = rpqfx.rpqify(Net(), held)
     content = saved(small)

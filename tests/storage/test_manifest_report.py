@@ -45,6 +45,6 @@ def test_layers_that_were_built_by_hand_count_too() -> None:
     assert (found.before, found.after, found.stored_bits) == (wanted.before, wanted.after, wanted.stored_bits)
 
 
-def test_what_holds_no_weights_in_codebooks_has_none() -> None:
-    with pytest.raises(RPQError, match="holds no weights in codebooks"):
+def test_what_holds_no_quantized_weights_has_none() -> None:
+    with pytest.raises(RPQError, match="holds no quantized weights"):
         report_of({"sites": [], "tensors": [], "records": [], "notes": []})

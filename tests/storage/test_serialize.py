@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import rpqfx
-from rpqfx import CodebookSpec, Hold, Policy, Rule
+from rpqfx import CodebookSpec, Policy, Quantize, Rule
 from rpqfx.errors import CodeError, FormatError, InputError, RPQError
 from rpqfx.nn import RPQLinear
 from rpqfx.storage import serialize
@@ -291,7 +291,7 @@ def test_floats_that_lose_nothing_are_stored_in_two_bytes(suffix: str, tmp_path:
         "fc1.weight_rpq.codebooks": "float16", "fc1.weight_rpq.scale": "float16", "fc1.weight_rpq.more": "float16",
         "fc2.weight_rpq.codebooks": "bfloat16",
     }  # fmt: skip
-    assert tensors["fc1.bias"].dtype == torch.float32  # of the model, not of a weight in codebooks
+    assert tensors["fc1.bias"].dtype == torch.float32  # of the model, not of a quantized weight
     del first.more
     rpqfx.save(small, tmp_path / f"m{suffix}")
     again = rpqfx.load(tmp_path / f"m{suffix}", MLP)
@@ -478,7 +478,7 @@ def test_codebooks_that_cannot_be_are_refused(of: str, changes: dict[str, Any], 
 def test_codebooks_whose_entries_are_no_power_of_two_return(tmp_path: Path):
     torch.manual_seed(0)
     layer = nn.Linear(16, 64, bias=False)
-    policy = lambda site: Hold(CodebookSpec(64, 16, 4, entries=5))  # noqa: E731
+    policy = lambda site: Quantize(CodebookSpec(64, 16, 4, entries=5))  # noqa: E731
     small = rpqfx.rpqify(nn.Sequential(layer), policy)
     rpqfx.save(small, tmp_path / "m.rpq")
     assert contents(tmp_path / "m.rpq")[2]["0.weight_rpq.codes"].nbytes == 4 * 64 * 3 // 8

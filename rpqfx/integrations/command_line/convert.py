@@ -1,4 +1,4 @@
-"""``rpqfx convert`` puts the weights of a folder of transformers into codebooks, and says what that cost."""
+"""``rpqfx convert`` quantizes the weights of a folder of transformers, and says what that cost."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("--json", action="store_true", help="print one JSON object instead of text")
         return added
 
-    _add_convert(add("convert", "put the weights of a folder of transformers into codebooks"))
+    _add_convert(add("convert", "quantize the weights of a folder of transformers"))
     shows = add("report", "show what is quantized in a file or folder, and what was left alone and why")
     shows.add_argument("path", metavar="PATH", help="file of rpqfx.save, or folder of save_pretrained")
     shows.add_argument("--html", type=Path, metavar="FILE", help="write the report to a page, too")

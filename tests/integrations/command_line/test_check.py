@@ -29,7 +29,7 @@ def test_a_whole_file(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(file)]) == 0 and "seal, ranges and checksum are right" in capsys.readouterr().out
     assert main(["check", str(file), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["weights_in_codebooks"] == found["ranges_checked"] == 1 and found["bytes"] == file.stat().st_size
+    assert found["quantized_weights"] == found["ranges_checked"] == 1 and found["bytes"] == file.stat().st_size
 
 
 def test_a_byte_that_was_changed(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
