@@ -166,7 +166,7 @@ def of_layer(
         x = torch.randn(rows, spec.dim, device=device.name, dtype=dtype)
         row: Row = {"layer": name, "dtype": str(dtype).removeprefix("torch."), "rows": rows}
         row["dense"] = device.times([partial(F.linear, x, w) for w in dense])
-        for plan in ("auto", "contract", "expand"):
+        for plan in ("auto", "lookup", "dequantize"):
             for weight in weights:
                 weight.plan = plan  # type: ignore[assignment]
             row[plan] = device.times([partial(w.linear, x) for w in weights])
@@ -183,7 +183,7 @@ def ways_of_tiles(device: Device) -> Iterator[Row]:
             continue
         x = torch.randn(rows, spec.dim, device=device.name, dtype=torch.bfloat16)
         row: Row = {"rows": rows}
-        for way, plan in (("by_table", "contract"), ("expanded", "expand")):
+        for way, plan in (("by_table", "lookup"), ("expanded", "dequantize")):
             row[way] = device.graph_us([
                 partial(cuda.tiled, x, w.codebooks, w.codes, w.tiled, None, plan) for w in weights
             ])  # fmt: skip

@@ -90,13 +90,13 @@ def gpu_layers() -> str:
     found = results.read(GPU)
     lines = [
         f"| {row['layer']} | {row['dtype']} | {row['rows']} | "
-        + " | ".join(f"{row[way]['graph_us']:.1f}" for way in ("dense", "contract", "expand", "auto"))
+        + " | ".join(f"{row[way]['graph_us']:.1f}" for way in ("dense", "lookup", "dequantize", "auto"))
         + f" | {row['dense']['graph_us'] / row['auto']['graph_us']:.2f} | {row['dense']['eager_us']:.0f} | "
         f"{row['auto']['eager_us']:.0f} | {row['auto']['error']:.0e} |"
         for row in found["layers"]["rows"]
     ]
     head = (
-        "| layer | dtype | rows | dense | contract | expand | auto | dense over auto | dense as called | "
+        "| layer | dtype | rows | dense | lookup | dequantize | auto | dense over auto | dense as called | "
         "auto as called | error |"
     )
     return "\n".join([_on_gpu(found), "", head, "|---" * 11 + "|", *lines]) + "\n"

@@ -90,7 +90,7 @@ class _StandInPart(Recorded):
 
     def __init__(self, weight: RPQWeight, tensors: ops.Tensors | None = None, layout: Layout | None = None) -> None:
         super().__init__(weight.tensors if tensors is None else tensors, weight.layout if layout is None else layout)
-        self.plan = "expand"
+        self.plan = "dequantize"
         self._weight = weight
 
     def _part(self, tensors: ops.Tensors, layout: Layout, *steps: tuple[Any, ...]) -> Part:

@@ -81,8 +81,8 @@ class RPQLayer(Backed):
         column_scale (bool): Whether each element of a vector, or each channel of a filter, has a trainable factor; not
             if left out.
         split (str): Whether vectors lie along the weight's rows or columns (matrices only).
-        plan (str): Which way products run: ``"expand"``, ``"contract"`` or the cheaper by a cost model (``"auto"``, if
-            left out). Kept as [`weight_rpq.plan`][rpqfx.nn.RPQWeight.plan], where it may be changed.
+        plan (str): Which way products run: ``"dequantize"``, ``"lookup"`` or the cheaper by a cost model (``"auto"``,
+            if left out). Kept as [`weight_rpq.plan`][rpqfx.nn.RPQWeight.plan], where it may be changed.
 
     Raises:
         SpecError: If the codebooks do not fit the weight, or the plan is none.

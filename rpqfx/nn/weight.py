@@ -186,7 +186,7 @@ class RPQWeight(Products):
     def plan(self) -> ops.Plan:
         """Which way ``linear``, ``linear_t`` and ``conv`` run; both ways give the same result.
 
-        ``"contract"`` goes through the table of dot products, ``"expand"`` makes the tensor for the length of the
+        ``"lookup"`` goes through the table of dot products, ``"dequantize"`` makes the tensor for the length of the
         call, and ``"auto"`` takes the one that a cost model holds for cheaper. May be set at any time; ``rpqfx.tune``
         sets what it measured. It is no tensor, so a state dict is without it. Weights that share codebooks each have
         their own.

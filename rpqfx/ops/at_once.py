@@ -65,7 +65,7 @@ def conv_at_once(
         return None
     if weight.tiled or weight.share % math.prod(weight_shape[2:]):
         return None
-    if conv_plan(x, weight, weight_shape, stride, groups, transposed, plan) == "contract":
+    if conv_plan(x, weight, weight_shape, stride, groups, transposed, plan) == "lookup":
         return None
     return kernels.conv(
         x, weight.codebooks, weight.codes, weight.signs, weight.column_scale, weight.scale, bias, weight_shape, stride,

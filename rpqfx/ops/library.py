@@ -175,7 +175,7 @@ def _run_tiled(
     backend = choose(x, tiles, codebooks, bias)
     if hasattr(backend, "tiled"):
         return backend.tiled(x, codebooks.to(x.dtype), tiles, vectors, bias, plan)
-    run = _run_contract if plan == "contract" else _run_matmul
+    run = _run_contract if plan == "lookup" else _run_matmul
     return run(x, codebooks, from_tiles(tiles, vectors), None, bias)
 
 

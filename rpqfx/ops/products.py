@@ -167,7 +167,7 @@ def conv(
         transposed: Whether it is a transposed convolution.
         output_padding: Of a transposed convolution.
         grad_factor: What the gradient of the codebooks is multiplied by.
-        plan: How it runs. ``"contract"`` needs sub-vectors of whole channels (``d`` a multiple of the taps) and
+        plan: How it runs. ``"lookup"`` needs sub-vectors of whole channels (``d`` a multiple of the taps) and
             one channel group; where it cannot be, the filters are expanded.
 
     Returns:
@@ -192,7 +192,7 @@ def conv(
             transposed=transposed, output_padding=output_padding, grad_factor=grad_factor, plan=plan,
         )[0]  # fmt: skip
     plan = conv_plan(x, weight, weight_shape, stride, groups, transposed, plan)
-    if plan == "expand" and torch.compiler.is_compiling() and not torch.is_grad_enabled():
+    if plan == "dequantize" and torch.compiler.is_compiling() and not torch.is_grad_enabled():
         # Nothing is kept for a backward pass here, and a compiler that sees the convolution chooses its layout.
         rows = library.expand(weight.codebooks, weight.codes, weight.scale, weight.signs, weight.dims).to(x.dtype)
         shift = None if bias is None else bias.to(x.dtype)
@@ -204,7 +204,7 @@ def conv(
     per_channel = None if dims is None else _channels(dims, weight.share, weight_shape, groups)
     before, after = (per_vector, per_channel) if transposed else (per_channel, per_vector)
     x = x if before is None else x * before
-    form = (ConvContract if plan == "contract" else Conv)(
+    form = (ConvContract if plan == "lookup" else Conv)(
         books.shape[1], books.shape[2], weight_shape, tuple(x.shape[2:]), stride, padding, dilation, transposed,
         output_padding or (0,) * len(stride), groups,
     )  # fmt: skip
@@ -220,7 +220,7 @@ def conv_plan(
     x: Tensor, weight: Tensors, weight_shape: tuple[int, ...], stride: tuple[int, ...], groups: int, transposed: bool,
     plan: Plan,
 ) -> Plan:  # fmt: skip
-    """Returns the way that a convolution runs: ``"expand"`` where entries are not filters of whole channels.
+    """Returns the way that a convolution runs: ``"dequantize"`` where entries are not filters of whole channels.
 
     Args:
         x: ``[B, C, *spatial]``.
@@ -232,7 +232,7 @@ def conv_plan(
         plan: The plan that was asked for; ``"auto"`` asks the cost model.
     """
     if not ConvContract.fits(weight.codebooks.shape[3], weight_shape, groups):
-        return "expand"
+        return "dequantize"
     if plan != "auto":
         return plan
     positions = x.numel() // x.shape[1] // (1 if transposed else math.prod(stride))  # of the vectors' maps, about
@@ -272,7 +272,7 @@ def _form(x: Tensor, weight: Tensors, plan: Plan) -> Form:
         return Tiled(shape[1], shape[2], weight.tiled, plan)
     if plan == "auto":
         plan = cheaper(shape, weight.codes.shape, x.numel() // x.shape[-1], x.device, x.dtype)
-    return (Contract if plan == "contract" else Matmul)(shape[1], shape[2])
+    return (Contract if plan == "lookup" else Matmul)(shape[1], shape[2])
 
 
 def _prepare(x: Tensor, weight: Tensors, width: int, axis: int = -1) -> tuple[Tensor, Tensor | None, Tensor | None]:

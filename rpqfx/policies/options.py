@@ -127,8 +127,8 @@ class Options(PartialOptions):
         grad_scale: How gradients of vectors that share an entry are gathered.
         init: Codebooks fitted to the weights that are there (``"fit"``), or drawn anew with their standard
             deviation (``"random"``), for training from scratch.
-        plan: Which way products run: the weight made for each call (``"expand"``), the table of dot products
-            (``"contract"``), or the cheaper by a cost model (``"auto"``); [`tune`][rpqfx.timing.tune.tune] measures
+        plan: Which way products run: the weight made for each call (``"dequantize"``), the table of dot products
+            (``"lookup"``), or the cheaper by a cost model (``"auto"``); [`tune`][rpqfx.timing.tune.tune] measures
             instead.
         min_size: Weights of fewer elements are left alone.
         allow_growth: Whether a layer may become larger than it was.

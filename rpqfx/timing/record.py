@@ -70,12 +70,12 @@ class Use:
         return math.prod(self.shape) // max(1, features)
 
     def choice(self, weight: RPQWeight) -> tuple[Plan, ...]:
-        """The plans that differ; some convolutions cannot contract, and expand whatever is asked for."""
+        """The plans that differ; some convolutions cannot look up, and are dequantized whatever the plan."""
         if self.product == "conv":
             groups = self.arguments[3]
             if not ConvContract.fits(weight.spec.codebook_dim, weight.layout.shape, groups):
-                return ("expand",)
-        return ("expand", "contract")
+                return ("dequantize",)
+        return ("dequantize", "lookup")
 
     def input(self) -> Tensor:
         """A random input like the one there was. No global random state is used."""

@@ -21,7 +21,7 @@ from rpqfx.timing import clock
 from rpqfx.timing.record import Trial, Use, observe
 from rpqfx.validation.values import flag, whole
 
-_HEAD = ("weight", "shape", "rows", "expand ms", "contract ms", "plan")
+_HEAD = ("weight", "shape", "rows", "dequantize ms", "lookup ms", "plan")
 _SHOWN = 3
 
 
@@ -32,14 +32,14 @@ class TimedUse:
     Args:
         use: The product, with the shape, dtype and device of its input.
         count: How often one call of the model asks it.
-        expand: Milliseconds of one, with the weight made for it.
-        contract: Milliseconds of one, through the table of dot products; as ``expand`` where there is no other way.
+        dequantize: Milliseconds of one, with the weight dequantized for it.
+        lookup: Milliseconds of one, through the table of dot products; as ``dequantize`` where there is no other way.
     """
 
     use: Use
     count: int
-    expand: float
-    contract: float
+    dequantize: float
+    lookup: float
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,14 @@ class TunedWeight:
     uses: tuple[TimedUse, ...] = ()
 
     @property
-    def expand(self) -> float:
-        """Milliseconds of all its uses in one call, expanded."""
-        return sum(timed.count * timed.expand for timed in self.uses)
+    def dequantize(self) -> float:
+        """Milliseconds of all its uses in one call, with the weight dequantized."""
+        return sum(timed.count * timed.dequantize for timed in self.uses)
 
     @property
-    def contract(self) -> float:
-        """Milliseconds of all its uses in one call, contracted."""
-        return sum(timed.count * timed.contract for timed in self.uses)
+    def lookup(self) -> float:
+        """Milliseconds of all its uses in one call, through the table of dot products."""
+        return sum(timed.count * timed.lookup for timed in self.uses)
 
 
 @dataclass(frozen=True)
@@ -97,13 +97,13 @@ class Tuning:
 
     def __str__(self) -> str:
         found = self.reached
-        expand, contract = sum(w.expand for w in found), sum(w.contract for w in found)
-        pinned = sum(w.contract if w.plan == "contract" else w.expand for w in found)
+        dequantize, lookup = sum(w.dequantize for w in found), sum(w.lookup for w in found)
+        pinned = sum(w.lookup if w.plan == "lookup" else w.dequantize for w in found)
         passes = "forward and backward" if self.backward else "forward"
         totals = [
             f"{len(found)} of {len(self.weights)} weights pinned",
             f"all products of one call, {passes}: "
-            f"{expand:.3f} ms expanded, {contract:.3f} ms contracted, {pinned:.3f} ms as pinned",
+            f"{dequantize:.3f} ms dequantized, {lookup:.3f} ms by lookup, {pinned:.3f} ms as pinned",
         ]
         return to_text(Table(_HEAD, [_row(weight) for weight in self.weights], totals))
 
@@ -183,7 +183,7 @@ def _measure(
     kept = TunedWeight(names[0], names, weight.layout.shape, weight.plan, weight.plan, tuple(timed))
     if not timed:
         return kept
-    plan: Plan = "contract" if kept.contract < kept.expand else "expand"
+    plan: Plan = "lookup" if kept.lookup < kept.dequantize else "dequantize"
     return TunedWeight(kept.name, kept.names, kept.shape, kept.before, plan, kept.uses)
 
 
@@ -218,4 +218,4 @@ def _row(weight: TunedWeight) -> tuple[str, ...]:
         counts[timed.use.rows] += timed.count
     rows = [str(rows) if count == 1 else f"{count} x {rows}" for rows, count in counts.items()]
     rows = rows if len(rows) <= _SHOWN else [*rows[:_SHOWN], "..."]
-    return (name, shape, ", ".join(rows), f"{weight.expand:.3f}", f"{weight.contract:.3f}", weight.plan)
+    return (name, shape, ", ".join(rows), f"{weight.dequantize:.3f}", f"{weight.lookup:.3f}", weight.plan)

@@ -68,7 +68,7 @@ VALUES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "signs": (False, True, {}),
     "grad_scale": ("sum", "mean", {}),
     "init": ("fit", "random", {}),
-    "plan": ("expand", "contract", {}),
+    "plan": ("dequantize", "lookup", {}),
     "min_size": (0, 10**5, {}),
     "allow_growth": (False, True, {"min_size": 0}),
 }

@@ -109,7 +109,7 @@ def rewritten(kind: str, device: str = "meta") -> tuple[nn.Module, Callable[[], 
 def test_a_model_without_values_says_so(kind: str) -> None:
     """By every plan, with gradients and without."""
     model, call = rewritten(kind)
-    for plan, grad in itertools.product(("auto", "contract", "expand"), (False, True)):
+    for plan, grad in itertools.product(("auto", "lookup", "dequantize"), (False, True)):
         for module in model.modules():
             if isinstance(module, rpqfx.nn.RPQWeight):
                 module.plan = plan
@@ -133,7 +133,7 @@ def test_shapes_are_worked_out_on_the_meta_device(kind: str) -> None:
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
-@pytest.mark.parametrize("plan", ["contract", "expand"])
+@pytest.mark.parametrize("plan", ["lookup", "dequantize"])
 @pytest.mark.parametrize("name", ["codebooks", "codes", "scale", "signs", "column_scale"])
 def test_one_tensor_without_values_is_enough(name: str, plan: Any, grad: bool) -> None:
     layer = rpqfx.nn.RPQLinear(
@@ -213,7 +213,7 @@ FORMER_CRASHES = """
 import torch, rpqfx
 from torch import nn
 for rows in (1, 64, 512):
-    for plan in ("auto", "contract", "expand"):
+    for plan in ("auto", "lookup", "dequantize"):
         with torch.device("meta"):
             model = nn.Sequential(nn.Linear(512, 2048, bias=False))
         model = rpqfx.rpqify(model, rpqfx.Policy.from_scratch(codebook_dim=64, codebook_bits=5, plan=plan))

@@ -26,7 +26,7 @@ POLICIES: tuple[Policy | KVPolicy | RoutePolicy, ...] = (
         rules=(Rule("a", codebook_bits=2, scale=True), Rule(nn.Linear)),
     ),
     Policy.from_scratch(num_subvectors="heads", signs=True, sharing="role", rules=(Rule("*", skip="why"),)),
-    Policy.budget(ratio=0.25, min_codebook_bits=3, rules=(Rule("a", min_size=0, plan="expand"),)),
+    Policy.budget(ratio=0.25, min_codebook_bits=3, rules=(Rule("a", min_size=0, plan="dequantize"),)),
     Policy.budget(bytes=10**6, codebook_bits=4),
     Policy.pretrained(3.5, embedding_bits=4, rules=(Rule("a", codebook_dim=4, stages=2, column_scale=True),)),
     KVPolicy(bits=3, window=7, rules=(KVRule("layers.0.*", skip="it is short"), KVRule("layers.*", bits=4))),

@@ -116,7 +116,9 @@ def test_no_layer_keeps_its_weight_for_a_second_backward(name: str) -> None:
 
 def ways() -> list[Any]:
     """Every kind with both plans; by default each with one of them, in turn."""
-    pairs = [(name, plan, (i + j) % 2) for i, name in enumerate(NAMES) for j, plan in enumerate(("expand", "contract"))]
+    pairs = [
+        (name, plan, (i + j) % 2) for i, name in enumerate(NAMES) for j, plan in enumerate(("dequantize", "lookup"))
+    ]
     return [pytest.param(name, plan, marks=[pytest.mark.slow] * other) for name, plan, other in pairs]
 
 

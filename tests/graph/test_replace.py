@@ -60,18 +60,18 @@ def rewritten(case: Case) -> tuple[nn.Module, nn.Module]:
 def test_plans_arrive_in_every_weight_and_change_no_result(init: str, sharing: str):
     """Tied layers have one weight and so one plan; layers that share codebooks each have their own."""
     model = GPT().eval()
-    rules = (Rule("tok", plan="contract"), Rule("blocks.1.*", plan="expand"))
+    rules = (Rule("tok", plan="lookup"), Rule("blocks.1.*", plan="dequantize"))
     policy = Policy(codebook_dim=4, codebook_bits=2, min_size=64, init=init, sharing=sharing, rules=rules)
     small = rpqfx.rpqify(model, policy)
     weights = held_weights(small)
-    assert weights["head.weight"] is weights["tok.weight"] and weights["tok.weight"].plan == "contract"
-    assert {weight.plan for name, weight in weights.items() if name.startswith("blocks.1.")} == {"expand"}
+    assert weights["head.weight"] is weights["tok.weight"] and weights["tok.weight"].plan == "lookup"
+    assert {weight.plan for name, weight in weights.items() if name.startswith("blocks.1.")} == {"dequantize"}
     assert {weight.plan for name, weight in weights.items() if name.startswith("blocks.0.")} == {"auto"}
     books = [weights[f"blocks.{i}.qkv.weight"].codebooks for i in range(2)]
     assert (books[0] is books[1]) == (sharing == "role")
     ids = torch.arange(6)[None]
     outputs = {}
-    for plan in ("auto", "expand", "contract"):
+    for plan in ("auto", "dequantize", "lookup"):
         for weight in weights.values():
             weight.plan = plan
         outputs[plan] = small(ids)

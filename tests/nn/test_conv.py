@@ -50,7 +50,7 @@ def whole_channels(draw: st.DrawFn, channels: int, taps: int) -> dict[str, Any]:
 def assert_contracts_to_the_dense_layer(layer: nn.Module, dense: nn.Module, x: Tensor, **kwargs: Any) -> None:
     """Without its filters: expanding them is an error here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(products, "cheaper_conv", lambda *args: "contract")
+        patch.setattr(products, "cheaper_conv", lambda *args: "lookup")
         patch.setattr(products, "Conv", None)
         assert_equals_dense(layer, dense, x, **kwargs)
 

@@ -174,7 +174,7 @@ def test_from_pretrained_is_the_given_table(layer: type) -> None:
     assert torch.equal(table.weight[keep], rows[keep])
     assert not table.weight_rpq.codebooks.requires_grad
     assert layer.from_pretrained(rows, freeze=False).weight_rpq.codebooks.requires_grad
-    assert layer.from_pretrained(rows, plan="expand").weight_rpq.plan == "expand"
+    assert layer.from_pretrained(rows, plan="dequantize").weight_rpq.plan == "dequantize"
 
 
 @pytest.mark.parametrize("layer", [RPQEmbedding, RPQEmbeddingBag])

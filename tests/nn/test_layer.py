@@ -223,23 +223,23 @@ def test_every_layer_takes_a_plan_and_every_plan_gives_the_same(kind: Kind) -> N
         assert ("plan=" in repr(layer)) == (plan != "auto")
         layer.load_state_dict(layers["auto"].state_dict())
         assert_equals_dense(randomise(layer, 0), kind.make_dense(), *kind.make_inputs(), **dict(kind.call))
-    torch.testing.assert_close(kind.run(layers["expand"]), kind.run(layers["contract"]), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(kind.run(layers["dequantize"]), kind.run(layers["lookup"]), rtol=1e-9, atol=1e-9)
 
 
 def test_a_plan_is_kept_by_copies_and_from_dense(kind: Kind) -> None:
-    layer = kind.make(plan="contract")
+    layer = kind.make(plan="lookup")
     made = [
         kind.layer.from_dense(
-            plain(kind.make_dense()), init=init, plan="contract", **{"codebook_dim": 4, **dict(kind.options)}
+            plain(kind.make_dense()), init=init, plan="lookup", **{"codebook_dim": 4, **dict(kind.options)}
         )
         for init in ("fit", "random")
     ]
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), layer.to(torch.float32), *made):
-        assert {weight.plan for _, weight in held(other)} == {"contract"}
+        assert {weight.plan for _, weight in held(other)} == {"lookup"}
 
 
 def test_what_is_no_plan_is_refused(kind: Kind) -> None:
-    wrong = "^plan is one of auto, expand, contract, got 'fast'$"
+    wrong = "^plan is one of auto, dequantize, lookup, got 'fast'$"
     with pytest.raises(SpecError, match=wrong):
         kind.make(plan="fast")
     with pytest.raises(SpecError, match=wrong):

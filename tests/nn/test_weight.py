@@ -141,7 +141,7 @@ def test_grad_scale_divides_by_users_to_a_power(grad_scale: str, power: float, s
 
 # -------------------------------------------------------------------------------------------------------- plans
 
-PLANNED = {"contract": {"Contract"}, "expand": {"Matmul"}}
+PLANNED = {"lookup": {"Contract"}, "dequantize": {"Matmul"}}
 
 
 @pytest.mark.parametrize("plan", PLANNED)
@@ -180,33 +180,33 @@ def test_a_convolution_is_told_the_plan(plan: str, monkeypatch: pytest.MonkeyPat
 def test_a_plan_changes_in_place_and_is_no_tensor() -> None:
     weight = RPQWeight(CodebookSpec(40, 12, 4, entries=4))
     keys = list(weight.state_dict())
-    weight.plan = "contract"
-    assert weight.plan == "contract" and list(weight.state_dict()) == keys
+    weight.plan = "lookup"
+    assert weight.plan == "lookup" and list(weight.state_dict()) == keys
     weight.load_state_dict(RPQWeight(weight.spec).state_dict())
     weight.reset_parameters()
-    assert weight.plan == "contract"
+    assert weight.plan == "lookup"
     for again in (copy.copy(weight), copy.deepcopy(weight), pickle.loads(pickle.dumps(weight)), weight.double()):
-        assert again.plan == "contract"
+        assert again.plan == "lookup"
 
 
 def test_what_was_pickled_before_there_were_plans_chooses_for_itself() -> None:
-    weight = RPQWeight(CodebookSpec(40, 12, 4, entries=4), plan="expand")
+    weight = RPQWeight(CodebookSpec(40, 12, 4, entries=4), plan="dequantize")
     state = {name: value for name, value in weight.__dict__.items() if name != "_plan"}
     old = RPQWeight.__new__(RPQWeight)
     old.__setstate__(state)
     assert old.plan == "auto"
-    old.plan = "contract"
-    assert old.plan == "contract" and RPQWeight(weight.spec).plan == "auto"
+    old.plan = "lookup"
+    assert old.plan == "lookup" and RPQWeight(weight.spec).plan == "auto"
 
 
 @pytest.mark.parametrize("plan", ["fast", "Expand", "", None, True, 1])
 def test_what_is_no_plan_is_refused(plan: object) -> None:
     spec = CodebookSpec(40, 12, 4, entries=4)
-    wrong = rf"^plan is one of auto, expand, contract, got {plan!r}$"
-    weight = RPQWeight(spec, plan="expand")
+    wrong = rf"^plan is one of auto, dequantize, lookup, got {plan!r}$"
+    weight = RPQWeight(spec, plan="dequantize")
     with pytest.raises(SpecError, match=wrong):
         weight.plan = plan
-    assert weight.plan == "expand"
+    assert weight.plan == "dequantize"
     with pytest.raises(SpecError, match=wrong):
         RPQWeight(spec, plan=plan)
     with pytest.raises(SpecError, match=wrong):
@@ -224,12 +224,12 @@ def test_from_dense_has_the_layout_of_its_tensor(
     flags = {"scale": scale, "signs": signs, "column_scale_group": int(dims)}
     spec = CodebookSpec(layout.num_vectors, layout.dim, 1, entries=max(2, layout.num_vectors), **flags)
     tensor = randn(seed, *layout.shape)
-    weight = RPQWeight.from_dense(tensor, spec, layout, plan="contract")
+    weight = RPQWeight.from_dense(tensor, spec, layout, plan="lookup")
     vectors = layout.to_vectors(tensor).clone()
     if layout.zero_vector is not None:
         vectors[layout.zero_vector] = 0
     torch.testing.assert_close(weight(), layout.to_tensor(vectors))
-    assert weight.spec == spec and weight.layout == layout and weight.plan == "contract"
+    assert weight.spec == spec and weight.layout == layout and weight.plan == "lookup"
     assert all(p.requires_grad == tensor.requires_grad for p in weight.parameters())
     assert (weight.column_scale is not None) == dims and (not dims or bool((weight.column_scale == 1).all()))
     assert not any(t.is_meta for t in (*weight.parameters(), *weight.buffers()))
@@ -254,8 +254,8 @@ def test_printing_gives_the_numbers(flags: dict, text: str) -> None:
     assert repr(RPQWeight(CodebookSpec(40, 12, 4, entries=4, **flags))) == f"RPQWeight({text})"
     columns = RPQWeight(CodebookSpec(40, 12, 4, entries=4, **flags), Layout((12, 40), transposed=True))
     assert repr(columns) == f"RPQWeight({text}, columns)"
-    columns.plan = "expand"
-    assert repr(columns) == f"RPQWeight({text}, columns, plan=expand)"
+    columns.plan = "dequantize"
+    assert repr(columns) == f"RPQWeight({text}, columns, plan=dequantize)"
 
 
 def test_stored_bytes_are_those_of_the_module() -> None:

@@ -49,7 +49,7 @@ def assert_near(once: Tensor, several: Tensor, tolerance: float) -> None:
     kind=st.sampled_from(LAYERS), seed=seeds, groups=st.integers(1, 3), stride=st.integers(1, 2),
     d=st.sampled_from([1, 2, 4, 6]), stages=st.integers(1, 3), factors=st.booleans(), signs=st.booleans(),
     bias=st.booleans(), kernel=st.sampled_from([1, 3]), dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    plan=st.sampled_from(["auto", "expand"]),
+    plan=st.sampled_from(["auto", "dequantize"]),
 )  # fmt: skip
 def test_a_convolution_in_one_call_is_that_in_several(
     kind: type[nn.Module], seed: int, groups: int, stride: int, d: int, stages: int, factors: bool, signs: bool,
@@ -68,7 +68,7 @@ def test_a_convolution_in_one_call_is_that_in_several(
     layer = randomise(
         kind(12 * groups, 24 * groups, kernel, stride, 1, groups=groups, bias=bias, dtype=dtype, **options), seed
     )
-    layer.weight_rpq.plan = "expand" if plan == "expand" or not _expands(d, kernel**spatial, groups) else "auto"
+    layer.weight_rpq.plan = "dequantize" if plan == "dequantize" or not _expands(d, kernel**spatial, groups) else "auto"
     x = randn(seed, 2, 12 * groups, *(7,) * spatial, dtype=torch.float32).to(dtype)
     assert_near(*both(lambda: layer(x), "conv_at_once"), 1e-5 if dtype is torch.float32 else 4e-2)
 
@@ -97,7 +97,7 @@ def test_a_product_in_one_call_is_that_in_several(
 
 @needs_kernels
 def test_a_convolution_that_contracts_or_learns_is_not_one_call():
-    layer = rnn.RPQConv2d(8, 64, 3, codebook_dim=9, codebook_bits=2, plan="contract")
+    layer = rnn.RPQConv2d(8, 64, 3, codebook_dim=9, codebook_bits=2, plan="lookup")
     x = torch.randn(1, 8, 5, 5)
     for learns in (False, True):
         with pytest.MonkeyPatch.context() as patch, torch.set_grad_enabled(learns):

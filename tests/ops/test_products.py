@@ -28,11 +28,11 @@ SMALL = CodebookSpec(3, 4, 2, entries=2, stages=2, num_codebooks=2, scale=True, 
 CONV = {"stride": (1,), "padding": (1,), "dilation": (1,), "groups": 1}
 
 
-@pytest.fixture(params=[True, False], ids=["contract", "matmul"])
+@pytest.fixture(params=[True, False], ids=["lookup", "matmul"])
 def plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
     """Both ways to run a product."""
     for name in ("cheaper", "cheaper_conv"):
-        monkeypatch.setattr(products, name, lambda *args: "contract" if request.param else "expand")
+        monkeypatch.setattr(products, name, lambda *args: "lookup" if request.param else "dequantize")
     return request.param
 
 
@@ -50,7 +50,7 @@ def test_linear_and_linear_t_are_the_dense_products_with_their_gradients(
     weight = stored_all(spec, seed)
     leaves = floats(weight)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(products, "cheaper", lambda *args: "contract" if table else "expand")
+        patch.setattr(products, "cheaper", lambda *args: "lookup" if table else "dequantize")
         for form, dense, width in (
             (ops.linear, F.linear, spec.dim), (ops.linear_t, torch.matmul, spec.num_vectors),
         ):  # fmt: skip
@@ -131,7 +131,7 @@ def test_sub_vectors_is_the_matrix_of_those_columns(spec: CodebookSpec, seed: in
 
 @given(
     seeds, st.booleans(), st.booleans(), st.sampled_from([1, 2]), st.sampled_from([3, 6, 12]),
-    st.sampled_from(["contract", "expand"]), st.booleans(),
+    st.sampled_from(["lookup", "dequantize"]), st.booleans(),
 )  # fmt: skip
 def test_conv_is_the_dense_one_with_a_factor_for_each_channel(
     seed: int, transposed: bool, scale: bool, groups: int, share: int, plan: ops.Plan, batched: bool
@@ -273,8 +273,8 @@ def test_per_sample_gradients_of_convolutions(plan: bool, transposed: bool) -> N
 @pytest.mark.parametrize(
     ("shape", "d", "groups", "runs"),
     [
-        ((4, 4, 3), 3, 1, "contract"), ((4, 4, 3), 6, 1, "contract"), ((4, 4, 3), 4, 1, "expand"),
-        ((4, 4, 1), 2, 1, "contract"), ((4, 4, 3), 3, 2, "expand"),
+        ((4, 4, 3), 3, 1, "lookup"), ((4, 4, 3), 6, 1, "lookup"), ((4, 4, 3), 4, 1, "dequantize"),
+        ((4, 4, 1), 2, 1, "lookup"), ((4, 4, 3), 3, 2, "dequantize"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("transposed", [False, True])
@@ -289,16 +289,16 @@ def test_a_convolution_contracts_when_asked_to_and_able_to(
     settings = {**CONV, "groups": groups, "transposed": transposed}
     results = [
         ops.conv(randn(1, 2, 4 * groups, 7)[:, : 4 if transposed else None], weight, shape, **settings, plan=p)
-        for p in ("contract", "expand")
+        for p in ("lookup", "dequantize")
     ]
-    assert ran == [ConvContract if runs == "contract" else Conv, Conv]
+    assert ran == [ConvContract if runs == "lookup" else Conv, Conv]
     assert_same(*results)
 
 
 def test_left_to_itself_a_convolution_takes_what_costs_less(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is asked about the positions of the vectors' maps: of the output, or of a transposed one's input."""
     asked = []
-    monkeypatch.setattr(products, "cheaper_conv", lambda *args: asked.append(args) or "contract")
+    monkeypatch.setattr(products, "cheaper_conv", lambda *args: asked.append(args) or "lookup")
     weight = stored_all(FILTERS, 0)
     for transposed, channels in ((False, 2), (True, 4)):
         ops.conv(randn(1, 5, channels, 8), weight, (4, 2, 3), **{**CONV, "stride": (2,), "transposed": transposed})

@@ -59,7 +59,7 @@ OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "signs": st.booleans(),
     "grad_scale": st.sampled_from(["sum", "sqrt", "mean"]),
     "init": st.sampled_from(["fit", "random"]),
-    "plan": st.sampled_from(["auto", "expand", "contract"]),
+    "plan": st.sampled_from(["auto", "dequantize", "lookup"]),
     "min_size": st.integers(0, 10**6),
     "allow_growth": st.booleans(),
 }
@@ -229,13 +229,13 @@ def test_a_column_scale_is_one_an_element_or_one_a_channel_of_filters():
 
 def test_plans_come_from_the_rule_and_then_from_the_policy():
     """A rule's "auto" is an answer too. A budget keeps plans, and a rule about nothing else leaves it the shape."""
-    rules = (Rule("fc1", plan="contract"), Rule("fc2", plan="auto"), Rule("fc3", codebook_bits=4))
-    for policy in (Policy(plan="expand", rules=rules), Policy.budget(ratio=0.06, plan="expand", rules=rules)):
+    rules = (Rule("fc1", plan="lookup"), Rule("fc2", plan="auto"), Rule("fc3", codebook_bits=4))
+    for policy in (Policy(plan="dequantize", rules=rules), Policy.budget(ratio=0.06, plan="dequantize", rules=rules)):
         decisions = policy.decide([site(f"fc{i}.weight") for i in range(5)])
         held = {name[2]: decision.plan for name, decision in decisions.items() if isinstance(decision, Quantize)}
-        assert held == {"0": "expand", "1": "contract", "2": "auto", "3": "expand", "4": "expand"}
-    free = Policy.budget(ratio=0.05, rules=(Rule("*", plan="contract"),)).decide([site()])["fc.weight"]
-    assert free.spec != Policy()(site()).spec and free.plan == "contract"
+        assert held == {"0": "dequantize", "1": "lookup", "2": "auto", "3": "dequantize", "4": "dequantize"}
+    free = Policy.budget(ratio=0.05, rules=(Rule("*", plan="lookup"),)).decide([site()])["fc.weight"]
+    assert free.spec != Policy()(site()).spec and free.plan == "lookup"
 
 
 def test_a_rules_count_stands_for_the_policys_length_and_the_other_way_round():

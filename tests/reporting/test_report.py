@@ -160,16 +160,16 @@ def test_plans_are_shown_as_they_are_now_where_they_are_pinned():
     small = mixed()
     assert "plan" not in str(rpqfx.report(small))
     assert {record.plan for record in rpqfx.report(small).sites} == {"auto"}
-    small.blocks[1].fc1.weight_rpq.plan = "contract"
-    small.tok.weight_rpq.plan = "expand"
+    small.blocks[1].fc1.weight_rpq.plan = "lookup"
+    small.tok.weight_rpq.plan = "dequantize"
     made = rpqfx.report(small)
     pinned = {record.name: record.plan for record in made.sites if record.plan != "auto"}
-    assert pinned == {"blocks.1.fc1.weight": "contract", "tok.weight": "expand"}
+    assert pinned == {"blocks.1.fc1.weight": "lookup", "tok.weight": "dequantize"}
     for show in FORMS.values():
         lines = {name: line for line in re.split("\n|</tr>", show(made)) for name in pinned if name in line}
         assert all(f"plan {plan}" in lines[name] for name, plan in pinned.items())
         assert show(made).count("plan ") == 2
-    assert made.to_dict()["sites"][0]["plan"] in ("auto", "expand")
+    assert made.to_dict()["sites"][0]["plan"] in ("auto", "dequantize")
 
 
 FORMS = {"text": str, "markdown": Report.to_markdown, "html": Report.to_html}

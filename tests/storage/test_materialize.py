@@ -190,7 +190,7 @@ def test_a_seed_gives_the_same_model_again():
 
 
 def test_ties_and_shared_codebooks_stay():
-    rules = (Rule("blocks.1.*", plan="contract"),)
+    rules = (Rule("blocks.1.*", plan="lookup"),)
     policy = Policy.from_scratch(codebook_dim=4, codebook_bits=2, min_size=64, sharing="role", rules=rules)
     small = on_meta(GPT, policy)
     names = [name for name, _ in small.named_parameters()]
@@ -199,7 +199,7 @@ def test_ties_and_shared_codebooks_stay():
     assert small.tok.weight_rpq is small.head.weight_rpq
     assert small.blocks[0].qkv.weight_rpq.codebooks is small.blocks[1].qkv.weight_rpq.codebooks
     assert small.blocks[0].qkv.weight_rpq.codes is not small.blocks[1].qkv.weight_rpq.codes
-    assert [block.qkv.weight_rpq.plan for block in small.blocks] == ["auto", "contract"]
+    assert [block.qkv.weight_rpq.plan for block in small.blocks] == ["auto", "lookup"]
 
 
 def test_a_dense_tie_stays_a_tie():

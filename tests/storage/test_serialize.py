@@ -106,14 +106,14 @@ def test_every_option_of_a_spec_returns(suffix: str, tmp_path: Path):
 
 @both_formats
 def test_plans_return_with_tied_layers_and_shared_codebooks(suffix: str, tmp_path: Path):
-    rules = (Rule("tok", plan="contract"), Rule("blocks.1.*", plan="expand"))
+    rules = (Rule("tok", plan="lookup"), Rule("blocks.1.*", plan="dequantize"))
     small = rpqfx.rpqify(GPT(), Policy(codebook_dim=4, codebook_bits=2, min_size=64, sharing="role", rules=rules))
-    small.blocks[0].qkv.weight_rpq.plan = "contract"  # since the rewrite
+    small.blocks[0].qkv.weight_rpq.plan = "lookup"  # since the rewrite
     rpqfx.save(small, tmp_path / f"m{suffix}")
     again = rpqfx.load(tmp_path / f"m{suffix}", GPT)
     plans = {name: weight.plan for name, weight in held_weights(again).items()}
     assert plans == {name: weight.plan for name, weight in held_weights(small).items()}
-    assert set(plans.values()) == {"auto", "expand", "contract"}
+    assert set(plans.values()) == {"auto", "dequantize", "lookup"}
     assert again.tok.weight_rpq is again.head.weight_rpq
     assert str(rpqfx.report(again)) == str(rpqfx.report(small))
 

@@ -16,7 +16,7 @@ _FLOATS = (torch.float32, torch.bfloat16)
 _CODES = (torch.uint8, torch.int16, torch.uint16, torch.int32)
 
 # Rows up to which tables are used: as many as the kernel finds them faster for, or what a plan says.
-_MOST_ROWS = {"auto": -1, "contract": 2**62, "expand": 0}
+_MOST_ROWS = {"auto": -1, "lookup": 2**62, "dequantize": 0}
 
 
 def take(dtype: torch.dtype, code_dtype: torch.dtype) -> bool:

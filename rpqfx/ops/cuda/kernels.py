@@ -171,7 +171,7 @@ def tiled(
         tiles: ``[T, M, R * 32]`` uint8.
         vectors: ``N``.
         bias: ``[N]`` or None.
-        plan: ``"contract"`` goes through a table of dot products, ``"expand"`` makes the matrix for the length of the
+        plan: ``"lookup"`` goes through a table of dot products, ``"dequantize"`` makes the matrix for the length of the
             call, and ``"auto"`` chooses by the number of rows.
         dims: ``[D]`` or None.
         scale: ``[N]`` or None.
@@ -198,7 +198,7 @@ def tiled(
     dims, scale, bias = (t if t is None else t.contiguous() for t in (dims, scale, bias))
     from rpqfx.ops.cuda import triton_tiles
 
-    if plan == "contract" or (plan == "auto" and len(rows) <= TABLE_ROWS[x.dtype]):
+    if plan == "lookup" or (plan == "auto" and len(rows) <= TABLE_ROWS[x.dtype]):
         slices = _slices(rows, stages * tiles.shape[1] * MOST_ENTRIES)
         y = _join([triton_tiles.by_table(rows[s], codebooks, tiles, vectors, dims, scale, bias) for s in slices])
     else:

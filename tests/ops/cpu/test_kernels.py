@@ -95,7 +95,7 @@ def test_products_with_expanded_tiles_are_those_of_the_dense_matrix(
     exact = x.double() @ (dense if dims is None else dense * dims.double()).T
     exact = exact if bias is None else exact + bias.double()
     with torch.inference_mode(inference):
-        y = kernels.tiled(x, books, to_tiles(codes), spec.num_vectors, bias, "expand", dims, scale)
+        y = kernels.tiled(x, books, to_tiles(codes), spec.num_vectors, bias, "dequantize", dims, scale)
     close(y, exact, dtype)
 
 

@@ -159,7 +159,7 @@ def test_every_kernel_of_tiles_compiles_for_a_gpu(
     tiles = torch.zeros(tiles_shape(stages, sub_vectors, vectors), dtype=torch.uint8)
     dims, scale = torch.ones(sub_vectors * d, dtype=dtype), torch.ones(vectors, dtype=dtype)
     x = torch.zeros(rows, sub_vectors * d, dtype=dtype)
-    for plan in ("contract", "expand"):
+    for plan in ("lookup", "dequantize"):
         cuda.tiled(x, codebooks, tiles, vectors, scale, plan, dims, scale)
     for name, kernel in kernels.items():
         assert {binary[:4] for binary in kernel.binaries} == {b"\x7fELF"}, name
@@ -272,7 +272,7 @@ def test_sizes_of_layers_with_tiles(d: int, stages: int, rows: int, dtype: torch
     matrix, tiles = codebook.expand(codebooks.double(), codes), to_tiles(codes.byte())
     x = randn(1, rows, spec.dim, dtype=dtype).cuda()
     exact = x.double() @ matrix.t()
-    for plan in ("auto", "contract", "expand"):
+    for plan in ("auto", "lookup", "dequantize"):
         ours = cuda.tiled(x, codebooks, tiles, spec.num_vectors, None, plan)
         torch.testing.assert_close(ours.double(), exact, rtol=0, atol=tolerance * float(exact.abs().max()))
         assert cuda.tiled(x, codebooks, tiles, spec.num_vectors, None, plan).equal(ours)

@@ -140,7 +140,7 @@ def test_products_with_tiles_are_the_dense_product(
     sizes = {"WARPS": 3, "COLUMNS": d, "UNDER_WAY": 2} if small else {"UNDER_WAY": 16}
     elements = 16 if small else 2**23  # of a table: a slice of the batch, or all of it
     with patch.multiple(triton_tiles, **sizes), patch.multiple(cuda, TABLE_ELEMENTS=elements, BLOCK_ROWS=2):
-        for plan in ("contract", "expand"):
+        for plan in ("lookup", "dequantize"):
             ours = cuda.tiled(x_, books_, tiles, vectors, bias_, plan, dims_, scale_)
             assert ours.shape == exact.shape and ours.dtype == dtype
             # the matrix, the factors of the columns and the product are rounded in turn
@@ -153,7 +153,7 @@ def test_a_code_in_tiles_that_points_to_nothing_is_nan() -> None:
     codebooks, codes = randn(0, 2, 1, 10, 3, dtype=torch.float32), torch.zeros(2, 4, 70, dtype=torch.uint8)
     codes[1, 2, 69] = 12
     x = randn(1, 3, 12, dtype=torch.float32).to(DEVICE)
-    for plan in ("contract", "expand"):
+    for plan in ("lookup", "dequantize"):
         found = cuda.tiled(x, codebooks.to(DEVICE), to_tiles(codes).to(DEVICE), 70, None, plan)
         assert found[:, 69].isnan().all() and int(found.isnan().sum()) == 3
 
@@ -162,7 +162,7 @@ def test_no_rows_and_strided_rows_go_with_tiles() -> None:
     codebooks, codes = randn(0, 2, 1, 16, 3, dtype=torch.float32), torch.zeros(2, 4, 70, dtype=torch.uint8)
     held = codebooks.to(DEVICE), to_tiles(codes).to(DEVICE), 70
     x = randn(1, 2, 3, 12, dtype=torch.float32).to(DEVICE)
-    for plan in ("auto", "contract", "expand"):
+    for plan in ("auto", "lookup", "dequantize"):
         assert cuda.tiled(x[:0], *held, None, plan).shape == (0, 3, 70)
         turned = x.transpose(0, 2).contiguous().transpose(0, 2)
         assert cuda.tiled(turned, *held, None, plan).equal(cuda.tiled(x, *held, None, plan))
