@@ -64,7 +64,7 @@ def main(seconds: float = 60.0) -> None:
         optimizer.step()
     model.eval()
 
-    policy = rpqfx.KVPolicy(bits=3, window=32, sinks=4)
+    policy = rpqfx.KVPolicy(bits_per_value=3, window=32, sinks=4)
     small = rpqfx.quantize_kv(model, policy, calibration=[batch(train, 8) for _ in range(4)])
 
     test = batch(held_out, 16)

@@ -86,7 +86,7 @@ class Largest(TorchDispatchMode):
 def cached() -> nn.Module:
     """A language model whose weights and cache are quantized."""
     torch.manual_seed(0)
-    policy = rpqfx.KVPolicy(bits=3, window=4, sinks=2, entries=16, chunk=8, sub_vector=4)
+    policy = rpqfx.KVPolicy(bits_per_value=3, window=4, sinks=2, codebook_size=16, chunk=8, codebook_dim=4)
     small = rpqfx.rpqify(LM(layers=1), Policy(codebook_dim=8, codebook_bits=3, min_size=64))
     return rpqfx.quantize_kv(small, policy, calibration=[tokens(1)]).eval()
 

@@ -310,7 +310,9 @@ def kv(device: Device) -> Iterator[Row]:
         yield {"attention": "dense", "dtype": str(dtype), "bytes": bytes_, **device.times(runs)}
     calibration = [tuple(tokens(256, some).cpu() for some in (4 * heads, heads, heads)) for _ in range(2)]
     for bits in (4, 2):
-        policy = KVPolicy(bits=bits, window=128, keys="after")  # fitted on the CPU: it is thousands of small steps
+        policy = KVPolicy(
+            bits_per_value=bits, window=128, keys="after"
+        )  # fitted on the CPU: it is thousands of small steps
         small = rpqfx.quantize_kv(Attention(), policy, calibration=calibration, progress=False).to(device.name)
         store, (k, v) = next(iter(CodebookCache(small).stores.values())), held[0]
         taken: list[float] = []

@@ -142,8 +142,8 @@ def _uncoded(cores: Cores, trials: dict[AttentionSite, Trial]) -> Iterator[None]
             core.policy = dataclasses.replace(core.policy, window=2**20)
             for side, x in (("keys", trials[site].keys), ("values", trials[site].values)):
                 assert x is not None
-                options: dict[str, Any] = {"transform": False, "joint": False, "entries": 2, "stages": 1}
-                coder = HeadCoder(x.shape[1], x.shape[3], sub_vector=x.shape[3], device=x.device, **options)
+                options: dict[str, Any] = {"transform": False, "joint": False, "codebook_size": 2, "stages": 1}
+                coder = HeadCoder(x.shape[1], x.shape[3], codebook_dim=x.shape[3], device=x.device, **options)
                 setattr(core, side, coder)
         yield
     finally:

@@ -121,17 +121,24 @@ def _is_usual(coder: Any) -> bool:
     if not isinstance(coder, HeadCoder):
         return False
     own = coder.quantizer
-    set_by_hand = own.repeat != 1 or own.revive or own.seed or own.commitment != _COMMITMENT or own.scaled
+    set_by_hand = (
+        own.shared_stages != 1
+        or own.threshold_ema_dead_code
+        or own.seed
+        or own.commitment != _COMMITMENT
+        or own.normalize
+    )
     return not set_by_hand and own.layout.shared and not own.layout.strided
 
 
 def _values(coder: HeadCoder) -> dict[str, Any]:
     quantizer = coder.quantizer
     return {
-        "heads": coder.heads, "dim": coder.dim, "sub_vector": coder.sub_vector, "entries": coder.entries,
-        "stages": list(quantizer.layout.stages), "transform": coder.mean is not None,
-        "joint": coder.parts == 1 and coder.mean is not None and not coder.scaled,
-        "strided": coder.strided, "scaled": coder.scaled, "cosine": quantizer.cosine, "beam": quantizer.beam,
+        "heads": coder.heads, "dim": coder.dim, "codebook_dim": coder.codebook_dim,
+        "codebook_size": coder.codebook_size, "stages": list(quantizer.layout.stages),
+        "transform": coder.mean is not None,
+        "joint": coder.parts == 1 and coder.mean is not None and not coder.normalize, "strided": coder.strided,
+        "normalize": coder.normalize, "use_cosine_sim": quantizer.use_cosine_sim, "beam": quantizer.beam,
         "decay": quantizer.decay, "fine": 0 if coder.analysis is None else coder.analysis.fine,
     }  # fmt: skip
 

@@ -204,9 +204,9 @@ def _rewrite(
             unwrap(site)
     if not seen:
         raise RewriteError("no attention module ran on the calibration batches; skip none, or calibrate with others")
-    for bits in dict.fromkeys(core.policy.bits for core in seen):
+    for bits in dict.fromkeys(core.policy.bits_per_value for core in seen):
         with drawn_from(None if fit else seed, f"{bits} bits", {t.device for t in model.parameters()}):
-            _fit({core: watch for core, watch in seen.items() if core.policy.bits == bits}, fit, seed or 0)
+            _fit({core: watch for core, watch in seen.items() if core.policy.bits_per_value == bits}, fit, seed or 0)
     for core, source in sharing.items():
         core.keys, core.values = source.keys, source.values
     for site, core in cores.items():
@@ -242,17 +242,18 @@ def _look(model: nn.Module, batches: Batches, fit: bool, seed: int, progress: Pr
 
 def _coder(core: KVAttention, moments: Moments, *, keys: bool) -> HeadCoder:
     policy, width = core.policy, moments.heads * moments.dim // moments.parts
-    if width % policy.sub_vector:
+    if width % policy.codebook_dim:
         raise PolicyError(
-            f"{core.name}: sub-vectors of {policy.sub_vector} do not divide {width} channels; "
-            "take a sub_vector that does, or skip it with a KVRule"
+            f"{core.name}: sub-vectors of {policy.codebook_dim} do not divide {width} channels; "
+            "take a codebook_dim that does, or skip it with a KVRule"
         )
     assert policy.beam is not None  # a policy sets it when it is made
-    stages = max(1, round(policy.bits * policy.sub_vector / policy.code_bits))
+    stages = max(1, round(policy.bits_per_value * policy.codebook_dim / policy.codebook_bits))
     return HeadCoder(
-        moments.heads, moments.dim, sub_vector=policy.sub_vector, entries=policy.entries, stages=stages,
-        transform=policy.transform, joint=bool(policy.joint), strided=policy.strided and keys, scaled=policy.scaled,
-        cosine=policy.cosine, beam=policy.beam, decay=policy.decay, device=moments.device,
+        moments.heads, moments.dim, codebook_dim=policy.codebook_dim, codebook_size=policy.codebook_size, stages=stages,
+        transform=policy.transform, joint=bool(policy.joint), strided=policy.strided and keys,
+        normalize=policy.normalize, use_cosine_sim=policy.use_cosine_sim, beam=policy.beam, decay=policy.decay,
+        device=moments.device,
     )  # fmt: skip
 
 
@@ -273,4 +274,4 @@ def _fit(seen: dict[KVAttention, Watch], fit: bool, seed: int) -> None:
     share_codebooks(coders, policy.stages)
     if fit:
         spaces = [find_space(coder, own) for coder, own in zip(coders, moments, strict=True)]
-        fit_coders(coders, spaces, policy.bits, policy.stages, seed=seed)
+        fit_coders(coders, spaces, policy.bits_per_value, policy.stages, seed=seed)

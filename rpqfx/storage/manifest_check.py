@@ -204,13 +204,13 @@ def _entry_of(entries: dict[str, dict[str, Any]], names: list[str], shape: tuple
 
 
 def _check_coder(name: str, coder: dict[str, Any], entries: dict[str, dict[str, Any]]) -> None:
-    heads, dim, d, stages = coder["heads"], coder["dim"], coder["sub_vector"], coder["stages"]
+    heads, dim, d, stages = coder["heads"], coder["dim"], coder["codebook_dim"], coder["stages"]
     parts = 1 if coder["joint"] else heads
     width, inner = heads * dim // parts, len(stages) * d // parts
     divides = width % d == 0 and len(stages) % parts == 0 and (not coder["strided"] or dim % d == 0)
     if not divides or sum(stages) > SLOTS or (coder["transform"] and coder["strided"]):
         raise FormatError(f"its manifest says that {name} codes in numbers that do not go together")
-    if coder["joint"] and (coder["scaled"] or not coder["transform"]):
+    if coder["joint"] and (coder["normalize"] or not coder["transform"]):
         raise FormatError(f"its manifest says that heads of {name} share codes, which takes a map and no scale")
     if coder["transform"]:
         _entry_of(entries, [f"{name}.mean"], (heads, dim))
@@ -222,8 +222,8 @@ def _check_coder(name: str, coder: dict[str, Any], entries: dict[str, dict[str, 
         raise FormatError(f"its manifest says that {name} codes other channels than it has")
     books = entries.get(f"{name}.quantizer.codebooks")
     shape = () if books is None else tuple(books["shape"])
-    if len(shape) != 4 or shape[0] < max(stages) or shape[1:] != (1, coder["entries"], d):
-        raise FormatError(f"its manifest has no codebooks of {coder['entries']} entries of {d} for {name}")
+    if len(shape) != 4 or shape[0] < max(stages) or shape[1:] != (1, coder["codebook_size"], d):
+        raise FormatError(f"its manifest has no codebooks of {coder['codebook_size']} entries of {d} for {name}")
     if coder["decay"] is None:
         return
     sums = entries.get(f"{name}.quantizer.ema_sums")

@@ -115,9 +115,10 @@ _RECORD = _Keys({
     "stored_codebook_bits": _whole(0), "stored_scale_bits": _whole(0), "?drawn_stages": _whole(0),
 })  # fmt: skip
 _CODER = _Keys({
-    "heads": _whole(1), "dim": _whole(1), "sub_vector": _whole(1), "entries": _ENTRIES,
+    "heads": _whole(1), "dim": _whole(1), "codebook_dim": _whole(1), "codebook_size": _ENTRIES,
     "stages": _list_of(_whole(0, SLOTS), 1), "transform": _is_flag, "joint": _is_flag, "strided": _is_flag,
-    "scaled": _is_flag, "cosine": _is_flag, "beam": _whole(1, 2**16), "decay": _or_none(_is_number), "fine": _whole(0),
+    "normalize": _is_flag, "use_cosine_sim": _is_flag, "beam": _whole(1, 2**16), "decay": _or_none(_is_number),
+    "fine": _whole(0),
 })  # fmt: skip
 _TURNINGS = [[angles, pairs] for angles in ("halves", "interleaved", "single") for pairs in ("halves", "interleaved")]
 _OPERAND = _Keys({

@@ -124,7 +124,7 @@ def test_what_cannot_be_carried_out_is_undone() -> None:
     report = str(rpqfx.report(model))
     unchanged(
         model,
-        lambda: rpqfx.quantize_kv(model, KVPolicy(sub_vector=5), calibration=batches(), inplace=True),
+        lambda: rpqfx.quantize_kv(model, KVPolicy(codebook_dim=5), calibration=batches(), inplace=True),
         PolicyError,
     )
     assert str(rpqfx.report(model)) == report

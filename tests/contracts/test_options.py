@@ -314,21 +314,21 @@ def test_signs_are_fitted(sharing: str, stages: int, calibrated: bool) -> None:
 # --------------------------------------------------------------------------------------------- KVPolicy and RoutePolicy
 
 
-KV_BASE = {"bits": 2.0, "window": 4, "sinks": 1, "sub_vector": 4, "entries": 8, "chunk": 8}
+KV_BASE = {"bits_per_value": 2.0, "window": 4, "sinks": 1, "codebook_dim": 4, "codebook_size": 8, "chunk": 8}
 KV_VALUES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "bits": (1.0, 3.0, {}),
+    "bits_per_value": (1.0, 3.0, {}),
     "window": (0, 9, {}),
     "sinks": (0, 3, {}),
     "keys": ("after", "before", {}),
-    "sub_vector": (2, 4, {}),
-    "entries": (4, 16, {}),
-    "stages": (1, 4, {"bits": 3.0}),
+    "codebook_dim": (2, 4, {}),
+    "codebook_size": (4, 16, {}),
+    "stages": (1, 4, {"bits_per_value": 3.0}),
     "transform": (True, False, {}),
     "joint": (True, False, {}),
     "strided": (True, False, {"transform": False}),
-    "scaled": (True, False, {"transform": False}),
-    "cosine": (True, False, {"transform": False}),
-    "beam": (1, 8, {"bits": 3.0}),
+    "normalize": (True, False, {"transform": False}),
+    "use_cosine_sim": (True, False, {"transform": False}),
+    "beam": (1, 8, {"bits_per_value": 3.0}),
     "decay": (None, 0.9, {"transform": False}),
     "chunk": (8, 16, {}),
     "rules": ((), (KVRule("layers.0", skip="dense"),), {}),
@@ -339,7 +339,7 @@ KV_REFUSED = {
     "joint": {"joint": True, "transform": False},
     "strided": {"strided": True},
     "stages": {"stages": 4, "transform": False},
-    "beam": {"beam": 4, "cosine": True},
+    "beam": {"beam": 4, "use_cosine_sim": True},
 }
 
 
@@ -357,7 +357,7 @@ def kv_made(**values: Any) -> Any:
 
 def test_each_option_of_a_kv_policy_has_values_to_tell_apart() -> None:
     assert {field.name for field in dataclasses.fields(KVPolicy)} == set(KV_VALUES)
-    assert {field.name for field in dataclasses.fields(KVRule)} == {"match", "skip", "bits"}
+    assert {field.name for field in dataclasses.fields(KVRule)} == {"match", "skip", "bits_per_value"}
 
 
 @pytest.mark.parametrize("name", KV_VALUES)
@@ -373,7 +373,12 @@ def test_an_option_of_a_kv_policy_that_would_do_nothing_is_refused(name: str) ->
 
 
 def test_an_option_of_a_kv_rule_changes_what_is_computed() -> None:
-    rules = [KVRule("layers.0", bits=1), KVRule("layers.1", bits=1), KVRule("layers.0", bits=4), KVRule("*.0", skip="")]
+    rules = [
+        KVRule("layers.0", bits_per_value=1),
+        KVRule("layers.1", bits_per_value=1),
+        KVRule("layers.0", bits_per_value=4),
+        KVRule("*.0", skip=""),
+    ]
     found = [kv_made(rules=(rule,)) for rule in rules]
     assert all(a != b for at, a in enumerate(found) for b in found[:at])
 

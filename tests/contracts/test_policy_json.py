@@ -29,8 +29,12 @@ POLICIES: tuple[Policy | KVPolicy | RoutePolicy, ...] = (
     Policy.budget(ratio=0.25, min_codebook_bits=3, rules=(Rule("a", min_size=0, plan="dequantize"),)),
     Policy.budget(bytes=10**6, codebook_bits=4),
     Policy.pretrained(3.5, embedding_bits=4, rules=(Rule("a", codebook_dim=4, stages=2, column_scale=True),)),
-    KVPolicy(bits=3, window=7, rules=(KVRule("layers.0.*", skip="it is short"), KVRule("layers.*", bits=4))),
-    KVPolicy(transform=False, strided=True, scaled=True, cosine=True, decay=0.9),
+    KVPolicy(
+        bits_per_value=3,
+        window=7,
+        rules=(KVRule("layers.0.*", skip="it is short"), KVRule("layers.*", bits_per_value=4)),
+    ),
+    KVPolicy(transform=False, strided=True, normalize=True, use_cosine_sim=True, decay=0.9),
     RoutePolicy(
         feed_forward=8, router={"eps": 0.2, "method_kwargs": {"n_iters": 3}}, rules=(RouteRule("l", tokens=2),)
     ),

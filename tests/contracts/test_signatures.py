@@ -96,7 +96,7 @@ def test_calls_copy_unless_they_are_told_not_to() -> None:
         "rpqify": lambda model, **more: rpqfx.rpqify(model, policy, **more),
         "convert": lambda model, **more: rpqfx.convert(model, policy, [x], **more),
         "quantize_kv": lambda model, **more: rpqfx.quantize_kv(
-            model, rpqfx.KVPolicy(window=2, sub_vector=4, entries=4), calibration=[x], progress=False, **more
+            model, rpqfx.KVPolicy(window=2, codebook_dim=4, codebook_size=4), calibration=[x], progress=False, **more
         ),
         "route": lambda model, **more: rpqfx.route(model, rpqfx.RoutePolicy(0.5), **more),
     }

@@ -132,7 +132,7 @@ def _drawn(module: nn.Module) -> None:
             tensor.copy_(torch.rand(tensor.shape))
 
 
-KV = KVPolicy(bits=2, window=2, sub_vector=4, entries=4)
+KV = KVPolicy(bits_per_value=2, window=2, codebook_dim=4, codebook_size=4)
 CALLS = {
     "rpqify": _rpqify(),
     "in place": _rpqify(inplace=True),

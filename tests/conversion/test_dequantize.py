@@ -109,8 +109,12 @@ def test_attention_on_codes_stays() -> None:
     ids = tokens(2, 12)
     dense = LM().eval()
     both = {
-        "weights first": rpqfx.quantize_kv(rpqfx.rpqify(dense, SMALL), KVPolicy(bits=4, window=4), calibration=[ids]),
-        "cache first": rpqfx.rpqify(rpqfx.quantize_kv(dense, KVPolicy(bits=4, window=4), calibration=[ids]), SMALL),
+        "weights first": rpqfx.quantize_kv(
+            rpqfx.rpqify(dense, SMALL), KVPolicy(bits_per_value=4, window=4), calibration=[ids]
+        ),
+        "cache first": rpqfx.rpqify(
+            rpqfx.quantize_kv(dense, KVPolicy(bits_per_value=4, window=4), calibration=[ids]), SMALL
+        ),
     }
     for small in both.values():
         again = rpqfx.dequantize(small)

@@ -240,7 +240,7 @@ def moving_averages_of_a_cache_are_those_of_one_process() -> None:
         vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, initializer_range=0.3,
     )  # fmt: skip
-    policy = KVPolicy(bits=3, window=6, sinks=2, chunk=8, sub_vector=4, entries=16, decay=0.9)
+    policy = KVPolicy(bits_per_value=3, window=6, sinks=2, chunk=8, codebook_dim=4, codebook_size=16, decay=0.9)
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 60, (4, 16), generator=draw)
     model = transformers.LlamaForCausalLM(config)

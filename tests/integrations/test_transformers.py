@@ -40,7 +40,7 @@ TINY = {
 LLAMA = {**TINY, "num_key_value_heads": 2, "tie_word_embeddings": True}
 POLICY = Policy.from_scratch(codebook_dim=8, codebook_bits=5, min_size=1024)
 WIDE = Policy.from_scratch(codebook_dim=4, codebook_bits=9, min_size=1024, allow_growth=True, scale=True, signs=True)
-KV = KVPolicy(sinks=2, window=4, entries=16, chunk=8)
+KV = KVPolicy(sinks=2, window=4, codebook_size=16, chunk=8)
 
 
 @pytest.fixture(autouse=True)

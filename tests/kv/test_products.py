@@ -20,7 +20,14 @@ from rpqfx.kv import CodebookCache, KVPolicy, KVRule, attentions, commitment, qu
 from tests.kv.kv_models import LM, tokens
 from tests.kv.written_models import WAYS, Written, WrittenLM, matmul, operators, weigh
 
-_POLICY: dict[str, Any] = {"bits": 3, "window": 6, "sinks": 2, "chunk": 8, "sub_vector": 4, "entries": 16}
+_POLICY: dict[str, Any] = {
+    "bits_per_value": 3,
+    "window": 6,
+    "sinks": 2,
+    "chunk": 8,
+    "codebook_dim": 4,
+    "codebook_size": 16,
+}
 
 
 def small_of(model: nn.Module, **values: Any) -> Any:

@@ -54,7 +54,7 @@ POLICIES: dict[str, tuple[Any, str]] = {
     "KVPolicy": (KVPolicy(), "got a KVPolicy; that is for quantize_kv"),
     "RoutePolicy": (RoutePolicy(), "got a RoutePolicy; that is for route"),
     "rule": (Rule("fc1", codebook_bits=2), r"got a Rule; put it in a policy: Policy\(rules=\(rule,\)\)"),
-    "KV rule": (KVRule("fc1", bits=2), "got a KVRule; it goes into a KVPolicy"),
+    "KV rule": (KVRule("fc1", bits_per_value=2), "got a KVRule; it goes into a KVPolicy"),
     "route rule": (RouteRule("fc1", tokens=2), "got a RouteRule; it goes into a RoutePolicy"),
     "dict": ({"codebook_bits": 4}, r"got a dict; make a policy of it: Policy\(\*\*options\)"),
     "JSON": (SMALL.to_json(), r"got the text .*; if it is JSON, read it with Policy\.from_json\(text\)"),

@@ -447,7 +447,7 @@ def test_every_option_of_a_spec_is_written_tied_and_resized(tmp_path: Path):
 def test_a_model_with_a_quantised_cache_is_saved_by_the_standard_call(tmp_path: Path):
     load_file = pytest.importorskip("safetensors.torch").load_file
     dense = build("llama")
-    policy = rpqfx.KVPolicy(bits=4, window=8, sinks=2, entries=16, chunk=8)
+    policy = rpqfx.KVPolicy(bits_per_value=4, window=8, sinks=2, codebook_size=16, chunk=8)
     batches = [{"input_ids": inputs("llama")["input_ids"].repeat(1, 4)} for _ in range(2)]
     for model in (dense, rpqfx.rpqify(dense, POLICIES["random"])):
         small = rpqfx.quantize_kv(model, policy, calibration=batches)

@@ -151,7 +151,7 @@ def compute_dtype(x: Tensor, coder: Coder) -> torch.dtype:
 
 
 def _held(x: Tensor, coder: Coder, codes: Tensor | Stream, scale: Tensor | None) -> Held:
-    stream = codes if isinstance(codes, Stream) else Stream.of(codes, coder.entries)
+    stream = codes if isinstance(codes, Stream) else Stream.of(codes, coder.codebook_size)
     batch, slots = stream.data.shape[:2]
     if x.dim() != 4 or x.shape[:2] != (batch, coder.heads) or slots != coder.head_slots[-1]:
         raise InputError(

@@ -31,7 +31,7 @@ class Side:
         check(slots_of(coder), coder.books, coder.dim if coder.basis is None else coder.basis.shape[1], name)
         if coder.heads % (len(coder.head_slots) - 1):
             raise InputError(f"{name}: {len(coder.head_slots) - 1} parts have slots, the coder has {coder.heads} heads")
-        self.width = code_bits(coder.entries)
+        self.width = code_bits(coder.codebook_size)
         self.length = 0
         self._data: Tensor | None = None  # [B, S, bytes]
         self._scale: Tensor | None = None  # [B, H, capacity]
@@ -51,7 +51,7 @@ class Side:
         for codes, scale in encoded:
             stop = self.length + codes.shape[2]
             assert self._data is not None
-            self._data[:, :, self._bytes(self.length) : self._bytes(stop)] = packed(codes, self.coder.entries)
+            self._data[:, :, self._bytes(self.length) : self._bytes(stop)] = packed(codes, self.coder.codebook_size)
             if self._scale is not None:
                 assert scale is not None
                 self._scale[:, :, self.length : stop] = scale
@@ -60,7 +60,7 @@ class Side:
     def codes(self) -> Stream:
         """All codes; there are some."""
         assert self._data is not None
-        return Stream(self._data, self.width, self.coder.entries, self.length)
+        return Stream(self._data, self.width, self.coder.codebook_size, self.length)
 
     def scale(self) -> Tensor | None:
         """``[B, H, T]`` float16 or None."""
@@ -111,8 +111,8 @@ class Side:
         self.length = length
         for start, stop in self.codes().blocks(shape[0] * shape[1]) if length else ():
             some = self.codes().block(start, stop)
-            if some.numel() and int(some.max()) >= self.coder.entries:
-                raise FormatError(f"{self.name}: codes saved are above the {self.coder.entries} entries")
+            if some.numel() and int(some.max()) >= self.coder.codebook_size:
+                raise FormatError(f"{self.name}: codes saved are above the {self.coder.codebook_size} entries")
 
     def _encode(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         codes, scale = self.coder.encode(x)

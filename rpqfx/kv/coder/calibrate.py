@@ -63,7 +63,7 @@ def find_space(coder: HeadCoder, moments: Moments) -> Space:
         coder: With a transform.
         moments: Of what it is to code, of all channels of a part together.
     """
-    parts, width, d = coder.parts, coder.width, coder.sub_vector
+    parts, width, d = coder.parts, coder.width, coder.codebook_dim
     covariance, fisher = moments.covariance, moments.fisher
     eye = torch.eye(width, dtype=torch.float64, device=fisher.device)
     fisher = fisher + (_RIDGE * fisher.diagonal(dim1=1, dim2=2).mean(1) + 1e-30)[:, None, None] * eye
@@ -99,9 +99,9 @@ def fit_coders(
     Raises:
         PolicyError: If scales take all the bits.
     """
-    d, entries = coders[0].sub_vector, coders[0].entries
+    d, entries = coders[0].codebook_dim, coders[0].codebook_size
     numbers = sum(coder.heads * coder.dim for coder in coders)
-    scales = sum(16 * coder.heads for coder in coders if coder.scaled)
+    scales = sum(16 * coder.heads for coder in coders if coder.normalize)
     budget = int((bits * numbers - scales) // (entries - 1).bit_length())
     if budget < 1:
         raise PolicyError(

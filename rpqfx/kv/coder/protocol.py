@@ -20,7 +20,7 @@ class Coder(Protocol):
     Attributes:
         heads: ``H``, of keys and values.
         dim: ``D``, of a head.
-        entries: ``K``, 2 to 65,536.
+        codebook_size: ``K``, 2 to 65,536.
         books: ``[P, K, d]``, floating.
         slot_books: ``[S]``, the codebook of each slot; slots of a head follow each other.
         slot_groups: ``[S]``, its sub-vector.
@@ -35,7 +35,7 @@ class Coder(Protocol):
     @property
     def dim(self) -> int: ...  # noqa: D102
     @property
-    def entries(self) -> int: ...  # noqa: D102
+    def codebook_size(self) -> int: ...  # noqa: D102
     @property
     def books(self) -> Tensor: ...  # noqa: D102
     @property

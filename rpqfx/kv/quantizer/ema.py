@@ -87,7 +87,13 @@ def draw(steps: list[Step], mask: Tensor, slots: Groups, number: Tensor) -> Tens
 
 @torch.no_grad()
 def update(
-    codebooks: Tensor, held: Sums, batch: Sums, *, decay: float, revive: float = 0.0, drawn: Tensor | None = None
+    codebooks: Tensor,
+    held: Sums,
+    batch: Sums,
+    *,
+    decay: float,
+    threshold_ema_dead_code: float = 0.0,
+    drawn: Tensor | None = None,
 ) -> None:
     """Moves averages, and codebooks with them, in place.
 
@@ -101,8 +107,8 @@ def update(
         held: The averages.
         batch: Of the batch.
         decay: How much of the averages stays, 0 to 1.
-        revive: Entries whose average count falls below this become a point of the batch, with this count and the sum
-            that goes with it.
+        threshold_ema_dead_code: Entries whose average count falls below this become a point of the batch, with this
+            count and the sum that goes with it.
         drawn: ``[R, G, K, d]``, these points (``draw``).
     """
     seen = batch.counts.sum(-1, keepdim=True) > 0
@@ -110,10 +116,10 @@ def update(
     counts = held.counts * keep + batch.counts * (1 - keep)
     sums = held.sums * keep[..., None] + batch.sums * (1 - keep[..., None])
     dead = torch.zeros_like(counts, dtype=torch.bool)
-    if revive > 0 and drawn is not None:
-        dead = seen & (counts < revive) & drawn.isfinite().all(-1)
-        counts = torch.where(dead, revive, counts)
-        sums = torch.where(dead[..., None], drawn * revive, sums)
+    if threshold_ema_dead_code > 0 and drawn is not None:
+        dead = seen & (counts < threshold_ema_dead_code) & drawn.isfinite().all(-1)
+        counts = torch.where(dead, threshold_ema_dead_code, counts)
+        sums = torch.where(dead[..., None], drawn * threshold_ema_dead_code, sums)
         drawn = torch.where(dead[..., None], drawn, 0)
     held.counts.copy_(counts)
     held.sums.copy_(sums)

@@ -28,7 +28,7 @@ class Step(NamedTuple):
 
 
 @torch.no_grad()
-def assign(parts: Tensor, books: Tensor, slots: Groups, beam: int, cosine: bool) -> Tensor:
+def assign(parts: Tensor, books: Tensor, slots: Groups, beam: int, use_cosine_sim: bool) -> Tensor:
     """Codes of sub-vectors.
 
     Args:
@@ -36,7 +36,7 @@ def assign(parts: Tensor, books: Tensor, slots: Groups, beam: int, cosine: bool)
         books: ``[R, G, K, d]``, of the same dtype.
         slots: Which groups have which stages.
         beam: As in ``rpqfx.ops.search.residual_search``.
-        cosine: Likewise.
+        use_cosine_sim: Likewise.
 
     Returns:
         ``[T, S]`` int64.
@@ -46,11 +46,13 @@ def assign(parts: Tensor, books: Tensor, slots: Groups, beam: int, cosine: bool)
         for run in slots.runs:
             points = slots.parts_of(parts, run)
             if slots.shared:
-                codes = residual_search(points.flatten(0, 1), books[: run.stages, 0], beam=beam, cosine=cosine)[0]
+                codes = residual_search(points.flatten(0, 1), books[: run.stages, 0], beam=beam, cosine=use_cosine_sim)[
+                    0
+                ]
                 found.append(codes.view(len(parts), len(run.groups), run.stages))
                 continue
             each = (
-                residual_search(points[:, i], books[: run.stages, group], beam=beam, cosine=cosine)[0]
+                residual_search(points[:, i], books[: run.stages, group], beam=beam, cosine=use_cosine_sim)[0]
                 for i, group in enumerate(run.groups)
             )
             found.append(torch.stack(list(each), 1))
@@ -77,7 +79,7 @@ def decode(codes: Tensor, books: Tensor, slots: Groups) -> Tensor:
         for stage in range(1, run.stages):
             total = total + _entries(of_run[..., stage].long(), slots.books_of(books[stage], run))
         found.append(total)
-    return _whole(found, slots, books.new_zeros(len(codes), slots.sub_vector))
+    return _whole(found, slots, books.new_zeros(len(codes), slots.codebook_dim))
 
 
 def walk(parts: Tensor, codes: Tensor, books: Tensor, slots: Groups) -> Iterator[Step]:

@@ -56,7 +56,10 @@ def test_scores_and_sums_are_those_of_the_vectors(dtype: torch.dtype, data: st.D
     codes, scale = draw_codes(seed, coder, batch, tokens)
     x = decode(widened(coder), codes, scale)
     q, p = randn(seed, batch, coder.heads, n, coder.dim, dtype=dtype), randn(seed, batch, coder.heads, n, tokens)
-    for held in (codes, Stream(packed(codes, coder.entries), code_bits(coder.entries), coder.entries, tokens)):
+    for held in (
+        codes,
+        Stream(packed(codes, coder.codebook_size), code_bits(coder.codebook_size), coder.codebook_size, tokens),
+    ):
         close(scores(q, coder, held, scale), q.double() @ x.transpose(-1, -2), dtype)
         close(weighted(p.to(dtype), coder, held, scale), p.to(dtype).double() @ x, dtype)
 
