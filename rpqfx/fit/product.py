@@ -42,9 +42,9 @@ def fit_codebooks(
     """Product quantisation with residual stages.
 
     Each codebook is fitted by k-means to the sub-vectors it serves (Jegou et al., 2011). Further stages start from what
-    the stages before leave, and all are then fitted together, by beam search and least squares in turns
+    the stages before leave, and all are then fitted together, alternating beam search and least squares
     (``rpqfx.fit.residual.train``). With a scale, rows are divided by their root mean square first. With signs, a
-    sub-vector is turned so that its sum is not negative, and stages stay as they started. All work is done in float32
+    sub-vector is flipped so that its sum is not negative, and stages stay as they started. All work is done in float32
     (float64 stays).
 
     Args:
@@ -53,7 +53,7 @@ def fit_codebooks(
         weights: How much the squared error of each element counts, not negative, of any shape that broadcasts to
             ``[N, D]``: ``[D]`` for columns, ``[N, 1]`` for rows. A sub-vector counts by its mean. With a scale, errors
             are those of the divided rows.
-        steps: Lloyd steps, and turns after each stage but the first, at most.
+        steps: Lloyd steps, and alternations after each stage but the first, at most.
         beam: Sums that go on from stage to stage; 1 leaves the stages as they started.
         seed: Of the k-means starts.
 
@@ -75,8 +75,8 @@ def fit_codebooks(
     together = 1 if spec.signs else spec.stages
     for stage in range(0, spec.stages, together):
         flip = rest.sum(-1) < 0 if spec.signs else torch.zeros_like(rest[..., 0], dtype=torch.bool)
-        turned = torch.where(flip[..., None], -rest, rest)
-        books, found = _fit_groups(turned, shares, spec, together, steps, beam, seed + stage * spec.num_subvectors)
+        flipped = torch.where(flip[..., None], -rest, rest)
+        books, found = _fit_groups(flipped, shares, spec, together, steps, beam, seed + stage * spec.num_subvectors)
         codebooks.append(books)
         codes.append(found)
         minus.append(flip)

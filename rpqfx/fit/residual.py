@@ -71,15 +71,15 @@ def train(
 
     Each stage starts as k-means of what the stages before leave (Chen, Guan, Wang, "Approximate Nearest Neighbor
     Search by Residual Vector Quantization", 2010). With a beam wider than 1, codes by ``encode`` and codebooks by
-    ``refit`` then take turns over all stages so far. On the points seen the error never grows from turn to turn, and
-    more stages never make it larger. Turns see a random sample of 512 points an entry where there are more.
+    ``refit`` then alternate over all stages so far. On the points seen no alternation makes the error larger, and
+    more stages never make it larger. Alternations use a random sample of 512 points an entry where there are more.
 
     Args:
         points: ``[N, d]``, floating and finite.
         stages: ``R``.
         entries: ``K``.
         weights: ``[N]``, not negative, or None for ones; all zero counts as ones.
-        steps: Lloyd steps of each stage at most, and turns after each stage but the first at most.
+        steps: Lloyd steps of each stage at most, and alternations after each stage but the first at most.
         beam: Sums that go on from stage to stage; 1 leaves the stages as k-means made them.
         seed: Of the sample and the starts of k-means.
 
@@ -114,7 +114,7 @@ def improve(points: Tensor, books: Tensor, *, steps: int = 10, beam: int = 16) -
     Args:
         points: ``[N, d]``, floating and finite.
         books: ``[R, K, d]``.
-        steps: Turns of ``encode`` and ``refit`` at most.
+        steps: Alternations of ``encode`` and ``refit`` at most.
         beam: Sums that go on from stage to stage.
 
     Returns:

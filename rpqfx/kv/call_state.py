@@ -42,7 +42,7 @@ _ANGLES = "_kv_angles"
 
 
 def keep_angles(key: Tensor, angles: Rotary) -> None:
-    """Tells a layer that is handed another's keys which angles they have been turned by.
+    """Tells a layer that is handed another's keys which angles they have been rotated by.
 
     Args:
         key: As the layer that made it attends to it.

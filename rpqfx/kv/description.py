@@ -14,7 +14,7 @@ from rpqfx.graph.attention import AttentionSite
 from rpqfx.graph.nested_tensors import without_nested_tensors
 from rpqfx.graph.operands import Operand
 from rpqfx.graph.written_products import Products
-from rpqfx.kv.attention.rotary import HALVES, Turning
+from rpqfx.kv.attention.rotary import HALVES, RotaryConvention
 from rpqfx.kv.coder.head_coder import HeadCoder
 from rpqfx.kv.module import KVAttention
 from rpqfx.kv.policy import KVPolicy
@@ -52,7 +52,8 @@ def describe_kv(model: nn.Module) -> list[dict[str, Any]]:
             continue
         found[id(module)] = {
             "names": [name], "kind": kind, "outermost": "_kv_base" in vars(type(module)),
-            "policy": core.policy.to_json(), "turning": None if core.turning is None else list(core.turning),
+            "policy": core.policy.to_json(),
+            "rotary_convention": None if core.rotary_convention is None else list(core.rotary_convention),
             "products": None if core.products is None else dataclasses.asdict(core.products),
             **{side: _values(getattr(core, side)) for side in _SIDES},
         }  # fmt: skip
@@ -93,7 +94,7 @@ def put_back_kv(
                 core = KVAttention(KVPolicy.from_json(one["policy"]), name)
                 wrap(AttentionSite(name, module, one["kind"]), core)
             core.policy, core.products = KVPolicy.from_json(one["policy"]), _products(one)
-            core.turning = _turning(one)
+            core.rotary_convention = _rotary_convention(one)
             core.keys, core.values = (_coder(one[side]) for side in _SIDES)
         except KeyError:
             raise FormatError(
@@ -104,10 +105,10 @@ def put_back_kv(
     without_nested_tensors(model, [model.get_submodule(names[one["names"][0]]) for one in described])
 
 
-def _turning(one: Mapping[str, Any]) -> Turning | None:
+def _rotary_convention(one: Mapping[str, Any]) -> RotaryConvention | None:
     """The convention of a module's rotary embedding; that of halves in files from before there were others."""
-    said = one.get("turning", list(HALVES) if one["kind"] == "transformers" else None)
-    return None if said is None else Turning(*said)
+    said = one.get("rotary_convention", list(HALVES) if one["kind"] == "transformers" else None)
+    return None if said is None else RotaryConvention(*said)
 
 
 def _products(one: Mapping[str, Any]) -> Products | None:

@@ -163,7 +163,7 @@ class CodebookCache:
         try:
             for name, store in self.stores.items():
                 store.restore(state[name])
-            self.positions.restore(state[""], [name for name, store in self.stores.items() if store.turned])
+            self.positions.restore(state[""], [name for name, store in self.stores.items() if store.rotated])
         except FormatError:
             self.reset()
             raise

@@ -11,7 +11,7 @@ from rpqfx.errors import InputError
 from rpqfx.graph.leaves import own
 from rpqfx.graph.written_products import Products
 from rpqfx.kv.attention.masks import masks
-from rpqfx.kv.attention.rotary import HALVES, Rotary, Turning, turn, turn_back
+from rpqfx.kv.attention.rotary import HALVES, Rotary, RotaryConvention, apply_rotary, undo_rotary
 from rpqfx.kv.attention.score_options import Changes, biased_attention
 from rpqfx.kv.cache.layer import Arrival, LayerStore
 from rpqfx.kv.cache.pending import Pending
@@ -46,7 +46,7 @@ class KVAttention(nn.Module):
 
     keys: HeadCoder
     values: HeadCoder
-    turning: Turning | None = HALVES  # of models that were pickled before there were others
+    rotary_convention: RotaryConvention | None = HALVES  # of models that were pickled before there were others
     products: Products | None = None
     latent: bool = False  # whether keys and values are expanded from what a cache holds
 
@@ -55,7 +55,7 @@ class KVAttention(nn.Module):
         self.policy, self.name, self.products = policy, name, products
         self.watch: Watch | None = None
         self.trial: Trial | None = None
-        self.turning = None
+        self.rotary_convention = None
         self.underway = Underway()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -218,18 +218,18 @@ class KVAttention(nn.Module):
         if angles is None:
             coded, loss = self.keys(key, None, batches)
             return coded, loss
-        coded, loss = self.keys(turn_back(key, angles), None, batches)
-        return turn(coded, angles), loss
+        coded, loss = self.keys(undo_rotary(key, angles), None, batches)
+        return apply_rotary(coded, angles), loss
 
     def _in_halves(
         self, query: Tensor, key: Tensor, known: Rotary | None = None
     ) -> tuple[Rotary | None, Tensor, Tensor]:
         """Angles, and queries and keys in the order of channels in which a pair is one of each half."""
         angles = self._angles() if known is None else known
-        if angles is None or self.turning is None:
+        if angles is None or self.rotary_convention is None:
             return angles, query, key
         width = angles.cos.shape[-1]
-        return angles, self.turning.in_halves(query, width), self.turning.in_halves(key, width)
+        return angles, self.rotary_convention.in_halves(query, width), self.rotary_convention.in_halves(key, width)
 
     def _angles(self) -> Rotary | None:
         if self.policy.keys == "after":

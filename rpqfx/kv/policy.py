@@ -1,4 +1,4 @@
-"""How a model's KV cache is quantized: values that say it, and nothing that does it."""
+"""The policy of a KV cache: how its keys and values are quantized."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ class KVRule(NameRule):
 @spelled
 @dataclass(frozen=True)
 class KVPolicy(PolicyBase):
-    """How keys and values are held.
+    """Says how keys and values are quantized.
 
-    Tokens older than the window are codes: each head's vector is turned by a linear map that makes its errors count
-    alike and its coordinates uncorrelated, and sub-vectors of it are sums of entries, more of them where there is more
-    to say (``transform=True``, after Huang and Schultheiss, 1963); or sub-vectors of the channels as they are, all with
-    as many entries (``transform=False``, as in vqllm, 2410.15704).
+    Tokens older than the window are kept as codes. With ``transform=True`` a linear map takes each head's vector to
+    uncorrelated coordinates in which errors count alike, and each sub-vector of these is a sum of entries, of more
+    entries where there is more to say (after Huang and Schultheiss, 1963). With ``transform=False`` the sub-vectors are
+    of the channels as they are, and all are sums of as many entries (as in vqllm, 2410.15704).
 
     Of rules that match a layer the first is followed; else the policy's own values hold.
 
@@ -163,7 +163,7 @@ class KVPolicy(PolicyBase):
         return math.ceil(math.log2(self.codebook_size))
 
     def of(self, name: str) -> KVPolicy | str:
-        """What holds for a layer.
+        """Returns the policy of a layer.
 
         Args:
             name: Qualified name of the attention module.
@@ -185,7 +185,7 @@ class KVPolicy(PolicyBase):
         All else is as it is left out; ``dataclasses.replace`` changes more of it.
 
         Args:
-            name: Of the preset.
+            name: Name of the preset.
 
         Raises:
             PolicyError: If there is no preset of that name.

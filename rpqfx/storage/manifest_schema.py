@@ -120,7 +120,9 @@ _CODER = _Keys({
     "normalize": _is_flag, "use_cosine_sim": _is_flag, "beam": _whole(1, 2**16), "decay": _or_none(_is_number),
     "fine": _whole(0),
 })  # fmt: skip
-_TURNINGS = [[angles, pairs] for angles in ("halves", "interleaved", "single") for pairs in ("halves", "interleaved")]
+_ROTARY_CONVENTIONS = [
+    [angles, pairs] for angles in ("halves", "interleaved", "single") for pairs in ("halves", "interleaved")
+]
 _OPERAND = _Keys({
     "number": _whole(1), "width": _whole(1),
     "heads": _or_none(_whole(1)), "copies": _whole(1), "order": _one_of(*get_args(Copies)),
@@ -130,8 +132,8 @@ _PRODUCTS = _Keys({
 })  # fmt: skip
 _CACHE = _Keys({
     "names": _list_of(_is_path, 1), "kind": _one_of("call", "torch", "transformers", "latent", "products"),
-    "outermost": _is_flag, "policy": _is_text, "?turning": _or_none(lambda value: value in _TURNINGS),
-    "?products": _or_none(_PRODUCTS),
+    "outermost": _is_flag, "policy": _is_text,
+    "?rotary_convention": _or_none(lambda value: value in _ROTARY_CONVENTIONS), "?products": _or_none(_PRODUCTS),
     "keys": _CODER, "values": _CODER,
 })  # fmt: skip
 _WHOLE = _Keys({

@@ -84,12 +84,12 @@ def plain_coder(
     heads, total, dim = len(slots), sum(slots), groups * d
     g = generator(seed)
     firsts = tuple(sum(slots[:h]) for h in range(heads + 1))
-    turn = torch.linalg.qr(randn(seed + 1, heads, dim, dim)).Q.to(dtype) if basis else None
+    rotation = torch.linalg.qr(randn(seed + 1, heads, dim, dim)).Q.to(dtype) if basis else None
     return PlainCoder(
         randn(seed, books, entries, d, dtype=dtype),
         tuple(torch.randint(books, (total,), generator=g).tolist()),
         tuple(torch.randint(groups, (total,), generator=g).tolist()),
-        firsts, dim, turn, randn(seed + 2, heads, dim, dtype=dtype) if mean else None, scaled,
+        firsts, dim, rotation, randn(seed + 2, heads, dim, dtype=dtype) if mean else None, scaled,
     )  # fmt: skip
 
 

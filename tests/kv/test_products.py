@@ -198,8 +198,8 @@ def test_products_of_layers_with_weights_do_not_count() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             parts = x.unflatten(-1, (4, 8)).flatten(0, 1).transpose(0, 1)
-            turned = torch.bmm(parts, self.blocks).transpose(0, 1).reshape(x.shape)
-            return self.inner(turned @ torch.eye(32))
+            rotated = torch.bmm(parts, self.blocks).transpose(0, 1).reshape(x.shape)
+            return self.inner(rotated @ torch.eye(32))
 
     small, x = small_of(WrittenLM()).eval(), tokens(1)
     wanted = small(x)

@@ -9,7 +9,7 @@ key, and so does the sum of values instead of every value. Between them stand th
 
     table[s] = books[s] @ (basis @ q)[group of s],    bins[s, k] = sum of scale[t] p[t] where code[s, t] = k
 
-Both are exact. Keys that were coded before their rotary embedding are made in tiles, turned and used up; so are
+Both are exact. Keys that were coded before their rotary embedding are made in tiles, rotated and used up; so are
 vectors that meet many queries, since each of them then costs less than its terms in the table.
 """
 
@@ -44,7 +44,7 @@ def scores(
         scale: ``[B, H, T]`` or None.
         rope: Where keys are coded before their rotary embedding, ``cos`` and ``sin`` of their positions, ``[T, R]`` or
             ``[B, T, R]``, of which the first half is read (the second repeats it): the first ``R <= D`` elements of a
-            key are turned, ``x * cos + rotate_half(x) * sin``.
+            key are rotated, ``x * cos + rotate_half(x) * sin``.
 
     Returns:
         ``[B, H, n, T]``, in float32 at least.
@@ -56,7 +56,7 @@ def scores(
     q = q.to(held.books.dtype)
     if rope is not None:
         cos, sin = (part[..., : part.shape[-1] // 2].contiguous() for part in rope)
-        return turned_scores(q, held, *((cos[None], sin[None]) if cos.dim() == 2 else (cos, sin)))
+        return scores_of_rotated(q, held, *((cos[None], sin[None]) if cos.dim() == 2 else (cos, sin)))
     return straight_scores(q, held)
 
 
@@ -87,8 +87,8 @@ def straight_scores(q: Tensor, held: Held, out: Tensor | None = None) -> Tensor:
     return found if out is None else out.copy_(found)
 
 
-def turned_scores(q: Tensor, held: Held, cos: Tensor, sin: Tensor) -> Tensor:
-    """``scores`` of vectors that are turned first; see ``rpqfx.kv.attention.vectors.rotated_scores``."""
+def scores_of_rotated(q: Tensor, held: Held, cos: Tensor, sin: Tensor) -> Tensor:
+    """Returns ``scores`` of vectors that are rotated first; see ``rpqfx.kv.attention.vectors.rotated_scores``."""
     if cos.shape[1] != held.codes.length or cos.shape != sin.shape or cos.shape[0] not in (1, q.shape[0]):
         shapes = f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)}"
         raise InputError(f"{shapes} do not go with {held.codes.length} tokens of {q.shape[0]} samples")

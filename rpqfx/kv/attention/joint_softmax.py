@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rpqfx.kv.attention.attend import straight_scores, turned_scores, weighted_sum
+from rpqfx.kv.attention.attend import scores_of_rotated, straight_scores, weighted_sum
 from rpqfx.kv.attention.score_options import Changes
 from rpqfx.kv.attention.vectors import Held
 
@@ -24,7 +24,7 @@ class Parts(NamedTuple):
         sinks: How many of these come before those in codes.
         held_keys: Those in codes, or None.
         held_values: The same.
-        turns: ``cos, sin``, each ``[1 or B, T, R / 2]``, of keys coded before their rotary embedding, or None.
+        angles: ``cos, sin``, each ``[1 or B, T, R / 2]``, of keys coded before their rotary embedding, or None.
         twice: How many of the last in codes are in front of the window as well, as they are.
     """
 
@@ -33,7 +33,7 @@ class Parts(NamedTuple):
     sinks: int
     held_keys: Held | None
     held_values: Held | None
-    turns: tuple[Tensor, Tensor] | None
+    angles: tuple[Tensor, Tensor] | None
     twice: int = 0
 
     @property
@@ -60,10 +60,10 @@ class Parts(NamedTuple):
             return near
         scores, last = q.new_empty(*q.shape[:3], self.columns), self.sinks + self.held_keys.codes.length
         scores[..., : self.sinks], scores[..., last:] = near[..., : self.sinks], near[..., self.sinks :]
-        if self.turns is None:
+        if self.angles is None:
             straight_scores(q, self.held_keys, scores[..., self.sinks : last])
         else:
-            scores[..., self.sinks : last] = turned_scores(q, self.held_keys, *self.turns)
+            scores[..., self.sinks : last] = scores_of_rotated(q, self.held_keys, *self.angles)
         return scores
 
     def sums(self, p: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ sub-vectors (a group). Axes besides: ``b`` of the batch, ``t`` of the tokens, ``
     pick:           y[b,h,n,t] = scale[b,h,t] * sum of table[b,s,code[b,s,t],n] over the slots s of h, + shift[b,h,n]
     bin_masses:     bins[b,s,k,n] = sum of scale[b,h,t] * p[b,h,n,t] over the tokens t with code[b,s,t] = k
     expand:         y[b,h,t, group of s] = sum of books[book of s, code[b,s,t]] over the slots s of h
-    rotated_scores: the keys that ``expand`` gives, turned by a rotary embedding, times queries
+    rotated_scores: the keys that ``expand`` gives, rotated by a rotary embedding, times queries
 
 The first two are adjoint to each other. All run in blocks of tokens, so that nothing of the cache's size is made.
 """

@@ -1,4 +1,4 @@
-"""The vectors that a cache's codes stand for, some tokens at a time, and scores of those that are turned first."""
+"""The vectors that a cache's codes stand for, some tokens at a time, and scores of those that are rotated first."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Held(NamedTuple):
 
 
 def rotated_scores(q: Tensor, held: Held, cos: Tensor, sin: Tensor) -> Tensor:
-    """Vectors, turned by a rotary embedding, times queries.
+    """Returns products of queries with vectors that a rotary embedding has rotated.
 
     Args:
         q: ``[B, H, n, D]``, of the codebooks' dtype.

@@ -11,7 +11,7 @@ from rpqfx.errors import InputError
 from rpqfx.kv.attention import attend
 from rpqfx.kv.attention.attend import Rope
 from rpqfx.kv.attention.joint_softmax import Parts, attention
-from rpqfx.kv.attention.rotary import turned_back
+from rpqfx.kv.attention.rotary import unrotated
 from rpqfx.kv.attention.score_options import Changes
 from rpqfx.kv.attention.slots import UNIT
 from rpqfx.kv.attention.vectors import rotate
@@ -110,7 +110,7 @@ class LayerStore(LayerTensors):
         Raises:
             InputError: If shapes, or rotary embeddings, are others than before, or if something is not finite.
         """
-        check_tokens(self.keys, self.values, self.name, k, v, rope, self.batch, self._turned)
+        check_tokens(self.keys, self.values, self.name, k, v, rope, self.batch, self._rotated)
         before = self.total, self.encoded
         left: tuple[Tensor, ...] = ()
         if rope is not None:
@@ -118,7 +118,7 @@ class LayerStore(LayerTensors):
         if not self._plain:
             room = self.sinks + self.recent
             self._plain = [x.new_empty(*x.shape[:2], room, x.shape[3], dtype=self.dtype or x.dtype) for x in (k, v)]
-        self._turned = rope is not None
+        self._rotated = rope is not None
         total = self.total + k.shape[2]
         due = self._due(total) - self.encoded
         if not due:
@@ -183,7 +183,7 @@ class LayerStore(LayerTensors):
         held = (self.keys, self.values)[number]
         dtype = attend.compute_dtype(plain, held.coder)
         coded = attend.hold(held.coder, held.codes(), held.scale(), dtype).vectors(0, self.encoded)
-        if self._turned and side == "keys":
+        if self._rotated and side == "keys":
             coded = rotate(coded, *self.positions.get(self.sinks, self.sinks + self.encoded))
         coded = coded.to(plain.dtype)
         first, last = plain[:, :, : self.sinks], plain[:, :, self.sinks :]
@@ -242,9 +242,9 @@ class LayerStore(LayerTensors):
         ]
         going = tuple(x[:, :, self.sinks : self.sinks + due] for x in joined)
         keys, values = going
-        if self._turned:
+        if self._rotated:
             start = self.sinks + self.encoded
-            keys = turned_back(keys, *self.positions.get(start, start + due))
+            keys = unrotated(keys, *self.positions.get(start, start + due))
         encoded = self.keys.encode(keys), self.values.encode(values)
         for side, codes in zip((self.keys, self.values), encoded, strict=True):
             side.add(codes)
@@ -290,5 +290,5 @@ class LayerStore(LayerTensors):
             )
         held_keys = attend.hold(self.keys.coder, self.keys.codes(), self.keys.scale(), dtype)
         held_values = attend.hold(self.values.coder, self.values.codes(), self.values.scale(), dtype)
-        turns = self.positions.get(self.sinks, self.sinks + self.encoded) if self._turned else None
-        return Parts(keys, values, self.sinks, held_keys, held_values, turns, twice)
+        angles = self.positions.get(self.sinks, self.sinks + self.encoded) if self._rotated else None
+        return Parts(keys, values, self.sinks, held_keys, held_values, angles, twice)

@@ -37,7 +37,7 @@ class LayerTensors:
         self.total = 0
         self._left: tuple[Tensor, ...] = ()  # keys and values that the last append sent into codes, as they were
         self._plain: list[Tensor] = []  # keys and values [B, H, sinks + recent, D]: sinks, then the newest
-        self._turned: bool | None = None  # whether keys come with a rotary embedding
+        self._rotated: bool | None = None  # whether keys come with a rotary embedding
 
     @property
     def encoded(self) -> int:
@@ -50,9 +50,9 @@ class LayerTensors:
         return self._plain[0].shape[0] if self._plain else 0
 
     @property
-    def turned(self) -> bool:
+    def rotated(self) -> bool:
         """Whether keys came with a rotary embedding, before which they are coded."""
-        return bool(self._turned)
+        return bool(self._rotated)
 
     @property
     def _filled(self) -> int:
@@ -75,7 +75,7 @@ class LayerTensors:
 
     def reset(self) -> None:
         """Forgets all tokens."""
-        self.total, self._plain, self._turned, self._left = 0, [], None, ()
+        self.total, self._plain, self._rotated, self._left = 0, [], None, ()
         for side in (self.keys, self.values):
             side.reset()
         if self._own is not None:
@@ -95,7 +95,7 @@ class LayerTensors:
 
     def state(self) -> dict[str, Tensor]:
         """All that ``restore`` needs but the coders, as tensors of their own."""
-        state = {"tokens": torch.tensor([self.total, self.encoded, int(bool(self._turned)), self.sinks])}
+        state = {"tokens": torch.tensor([self.total, self.encoded, int(bool(self._rotated)), self.sinks])}
         for name, plain in zip(("k", "v"), self._plain, strict=False):
             state[f"window.{name}"] = plain[:, :, : self._filled].clone()
         parts = {"keys": self.keys.state(), "values": self.values.state()}
@@ -127,7 +127,7 @@ class LayerTensors:
             self._own.map_rows(change)
 
     def _restore(self, state: dict[str, Tensor]) -> None:
-        total, encoded, turned, sinks = state["tokens"].tolist()
+        total, encoded, rotated, sinks = state["tokens"].tolist()
         if sinks != self.sinks:
             raise FormatError(f"{self.name}: the cache was saved with {sinks} sinks, this one has {self.sinks}")
         parts: dict[str, dict[str, Tensor]] = {"keys": {}, "values": {}, "positions": {}, "window": {}}
@@ -145,6 +145,6 @@ class LayerTensors:
             side.restore(parts[name], encoded, batch)
         if self._own is not None:
             self._own.restore(parts["positions"], self.name)
-            if turned and self._own.length != total:
+            if rotated and self._own.length != total:
                 raise FormatError(f"{self.name}: the positions saved are not of {total} tokens")
-        self.total, self._turned = total, bool(turned) if total else None
+        self.total, self._rotated = total, bool(rotated) if total else None

@@ -68,9 +68,9 @@ def find_space(coder: HeadCoder, moments: Moments) -> Space:
     eye = torch.eye(width, dtype=torch.float64, device=fisher.device)
     fisher = fisher + (_RIDGE * fisher.diagonal(dim1=1, dim2=2).mean(1) + 1e-30)[:, None, None] * eye
     root = torch.linalg.cholesky(fisher)
-    energy, turn = torch.linalg.eigh(root.mT @ covariance @ root)
-    energy, turn = energy.flip(1).clamp_min(0), turn.flip(2)
-    analysis = root @ turn
+    energy, rotation = torch.linalg.eigh(root.mT @ covariance @ root)
+    energy, rotation = energy.flip(1).clamp_min(0), rotation.flip(2)
+    analysis = root @ rotation
     groups = energy.view(parts, -1, d).sum(2)
     size = (groups / d).sqrt()
     size = torch.where(size > _SILENT * size.max(), size, torch.ones_like(size)).repeat_interleave(d, 1)

@@ -1,4 +1,4 @@
-"""What turns the keys, or the values, of one attention layer into codes."""
+"""The interface of a coder, which encodes the keys or the values of one attention layer."""
 
 from __future__ import annotations
 

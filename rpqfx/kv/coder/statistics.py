@@ -8,7 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from rpqfx.kv.attention.rotary import Rotary, turn_back
+from rpqfx.kv.attention.rotary import Rotary, undo_rotary
 
 
 @dataclass
@@ -100,7 +100,7 @@ class Watch:
 
     def __init__(self, joint: bool, step: int) -> None:
         self.keys, self.values = Moments(joint), Moments(joint)
-        self.turned = False
+        self.rotated = False
         self._step = step
 
     def see(self, key: Tensor, value: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
@@ -109,13 +109,13 @@ class Watch:
         Args:
             key: ``[B, H, T, D]``.
             value: ``[B, H, T, D]``.
-            rotary: Angles that keys are turned back by, or None.
+            rotary: Angles that keys are rotated back by, or None.
         """
         return self.see_keys(key, rotary), self.see_values(value)
 
     def see_keys(self, key: Tensor, rotary: Rotary | None) -> Tensor:
         """Keys to go on with; as in ``see``."""
-        self.turned = rotary is not None
+        self.rotated = rotary is not None
         return self._hear(self.keys, key, rotary)
 
     def see_values(self, value: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ class Watch:
         return self._hear(self.values, value, None)
 
     def _hear(self, moments: Moments, x: Tensor, rotary: Rotary | None) -> Tensor:
-        seen = x.detach() if rotary is None else turn_back(x.detach(), rotary)
+        seen = x.detach() if rotary is None else undo_rotary(x.detach(), rotary)
         moments.add(seen, self._step)
         if not torch.is_grad_enabled():
             return x
@@ -133,7 +133,7 @@ class Watch:
         def hook(grad: Tensor) -> None:
             # x = R y, so the gradient in y is that in x times the transpose of R, which is its inverse times its
             # stretch squared; the stretch is one but for embeddings that stretch.
-            moments.add_gradient(grad if rotary is None else turn_back(grad, rotary))
+            moments.add_gradient(grad if rotary is None else undo_rotary(grad, rotary))
 
         x.register_hook(hook)
         return x

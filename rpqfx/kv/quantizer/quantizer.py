@@ -161,7 +161,7 @@ class VectorQuantizer(Averaged):
             points: ``[N, dim]``, floating and finite, ``N >= 1``.
             weights: ``[N]`` or ``[N, M]``, finite and not negative: how much squared errors count.
             seed: Of the sample and of k-means.
-            steps: Of k-means at most, and turns over the stages at most.
+            steps: Steps of k-means at most, and rounds over the stages at most.
 
         Returns:
             Itself.
