@@ -39,7 +39,7 @@ def fit_codebooks(
     beam: int = 8,
     seed: int = 0,
 ) -> Fit:
-    """Product quantisation with residual stages.
+    """Fits product quantisation with residual stages.
 
     Each codebook is fitted by k-means to the sub-vectors it serves (Jegou et al., 2011). Further stages start from what
     the stages before leave, and all are then fitted together, alternating beam search and least squares
@@ -93,7 +93,7 @@ def fit_codebooks(
 
 
 def _shares(weights: Tensor, matrix: Tensor, spec: CodebookSpec) -> Tensor:
-    """How much each sub-vector counts, ``[M, N]``."""
+    """Returns how much each sub-vector counts, ``[M, N]``."""
     try:
         each = weights.expand(matrix.shape)
     except RuntimeError:
@@ -104,7 +104,7 @@ def _shares(weights: Tensor, matrix: Tensor, spec: CodebookSpec) -> Tensor:
 def _fit_groups(
     parts: Tensor, shares: Tensor | None, spec: CodebookSpec, stages: int, steps: int, beam: int, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """``[M, N, d]`` to codebooks ``[R, G, K, d]`` and codes ``[R, M, N]``."""
+    """Returns ``[M, N, d]`` to codebooks ``[R, G, K, d]`` and codes ``[R, M, N]``."""
     books = spec.codebooks_shape[1]
     groups = rearrange(parts, "(g s) n d -> g (s n) d", g=books)
     each = [None] * books if shares is None else rearrange(shares, "(g s) n -> g (s n)", g=books)

@@ -1,4 +1,4 @@
-"""Attention on codes as plain values, and put back from them into a model that has none."""
+"""Converts attention on codes to plain values, and restores it from them in a model that has none."""
 
 from __future__ import annotations
 
@@ -106,19 +106,19 @@ def put_back_kv(
 
 
 def _rotary_convention(one: Mapping[str, Any]) -> RotaryConvention | None:
-    """The convention of a module's rotary embedding; that of halves in files from before there were others."""
+    """Returns the convention of a module's rotary embedding; that of halves where a file names none."""
     said = one.get("rotary_convention", list(HALVES) if one["kind"] == "transformers" else None)
     return None if said is None else RotaryConvention(*said)
 
 
 def _products(one: Mapping[str, Any]) -> Products | None:
-    """Which products of a module's code are those of its attention; None where it has none of its own."""
+    """Returns which products of a module's code are those of its attention; None where it has none of its own."""
     said = one.get("products")
     return None if said is None else Products(**{**said, **{side: Operand(**said[side]) for side in _SIDES}})
 
 
 def _is_usual(coder: Any) -> bool:
-    """Whether a coder is one that ``quantize_kv`` makes: its quantiser may be set in more ways by hand."""
+    """Returns whether a coder is one that ``quantize_kv`` makes: its quantiser may be set in more ways by hand."""
     if not isinstance(coder, HeadCoder):
         return False
     own = coder.quantizer

@@ -1,4 +1,4 @@
-"""Which attention modules of a model are to be held in codes, and how."""
+"""Chooses the attention modules of a model that will use codes, and their policies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention whose older keys and values are what their codes stand for."""
+"""Attention whose older keys and values are decoded from codes."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class KVAttention(nn.Module):
         return self.underway.loss
 
     def extra_repr(self) -> str:
-        """What ``print`` shows."""
+        """Returns the text that ``print`` shows."""
         return f"window={self.policy.window}, sinks={self.policy.sinks}, keys={self.policy.keys!r}"
 
     def forward(
@@ -150,7 +150,7 @@ class KVAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, changes: Changes | None,
         **options: Any,
     ) -> Tensor:  # fmt: skip
-        """Attention to keys and values that the module made, twice where codes have others to say."""
+        """Returns attention to keys and values that the module made, twice where codes have others to say."""
         near, self.underway.near = self.underway.near, None
         if self.trial is not None:
             self.trial.see(query, key, value, mask, is_causal)
@@ -169,7 +169,7 @@ class KVAttention(nn.Module):
         return key.shape[2] // (1 if self.underway.near is None else 2)
 
     def append(self, store: LayerStore, key: Tensor, value: Tensor) -> Arrival:
-        """Puts the next tokens into a cache.
+        """Appends the next tokens to a cache.
 
         Args:
             store: The part of the cache that belongs to this layer.
@@ -197,7 +197,7 @@ class KVAttention(nn.Module):
         scale: float | None = None,
         changes: Changes | None = None,
     ) -> Tensor:
-        """Attention of the tokens that ``append`` put into a cache, which held some before.
+        """Returns attention of the tokens that ``append`` put into a cache, which held some before.
 
         Args:
             store: The part of the cache that belongs to this layer.
@@ -210,7 +210,7 @@ class KVAttention(nn.Module):
         return store.attend(self._in_halves(query, query)[1], scale, attn_mask, arrival, changes)
 
     def recoded_keys(self, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys after coding, and the loss; on the side of the rotary embedding that the policy names."""
+        """Returns keys after coding, before or after the rotary embedding as the policy says, and the loss."""
         angles, key, _ = self._in_halves(key, key)
         return self._recoded(key, angles, [])
 
@@ -224,7 +224,7 @@ class KVAttention(nn.Module):
     def _in_halves(
         self, query: Tensor, key: Tensor, known: Rotary | None = None
     ) -> tuple[Rotary | None, Tensor, Tensor]:
-        """Angles, and queries and keys in the order of channels in which a pair is one of each half."""
+        """Returns angles, and queries and keys in the order of channels in which a pair is one of each half."""
         angles = self._angles() if known is None else known
         if angles is None or self.rotary_convention is None:
             return angles, query, key
@@ -290,7 +290,7 @@ class KVAttention(nn.Module):
 
 
 def attentions(model: nn.Module) -> dict[str, KVAttention]:
-    """The attention on codes of a model, by the name of the module it serves."""
+    """Returns the attention on codes of a model, by the name of the module it serves."""
     return {core.name: core for core in model.modules() if isinstance(core, KVAttention)}
 
 

@@ -1,4 +1,4 @@
-"""A model whose attention finds its older keys and values as codes."""
+"""Rewrites a model so that its attention reads its older keys and values from codes."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def _check_dense(model: nn.Module) -> None:
 
 
 def _check_alone(calibration: Any, fit: bool, seed: int | None) -> None:
-    """Refuses arguments that say what a saved calibration says."""
+    """Refuses arguments that a saved calibration already decides."""
     given = {"calibration": calibration is not None, "fit": fit is not True, "seed": seed is not None}
     if any(given.values()):
         name = next(name for name, there in given.items() if there)
@@ -131,7 +131,7 @@ def _check_alone(calibration: Any, fit: bool, seed: int | None) -> None:
 
 
 def _with_saved(model: nn.Module, saved: SavedCalibration, inplace: bool) -> nn.Module:
-    """A model that attends as a saved calibration says."""
+    """Returns a model that attends as a saved calibration says."""
     _check_dense(model)
     saved.check(model)
     before = Snapshot(model, values=small_tensors(model) if inplace else ())
@@ -146,7 +146,7 @@ def _with_saved(model: nn.Module, saved: SavedCalibration, inplace: bool) -> nn.
 
 
 def commitment(model: nn.Module) -> torch.Tensor:
-    """The sum of the quantisers' losses of the last call in training, to be added to the model's own loss.
+    """Returns the sum of the quantisers' losses of the last call in training, to be added to the model's own loss.
 
     Args:
         model: What ``quantize_kv`` returned, or a model that holds it.

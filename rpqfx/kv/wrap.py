@@ -28,7 +28,7 @@ CORE = "kv_codes"  # the attribute under which a module holds its KVAttention
 
 
 class _Through(TorchFunctionMode):
-    """Sends attention calls to a module of ours."""
+    """Redirects attention calls to a ``KVAttention``."""
 
     def __init__(self, core: KVAttention) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class _Calling(_Wrapped):
 
 
 class _Attending(_Calling):
-    """A ``torch.nn.MultiheadAttention``, or one in codebooks."""
+    """A ``torch.nn.MultiheadAttention``, quantized or not."""
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         """See ``torch.nn.MultiheadAttention``.
@@ -83,7 +83,7 @@ class _Attending(_Calling):
 
 
 class _Rotating(_Wrapped):
-    """A module of transformers, whose caller hands it the rotary embedding's angles."""
+    """A module of transformers that receives the rotary embedding's angles from its caller."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """See the class this extends."""

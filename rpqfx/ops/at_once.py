@@ -74,7 +74,7 @@ def conv_at_once(
 
 
 def _plain(x: Tensor, weight: Tensors, bias: Tensor | None) -> bool:
-    """Whether nobody else wants to see these tensors, and they are of one dtype."""
+    """Returns whether nobody else wants to see these tensors, and they are of one dtype."""
     books, codes = weight.codebooks, weight.codes
     if type(x) is not Tensor or x.dtype is not books.dtype:
         return False  # whatever is traced, mapped over samples or of another kind is of a class of its own
@@ -88,7 +88,7 @@ def _plain(x: Tensor, weight: Tensors, bias: Tensor | None) -> bool:
 
 
 def _on_cpu(x: Tensor, weight: Tensors) -> bool:
-    """Whether the compiled kernels take tensors, which look for themselves where the others are."""
+    """Returns whether the compiled kernels take tensors, which look for themselves where the others are."""
     return (
         x.is_cpu
         and weight.codebooks.is_cpu
@@ -99,6 +99,6 @@ def _on_cpu(x: Tensor, weight: Tensors) -> bool:
 
 
 def _on_gpu(x: Tensor, weight: Tensors, bias: Tensor | None) -> bool:
-    """Whether Triton's kernels take tensors."""
+    """Returns whether Triton's kernels take tensors."""
     others = [t for t in (*weight[:5], bias) if t is not None]
     return x.is_cuda and all(t.device == x.device for t in others) and cuda.usable(x)

@@ -83,7 +83,7 @@ class Conv(Geometry):
 
 
 def add_channels(y: Tensor, bias: Tensor | None) -> Tensor:
-    """``y [B, N, *size]`` with a number added to each channel, in place where nothing is traced."""
+    """Returns ``y [B, N, *size]`` with a number added to each channel, in place where nothing is traced."""
     if bias is None:
         return y
     shift = bias.to(y.dtype).view(-1, *[1] * (y.dim() - 2))

@@ -1,4 +1,4 @@
-"""The check that tensors which meet are on one device."""
+"""Checks that the tensors of one operation are on one device."""
 
 from __future__ import annotations
 

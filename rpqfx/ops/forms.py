@@ -20,7 +20,7 @@ from rpqfx.ops.plan import Plan
 
 
 class Form(Protocol):
-    """What ``rpqfx.ops.autograd`` needs of a product."""
+    """The derivatives of a product that ``rpqfx.ops.autograd`` runs."""
 
     @property
     def batched(self) -> bool:
@@ -29,18 +29,18 @@ class Form(Protocol):
     def out(
         self, x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None, bias: Tensor | None = None
     ) -> Tensor:
-        """The product, and a bias added to each of its rows (or channels)."""
+        """Returns the product, with a bias added to each of its rows (or channels)."""
 
     def left(self, y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
-        """Its derivative in ``x``, applied to ``y``."""
+        """Returns its derivative in ``x``, applied to ``y``."""
 
     def book(self, x: Tensor, y: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
-        """Its derivative in the codebooks, applied to ``x`` and ``y``."""
+        """Returns its derivative in the codebooks, applied to ``x`` and ``y``."""
 
     def grads(
         self, x: Tensor, y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """``left`` of ``y`` and ``book``, at once."""
+        """Returns ``left`` of ``y`` and ``book``, at once."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Which way a product runs: through the table of dot products, or through the dequantized matrix."""
+"""Chooses how a product runs: through the table of dot products, or through the dequantized matrix."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PLANS: tuple[Plan, ...] = get_args(Plan)
 
 @dataclass(frozen=True)
 class Costs:
-    """What steps cost on a device, in multiply-adds of its dense matrix product.
+    """The costs of steps on a device, in multiply-adds of its dense matrix product.
 
     Args:
         dot: One multiply-add of the table of a linear map: its products are small ones.
@@ -48,7 +48,7 @@ COSTS = {
 
 
 def costs_of(device: torch.device, dtype: torch.dtype) -> Costs:
-    """The row of the table for what a product runs on; exported graphs run on torch's own operators."""
+    """Returns the row of the table for what a product runs on; exported graphs run on torch's own operators."""
     if device.type != "cpu":
         return COSTS["cuda float32" if dtype is torch.float32 else "cuda"]
     name = f"cpu {str(dtype).removeprefix('torch.')}"
@@ -64,7 +64,7 @@ def cheaper(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> Plan:
-    """The plan that costs less: the table of dot products, or the dequantized matrix.
+    """Returns the plan that costs less: the table of dot products, or the dequantized matrix.
 
     Args:
         codebooks_shape: ``(R, G, K, d)``.
@@ -90,7 +90,7 @@ def cheaper_conv(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> Plan:
-    """The plan that costs less for a convolution whose entries are filters of whole channels.
+    """Returns the plan that costs less for a convolution whose entries are filters of whole channels.
 
     Args:
         codebooks_shape: ``(R, G, K, d)``.
@@ -109,7 +109,7 @@ def cheaper_conv(
 
 
 def _choose(lookup: float, dequantize: float, rows: int) -> Plan:
-    """The plan, from what contracting costs a row and expanding costs once, where a dense product costs 1 a row."""
+    """Returns the plan, given the cost of looking up a row and of dequantizing once; a dense product costs 1 a row."""
     if torch.compiler.is_compiling():  # one graph serves every batch
         return "lookup" if lookup < 1 else "dequantize"
     return "lookup" if rows * lookup < rows + dequantize else "dequantize"

@@ -52,7 +52,7 @@ class Tensors(NamedTuple):
         return self.tiled or self.codes.shape[2]
 
     def untiled(self) -> Tensors:
-        """The same, with codes ``[R, M, N]``."""
+        """Returns the same, with codes ``[R, M, N]``."""
         return self._replace(codes=from_tiles(self.codes, self.tiled), tiled=0) if self.tiled else self
 
     @property
@@ -68,12 +68,12 @@ class Tensors(NamedTuple):
         return None if self.column_scale is None else _repeat(self.column_scale, self.share)
 
     def detach(self) -> Tensors:
-        """The same tensors, without a gradient."""
+        """Returns the same tensors, without a gradient."""
         scale, signs, dims = (t if t is None else t.detach() for t in (self.scale, self.signs, self.column_scale))
         return Tensors(self.codebooks.detach(), self.codes, scale, signs, dims, self.tiled)
 
     def vectors(self, index: Tensor | slice) -> Tensors:
-        """The same matrix, with some of its vectors only (see ``codebook.select_vectors``)."""
+        """Returns the same matrix, with some of its vectors only (see ``codebook.select_vectors``)."""
         if not self.tiled:
             some = codebook.select_vectors(index, self.codes, self.scale, self.signs)
             return Tensors(self.codebooks, *some, self.column_scale)
@@ -87,12 +87,12 @@ class Tensors(NamedTuple):
         return self._replace(codes=tiles, scale=scale if scale is None else scale[start:stop], tiled=stop - start)
 
     def sub_vectors(self, index: Tensor | slice) -> Tensors:
-        """Some sub-vectors of every vector (see ``codebook.select_sub_vectors``)."""
+        """Returns some sub-vectors of every vector (see ``codebook.select_sub_vectors``)."""
         books, codes, signs = codebook.select_sub_vectors(index, self.codebooks, self.codes, self.signs)
         return Tensors(books, codes, self.scale, signs, self._column_scale_of(index), self.tiled)
 
     def _column_scale_of(self, index: Tensor | slice) -> Tensor | None:
-        """The factors of some sub-vectors' columns, one each unless all that share one are there."""
+        """Returns the factors of some sub-vectors' columns, one each unless all that share one are there."""
         if self.column_scale is None:
             return None
         d, share = self.codebooks.shape[3], self.share
@@ -104,13 +104,13 @@ class Tensors(NamedTuple):
 
 
 def expand(weight: Tensors, grad_factor: float = 1.0) -> Tensor:
-    """The matrix ``[N, D]`` (see ``rpqfx.codebook.expand``)."""
+    """Returns the matrix ``[N, D]`` (see ``rpqfx.codebook.expand``)."""
     weight = weight.untiled()
     return Expand.apply(_slow(weight.codebooks, grad_factor), weight.codes, weight.scale, weight.signs, weight.dims)
 
 
 def lookup(ids: Tensor, weight: Tensors, grad_factor: float = 1.0, sparse: bool = False) -> Tensor:
-    """Rows ``[*ids.shape, D]``; ``sparse`` asks for a sparse gradient of the codebooks."""
+    """Returns rows ``[*ids.shape, D]``; ``sparse`` asks for a sparse gradient of the codebooks."""
     if weight.tiled and not sparse:  # the codes of these rows alone
         some = weight.vectors(ids.reshape(-1))
         return expand(some, grad_factor).view(*ids.shape, -1)
@@ -122,7 +122,7 @@ def lookup(ids: Tensor, weight: Tensors, grad_factor: float = 1.0, sparse: bool 
 def linear(
     x: Tensor, weight: Tensors, bias: Tensor | None = None, grad_factor: float = 1.0, plan: Plan = "auto"
 ) -> Tensor:
-    """``x @ W.T + bias``: ``[..., D]`` to ``[..., N]``."""
+    """Returns ``x @ W.T + bias``: ``[..., D]`` to ``[..., N]``."""
     x, scale, dims = _prepare(x, weight, weight.codes.shape[1] * weight.codebooks.shape[3])
     x = x if dims is None else x * _repeat(dims, weight.share)
     books, inside = _slow(weight.codebooks, grad_factor), bias if scale is None else None
@@ -131,7 +131,7 @@ def linear(
 
 
 def linear_t(y: Tensor, weight: Tensors, grad_factor: float = 1.0, plan: Plan = "auto") -> Tensor:
-    """``y @ W``: ``[..., N]`` to ``[..., D]``."""
+    """Returns ``y @ W``: ``[..., N]`` to ``[..., D]``."""
     y, scale, dims = _prepare(y, weight, weight.num_vectors)
     y = y if scale is None else y * scale
     x = product_t(_form(y, weight, plan), y, _slow(weight.codebooks, grad_factor), weight.codes, weight.signs)
@@ -153,7 +153,7 @@ def conv(
     grad_factor: float = 1.0,
     plan: Plan = "auto",
 ) -> Tensor:
-    """A convolution whose filters are the vectors (of a transposed one: its input channels').
+    """Runs a convolution whose filters are the vectors (of a transposed one: its input channels').
 
     Args:
         x: ``[B, C, *spatial]`` or, without a batch, ``[C, *spatial]``.
@@ -240,7 +240,7 @@ def conv_plan(
 
 
 def scale_grad(x: Tensor, factor: Tensor | float) -> Tensor:
-    """``x``, to the last bit, with its gradient multiplied by ``factor`` (broadcast over ``x``)."""
+    """Returns ``x``, to the last bit, with its gradient multiplied by ``factor`` (broadcast over ``x``)."""
     fixed = x.detach()
     return fixed + (x - fixed) * factor
 
@@ -255,12 +255,12 @@ def _scaled(y: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _repeat(factors: Tensor, times: int) -> Tensor:
-    """Each factor so many times in a row."""
+    """Returns each factor so many times in a row."""
     return factors if times == 1 else factors[:, None].expand(-1, times).reshape(-1)
 
 
 def _channels(dims: Tensor, share: int, weight_shape: tuple[int, ...], groups: int) -> Tensor:
-    """Factors of a filter's channels, for every channel group: ``[C, 1, ...]``."""
+    """Returns factors of a filter's channels, for every channel group: ``[C, 1, ...]``."""
     one = _repeat(dims, share // math.prod(weight_shape[2:]))
     every = one if groups == 1 else one.expand(groups, -1).reshape(-1)
     return every.view(-1, *[1] * (len(weight_shape) - 2))

@@ -35,7 +35,7 @@ PLAIN_BIN_ROWS = 4
 def scores(
     q: Tensor, coder: Coder, codes: Tensor | Stream, scale: Tensor | None = None, rope: Rope | None = None
 ) -> Tensor:
-    """Dot products of queries with the keys of a cache.
+    """Returns dot products of queries with the keys of a cache.
 
     Args:
         q: ``[B, H, n, D]``, floating: the queries of each head of keys.
@@ -61,7 +61,7 @@ def scores(
 
 
 def straight_scores(q: Tensor, held: Held, out: Tensor | None = None) -> Tensor:
-    """``scores`` of vectors as they are, in ``out [B, H, n, T]`` if that is given."""
+    """Returns ``scores`` of vectors as they are, in ``out [B, H, n, T]`` if that is given."""
     batch, heads, rows, _ = q.shape
     met = rows * (heads // held.parts)  # rows that meet a part's codes
     if met > KERNEL_ROWS:
@@ -96,7 +96,7 @@ def scores_of_rotated(q: Tensor, held: Held, cos: Tensor, sin: Tensor) -> Tensor
 
 
 def weighted(p: Tensor, coder: Coder, codes: Tensor | Stream, scale: Tensor | None = None) -> Tensor:
-    """Sums of the values of a cache by their weights.
+    """Returns sums of the values of a cache by their weights.
 
     Args:
         p: ``[B, H, n, T]``, floating: the weights of each head of values.
@@ -115,7 +115,7 @@ def weighted(p: Tensor, coder: Coder, codes: Tensor | Stream, scale: Tensor | No
 
 
 def weighted_sum(p: Tensor, held: Held) -> Tensor:
-    """``weighted`` of vectors that are held."""
+    """Returns ``weighted`` of ``Held`` vectors."""
     batch, heads, rows, _ = p.shape
     share = heads // held.parts
     by_kernel = compiled(p, held.codes, held.scale, KERNEL_ROWS) and share <= KERNEL_ROWS
@@ -139,14 +139,14 @@ def weighted_sum(p: Tensor, held: Held) -> Tensor:
 
 
 def hold(coder: Coder, codes: Stream, scale: Tensor | None, dtype: torch.dtype) -> Held:
-    """A coder's tensors and codes together, in the dtype that is computed in."""
+    """Returns a coder's tensors and codes together, in the dtype of the computation."""
     basis, mean = coder.basis, coder.mean  # each is made anew when it is asked for
     basis, mean = (None if x is None else x.to(dtype) for x in (basis, mean))
     return Held(coder.books.to(dtype), slots_of(coder), codes, scale, basis, mean, coder.dim)
 
 
 def compute_dtype(x: Tensor, coder: Coder) -> torch.dtype:
-    """What attention of queries, or weights, with a coder's vectors is computed in."""
+    """Returns the dtype in which attention of queries, or weights, with a coder's vectors is computed."""
     return sum_dtype(torch.promote_types(x.dtype, coder.books.dtype))
 
 
@@ -164,14 +164,14 @@ def _held(x: Tensor, coder: Coder, codes: Tensor | Stream, scale: Tensor | None)
 
 
 def _cells(held: Held) -> Tensor:
-    """``[S]``: which sub-vector of all heads' each slot belongs to."""
+    """Returns ``[S]``: which sub-vector of all heads' each slot belongs to."""
     groups = held.length // held.books.shape[2]
     cells = [h * groups + g for h, g in zip(heads_of(held.slots.heads), held.slots.groups, strict=True)]
     return torch.tensor(cells, dtype=torch.int64, device=held.books.device)
 
 
 def _parts(q: Tensor, held: Held) -> Tensor:
-    """``[B, S, n, d]``: the part of its head's queries that each slot meets."""
+    """Returns ``[B, S, n, d]``: the part of its head's queries that each slot is multiplied with."""
     batch, _, rows, _ = q.shape
     parts = q.unflatten(-1, (-1, held.books.shape[2])).transpose(2, 3).reshape(batch, -1, rows, held.books.shape[2])
     return parts[:, _cells(held)]

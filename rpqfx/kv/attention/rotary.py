@@ -68,7 +68,7 @@ HALVES = RotaryConvention("halves", "halves")
 
 
 def apply_rotary(x: Tensor, rotary: Rotary) -> Tensor:
-    """``x`` after the embedding.
+    """Returns ``x`` after the embedding.
 
     Args:
         x: ``[B, H, T, D]``.
@@ -78,7 +78,7 @@ def apply_rotary(x: Tensor, rotary: Rotary) -> Tensor:
 
 
 def undo_rotary(x: Tensor, rotary: Rotary) -> Tensor:
-    """``x`` before the embedding, in its own dtype; see ``unrotated``.
+    """Returns ``x`` before the embedding, in its own dtype; see ``unrotated``.
 
     Args:
         x: ``[B, H, T, D]``.

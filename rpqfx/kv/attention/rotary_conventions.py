@@ -1,4 +1,4 @@
-"""Which convention of the rotary embedding a model's own code follows, learned by calling it."""
+"""Finds the convention of the rotary embedding that a model's own code follows, by calling it."""
 
 from __future__ import annotations
 

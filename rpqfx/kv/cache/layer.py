@@ -28,7 +28,7 @@ DRAFT = 64
 
 
 class Arrival(NamedTuple):
-    """What an append took in, for its own queries: each finds the last ``window`` tokens before it as they are.
+    """The tokens of an append, for its own queries: each sees the last ``window`` tokens before it exactly.
 
     Args:
         start: Tokens that were there before.
@@ -97,7 +97,7 @@ class LayerStore(LayerTensors):
 
     @torch.no_grad()
     def append(self, k: Tensor, v: Tensor, rope: Rope | None = None) -> Arrival:
-        """Takes the next tokens.
+        """Appends the next tokens.
 
         Args:
             k: ``[B, H, T, D]``, floating; after the rotary embedding if there is one.
@@ -139,7 +139,7 @@ class LayerStore(LayerTensors):
         arrival: Arrival | None = None,
         changes: Changes | None = None,
     ) -> Tensor:
-        """Attention of the newest tokens to all: each sees those before it, and itself.
+        """Returns attention of the newest tokens to all: each sees those before it, and itself.
 
         Args:
             q: ``[B, H_q, n, D]``, floating, of the ``n`` newest tokens; ``H_q`` is a multiple of ``H``.
@@ -208,7 +208,7 @@ class LayerStore(LayerTensors):
         return (token < self.sinks) | (token >= self.sinks + coded[:, None])
 
     def crop(self, length: int) -> None:
-        """Forgets the newest tokens.
+        """Drops the newest tokens.
 
         Args:
             length: Tokens that stay; if negative, tokens that go.
@@ -255,7 +255,7 @@ class LayerStore(LayerTensors):
         return going
 
     def _due(self, total: int) -> int:
-        """How many of so many tokens are in codes."""
+        """Returns how many of so many tokens are in codes."""
         return max(0, (total - self.sinks - self.window) // self.chunk * self.chunk)
 
     def _take_back(self, back: int) -> None:
@@ -271,7 +271,7 @@ class LayerStore(LayerTensors):
             side.crop(side.length - back)
 
     def _coded(self, queries: int, arrival: Arrival | None, device: torch.device) -> Tensor | None:
-        """``[n]``: of the tokens in codes, how many were so when each query's token came; None where all were."""
+        """Returns ``[n]``, how many tokens were in codes when each query's token came; None where all were."""
         if arrival is None or not arrival.left:
             return None
         seen = torch.arange(self.total - queries + 1, self.total + 1, device=device)

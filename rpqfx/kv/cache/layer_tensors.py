@@ -59,7 +59,7 @@ class LayerTensors:
         return self.total - self.encoded
 
     def nbytes(self) -> dict[str, int]:
-        """Bytes that tokens take: ``codes``, ``scales``, ``window`` (with the sinks), ``positions`` (of its own)."""
+        """Counts bytes of tokens: ``codes``, ``scales``, ``window`` (with the sinks), ``positions`` (of its own)."""
         sides = [side.nbytes() for side in (self.keys, self.values)]
         as_they_are = (*(plain[:, :, : self._filled] for plain in self._plain), *self._left)
         window = sum(x.numel() * x.element_size() for x in as_they_are)
@@ -68,13 +68,13 @@ class LayerTensors:
         return {"codes": codes, "scales": scales, "window": window, "positions": own}
 
     def allocated(self) -> int:
-        """Bytes of all tensors, with the room for tokens to come, but for positions that are shared."""
+        """Returns bytes of all tensors, with the room for tokens to come, but for positions that are shared."""
         plain = sum(x.numel() * x.element_size() for x in (*self._plain, *self._left))
         own = 0 if self._own is None else self._own.nbytes()
         return self.keys.allocated() + self.values.allocated() + plain + own
 
     def reset(self) -> None:
-        """Forgets all tokens."""
+        """Drops all tokens."""
         self.total, self._plain, self._rotated, self._left = 0, [], None, ()
         for side in (self.keys, self.values):
             side.reset()
@@ -82,19 +82,19 @@ class LayerTensors:
             self._own.reset()
 
     def reorder(self, beams: Tensor) -> None:
-        """Rows of the batch in another order, some more than once: ``beams`` ``[B]``, an integer, on any device."""
+        """Reorders rows of the batch, some more than once: ``beams`` ``[B]``, an integer, on any device."""
         self.select(beams)
 
     def select(self, indices: Tensor) -> None:
-        """Some rows of the batch: ``indices`` ``[B']``, an integer, on any device."""
+        """Keeps some rows of the batch: ``indices`` ``[B']``, an integer, on any device."""
         self._map_rows(lambda x: x.index_select(0, indices.to(x.device)))
 
     def repeat(self, times: int) -> None:
-        """Each row of the batch so many times, beside each other."""
+        """Repeats each row of the batch, the copies beside each other."""
         self._map_rows(lambda x: x.repeat_interleave(times, 0))
 
     def state(self) -> dict[str, Tensor]:
-        """All that ``restore`` needs but the coders, as tensors of their own."""
+        """Returns all that ``restore`` needs but the coders, as tensors of their own."""
         state = {"tokens": torch.tensor([self.total, self.encoded, int(bool(self._rotated)), self.sinks])}
         for name, plain in zip(("k", "v"), self._plain, strict=False):
             state[f"window.{name}"] = plain[:, :, : self._filled].clone()
@@ -103,7 +103,7 @@ class LayerTensors:
         return {**state, **{f"{name}.{key}": x for name, part in parts.items() for key, x in part.items()}}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Takes what ``state`` gave.
+        """Takes on the result of ``state``.
 
         Raises:
             FormatError: If it is not complete, or of other codebooks; the store is empty then.

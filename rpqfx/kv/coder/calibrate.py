@@ -1,4 +1,4 @@
-"""Coders fitted to what calibration saw: maps, numbers of stages, codebooks.
+"""Fits coders to the moments of a calibration: maps, numbers of stages, codebooks.
 
 An error ``e`` of a head's keys costs the model ``e F e'`` to second order, where ``F`` is the mean outer product of
 gradients (the Fisher information; Kim et al., "SqueezeLLM", 2306.07629, and Zhang et al., "CQ", 2405.03917, use its
@@ -57,7 +57,7 @@ class Space:
 
 @torch.no_grad()
 def find_space(coder: HeadCoder, moments: Moments) -> Space:
-    """Coordinates in which errors count alike and what is coded is uncorrelated.
+    """Returns coordinates in which errors count alike and what is coded is uncorrelated.
 
     Args:
         coder: With a transform.
@@ -148,7 +148,7 @@ def share_codebooks(coders: Sequence[HeadCoder], stages: int) -> None:
 
 
 def allocate(left: Tensor, budget: int) -> Tensor:
-    """Stages for sub-vectors, each next one where it saves most.
+    """Returns stages for sub-vectors, each next one where it saves most.
 
     Args:
         left: ``[n, R + 1]``, what an error costs with 0 to ``R`` stages.
@@ -173,13 +173,13 @@ def allocate(left: Tensor, budget: int) -> Tensor:
 
 
 def _best_step(row: list[float], at: int) -> tuple[float, int]:
-    """How many stages more save most for each of them, and how much; the lower convex hull of the row, step by step."""
+    """Finds how many more stages save most for each of them: the lower convex hull of the row, step by step."""
     gains = [((row[at] - row[r]) / (r - at), r - at) for r in range(at + 1, len(row))]
     return max(gains, default=(0.0, 0))
 
 
 def _points(spaces: Sequence[Space], counts: Tensor, most: int, seed: int) -> Tensor:
-    """Sub-vectors that have codes, drawn evenly."""
+    """Returns sub-vectors that have codes, drawn evenly."""
     kept, start = [], 0
     for space in spaces:
         size = space.energy.numel()
@@ -193,7 +193,7 @@ def _points(spaces: Sequence[Space], counts: Tensor, most: int, seed: int) -> Te
 
 
 def _used(points: Tensor, books: Tensor) -> Tensor:
-    """``[R, 1, K]``: how many points chose each entry, at least one."""
+    """Returns ``[R, 1, K]``: how many points chose each entry, at least one."""
     codes = encode(points, books, beam=_BEAM, passes=0)
     counts = [torch.bincount(code, minlength=books.shape[1]) for code in codes.t()]
     return torch.stack(counts).clamp_min(1).float()[:, None]

@@ -141,7 +141,7 @@ class HeadCoder(nn.Module):
         return eye.transpose(0, 1).reshape(1, self.dim, self.dim).expand(self.heads, -1, -1)
 
     def extra_repr(self) -> str:
-        """What ``print`` shows."""
+        """Returns the text that ``print`` shows."""
         return f"heads={self.heads}, dim={self.dim}, codes={self.code_count}, codebook_size={self.codebook_size}"
 
     @torch.no_grad()
@@ -155,7 +155,7 @@ class HeadCoder(nn.Module):
         fine: int = 0,
         counts: Tensor | None = None,
     ) -> None:
-        """Takes on what calibration found.
+        """Takes on the maps that calibration found.
 
         Args:
             analysis: ``[P, H * D / P, G * d]``.
@@ -186,7 +186,7 @@ class HeadCoder(nn.Module):
         self.quantizer.fit(y.flatten(0, 1), seed=seed)
 
     def to_code_space(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """``y`` before it is coded.
+        """Returns ``y``, the coordinates that are coded.
 
         Args:
             x: ``[B, H, T, D]``.
@@ -208,7 +208,7 @@ class HeadCoder(nn.Module):
         return rearrange(y, "b p t k -> b t (p k)"), scale
 
     def from_code_space(self, y: Tensor, scale: Tensor | None) -> Tensor:
-        """The way back from ``to_code_space``, ``[B, H, T, D]``."""
+        """Returns vectors ``[B, H, T, D]`` of coordinates: the inverse of ``to_code_space``."""
         if self.synthesis is None:
             order = "b t (h g d) -> b h t (d g)" if self.strided else "b t (h g d) -> b h t (g d)"
             x = rearrange(y, order, h=self.heads, d=self.codebook_dim)
@@ -220,7 +220,7 @@ class HeadCoder(nn.Module):
         return x if self.mean is None else x + self.mean[:, None].to(x.dtype)
 
     def encode(self, x: Tensor) -> Coded:
-        """Codes of vectors.
+        """Returns the codes of vectors.
 
         Args:
             x: ``[B, H, T, D]``.
@@ -229,7 +229,7 @@ class HeadCoder(nn.Module):
         return Coded(self.quantizer.encode(y).codes.transpose(1, 2), scale)
 
     def decode(self, codes: Tensor, scale: Tensor | None = None) -> Tensor:
-        """What codes stand for, ``[B, H, T, D]``.
+        """Returns the vectors of codes, ``[B, H, T, D]``.
 
         Args:
             codes: ``[B, S, T]``.
@@ -240,7 +240,7 @@ class HeadCoder(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor | None = None, batches: list[Batch] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Vectors after coding, straight through for gradients, and the quantiser's loss.
+        """Returns vectors after coding, straight through for gradients, and the quantiser's loss.
 
         What coding loses reaches the gradient of ``x`` as if nothing were lost (Bengio et al., 1308.3432).
 

@@ -50,7 +50,7 @@ class Coder(Protocol):
     def mean(self) -> Tensor | None: ...  # noqa: D102
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Codes of vectors.
+        """Returns the codes of vectors.
 
         Args:
             x: ``[B, H, T, D]``, floating.
@@ -62,5 +62,5 @@ class Coder(Protocol):
 
 
 def slots_of(coder: Coder) -> Slots:
-    """Where a coder's codes belong."""
+    """Returns the places of a coder's codes."""
     return Slots(coder.slot_books, coder.slot_groups, coder.head_slots)

@@ -1,4 +1,4 @@
-"""What calibration keeps of one layer's keys and values."""
+"""The statistics that calibration collects of one layer's keys and values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rpqfx.kv.attention.rotary import Rotary, undo_rotary
 
 @dataclass
 class Moments:
-    """Of one layer's keys, or values: each of ``P`` parts has ``n = H * D / P`` channels.
+    """Moments of one layer's keys, or values: each of ``P`` parts has ``n = H * D / P`` channels.
 
     Args:
         joint: Whether all heads are one part, or each its own.
@@ -62,7 +62,7 @@ class Moments:
         return 1 if self.joint else self.heads
 
     def all_samples(self) -> Tensor:
-        """The samples as the coder takes them, ``[1, H, N, D]``."""
+        """Returns the samples as the coder takes them, ``[1, H, N, D]``."""
         samples = torch.cat(self.samples, 1)
         return rearrange(samples, "p n (h d) -> 1 (p h) n d", d=self.dim)
 
@@ -91,7 +91,7 @@ class Moments:
 
 
 class Watch:
-    """Hears the keys and values of one attention layer, and the gradients of them.
+    """Collects the keys and values of one attention layer, and their gradients.
 
     Args:
         joint: Whether all heads of a layer share codes.
@@ -104,7 +104,7 @@ class Watch:
         self._step = step
 
     def see(self, key: Tensor, value: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
-        """Keys and values to go on with.
+        """Adds keys and values, and returns those to go on with.
 
         Args:
             key: ``[B, H, T, D]``.
@@ -114,12 +114,12 @@ class Watch:
         return self.see_keys(key, rotary), self.see_values(value)
 
     def see_keys(self, key: Tensor, rotary: Rotary | None) -> Tensor:
-        """Keys to go on with; as in ``see``."""
+        """Adds keys, and returns those to go on with; as in ``see``."""
         self.rotated = rotary is not None
         return self._hear(self.keys, key, rotary)
 
     def see_values(self, value: Tensor) -> Tensor:
-        """Values to go on with; as in ``see``."""
+        """Adds values, and returns those to go on with; as in ``see``."""
         return self._hear(self.values, value, None)
 
     def _hear(self, moments: Moments, x: Tensor, rotary: Rotary | None) -> Tensor:

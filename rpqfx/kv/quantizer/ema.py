@@ -1,4 +1,4 @@
-"""Codebooks as moving averages of what they quantise, the same on all ranks."""
+"""Codebooks as moving averages of the vectors that they quantise, the same on all ranks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Sums(NamedTuple):
 
 @torch.no_grad()
 def batch_sums(steps: list[Step], mask: Tensor, slots: Groups, copies: int = 1) -> Sums:
-    """What the entries were chosen for in a batch, added up over all ranks.
+    """Returns the counts and sums of the points that chose each entry in a batch, added up over all ranks.
 
     Args:
         steps: All stages (``rpqfx.kv.quantizer.encode.walk``).
@@ -53,7 +53,7 @@ def batch_sums(steps: list[Step], mask: Tensor, slots: Groups, copies: int = 1) 
 
 @torch.no_grad()
 def draw(steps: list[Step], mask: Tensor, slots: Groups, number: Tensor) -> Tensor:
-    """A point of the batch for each entry, ``[R, G, K, d]`` float32: rank 0's for all ranks.
+    """Returns a point of the batch for each entry, ``[R, G, K, d]`` float32: rank 0's for all ranks.
 
     Which points is a matter of ``number`` alone, and they are different ones while there are enough. NaN where no
     token counts, or no group uses a codebook.
@@ -95,7 +95,7 @@ def update(
     threshold_ema_dead_code: float = 0.0,
     drawn: Tensor | None = None,
 ) -> None:
-    """Moves averages, and codebooks with them, in place.
+    """Updates averages, and codebooks with them, in place.
 
     Counts and sums decay toward those of the batch; an entry is its sum over its count, where counts are smoothed as
     Laplace did (van den Oord et al., "Neural Discrete Representation Learning", 2017, arXiv 1711.00937, appendix A.1;

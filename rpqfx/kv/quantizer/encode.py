@@ -15,7 +15,7 @@ from rpqfx.ops.search import residual_search
 
 
 class Step(NamedTuple):
-    """A stage of some groups: what the stages before left, and what this one takes off it."""
+    """A stage of some groups: the remainder of the stages before, and the entries that this one subtracts."""
 
     run: Run
     stage: int
@@ -29,7 +29,7 @@ class Step(NamedTuple):
 
 @torch.no_grad()
 def assign(parts: Tensor, books: Tensor, slots: Groups, beam: int, use_cosine_sim: bool) -> Tensor:
-    """Codes of sub-vectors.
+    """Returns the codes of sub-vectors.
 
     Args:
         parts: ``[T, M, d]``, floating.
@@ -62,7 +62,7 @@ def assign(parts: Tensor, books: Tensor, slots: Groups, beam: int, use_cosine_si
 
 
 def decode(codes: Tensor, books: Tensor, slots: Groups) -> Tensor:
-    """The sums of entries that codes stand for.
+    """Returns the sums of entries that codes stand for.
 
     Args:
         codes: ``[T, S]``, an integer.
@@ -83,7 +83,7 @@ def decode(codes: Tensor, books: Tensor, slots: Groups) -> Tensor:
 
 
 def walk(parts: Tensor, codes: Tensor, books: Tensor, slots: Groups) -> Iterator[Step]:
-    """The stages one by one.
+    """Yields the stages one by one.
 
     Args:
         parts: ``[T, M, d]``.
@@ -101,13 +101,13 @@ def walk(parts: Tensor, codes: Tensor, books: Tensor, slots: Groups) -> Iterator
 
 
 def exact(x: Tensor) -> AbstractContextManager[Any]:
-    """Where autocast must not round distances: with codes there is no second chance."""
+    """Keeps autocast from rounding distances: with codes there is no second chance."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _entries(index: Tensor, books: Tensor) -> Tensor:
-    """``[T, n, d]``: entry ``index[t, i]`` of book ``i``, or of the only one."""
+    """Returns ``[T, n, d]``: entry ``index[t, i]`` of book ``i``, or of the only one."""
     if len(books) > 1:
         index = index + books.shape[1] * torch.arange(len(books), device=index.device)
     return F.embedding(index, books.flatten(0, 1))

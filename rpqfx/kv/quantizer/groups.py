@@ -73,7 +73,7 @@ class Groups:
     def make(
         cls, dim: int, codebook_dim: int, stages: int | Sequence[int], codebook_size: int, shared: bool, strided: bool
     ) -> Groups:
-        """Groups from what a person says; the arguments are those of the class."""
+        """Returns groups, after checking the numbers; the arguments are those of the class."""
         if dim < 1 or codebook_dim < 1:
             raise SpecError(f"dim and codebook_dim are at least 1, got {dim} and {codebook_dim}")
         if dim % codebook_dim:
@@ -102,7 +102,7 @@ class Groups:
         return len(self.stages)
 
     def groups_with(self, stage: int) -> int:
-        """How many groups have a stage."""
+        """Returns how many groups have a stage."""
         return sum(own > stage for own in self.stages)
 
     def check_codes(self, codes: Tensor) -> None:
@@ -118,35 +118,35 @@ class Groups:
             raise CodeError(f"codes are 0 to {self.codebook_size - 1}, these are {low} to {high}")
 
     def split(self, x: Tensor) -> Tensor:
-        """Sub-vectors ``[T, M, d]`` of vectors ``[T, dim]``."""
+        """Returns sub-vectors ``[T, M, d]`` of vectors ``[T, dim]``."""
         if self.strided:
             return x.unflatten(1, (self.codebook_dim, self.groups)).transpose(1, 2)
         return x.unflatten(1, (self.groups, self.codebook_dim))
 
     def join(self, parts: Tensor) -> Tensor:
-        """The inverse of ``split``."""
+        """Returns the inverse of ``split``."""
         return (parts.transpose(1, 2) if self.strided else parts).flatten(1)
 
     def parts_of(self, parts: Tensor, run: Run) -> Tensor:
-        """What belongs to the groups of a run, ``[T, n, ...]`` of ``[T, M, ...]``."""
+        """Returns the part of the groups of a run, ``[T, n, ...]`` of ``[T, M, ...]``."""
         if len(run.groups) == self.groups:
             return parts
         return torch.stack([parts[:, group] for group in run.groups], 1)
 
     def books_of(self, books: Tensor, run: Run) -> Tensor:
-        """The codebooks of a run's groups, ``[1 or n, ...]`` of ``[G, ...]``."""
+        """Returns the codebooks of a run's groups, ``[1 or n, ...]`` of ``[G, ...]``."""
         if self.shared or len(run.groups) == self.groups:
             return books
         return torch.stack([books[group] for group in run.groups])
 
     def codes_of(self, codes: Tensor, run: Run) -> Tensor:
-        """The codes of a run's groups, ``[T, n, stages]`` of ``[T, S]``."""
+        """Returns the codes of a run's groups, ``[T, n, stages]`` of ``[T, S]``."""
         if len(run.groups) == self.groups:
             return codes.view(len(codes), self.groups, run.stages)
         starts = [sum(self.stages[:group]) for group in run.groups]
         return torch.stack([codes[:, start : start + run.stages] for start in starts], 1)
 
     def in_order(self, found: Sequence[Tensor], empty: Tensor | None = None) -> list[Tensor]:
-        """What was found for each run, ``[T, n, ...]`` each, group by group; ``empty`` for groups without stages."""
+        """Joins the results of runs, ``[T, n, ...]`` each, group by group; ``empty`` for groups without stages."""
         by_group = {m: part[:, i] for run, part in zip(self.runs, found, strict=True) for i, m in enumerate(run.groups)}
         return [by_group.get(m, empty) for m in range(self.groups) if m in by_group or empty is not None]  # type: ignore[misc]

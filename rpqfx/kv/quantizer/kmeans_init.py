@@ -1,4 +1,4 @@
-"""Where codebooks of keys and values start: k-means of a sample."""
+"""The k-means start of codebooks of keys and values."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def start(
     seed: int,
     steps: int,
 ) -> tuple[Tensor, Tensor]:
-    """Codebooks by k-means, stage after stage, on at most 100,000 sub-vectors each.
+    """Returns codebooks by k-means, stage after stage, on at most 100,000 sub-vectors each.
 
     Stage ``r`` is trained on what is left of the groups that have more than ``r`` stages. By the cosine, a stage
     clusters directions, and gives each entry the length that leaves the least error. Codebooks of several stages are
@@ -85,7 +85,7 @@ def start(
 def _sample(
     parts: Tensor, weights: Tensor | None, used: list[int], slots: Groups, seed: int
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Sub-vectors ``[P, d]`` of some groups, their weights, and how many stages their groups have."""
+    """Returns sub-vectors ``[P, d]`` of some groups, their weights, and how many stages their groups have."""
     count = len(parts) * len(used)
     if count > SAMPLES:
         generator = torch.Generator(parts.device).manual_seed(seed)
@@ -100,7 +100,7 @@ def _sample(
 def _train_directions(
     points: Tensor, stages: int, entries: int, weights: Tensor | None, steps: int, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Codebooks ``[stages, K, d]`` whose entries are chosen by direction, and codes ``[P, stages]``."""
+    """Returns codebooks ``[stages, K, d]`` whose entries are chosen by direction, and codes ``[P, stages]``."""
     books, codes = [], []
     rests = points
     for stage in range(stages):
@@ -131,7 +131,7 @@ def _train_repeated(
     shared_stages: int,
     use_cosine_sim: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Codebooks ``[stages, K, d]``, ``shared_stages`` in a row the same, and codes ``[P, stages]``."""
+    """Returns codebooks ``[stages, K, d]``, ``shared_stages`` in a row the same, and codes ``[P, stages]``."""
     books, codes = [], []
     for first in range(0, stages, shared_stages):
         start, seen = None, [points]

@@ -17,7 +17,7 @@ _FLOAT32 = ("ema_counts", "ema_sums")
 
 
 class Batch(NamedTuple):
-    """What a call used the codebooks of a quantiser for.
+    """The uses of a quantiser's codebooks in one call.
 
     Args:
         quantizer: Whose they are.
@@ -53,7 +53,7 @@ class Averaged(nn.Module):
 
     @torch.no_grad()
     def _batch(self, steps: list[Step], counted: Tensor) -> Batch:
-        """What the codebooks were used for in a call."""
+        """Returns the uses of the codebooks in a call."""
         drawn = None
         if self.threshold_ema_dead_code:
             drawn = ema.draw(steps, counted, self.layout, self.ema_steps + self.seed)[:: self.shared_stages]
@@ -62,7 +62,7 @@ class Averaged(nn.Module):
         return Batch(self, sums, drawn)
 
     def _each_book(self, sums: Tensor) -> Tensor:
-        """Sums of stages ``[R, ...]``, added up where they have the same codebook, and zero for books without any."""
+        """Adds up sums of stages ``[R, ...]`` that have the same codebook; codebooks without any get zero."""
         own = self.layout.codebooks_shape[0] // self.shared_stages
         sums = sums if self.shared_stages == 1 else sums.unflatten(0, (own, self.shared_stages)).sum(1)
         return sums if len(self.codebooks) == own else torch.cat([sums, sums.new_zeros(self._more(own, sums))])
@@ -86,7 +86,7 @@ class Averaged(nn.Module):
 
     @torch.no_grad()
     def _average_from(self, counts: Tensor | None) -> None:
-        """Averages that give the codebooks as they are, of one point an entry if not said otherwise."""
+        """Sets averages that give the codebooks as they are, of one point an entry if not said otherwise."""
         if self.decay is not None:
             self.ema_counts.copy_(torch.ones_like(self.ema_counts) if counts is None else counts)
             self.ema_sums.copy_(self.codebooks.float() * self.ema_counts[..., None])
@@ -105,7 +105,7 @@ class Averaged(nn.Module):
 
 @torch.no_grad()
 def take_step(batches: Sequence[Batch]) -> None:
-    """Moves averages by what a step of training saw, and codebooks with them; those that several share once.
+    """Updates averages with the batches of a training step, and codebooks with them; shared ones once.
 
     Args:
         batches: Of all calls of the step.

@@ -20,7 +20,7 @@ from rpqfx.kv.quantizer.moving_averages import Averaged, Batch, take_step
 
 
 class Codes(NamedTuple):
-    """What vectors are held as."""
+    """The quantized form of vectors."""
 
     codes: Tensor
     """``[..., S]``, the narrowest integer."""
@@ -29,7 +29,7 @@ class Codes(NamedTuple):
 
 
 class Quantized(NamedTuple):
-    """What a training step sees."""
+    """The result of a training step."""
 
     values: Tensor
     """``[..., dim]``: what the codes stand for; gradients go to the input as if nothing had been done to it."""
@@ -188,7 +188,7 @@ class VectorQuantizer(Averaged):
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Codes:
-        """Codes of vectors.
+        """Returns the codes of vectors.
 
         Args:
             x: ``[..., dim]``, floating.
@@ -205,7 +205,7 @@ class VectorQuantizer(Averaged):
         return Codes(self._narrow(codes, x), None if scale is None else scale.view(x.shape[:-1]))
 
     def decode(self, codes: Tensor, scale: Tensor | None = None) -> Tensor:
-        """What codes stand for.
+        """Returns the vectors that codes stand for.
 
         Args:
             codes: ``[..., S]``, an integer.
@@ -228,7 +228,7 @@ class VectorQuantizer(Averaged):
         return values if scale is None else (values * scale[..., None]).to(values.dtype)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, batches: list[Batch] | None = None) -> Quantized:
-        """Vectors as their codes say, with gradients as if they were the vectors themselves.
+        """Returns the decoded vectors, with straight-through gradients.
 
         The loss adds up all stages. Of each it is the squared distance of what is left to the entry, averaged over
         tokens and groups: ``commitment`` times that, with gradients to the input alone, and where codebooks train by
@@ -264,7 +264,7 @@ class VectorQuantizer(Averaged):
         return Quantized(values + (x - x.detach()), self._narrow(codes, x), loss)
 
     def _parts(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Sub-vectors ``[T, M, d]`` as they are quantised, and the scales ``[T]``."""
+        """Returns sub-vectors ``[T, M, d]`` as they are quantised, and the scales ``[T]``."""
         rows = _rows(x).to(torch.promote_types(x.dtype, torch.float32))
         if not self.normalize:
             return self.layout.split(rows), None
@@ -277,7 +277,7 @@ class VectorQuantizer(Averaged):
         return codes.to(code_dtype(self.layout.codebook_size)).view(*x.shape[:-1], self.layout.count)
 
     def extra_repr(self) -> str:
-        """What printing shows of it."""
+        """Returns the text that printing shows."""
         layout = self.layout
         even = len(set(layout.stages)) == 1
         shown = [
@@ -294,5 +294,5 @@ class VectorQuantizer(Averaged):
 
 
 def _rows(x: Tensor) -> Tensor:
-    """``[T, width]``, of widths of zero, too."""
+    """Returns ``[T, width]``, of widths of zero, too."""
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])

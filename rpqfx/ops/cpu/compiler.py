@@ -31,7 +31,7 @@ _TELLING = ("error", "multiple definition", "undefined reference", "cannot find"
 
 @dataclasses.dataclass(frozen=True)
 class Compiler:
-    """A C++ compiler, and what it is told besides the names of files.
+    """A C++ compiler and its flags.
 
     Attributes:
         name: The program.
@@ -114,7 +114,7 @@ def build(compiler: Compiler, library: Path) -> None:
 
 
 def run(commands: Sequence[Sequence[str]], folder: Path) -> None:
-    """Runs commands side by side, each on a core of its own; where cores are fewer, the others wait for their turn.
+    """Runs commands in parallel, each on a core of its own; where there are fewer cores, some wait.
 
     None of them runs any more when this returns or raises.
 

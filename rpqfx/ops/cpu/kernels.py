@@ -20,7 +20,7 @@ _MOST_ROWS = {"auto": -1, "lookup": 2**62, "dequantize": 0}
 
 
 def take(dtype: torch.dtype, code_dtype: torch.dtype) -> bool:
-    """Whether there are kernels for these dtypes."""
+    """Returns whether there are kernels for these dtypes."""
     return dtype in _FLOATS and code_dtype in _CODES
 
 
@@ -34,7 +34,7 @@ def contract(
 def matmul(
     x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
-    """As ``contract``, through the expanded matrix."""
+    """Returns what ``contract`` does, through the dequantized matrix."""
     return torch.ops.rpqfx_cpu.matmul(x, codebooks, codes, signs, bias)
 
 
@@ -42,7 +42,7 @@ def conv(
     x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None, column_scale: Tensor | None,
     scale: Tensor | None, bias: Tensor | None, *geometry: Any,
 ) -> Tensor:  # fmt: skip
-    """A convolution whose filters are expanded, with ``column_scale [D / share]``, ``scale [N]`` and bias; contiguous.
+    """Runs a convolution with dequantized filters, ``column_scale [D / share]``, ``scale [N]`` and bias; contiguous.
 
     ``geometry`` is ``weight_shape``, ``stride``, ``padding``, ``dilation``, ``transposed``, ``output_padding`` and
     ``groups``, as ``rpqfx.ops.library.conv`` takes them.
