@@ -6,7 +6,7 @@ small codebook, or a sum of one entry per residual stage:
 
     W[n, m*d:(m+1)*d] = scale[n] * sum_r sign[r,m,n] * codebooks[r, g(m), codes[r,m,n], :]
 
-Axes, in this order wherever they meet:
+Axes, always in this order:
 
     R  residual stages           M  sub-vectors per vector (M * d = D)     N  vectors
     G  codebooks per stage       K  entries per codebook                   d  length of a sub-vector

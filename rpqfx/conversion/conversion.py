@@ -160,7 +160,7 @@ class _Conversion:
         often = [w for w in weights if observer.seen[w].uses > 1 and not observer.seen[w].looked_up]
         if often:
             closer = Observer(often, energy_only=False, rows=self._rows(), ranks=self._ranks)
-            self._watch(closer, "reading inputs that are met several times")
+            self._watch(closer, "reading inputs that are used several times")
             for weight in often:
                 observer.seen[weight].moments = closer.seen[weight].moments
         return observer.seen

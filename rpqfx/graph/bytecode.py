@@ -1,4 +1,4 @@
-"""What can be told of a module's code without running it: whether it must be handed real tensors.
+"""Reads a module's code without running it, to see whether it must be handed real tensors.
 
 A custom ``autograd.Function`` finds tensors only for its gradients: anything else goes through it unseen, and so
 without a gradient. A check such as ``isinstance(w, Tensor)`` says no to anything else. Tracing shows neither.

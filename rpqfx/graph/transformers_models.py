@@ -1,4 +1,4 @@
-"""What transformers models look up by name, told of the names under which their tensors now are.
+"""Updates what transformers models look up by name, to the names under which their tensors now are.
 
 Such a model keeps, as plain data, which of its tensors are tied, and finds them by the names of dense Parameters; and
 it resizes an output head by making a dense one. Attributes of the instance tell it otherwise: its class, and so its
@@ -57,7 +57,7 @@ def adapt_pretrained(model: nn.Module) -> None:
 def restore_pretrained(model: nn.Module) -> None:
     """Takes those attributes back from every transformers model within a model whose weights are dense again.
 
-    Ties of codebooks of keys and values, which stay, are told anew.
+    Ties of codebooks of keys and values, which stay, are declared again.
 
     Args:
         model: A model none of whose weights are quantized any more.

@@ -53,7 +53,7 @@ def keep_angles(key: Tensor, angles: Rotary) -> None:
 
 
 def angles_of(key: Tensor) -> Rotary | None:
-    """Returns what ``keep_angles`` was told of keys, in this call; None where that was nothing.
+    """Returns the angles that ``keep_angles`` kept for keys in this call, or None.
 
     Args:
         key: Keys.

@@ -1,4 +1,4 @@
-"""Where a weight's tensors are: they and what they meet have to be on one device, with values in them."""
+"""Checks where a weight's tensors are: they and their operands must be on one device, with values in them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rpqfx.ops import Tensors
 
 
 def check_placed(tensors: Tensors, x: Tensor | None, owner: nn.Module | None, bias: Tensor | None = None) -> None:
-    """Raises where the tensors of a weight are not all on the device of the input that they meet.
+    """Raises where the tensors of a weight are not all on the device of the input.
 
     Shapes are still worked out on the meta device: with a weight that is there altogether, or for an input that is.
 

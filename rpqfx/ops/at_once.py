@@ -1,8 +1,8 @@
 """Products and convolutions in one call of a kernel, factors and bias included, where nothing else has a say in it.
 
 With one row, or one small image, what a layer does around its kernel takes longer than the kernel. So where no
-gradient, transform, trace, compiler or autocast looks on, it is asked in one step, and everywhere else it is the same
-product in several.
+gradient, transform, trace, compiler or autocast takes part, the whole call is one step, and everywhere else it is the
+same product in several.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def conv_at_once(
     padding: tuple[int, ...], dilation: tuple[int, ...], groups: int, transposed: bool,
     output_padding: tuple[int, ...] | None, plan: Plan,
 ) -> Tensor | None:  # fmt: skip
-    """Returns a convolution with expanded filters, or None where this way is not open, or contracting is better.
+    """Returns a convolution with dequantized filters, or None where this way is not open, or looking up is better.
 
     Args:
         x: ``[B, C, *spatial]``.

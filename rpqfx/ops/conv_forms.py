@@ -50,7 +50,7 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Conv(Geometry):
-    """A convolution, or a transposed one, whose filters are expanded anew each time."""
+    """A convolution, or a transposed one, whose filters are dequantized for each call."""
 
     def out(
         self, x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None, bias: Tensor | None = None

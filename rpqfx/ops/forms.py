@@ -70,7 +70,7 @@ class Contract:
 
 @dataclass(frozen=True)
 class Matmul:
-    """``x @ W.T`` through the expanded matrix, made anew each time."""
+    """``x @ W.T`` through the matrix, dequantized for each call."""
 
     books: int
     entries: int
@@ -96,7 +96,7 @@ class Matmul:
 
 @dataclass(frozen=True)
 class Tiled:
-    """``x @ W.T`` of codes in tiles: through tables that registers hold, or through the expanded matrix, by rows.
+    """``x @ W.T`` of codes in tiles: through tables that registers hold, or through the dequantized matrix, by rows.
 
     Its gradients are those of ``Matmul``; the codes are read out of the tiles for them.
     """

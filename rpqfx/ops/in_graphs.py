@@ -22,7 +22,7 @@ def contract(x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None, 
 
 
 def matmul(x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None, bias: Tensor | None) -> Tensor | None:
-    """Returns ``x @ W.T + bias``, through the expanded matrix."""
+    """Returns ``x @ W.T + bias``, through the dequantized matrix."""
     if not _usable(x, codes):
         return None
     return kernels.matmul(x, codebooks.to(x.dtype), codes, signs, _like(x, bias))

@@ -99,7 +99,7 @@ def _fake_contract_grads(
     return x.new_empty(x.shape), x.new_empty(codebooks.shape, dtype=steps.sum_dtype(x.dtype))
 
 
-# --------------------------------------------------------------------------------------- through the expanded matrix
+# --------------------------------------------------------------------------------------- through the dequantized matrix
 
 
 def _expanded(like: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:

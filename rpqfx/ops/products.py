@@ -168,7 +168,7 @@ def conv(
         output_padding: Of a transposed convolution.
         grad_factor: What the gradient of the codebooks is multiplied by.
         plan: How it runs. ``"lookup"`` needs sub-vectors of whole channels (``d`` a multiple of the taps) and
-            one channel group; where it cannot be, the filters are expanded.
+            one channel group; where it cannot be, the filters are dequantized.
 
     Returns:
         As the dense convolution.
@@ -229,7 +229,7 @@ def conv_plan(
         stride: Steps along the spatial axes.
         groups: The number of channel groups.
         transposed: Whether it is a transposed convolution.
-        plan: The plan that was asked for; ``"auto"`` asks the cost model.
+        plan: The plan; ``"auto"`` follows the cost model.
     """
     if not ConvContract.fits(weight.codebooks.shape[3], weight_shape, groups):
         return "dequantize"

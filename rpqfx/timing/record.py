@@ -105,7 +105,7 @@ class Trial:
 
     Args:
         weight: The weight.
-        use: What is asked of it.
+        use: The product to time.
         plan: Which way it runs.
     """
 
@@ -176,7 +176,7 @@ def observe(
 
 
 class _Noting(RPQWeight):
-    """What a weight of the copy becomes: it notes what it is asked."""
+    """A weight of the copy that records its products."""
 
     uses: Counter[Use]
 

@@ -27,11 +27,11 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class TimedUse:
-    """One product that a model asks of a weight, and what it takes each way.
+    """One product of a model with a weight, and its time under each plan.
 
     Args:
         use: The product, with the shape, dtype and device of its input.
-        count: How often one call of the model asks it.
+        count: How often one call of the model runs it.
         dequantize: Milliseconds of one, with the weight dequantized for it.
         lookup: Milliseconds of one, through the table of dot products; as ``dequantize`` where there is no other way.
     """
@@ -92,7 +92,7 @@ class Tuning:
 
     @property
     def unreached(self) -> tuple[TunedWeight, ...]:
-        """Weights that the call asked no product of; they keep their plan. Embeddings are among them: they look up."""
+        """Weights that the call used in no product; they keep their plan. Embeddings are among them: they look up."""
         return tuple(weight for weight in self.weights if not weight.uses)
 
     def __str__(self) -> str:
@@ -118,9 +118,9 @@ def tune(
 ) -> Tuning:
     """Measures in which way each quantized weight runs faster, and sets its plan, in place.
 
-    Runs a copy of the model once, in the mode it is in, to see what is asked of each weight: by layers, and by modules
-    that use a Parameter of their own. Each distinct product is then timed both ways on random inputs of the same shape,
-    dtype and device, under the same autocast; weights of equal shape and use are timed once. A weight's
+    Runs a copy of the model once, in the mode it is in, to see which products each weight is used in: by layers, and by
+    modules that use a Parameter of their own. Each distinct product is then timed both ways on random inputs of the
+    same shape, dtype and device, under the same autocast; weights of equal shape and use are timed once. A weight's
     [`plan`][rpqfx.nn.RPQWeight.plan] becomes the one that takes less for all its uses in the call. Weights that the
     call does not reach keep theirs.
 

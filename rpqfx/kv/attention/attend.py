@@ -10,7 +10,7 @@ key, and so does the sum of values instead of every value. Between them stand th
     table[s] = books[s] @ (basis @ q)[group of s],    bins[s, k] = sum of scale[t] p[t] where code[s, t] = k
 
 Both are exact. Keys that were coded before their rotary embedding are made in tiles, rotated and used up; so are
-vectors that meet many queries, since each of them then costs less than its terms in the table.
+vectors that are multiplied with many queries, since each of them then costs less than its terms in the table.
 """
 
 from __future__ import annotations
@@ -63,11 +63,11 @@ def scores(
 def straight_scores(q: Tensor, held: Held, out: Tensor | None = None) -> Tensor:
     """Returns ``scores`` of vectors as they are, in ``out [B, H, n, T]`` if that is given."""
     batch, heads, rows, _ = q.shape
-    met = rows * (heads // held.parts)  # rows that meet a part's codes
-    if met > KERNEL_ROWS:
+    queries = rows * (heads // held.parts)  # rows that are multiplied with a part's codes
+    if queries > KERNEL_ROWS:
         y = q.new_empty(*q.shape[:3], held.codes.length) if out is None else out
         step = KERNEL_ROWS // (heads // held.parts)
-        if step and met <= TABLE_ROWS and compiled(q, held.codes, held.scale, KERNEL_ROWS):
+        if step and queries <= TABLE_ROWS and compiled(q, held.codes, held.scale, KERNEL_ROWS):
             for start in range(0, rows, step):
                 some = slice(start, start + step)
                 straight_scores(q[:, :, some], held, y[:, :, some])
@@ -140,7 +140,7 @@ def weighted_sum(p: Tensor, held: Held) -> Tensor:
 
 def hold(coder: Coder, codes: Stream, scale: Tensor | None, dtype: torch.dtype) -> Held:
     """Returns a coder's tensors and codes together, in the dtype of the computation."""
-    basis, mean = coder.basis, coder.mean  # each is made anew when it is asked for
+    basis, mean = coder.basis, coder.mean  # each read computes it
     basis, mean = (None if x is None else x.to(dtype) for x in (basis, mean))
     return Held(coder.books.to(dtype), slots_of(coder), codes, scale, basis, mean, coder.dim)
 

@@ -2,7 +2,7 @@ r"""Sums over the slots of a cache: codes of tokens, packed along them, and what
 
 A cache has ``H`` heads and ``S`` slots; a head's slots follow each other, and there may be more of them, fewer or none.
 A token has a code for each slot, an index into the slot's codebook, whose entries belong to one of the head's
-sub-vectors (a group). Axes besides: ``b`` of the batch, ``t`` of the tokens, ``n`` rows that meet a head (its queries).
+sub-vectors (a group). Axes besides: ``b`` of the batch, ``t`` of the tokens, ``n`` rows of a head (its queries).
 
     pick:           y[b,h,n,t] = scale[b,h,t] * sum of table[b,s,code[b,s,t],n] over the slots s of h, + shift[b,h,n]
     bin_masses:     bins[b,s,k,n] = sum of scale[b,h,t] * p[b,h,n,t] over the tokens t with code[b,s,t] = k

@@ -26,7 +26,7 @@ class HeadCoder(nn.Module):
 
     ``p`` is the part that the head belongs to: all heads are one part and share codes (``joint``), or each is its own.
     ``y`` is what a [`VectorQuantizer`][rpqfx.kv.quantizer.quantizer.VectorQuantizer] makes of
-    ``((x - mean) / scale) @ analysis``. A query meets the basis once, so tokens never do
+    ``((x - mean) / scale) @ analysis``. A query is multiplied with the basis once, so tokens never are
     (``rpqfx.kv.attention.attend``). Coding where coordinates are uncorrelated, with more bits where there is more
     energy and none where there is little, is transform coding (Huang and Schultheiss, "Block Quantization of Correlated
     Gaussian Random Variables", 1963; Goyal, "Theoretical Foundations of Transform Coding", 2001).

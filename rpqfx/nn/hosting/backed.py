@@ -82,7 +82,7 @@ def held(name: str, plain_when_compiled: bool = False) -> property:
         plain_when_compiled: Whether compiled code is to read a plain tensor.
 
     Returns:
-        The property. What it gives, made anew at each read, is as ``RPQWeight.read_as`` says.
+        The property. Each read computes its value, of the kind that ``RPQWeight.read_as`` names.
     """
 
     def read(self: nn.Module) -> Any:

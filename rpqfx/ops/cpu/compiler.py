@@ -35,8 +35,8 @@ class Compiler:
 
     Attributes:
         name: The program.
-        flags: What it is told of a translation unit.
-        libraries: What it is told of the library.
+        flags: Flags for each translation unit.
+        libraries: Flags for linking.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Compiler:
 
 
 def found() -> Compiler:
-    """Returns the compiler of this machine, told of the installed torch and the vector instructions that torch uses.
+    """Returns the compiler of this machine, with flags for the installed torch and its vector instructions.
 
     Raises:
         RPQError: If torch's tools for that cannot be imported.

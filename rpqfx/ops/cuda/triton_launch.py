@@ -36,7 +36,7 @@ def expand(codebooks: Tensor, codes: Tensor, scale: Tensor | None, signs: Tensor
 
 
 def table(x: Tensor, codebooks: Tensor, sub_vectors: int) -> Tensor:
-    """Returns ``[p, k, b]`` float32: every sub-vector of ``x [b, D]`` dotted with every entry it could meet."""
+    """Returns ``[p, k, b]`` float32: every sub-vector of ``x [b, D]`` dotted with every entry of its codebook."""
     stages, books, entries, d = codebooks.shape
     rows = x.shape[0]
     dots = x.new_empty(stages * sub_vectors, entries, rows, dtype=torch.float32)
