@@ -208,18 +208,18 @@ def parameter_at(model: nn.Module, name: str) -> nn.Parameter:
 
 def _make(model: nn.Module, members: list[tuple[Site, Quantize]], seed: int) -> list[RPQWeight]:
     weights = []
-    for site, hold in members:
-        layout = layout_of(site, hold)
+    for site, decision in members:
+        layout = layout_of(site, decision)
         path, _, attribute = site.name.rpartition(".")
         owner = model.get_submodule(path)
         parameter = parameter_at(model, site.name)
-        fitted = hold.init == "fit" and not parameter.is_meta
+        fitted = decision.init == "fit" and not parameter.is_meta
         if fitted and not bool(torch.isfinite(parameter).all()):
             raise RewriteError(f"{site.name} has infinite or NaN elements; mend it, or skip it with a Rule")
         if fitted and len(members) == 1:
-            weight = RPQWeight.from_dense(parameter, hold.spec, layout, seed=seed, plan=hold.plan)
+            weight = RPQWeight.from_dense(parameter, decision.spec, layout, seed=seed, plan=decision.plan)
         else:
-            weight = random_weight(owner, attribute, hold.spec, layout, site.std, hold.plan)
+            weight = random_weight(owner, attribute, decision.spec, layout, site.std, decision.plan)
         weight.take_notes(parameter)
         weights.append(weight)
     if len(members) > 1:
@@ -230,7 +230,7 @@ def _make(model: nn.Module, members: list[tuple[Site, Quantize]], seed: int) -> 
 def _share(model: nn.Module, members: list[tuple[Site, Quantize]], weights: list[RPQWeight], seed: int) -> None:
     """One set of codebooks for several weights; fitted ones are fitted to all of them together."""
     first = weights[0]
-    specs = [hold.spec for _, hold in members]
+    specs = [decision.spec for _, decision in members]
     parameters = [parameter_at(model, site.name) for site, _ in members]
     dtypes = {(parameter.dtype, parameter.device) for parameter in parameters}
     if len(dtypes) > 1:
@@ -263,10 +263,10 @@ def _share(model: nn.Module, members: list[tuple[Site, Quantize]], weights: list
 
 
 @torch.no_grad()
-def _error(model: nn.Module, site: Site, hold: Quantize, weight: RPQWeight) -> float | None:
+def _error(model: nn.Module, site: Site, decision: Quantize, weight: RPQWeight) -> float | None:
     """Relative error of a fitted tensor, ``|W - W'| / |W|``; None where nothing was fitted."""
     dense = parameter_at(model, site.name)
-    if hold.init != "fit" or dense.is_meta:
+    if decision.init != "fit" or dense.is_meta:
         return None
     norm = dense.float().norm()
     return float((dense.float() - weight().float()).norm() / norm) if norm > 0 else 0.0

@@ -46,31 +46,31 @@ def groups_of(held: Mapping[str, Quantize]) -> dict[object, list[str]]:
         held: By site name.
     """
     groups: dict[object, list[str]] = defaultdict(list)
-    for name, hold in held.items():
-        key = name if hold.group is None else (hold.group, *hold.shared)
+    for name, decision in held.items():
+        key = name if decision.group is None else (decision.group, *decision.shared)
         groups[key].append(name)
     return groups
 
 
-def layout_of(site: Site, hold: Quantize) -> Layout:
+def layout_of(site: Site, decision: Quantize) -> Layout:
     """How a site's tensor is seen as vectors, by a decision.
 
     Args:
         site: The site.
-        hold: The decision.
+        decision: The decision.
 
     Raises:
         RewriteError: If the decision's vectors are not the site's.
     """
-    layout = site.layout(hold.split, hold.experts)
-    if (layout.num_vectors, layout.dim) != (hold.spec.num_vectors, hold.spec.dim):
+    layout = site.layout(decision.split, decision.experts)
+    if (layout.num_vectors, layout.dim) != (decision.spec.num_vectors, decision.spec.dim):
         raise RewriteError(
-            f"{site.name}: the decision has {hold.spec.num_vectors} vectors of length {hold.spec.dim}, the site "
-            f"{layout.num_vectors} of length {layout.dim} with split={hold.split!r}"
+            f"{site.name}: the decision has {decision.spec.num_vectors} vectors of length {decision.spec.dim}, the "
+            f"site {layout.num_vectors} of length {layout.dim} with split={decision.split!r}"
         )
-    if hold.spec.column_scale_group % site.taps:
+    if decision.spec.column_scale_group % site.taps:
         raise RewriteError(
-            f"{site.name}: {hold.spec.column_scale_group} elements of a filter share a factor, which the {site.taps} "
-            f"taps of a channel must; give the spec column_scale_group={site.taps}"
+            f"{site.name}: {decision.spec.column_scale_group} elements of a filter share a factor, which the "
+            f"{site.taps} taps of a channel must; give the spec column_scale_group={site.taps}"
         )
     return layout

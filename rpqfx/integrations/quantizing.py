@@ -61,17 +61,17 @@ class Quantizing(ConversionOps):
         others = dense_bytes(model) - sum(site.dense_bytes for site in self._sites)
         decisions, self._notes = decide_all(policy, self._sites, others)
         self._settled = settle(decisions, self._sites)
-        held = {name: hold for name, hold in self._settled.items() if isinstance(hold, Quantize)}
+        held = {name: decision for name, decision in self._settled.items() if isinstance(decision, Quantize)}
         self._groups: dict[str, object] = {}
         for key, names in groups_of(held).items():
             if len(names) > 1 and not self._by_rate:
                 raise PolicyError(f"{names[0]} {_SEVERAL}")
             self._groups |= dict.fromkeys(names, key)
-        for name, hold in held.items():
-            if hold.init != "fit":
+        for name, decision in held.items():
+            if decision.init != "fit":
                 raise PolicyError(
-                    f"{name}: init={hold.init!r} draws codebooks anew, and from_pretrained has weights to fit them to; "
-                    "use a policy that fits (Policy(...), Policy.pretrained(...))"
+                    f"{name}: init={decision.init!r} draws codebooks anew, and from_pretrained has weights to fit them "
+                    "to; use a policy that fits (Policy(...), Policy.pretrained(...))"
                 )
         self._by_name = {site.name: site for site in self._sites}
         self._site_of = {own: name for name in held for own in self._by_name[name].names}
@@ -107,10 +107,10 @@ class Quantizing(ConversionOps):
         Args:
             name: Of the tensor.
         """
-        hold = self._settled.get(self._site_of.get(name, ""))
+        decision = self._settled.get(self._site_of.get(name, ""))
         return (
-            hold.spec.stages * hold.spec.codebook_bits / hold.spec.codebook_dim / 8
-            if isinstance(hold, Quantize)
+            decision.spec.stages * decision.spec.codebook_bits / decision.spec.codebook_dim / 8
+            if isinstance(decision, Quantize)
             else None
         )
 
@@ -164,18 +164,22 @@ class Quantizing(ConversionOps):
         self._made[name] = digest
         if not bool(torch.isfinite(dense).all()):
             raise RewriteError(f"{name} has infinite or NaN elements; mend it, or skip it with modules_to_not_convert")
-        hold = self._settled[name]
-        assert isinstance(hold, Quantize)
-        weight = self._made_of(name, hold, nn.Parameter(dense))
+        decision = self._settled[name]
+        assert isinstance(decision, Quantize)
+        weight = self._made_of(name, decision, nn.Parameter(dense))
         put(model, self._sites, {name: weight})
         for part in (weight, *(model.get_submodule(own.rpartition(".")[0]) for own in self._by_name[name].names)):
             part._is_hf_initialized = True  # type: ignore[assignment]
 
-    def _made_of(self, name: str, hold: Quantize, dense: nn.Parameter) -> RPQWeight:
+    def _made_of(self, name: str, decision: Quantize, dense: nn.Parameter) -> RPQWeight:
         """The weight as it was kept, or fitted now, and then kept."""
-        found = None if self._kept is None else self._kept.load(name, hold, layout_of(self._by_name[name], hold), dense)
+        found = (
+            None
+            if self._kept is None
+            else self._kept.load(name, decision, layout_of(self._by_name[name], decision), dense)
+        )
         if found is None:
-            weight = self._fit(name, hold, dense)
+            weight = self._fit(name, decision, dense)
             if self._kept is not None:
                 self._kept.save(name, dense, weight, self._errors[name])
             return weight
@@ -188,15 +192,15 @@ class Quantizing(ConversionOps):
     def _shares(self, name: str) -> bool:
         return sum(other == self._groups[name] for other in self._groups.values()) > 1
 
-    def _fit(self, name: str, hold: Quantize, dense: nn.Parameter) -> RPQWeight:
-        layout = layout_of(self._by_name[name], hold)
+    def _fit(self, name: str, decision: Quantize, dense: nn.Parameter) -> RPQWeight:
+        layout = layout_of(self._by_name[name], decision)
         if not self._by_rate:
-            weight = RPQWeight.from_dense(dense, hold.spec, layout, seed=self._seed, plan=hold.plan)
+            weight = RPQWeight.from_dense(dense, decision.spec, layout, seed=self._seed, plan=decision.plan)
             norm = dense.float().norm()
             self._errors[name] = float((dense.float() - weight().float()).norm() / norm) if norm > 0 else 0.0
             return weight
-        made = StandIn(hold.spec, layout, dense, Observer(()))
-        made.plan = hold.plan
+        made = StandIn(decision.spec, layout, dense, Observer(()))
+        made.plan = decision.plan
         key = self._groups[name]
         if key not in self._books:
             books = train_codebooks([(made.vectors, made.spec, None)], seed=self._seed)

@@ -166,7 +166,7 @@ def _choose_within(groups: Mapping[str, Sequence[Candidate[Quantize]]], books: i
     if least > limit:
         return float(least)
     chosen = choose(groups, int(limit - books), int(limit), 0)
-    expected = sum(c.distortion for name, hold in chosen.items() for c in groups[name] if c.choice is hold)
+    expected = sum(c.distortion for name, decision in chosen.items() for c in groups[name] if c.choice is decision)
     return expected, chosen
 
 
@@ -208,8 +208,8 @@ class _Ways:
             )  # fmt: skip
             size = _whole_bytes(site.numel // d * stages * fast_shapes.STAGE_BITS)
             size += (spec.num_vectors + spec.num_column_scales) * _FLOAT_BITS
-            hold = Quantize(spec, "row", group=f"{self._group} {site.dtype}")
-            self._staged[key, *shape] = Candidate(hold, size, cost * fast_shapes.LEFT[shape])
+            decision = Quantize(spec, "row", group=f"{self._group} {site.dtype}")
+            self._staged[key, *shape] = Candidate(decision, size, cost * fast_shapes.LEFT[shape])
         return [self._staged[key, *shape]]
 
     def _on(self, key: object, d: int, rungs: range) -> list[Candidate[Quantize]]:
@@ -239,8 +239,8 @@ class _Ways:
         )  # fmt: skip
         size = _whole_bytes(site.numel // length * k) + spec.num_column_scales * _FLOAT_BITS
         size += 2**k * length * _FLOAT_BITS if own else 0
-        hold = Quantize(spec, "row", group=None if own else f"{self._group} {site.dtype}")
-        return Candidate(hold, size, cost * min(1.0, _ZADOR[length] * 4.0 ** (-k / length)))
+        decision = Quantize(spec, "row", group=None if own else f"{self._group} {site.dtype}")
+        return Candidate(decision, size, cost * min(1.0, _ZADOR[length] * 4.0 ** (-k / length)))
 
 
 def _whole_bytes(bits: int) -> int:

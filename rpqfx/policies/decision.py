@@ -92,15 +92,15 @@ def smallest(site: Site, options: Options) -> Quantize:
         raise PolicyError(f"{site.name}: vectors of a {site.kind} lie along its outputs, split='column' cannot be")
     splits: tuple[Split, ...] = ("row",) if not site.splits else ("row", "column")
     splits = splits if options.split == "auto" else (options.split,)
-    holds, errors = [], []
+    decisions, errors = [], []
     for split in splits:
         try:
-            holds.append(_hold(site, options, split))
+            decisions.append(_quantize(site, options, split))
         except PolicyError as error:  # a count may divide one way and not the other
             errors.append(error)
-    if not holds:
+    if not decisions:
         raise errors[0]
-    return min(holds, key=lambda hold: stored_bytes(site, hold))
+    return min(decisions, key=lambda decision: stored_bytes(site, decision))
 
 
 def together(members: Sequence[tuple[Site, Options]]) -> dict[str, Quantize | KeepDense]:
@@ -125,29 +125,33 @@ def together(members: Sequence[tuple[Site, Options]]) -> dict[str, Quantize | Ke
     for bits, grown in [*tries, (most, True)] if growing else tries:
         if len(members) == 1:
             site, own = members[0]
-            holds = {site.name: smallest(site, dataclasses.replace(own, codebook_bits=bits, min_codebook_bits=None))}
+            decisions = {
+                site.name: smallest(site, dataclasses.replace(own, codebook_bits=bits, min_codebook_bits=None))
+            }
         else:  # one shape for all: the split stays the one that made them a group
-            holds = {site.name: _with_bits(smallest(site, own), bits) for site, own in members}
-        gains = {s.name: s.dense_bytes - holds[s.name].spec.stored_bytes(s.dtype, codebooks=False) for s, _ in members}
+            decisions = {site.name: _with_bits(smallest(site, own), bits) for site, own in members}
+        gains = {
+            s.name: s.dense_bytes - decisions[s.name].spec.stored_bytes(s.dtype, codebooks=False) for s, _ in members
+        }
         taking = {name for name, gain in gains.items() if gain > 0 or grown}
         first = members[0][0]
-        codebooks = stored_bytes(first, holds[first.name]) - (first.dense_bytes - gains[first.name])
+        codebooks = stored_bytes(first, decisions[first.name]) - (first.dense_bytes - gains[first.name])
         shrinks = sum(gains[name] for name in taking) > codebooks and (not growing or len(taking) == len(members))
         if grown or shrinks:
-            return {s.name: holds[s.name] if s.name in taking else _no_gain(s, own) for s, own in members}
+            return {s.name: decisions[s.name] if s.name in taking else _no_gain(s, own) for s, own in members}
     return {site.name: _no_gain(site, own, len(members)) for site, own in members}
 
 
-def _with_bits(hold: Quantize, bits: int) -> Quantize:
-    return dataclasses.replace(hold, spec=dataclasses.replace(hold.spec, entries=2**bits))
+def _with_bits(decision: Quantize, bits: int) -> Quantize:
+    return dataclasses.replace(decision, spec=dataclasses.replace(decision.spec, entries=2**bits))
 
 
 def _no_gain(site: Site, options: Options, sharers: int = 1) -> KeepDense:
-    hold = smallest(site, options)
+    decision = smallest(site, options)
     others = f", and {sharers} sites that share codebooks would not either" if sharers > 1 else ""
     return KeepDense(
-        f"would not shrink: {site.dense_bytes:,} bytes dense, {stored_bytes(site, hold):,} with "
-        f"{options.codebook_bits} bits for {hold.spec.num_vectors} vectors of length {hold.spec.dim}{others}"
+        f"would not shrink: {site.dense_bytes:,} bytes dense, {stored_bytes(site, decision):,} with "
+        f"{options.codebook_bits} bits for {decision.spec.num_vectors} vectors of length {decision.spec.dim}{others}"
     )
 
 
@@ -169,10 +173,10 @@ def candidates(site: Site, options: PartialOptions) -> list[Candidate[Quantize |
                     "min_codebook_bits": None,
                     **({} if d is None else {"codebook_dim": d}),
                 }
-                hold = smallest(site, Options(**{**options.given(), **chosen}))
-                size = stored_bytes(site, hold)
-                if size < site.dense_bytes and hold.spec.users_per_entry > 1:
-                    found.append(Candidate(hold, size, _distortion(hold.spec)))
+                decision = smallest(site, Options(**{**options.given(), **chosen}))
+                size = stored_bytes(site, decision)
+                if size < site.dense_bytes and decision.spec.users_per_entry > 1:
+                    found.append(Candidate(decision, size, _distortion(decision.spec)))
     return found
 
 
@@ -180,7 +184,7 @@ _LENGTHS = (2, 4, 8, 16, 32, 64, 128)
 _FEWEST_BITS, _MOST_BITS = 2, 12
 
 
-def _hold(site: Site, options: Options, split: Split) -> Quantize:
+def _quantize(site: Site, options: Options, split: Split) -> Quantize:
     layout = site.layout(split, options.experts)
     dim, count = layout.unit, options.num_subvectors
     if count == "heads":

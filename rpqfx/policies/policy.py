@@ -226,9 +226,9 @@ class Policy(PartialOptions, PolicyBase):
             tables = []
         held = spread(weights, rate.bits_per_weight, importance)
         held |= spread(tables, rate.embedding_bits or 0.0, None, "embeddings", "embedding_bits")
-        for name, hold in held.items():
-            spec = dataclasses.replace(hold.spec, grad_scale=options[name].grad_scale)
-            decisions[name] = dataclasses.replace(hold, spec=spec, plan=options[name].plan)
+        for name, decision in held.items():
+            spec = dataclasses.replace(decision.spec, grad_scale=options[name].grad_scale)
+            decisions[name] = dataclasses.replace(decision, spec=spec, plan=options[name].plan)
         return decisions
 
     def __call__(self, site: Site) -> Quantize | KeepDense:
@@ -261,8 +261,8 @@ class Policy(PartialOptions, PolicyBase):
         for site in sites:
             options = self.options_for(site)
             if options.sharing in ("shape", "role") and self._refused(site, options) is None:
-                hold = smallest(site, options)
-                key = (hold.group, *hold.shared, options.min_codebook_bits, options.allow_growth)
+                decision = smallest(site, options)
+                key = (decision.group, *decision.shared, options.min_codebook_bits, options.allow_growth)
                 groups[key].append((site, options))
         return {name: decision for group in groups.values() for name, decision in together(group).items()}
 
