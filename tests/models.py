@@ -568,7 +568,7 @@ BY_NAME = {case.name: case for case in CASES}
 # ------------------------------------------------------------------------------------------------ the dense twin
 
 
-def held_weights(model: nn.Module) -> dict[str, RPQWeight]:
+def quantized_weights(model: nn.Module) -> dict[str, RPQWeight]:
     """Every quantized Parameter by its qualified name; tied ones under each name."""
     return {
         name.removesuffix(SUFFIX): module
@@ -611,7 +611,7 @@ def dense_run(
     """
     leaves = {name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in small.named_parameters()}
     first = {id(p): name for name, p in small.named_parameters()}
-    held = held_weights(small)
+    held = quantized_weights(small)
     names = {id(p): name for name, p in dense.named_parameters()}
     expanded: dict[int, Tensor] = {}
     weights: dict[str, Tensor] = {}
@@ -639,7 +639,7 @@ def filled(model: nn.Module, small: nn.Module) -> nn.Module:
     """A copy of a dense model whose weights are the ones that ``small`` stands for."""
     dense = copy.deepcopy(model)
     with torch.no_grad():
-        for name, weight in held_weights(small).items():
+        for name, weight in quantized_weights(small).items():
             _at(dense, name).copy_(definition(weight))
     return dense
 

@@ -19,12 +19,12 @@ from rpqfx.graph.seeds import drawn_from
 from rpqfx.graph.snapshot import Snapshot, small_tensors
 from rpqfx.graph.transformers_models import adapt_pretrained
 from rpqfx.kv.calibration_files import CalibrationPath, SavedCalibration, opened
+from rpqfx.kv.chosen_sites import chosen_sites
 from rpqfx.kv.coder.calibrate import find_space, fit_coders, share_codebooks
 from rpqfx.kv.coder.head_coder import HeadCoder
 from rpqfx.kv.coder.statistics import Moments, Watch
 from rpqfx.kv.dense_check import tried
 from rpqfx.kv.generation import adapt_generation
-from rpqfx.kv.held_sites import held_sites
 from rpqfx.kv.module import KVAttention, attentions
 from rpqfx.kv.policy import KVPolicy
 from rpqfx.kv.wrap import unwrap, wrap
@@ -178,7 +178,7 @@ def _rewrite(
     progress: Progress | None,
 ) -> None:
     batches = Batches(model, calibration)
-    policies = held_sites(model, policy, batches)
+    policies = chosen_sites(model, policy, batches)
     cores = {site: KVAttention(own, site.name, site.products) for site, own in policies.items()}
     for site, core in cores.items():
         wrap(site, core)

@@ -28,7 +28,7 @@ from rpqfx.policies.options import Options
 from rpqfx.timing import clock
 from rpqfx.training.parameters import Rates
 from tests.kv.kv_models import LM, tokens
-from tests.models import MLP, Experts, held_weights
+from tests.models import MLP, Experts, quantized_weights
 from tests.routing.rewrite.models import Layer, Plain, encoder, jolted, x_of
 
 SAME, OTHER, REFUSED = "the same", "another", "refused"
@@ -235,7 +235,7 @@ def inputs(count: int = 2) -> list[Tensor]:
 
 def written(model: nn.Module) -> list[Any]:
     """All that a rewrite chose: shapes, plans and tensors."""
-    weights = held_weights(model)
+    weights = quantized_weights(model)
     said = [
         (name, weight.spec, weight.layout, weight.plan, weight.shares_codebooks) for name, weight in weights.items()
     ]
@@ -304,7 +304,7 @@ def test_signs_are_fitted(sharing: str, stages: int, calibrated: bool) -> None:
         policy = Policy(codebook_bits=2, codebook_dim=2, min_size=0, sharing=sharing, stages=stages, signs=signs)
         small = rpqfx.convert(model, policy, inputs(1)) if calibrated else rpqfx.rpqify(model, policy)
         errors[signs] = sum(record.error or 0.0 for record in rpqfx.report(small).rewritten)
-        for weight in held_weights(small).values():
+        for weight in quantized_weights(small).values():
             if weight.signs is not None:
                 share = torch.stack([weight.signs >> bit & 1 for bit in range(8)]).float().mean()
                 assert 0.3 < share < 0.7
@@ -470,7 +470,7 @@ def small(**options: Any) -> nn.Module:
 @tried("rpqify", "model", "policy")
 def _model_and_policy(folder: Path) -> None:
     assert written(small()) != written(rpqfx.rpqify(stack(), dataclasses.replace(FITTED, codebook_bits=2)))
-    assert set(held_weights(rpqfx.rpqify(MLP(), FITTED))) == {"fc1.weight", "fc2.weight"}
+    assert set(quantized_weights(rpqfx.rpqify(MLP(), FITTED))) == {"fc1.weight", "fc2.weight"}
 
 
 @tried("check_outputs", "model", "example_inputs", "example_kwargs")
@@ -518,8 +518,8 @@ def _recoded(folder: Path) -> None:
 @tried("dequantize", "model", "inplace")
 def _dequantized(folder: Path) -> None:
     model = small()
-    assert not held_weights(rpqfx.dequantize(model)) and held_weights(model)
-    assert rpqfx.dequantize(model, inplace=True) is model and not held_weights(model)
+    assert not quantized_weights(rpqfx.dequantize(model)) and quantized_weights(model)
+    assert rpqfx.dequantize(model, inplace=True) is model and not quantized_weights(model)
 
 
 @tried("rpqify", "seed")
@@ -750,7 +750,7 @@ def test_experts_share_codebooks_or_have_their_own() -> None:
     torch.manual_seed(0)
     model = Experts()
     shapes = [
-        [weight.spec.codebooks_shape for weight in held_weights(rpqfx.rpqify(model, policy)).values()]
+        [weight.spec.codebooks_shape for weight in quantized_weights(rpqfx.rpqify(model, policy)).values()]
         for policy in (Policy(codebook_bits=2, codebook_dim=4, min_size=0, experts=kind) for kind in ("shared", "own"))
     ]
     assert shapes[0] != shapes[1]

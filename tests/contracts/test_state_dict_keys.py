@@ -25,7 +25,7 @@ import rpqfx
 from rpqfx import Policy, Rule
 from rpqfx.errors import CodeError
 from rpqfx.nn import RPQEmbedding, RPQLinear
-from tests.models import BY_NAME, CASES, MLP, SMALL, SUFFIX, Case, held_weights
+from tests.models import BY_NAME, CASES, MLP, SMALL, SUFFIX, Case, quantized_weights
 
 PARTS = {
     "scale": ("codebooks", "scale", "codes"),
@@ -68,7 +68,7 @@ def test_shapes_are_those_of_the_spec():
     )
     small = rpqfx.rpqify(MLP(), policy)
     state = small.state_dict()
-    for name, weight in held_weights(small).items():
+    for name, weight in quantized_weights(small).items():
         spec = weight.spec
         assert state[f"{name}{SUFFIX}.codebooks"].shape == spec.codebooks_shape == (2, spec.num_subvectors, 4, 4)
         assert state[f"{name}{SUFFIX}.codes"].shape == spec.codes_shape == (2, spec.num_subvectors, spec.num_vectors)

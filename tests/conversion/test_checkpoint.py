@@ -18,7 +18,7 @@ from rpqfx.errors import FormatError, InputError
 from rpqfx.graph import is_rewritten
 from tests.conversion.test_conversion import convnet as build
 from tests.conversion.test_conversion import equal, images, inputs, mlp
-from tests.models import held_weights
+from tests.models import quantized_weights
 
 POLICY = Policy.pretrained(bits_per_weight=3, min_size=256)
 WEIGHTS = 4
@@ -75,7 +75,7 @@ def test_without_calibration_too(tmp_path: pathlib.Path, fits: list[Any]) -> Non
 def test_weights_with_signs_and_factors_are_kept_too(tmp_path: pathlib.Path, fits: list[Any]) -> None:
     policy = Policy(codebook_dim=4, codebook_bits=3, min_size=256, signs=True, scale=True, column_scale=True)
     wanted = converted(tmp_path, policy=policy)
-    assert [1 for weight in held_weights(wanted).values() if weight.signs is not None and weight.signs.any()]
+    assert [1 for weight in quantized_weights(wanted).values() if weight.signs is not None and weight.signs.any()]
     fits.clear()
     assert equal(converted(tmp_path, policy=policy), wanted) and not fits
 

@@ -20,7 +20,7 @@ from rpqfx.nn.layout import Layout
 from rpqfx.policies.decide import decide_all
 from rpqfx.policies.decision import Quantize
 from tests.helpers import generator, naive_tensor, randn, stored_all
-from tests.models import CASES, Case, assert_outputs, filled, held_weights
+from tests.models import CASES, Case, assert_outputs, filled, quantized_weights
 
 
 class Heard(Observer):
@@ -74,7 +74,7 @@ def test_what_they_become_is_what_the_codebooks_say(case: Case) -> None:
     args, kwargs = case.arguments()
     assert_outputs(model(*args, **kwargs), filled(dense, model)(*args, **kwargs))
     assert not heard.calls
-    assert set(held_weights(model)) == {*case.rewritten, *case.tied}
+    assert set(quantized_weights(model)) == {*case.rewritten, *case.tied}
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -29,7 +29,7 @@ from tests.models import (
     assert_equals_dense,
     assert_outputs,
     floating,
-    held_weights,
+    quantized_weights,
 )
 
 
@@ -114,7 +114,7 @@ def test_a_lazy_model_is_rewritten_once_it_has_run_and_refused_before():
     assert type(model[2]) is nn.LazyLinear
     model(images)
     small = rpqfx.rpqify(model, Policy(codebook_dim=9, codebook_bits=1, min_size=64))
-    assert set(held_weights(small)) == {"0.weight", "2.weight"} and small(images).shape == (2, 16)
+    assert set(quantized_weights(small)) == {"0.weight", "2.weight"} and small(images).shape == (2, 16)
 
 
 # ------------------------------------------------------------------------------------------- callable policies
@@ -290,7 +290,7 @@ def test_training_reduces_a_loss(policy: Policy):
     small = rpqfx.rpqify(GPT(), policy)
     ids = torch.randint(40, (4, 12), generator=torch.Generator().manual_seed(1))
     optimiser = torch.optim.AdamW(small.parameters(), lr=1e-2)
-    codes = {name: weight.codes.clone() for name, weight in held_weights(small).items()}
+    codes = {name: weight.codes.clone() for name, weight in quantized_weights(small).items()}
     losses = []
     for _ in range(20):
         loss = F.cross_entropy(small(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
@@ -299,7 +299,7 @@ def test_training_reduces_a_loss(policy: Policy):
         optimiser.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.85 * losses[0]
-    assert all(torch.equal(weight.codes, codes[name]) for name, weight in held_weights(small).items())
+    assert all(torch.equal(weight.codes, codes[name]) for name, weight in quantized_weights(small).items())
 
 
 def test_a_frozen_model_still_fits_and_has_no_gradient():
@@ -336,7 +336,7 @@ def test_codebooks_that_only_pay_together_are_shared():
     with pytest.raises(PolicyError, match="would not shrink"):
         rpqfx.rpqify(model, alone)
     small = rpqfx.rpqify(model, dataclasses.replace(alone, sharing="shape"))
-    assert len({id(held.codebooks) for held in held_weights(small).values()}) == 1
+    assert len({id(held.codebooks) for held in quantized_weights(small).values()}) == 1
     assert rpqfx.report(small).after < rpqfx.report(small).before
 
 

@@ -36,7 +36,7 @@ from tests.models import (
     assert_outputs,
     definition,
     filled,
-    held_weights,
+    quantized_weights,
 )
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "_"))
@@ -63,7 +63,7 @@ def test_plans_arrive_in_every_weight_and_change_no_result(init: str, sharing: s
     rules = (Rule("tok", plan="lookup"), Rule("blocks.1.*", plan="dequantize"))
     policy = Policy(codebook_dim=4, codebook_bits=2, min_size=64, init=init, sharing=sharing, rules=rules)
     small = rpqfx.rpqify(model, policy)
-    weights = held_weights(small)
+    weights = quantized_weights(small)
     assert weights["head.weight"] is weights["tok.weight"] and weights["tok.weight"].plan == "lookup"
     assert {weight.plan for name, weight in weights.items() if name.startswith("blocks.1.")} == {"dequantize"}
     assert {weight.plan for name, weight in weights.items() if name.startswith("blocks.0.")} == {"auto"}
@@ -96,7 +96,7 @@ def assert_bits(model: nn.Module, before: dict[str, Tensor]) -> None:
 @either_mode
 def test_same_outputs_and_gradients_as_the_dense_model_with_the_expanded_weights(case: Case, training: bool):
     model, small = rewritten(case)
-    assert set(held_weights(small)) == {*case.rewritten, *case.tied}
+    assert set(quantized_weights(small)) == {*case.rewritten, *case.tied}
     args, kwargs = case.arguments()
     assert_equals_dense(model.train(training), small.train(training), args, kwargs)
 
@@ -127,7 +127,7 @@ def test_the_claim_holds_for_every_way_to_hold_a_weight(name: str, style: str):
     case = BY_NAME[name]
     model = case.model()
     small = rpqfx.rpqify(model, STYLES[style])
-    assert held_weights(small)
+    assert quantized_weights(small)
     args, kwargs = case.arguments()
     assert_equals_dense(model.train(), small.train(), args, kwargs)
 
@@ -160,7 +160,7 @@ def test_a_model_on_the_meta_device_is_rewritten_without_allocating(case: Case):
     with torch.device("meta"):
         model = case.build()
     small = rpqfx.rpqify(model, case.policy)
-    assert set(held_weights(small)) == {*case.rewritten, *case.tied}
+    assert set(quantized_weights(small)) == {*case.rewritten, *case.tied}
     assert all(t.is_meta for t in (*small.parameters(), *small.buffers()))
 
 
@@ -183,7 +183,7 @@ def test_training_and_freezing_between_calls_is_seen():
         args, kwargs = case.arguments()
         before = small.eval()(*args, **kwargs)
         with torch.no_grad():
-            for weight in held_weights(small).values():
+            for weight in quantized_weights(small).values():
                 weight.codebooks.mul_(1.5)
         assert not torch.allclose(small(*args, **kwargs), before)
 
@@ -370,14 +370,14 @@ def test_a_module_used_twice_is_replaced_once():
     _, small = rewritten(BY_NAME["shared"])
     assert small.first is small.again
     assert small.other.weight_rpq is small.tied.weight_rpq and small.other is not small.tied
-    assert len({id(w) for w in held_weights(small).values()}) == 2
+    assert len({id(w) for w in quantized_weights(small).values()}) == 2
 
 
 @pytest.mark.parametrize("init", ["fit", "random"])
 def test_codebooks_shared_by_role_are_one_parameter_whose_gradient_adds_up(init: str):
     model = GPT(depth=3).double()
     small = rpqfx.rpqify(model, Policy(codebook_dim=4, codebook_bits=2, min_size=64, sharing="role", init=init))
-    held = held_weights(small)
+    held = quantized_weights(small)
     for name in ("qkv", "proj", "fc1", "fc2"):
         members = [held[f"blocks.{i}.{name}.weight"] for i in range(3)]
         assert members[0].codebooks is members[1].codebooks is members[2].codebooks
@@ -399,7 +399,7 @@ def test_codebooks_shared_by_shape_go_by_vector_length():
 
 def test_one_codebook_for_a_layer_serves_all_its_sub_vectors():
     small = rpqfx.rpqify(MLP(), Policy(codebook_dim=4, codebook_bits=2, min_size=64, sharing="layer"))
-    assert all(weight.codebooks.shape[1] == 1 for weight in held_weights(small).values())
+    assert all(weight.codebooks.shape[1] == 1 for weight in quantized_weights(small).values())
 
 
 def test_codebooks_fitted_together_serve_each_member_nearly_as_well_as_its_own():
@@ -434,7 +434,7 @@ def test_members_of_one_group_that_differ_in_dtype_are_refused():
 def test_the_error_in_the_report_is_the_measured_one():
     for name in ("gpt", "cnn", "functional", "recommender"):
         model, small = rewritten(BY_NAME[name])
-        held = held_weights(small)
+        held = quantized_weights(small)
         for record in rpqfx.report(small).rewritten:
             dense = model.get_parameter(record.name)
             measured = (dense - definition(held[record.name])).norm() / dense.norm()
@@ -618,7 +618,7 @@ def test_attention_whose_output_projection_alone_is_held_calls_it():
     policy = Policy(codebook_dim=4, codebook_bits=2, min_size=64, rules=(Rule("in_proj_weight", skip="left dense"),))
     small = rpqfx.rpqify(model, policy)
     assert type(small) is RPQMultiheadAttention and type(small.out_proj) is RPQLinear
-    assert set(held_weights(small)) == {"out_proj.weight"}
+    assert set(quantized_weights(small)) == {"out_proj.weight"}
     x = torch.randn(5, 2, 16)
     torch.testing.assert_close(small(x, x, x), filled(model, small)(x, x, x), rtol=1e-4, atol=1e-5)
 

@@ -28,7 +28,7 @@ from rpqfx.storage.container import FORMAT, SEAL, open_container
 from rpqfx.storage.sealed_manifest import checksum, seal_of
 from tests import forks
 from tests.contracts.test_memory import peak
-from tests.models import held_weights
+from tests.models import quantized_weights
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 safetensors = pytest.importorskip("safetensors.torch")
@@ -89,7 +89,7 @@ def reopened(small: Any, folder: Path, **options: Any) -> Any:
 
 def learned(small: Any) -> Any:
     """The model with codes that are not as they were drawn, so that files hold them."""
-    for weight in set(held_weights(small).values()):
+    for weight in set(quantized_weights(small).values()):
         weight.codes = weight.codes.flip(-1)
     return small
 
@@ -131,7 +131,7 @@ def test_codes_take_the_bits_that_they_need_and_shards_the_bytes_that_they_may(t
     shards = sorted(tmp_path.glob("*.safetensors"))
     assert len(shards) > 2 and all(shard.stat().st_size < 60_000 for shard in shards)
     stored = {name: tensor for shard in shards for name, tensor in safetensors.load_file(shard).items()}
-    for name, weight in held_weights(small).items():
+    for name, weight in quantized_weights(small).items():
         codes = stored.get(f"{name}_rpq.codes")
         if codes is not None:  # not that of another name of a tied weight
             assert codes.shape == (packed_bytes(weight.codes.numel(), weight.spec.entries),)
@@ -144,7 +144,7 @@ def test_codes_that_were_drawn_are_a_seed_in_a_folder(tmp_path: Path) -> None:
     stored = safetensors.load_file(tmp_path / "model.safetensors")
     codes = {name: tensor for name, tensor in stored.items() if name.endswith("_rpq.codes")}
     assert len(codes) > 10 and all(tensor.shape == (14,) for tensor in codes.values())
-    for name, weight in held_weights(again).items():
+    for name, weight in quantized_weights(again).items():
         assert weight.drawn_stages() == (0,), name
     assert rpqfx.report(again).stored_bits == rpqfx.report(small).stored_bits
     one = next(iter(codes))
@@ -173,7 +173,7 @@ def test_a_state_dict_of_a_folder_brings_seeds(tmp_path: Path) -> None:
     small.save_pretrained(tmp_path)
     torch.manual_seed(5)
     other = rpqfx.rpqify(llama(), POLICY).eval()
-    for module in set(held_weights(other).values()):
+    for module in set(quantized_weights(other).values()):
         module.reset_parameters()
     assert not torch.equal(logits(other), logits(small))
     other.load_state_dict(safetensors.load_file(tmp_path / "model.safetensors"), strict=False)
@@ -249,8 +249,8 @@ def test_another_dtype_is_that_of_the_model_and_nothing_else(tmp_path: Path) -> 
     assert torch.equal(logits(again), logits(small.to(torch.bfloat16))) or torch.allclose(
         logits(again), logits(small), rtol=0.05, atol=0.05
     )
-    for name, weight in held_weights(small).items():
-        assert torch.equal(weight.codes, held_weights(again)[name].codes)
+    for name, weight in quantized_weights(small).items():
+        assert torch.equal(weight.codes, quantized_weights(again)[name].codes)
 
 
 def test_the_body_alone_and_under_another_head(tmp_path: Path) -> None:
@@ -287,7 +287,7 @@ class _Made(TorchDispatchMode):
 def test_no_dense_weight_is_made(tmp_path: Path) -> None:
     small = rpqfx.rpqify(llama(tie_word_embeddings=False, num_key_value_heads=4), POLICY)
     small.save_pretrained(tmp_path)
-    dense = {weight.layout.rows * weight.layout.cols for weight in held_weights(small).values()}
+    dense = {weight.layout.rows * weight.layout.cols for weight in quantized_weights(small).values()}
     with _Made() as seen:
         type(small).from_pretrained(tmp_path)
     assert not dense & seen.sizes and seen.sizes, (dense, seen.sizes)
@@ -327,7 +327,7 @@ def test_a_folder_is_read_once_and_nothing_is_allocated_beside_the_model(
 ) -> None:
     """Summed up over the whole call, so that the peak cannot be more."""
     small = rpqfx.rpqify(llama(vocab_size=1024, hidden_size=256, intermediate_size=512), tiled)
-    for weight in set(held_weights(small).values()):  # as codes are that were found, and not a seed
+    for weight in set(quantized_weights(small).values()):  # as codes are that were found, and not a seed
         weight.codes = weight.codes.flip(-1)
     small.save_pretrained(tmp_path)
     stored, read = safetensors.load_file(tmp_path / "model.safetensors"), list[int]()
@@ -356,7 +356,7 @@ def test_a_state_dict_of_a_folder_is_taken(tmp_path: Path) -> None:
         small.save_pretrained(tmp_path)
         other = copy.deepcopy(small)
         with torch.no_grad():
-            for tensor in (*other.parameters(), *(m.stored_codes for m in held_weights(other).values())):
+            for tensor in (*other.parameters(), *(m.stored_codes for m in quantized_weights(other).values())):
                 tensor.zero_()
         found = other.load_state_dict(safetensors.load_file(tmp_path / "model.safetensors"), strict=False)
         assert found.unexpected_keys == []
@@ -602,7 +602,7 @@ def test_a_policy_says_how(dense: Path) -> None:
     assert torch.equal(logits(small), logits(wanted))
     left = rpqfx.RPQConfig(5, modules_to_not_convert=["mlp"], embedding_bits=None)
     small = transformers.LlamaForCausalLM.from_pretrained(dense, quantization_config=left)
-    assert {name.split(".")[3] for name in held_weights(small)} == {"self_attn"}
+    assert {name.split(".")[3] for name in quantized_weights(small)} == {"self_attn"}
 
 
 def test_no_more_than_one_dense_weight_is_there(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from rpqfx.errors import RPQError
 from rpqfx.nn import RPQConv2d, RPQLinear, RPQWeight
 from rpqfx.reporting.report import dense_bytes
 from rpqfx.reporting.tables import size
-from tests.models import CASES, GPT, MLP, SMALL, Case, held_weights
+from tests.models import CASES, GPT, MLP, SMALL, Case, quantized_weights
 
 
 def real_bytes(model: nn.Module) -> int:
@@ -41,7 +41,7 @@ def test_bytes_are_those_of_the_real_tensors(case: Case):
     assert made.before == real_bytes(model) == dense_bytes(model)
     assert made.after == real_bytes(small)
     assert made.codebooks + made.codes + made.other == made.after < made.before
-    weights = {id(w): w for w in held_weights(small).values()}.values()
+    weights = {id(w): w for w in quantized_weights(small).values()}.values()
     assert made.codebooks == sum(w.codebooks.nbytes for w in weights)
     assert made.codes == sum(w.codes.nbytes for w in weights)
     dense = {id(p) for n, p in model.named_parameters() if n in case.rewritten}
@@ -63,7 +63,7 @@ def test_shared_codebooks_count_once(sharing: str):
     shared = sum(record.shared for record in made.sites)
     assert sum(r.after for r in made.rewritten) == made.codebooks + made.codes
     assert (shared > 0) == (sharing in ("shape", "role"))
-    apart = sum(w.codebooks.nbytes for w in {id(w): w for w in held_weights(small).values()}.values())
+    apart = sum(w.codebooks.nbytes for w in {id(w): w for w in quantized_weights(small).values()}.values())
     assert made.codebooks + shared == apart + sum((r.spec.num_vectors + r.spec.dim) * 4 for r in made.rewritten)
     assert ("shared with earlier sites" in str(made)) == (shared > 0)
 
@@ -76,7 +76,7 @@ def test_bits_a_weight_are_those_of_the_stored_tensors(sharing: str):
         codebook_dim=4, codebook_bits=3, min_size=64, sharing=sharing, scale=True, signs=True, allow_growth=True
     )
     small = rpqfx.rpqify(GPT(depth=3), policy)
-    held, seen = held_weights(small), set()
+    held, seen = quantized_weights(small), set()
     with torch.no_grad():
         held["tok.weight"].scale.fill_(0.5)  # exact in two bytes
     made = rpqfx.report(small)

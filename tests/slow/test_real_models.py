@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import rpqfx
 from rpqfx import Policy
 from rpqfx.reporting.report import dense_bytes
-from tests.models import filled, held_weights
+from tests.models import filled, quantized_weights
 
 pytestmark = pytest.mark.slow
 MATRICES = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
@@ -56,7 +56,7 @@ def loaded(load: Callable[[], Any]) -> Any:
 def assert_covered(model: nn.Module, small: nn.Module) -> None:
     """Every weight of a torch.nn layer is quantized, or in the report with a reason."""
     records = {name: record for record in rpqfx.report(small).sites for name in record.names}
-    held = held_weights(small)
+    held = quantized_weights(small)
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, MATRICES) and module.weight.dim() > 1:
             record = records[f"{path}.weight"]

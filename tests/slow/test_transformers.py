@@ -22,7 +22,7 @@ import rpqfx
 from rpqfx import Policy
 from rpqfx.errors import RewriteError
 from rpqfx.nn.weight_slice import Part
-from tests.models import filled, held_weights
+from tests.models import filled, quantized_weights
 from tests.test_docs import ROOT, run
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
@@ -107,7 +107,7 @@ def rewritten(name: str, init: str = "random", **changes: Any) -> tuple[Any, Any
     """A rewritten model, and the dense one that holds its expanded weights."""
     model = build(name, **changes)
     small = rpqfx.rpqify(model, POLICIES[init])
-    assert type(small) is type(model) and len(held_weights(small)) > 3
+    assert type(small) is type(model) and len(quantized_weights(small)) > 3
     return small, filled(model, small)
 
 
@@ -373,7 +373,7 @@ def test_converted_models_are_saved_by_every_standard_call(name: str, tmp_path: 
     from safetensors.torch import load_file, load_model, save_model
 
     small = converted(name)
-    shared = [weight.codebooks for weight in held_weights(small).values()]
+    shared = [weight.codebooks for weight in quantized_weights(small).values()]
     assert len({id(books) for books in shared}) < len(shared)
     wanted = logits(small, name)
     rpqfx.save(small, tmp_path / "m.rpq")

@@ -22,7 +22,7 @@ from rpqfx.nn import RPQWeight, resize
 from rpqfx.storage.container import open_container, writer_for
 from rpqfx.storage.manifest_report import report_of
 from rpqfx.storage.sealed_manifest import checksum, seal_of
-from tests.models import held_weights
+from tests.models import quantized_weights
 
 both_formats = pytest.mark.parametrize("suffix", [".rpq", ".safetensors"])
 POLICIES = {
@@ -88,7 +88,7 @@ def test_a_model_is_saved_without_codes_and_comes_back(options: dict[str, Any], 
     small = drawn(**options)
     content = saved(small, suffix)
     manifest, tensors = opened(content)
-    weights = {f"{name}_rpq.codes": weight for name, weight in held_weights(small).items()}
+    weights = {f"{name}_rpq.codes": weight for name, weight in quantized_weights(small).items()}
     names = {name for entry in manifest["tensors"] if "drawn" in entry for name in entry["names"]}
     assert names == set(weights) and len(names) == 4
     for name, stages in seeds_in(content).items():
@@ -120,9 +120,9 @@ def test_tiles_come_back(tiled: bool) -> None:
 def test_the_file_is_smaller_by_the_codes() -> None:
     small = drawn(codebook_bits=4, codebook_dim=2)
     seed = len(saved(small))
-    for weight in set(held_weights(small).values()):
+    for weight in set(quantized_weights(small).values()):
         weight.codes = weight.codes.flip(-1)
-    codes = sum(weight.codes.numel() // 2 for weight in set(held_weights(small).values()))
+    codes = sum(weight.codes.numel() // 2 for weight in set(quantized_weights(small).values()))
     assert codes - 400 < len(saved(small)) - seed < codes and codes > 2500  # seeds and what is said of them
 
 
@@ -172,7 +172,7 @@ def test_whatever_changes_codes_is_noticed(change: Callable[[nn.Module], None]) 
 
 def test_a_stage_that_was_learned_is_stored_and_the_other_is_a_seed() -> None:
     small = drawn(stages=2)
-    for weight in set(held_weights(small).values()):
+    for weight in set(quantized_weights(small).values()):
         weight.codes = torch.stack([weight.codes[0].flip(-1), weight.codes[1]])
     content = saved(small)
     assert set(map(tuple, seeds_in(content).values())) == {(1,)}
@@ -253,7 +253,7 @@ def test_a_part_of_a_state_dict_leaves_the_rest() -> None:
 
 
 def through_parameters(small: nn.Module) -> nn.Module:
-    for weight in set(held_weights(small).values()):
+    for weight in set(quantized_weights(small).values()):
         weight.hold_codes_as_parameters()
         assert weight.drawn_stages() == (0,)
         weight.hold_codes_as_buffers()
@@ -279,7 +279,7 @@ def test_a_model_that_is_materialized_draws_a_seed() -> None:
         small = rpqfx.rpqify(
             Net(), Policy.from_scratch(codebook_dim=4, codebook_bits=4, min_size=256, allow_growth=True)
         )
-    assert not any(weight.drawn_stages() for weight in held_weights(small).values())
+    assert not any(weight.drawn_stages() for weight in quantized_weights(small).values())
     torch.manual_seed(0)
     rpqfx.materialize(small)
     content = saved(small)
@@ -296,7 +296,7 @@ def test_a_table_that_was_resized_is_stored() -> None:
 
 def test_a_pickle_from_before_there_were_seeds_is_stored() -> None:
     small = drawn()
-    for weight in set(held_weights(small).values()):
+    for weight in set(quantized_weights(small).values()):
         del weight.__dict__["code_seed"]
     content = saved(small)
     assert seeds_in(content) == {}

@@ -15,7 +15,7 @@ import rpqfx
 from rpqfx import Policy, Rule
 from rpqfx.errors import RewriteError
 from rpqfx.nn import RPQWeight
-from tests.models import BY_NAME, CNN, GPT, MLP, SMALL, Encoder, Recommender, held_weights
+from tests.models import BY_NAME, CNN, GPT, MLP, SMALL, Encoder, Recommender, quantized_weights
 
 SCRATCH = Policy.from_scratch(codebook_dim=4, codebook_bits=2, min_codebook_bits=1, min_size=64)
 
@@ -127,7 +127,7 @@ def test_weights_have_the_standard_deviation_of_the_dense_layers_own_initialisat
     torch.manual_seed(0)
     dense = build()
     small = rpqfx.materialize(on_meta(build, Policy.from_scratch(codebook_dim=8, codebook_bits=7, stages=2)))
-    held = held_weights(small)
+    held = quantized_weights(small)
     assert set(held) == {n for n, p in dense.named_parameters() if p.dim() > 1}
     for name, weight in held.items():
         assert float(weight().std()) == pytest.approx(float(dense.get_parameter(name).std()), rel=0.05), name
@@ -305,4 +305,4 @@ def test_a_copy_made_on_the_meta_device_is_materialised_by_itself():
     small = on_meta(MLP, SMALL)
     other = rpqfx.materialize(copy.deepcopy(small))
     assert all(p.is_meta for p in small.parameters()) and not any(p.is_meta for p in other.parameters())
-    assert all(isinstance(w, RPQWeight) for w in held_weights(other).values())
+    assert all(isinstance(w, RPQWeight) for w in quantized_weights(other).values())

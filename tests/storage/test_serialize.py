@@ -24,7 +24,7 @@ from rpqfx.storage import serialize
 from rpqfx.storage.container import open_container
 from rpqfx.storage.sealed_manifest import FORMAT_VERSION, checksum, seal_of
 from tests import forks
-from tests.models import BY_NAME, CASES, GPT, MLP, SMALL, Case, assert_outputs, held_weights
+from tests.models import BY_NAME, CASES, GPT, MLP, SMALL, Case, assert_outputs, quantized_weights
 
 SUFFIXES = [".rpq", ".safetensors"]
 both_formats = pytest.mark.parametrize("suffix", SUFFIXES, ids=["torch", "safetensors"])
@@ -92,12 +92,12 @@ def test_every_option_of_a_spec_returns(suffix: str, tmp_path: Path):
         rules=(Rule("tok", sharing="layer"), Rule("*.fc2", split="column")),
     )  # fmt: skip
     small = rpqfx.rpqify(GPT(), policy)
-    for weight in held_weights(small).values():
+    for weight in quantized_weights(small).values():
         weight.column_scale.data.uniform_(0.5, 2)
     rpqfx.save(small, tmp_path / f"m{suffix}")
     again = rpqfx.load(tmp_path / f"m{suffix}", GPT)
     assert_identical(again, small)
-    held, wanted = held_weights(again), held_weights(small)
+    held, wanted = quantized_weights(again), quantized_weights(small)
     for name, weight in wanted.items():
         assert (held[name].spec, held[name].layout, held[name].std) == (weight.spec, weight.layout, weight.std)
     books = [held[f"blocks.{i}.qkv.weight"].codebooks for i in range(2)]
@@ -111,8 +111,8 @@ def test_plans_return_with_tied_layers_and_shared_codebooks(suffix: str, tmp_pat
     small.blocks[0].qkv.weight_rpq.plan = "lookup"  # since the rewrite
     rpqfx.save(small, tmp_path / f"m{suffix}")
     again = rpqfx.load(tmp_path / f"m{suffix}", GPT)
-    plans = {name: weight.plan for name, weight in held_weights(again).items()}
-    assert plans == {name: weight.plan for name, weight in held_weights(small).items()}
+    plans = {name: weight.plan for name, weight in quantized_weights(again).items()}
+    assert plans == {name: weight.plan for name, weight in quantized_weights(small).items()}
     assert set(plans.values()) == {"auto", "dequantize", "lookup"}
     assert again.tok.weight_rpq is again.head.weight_rpq
     assert str(rpqfx.report(again)) == str(rpqfx.report(small))
@@ -128,7 +128,7 @@ def test_a_file_from_before_there_were_factors_of_columns_loads(tmp_path: Path):
         del spec["column_scale_group"]
     rewrite_manifest(tmp_path / "m.rpq", sites=manifest["sites"], records=manifest["records"])
     again = rpqfx.load(tmp_path / "m.rpq", MLP).eval()
-    assert {weight.spec.column_scale_group for weight in held_weights(again).values()} == {0}
+    assert {weight.spec.column_scale_group for weight in quantized_weights(again).values()} == {0}
     assert_identical(again, small)
 
 
@@ -227,7 +227,7 @@ def test_a_torch_file_is_plain_tensors_under_their_names(tmp_path: Path):
     sites = {tuple(site["names"]): site for site in manifest["sites"]}
     assert ("tok.weight", "head.weight") in sites
     spec = CodebookSpec.from_dict(sites["blocks.0.qkv.weight",]["spec"])
-    assert spec == held_weights(small)["blocks.0.qkv.weight"].spec
+    assert spec == quantized_weights(small)["blocks.0.qkv.weight"].spec
 
 
 def test_a_safetensors_file_is_read_by_safetensors(tmp_path: Path):

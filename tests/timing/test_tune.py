@@ -19,7 +19,7 @@ from rpqfx.nn import RPQConv2d, RPQEmbedding, RPQLinear, RPQWeight
 from rpqfx.timing import clock
 from rpqfx.timing.record import Trial
 from tests.helpers import forms_run
-from tests.models import CASES, CNN, GPT, MLP, SMALL, Case, assert_outputs, held_weights
+from tests.models import CASES, CNN, GPT, MLP, SMALL, Case, assert_outputs, quantized_weights
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "_"))
 
@@ -60,7 +60,7 @@ def mlp(**options: Any) -> nn.Module:
 
 
 def plans(model: nn.Module) -> dict[str, str]:
-    return {name: weight.plan for name, weight in held_weights(model).items()}
+    return {name: weight.plan for name, weight in quantized_weights(model).items()}
 
 
 # ------------------------------------------------------------------------------------------------------ pinning

@@ -20,7 +20,7 @@ from rpqfx.nn import RPQLinear, RPQWeight
 from rpqfx.training import recoding
 from rpqfx.training.latent_weight import LatentWeight
 from tests.helpers import generator, seeds
-from tests.models import GPT, held_weights
+from tests.models import GPT, quantized_weights
 
 LATENT = Policy.from_scratch(codebook_dim=4, codebook_bits=4, sharing="layer", min_size=256)
 SKETCH = Policy.from_scratch(codebook_dim=4, codebook_bits=4, sharing="layer", stages=2, min_size=256)
@@ -139,7 +139,7 @@ def test_memory_of_the_sketch_is_that_of_codebooks(monkeypatch: pytest.MonkeyPat
     """Counted: nothing of a weight's size is there between steps, and within learning one weight's at a time."""
     model, optimizer, recode = started("sketch", schedule=(0.2, 0.5))
     train(model, recode, optimizer, batches())
-    sizes = [weight.spec.num_vectors * weight.spec.dim for weight in set(held_weights(model).values())]
+    sizes = [weight.spec.num_vectors * weight.spec.dim for weight in set(quantized_weights(model).values())]
     state = [value for held in optimizer.state.values() for value in held.values() if isinstance(value, Tensor)]
     floats = [t.numel() for t in (*model.parameters(), *state) if t.is_floating_point()]
     assert max(floats) < min(sizes) and not any(isinstance(m, LatentWeight) for m in model.modules())
@@ -148,7 +148,7 @@ def test_memory_of_the_sketch_is_that_of_codebooks(monkeypatch: pytest.MonkeyPat
 def test_memory_of_the_latent_recipe_is_that_of_dense_training_until_it_is_finished() -> None:
     model, optimizer, recode = started("latent")
     train(model, recode, optimizer, batches())
-    weights = list(dict.fromkeys(held_weights(model).values()))
+    weights = list(dict.fromkeys(quantized_weights(model).values()))
     dense = sum(weight.spec.num_vectors * weight.spec.dim for weight in weights)
     latents = [p for name, p in model.named_parameters() if name.endswith("latent")]
     assert sum(p.numel() for p in latents) == dense and all(len(optimizer.state[p]) == 3 for p in latents)
@@ -171,7 +171,7 @@ def test_a_finished_model_is_saved_loaded_and_trained_on(recipe: str, tmp_path: 
     torch.testing.assert_close(model(ids), before)
     rpqfx.save(model, tmp_path / "m.rpq")
     assert torch.equal(rpqfx.load(tmp_path / "m.rpq", Net)(ids), model(ids))
-    assert all(weight.codes.dtype == torch.uint8 for weight in held_weights(model).values())
+    assert all(weight.codes.dtype == torch.uint8 for weight in quantized_weights(model).values())
     model(ids).square().mean().backward()
     optimizer.step()
     assert not torch.equal(model(ids), before)
@@ -221,7 +221,7 @@ _NONE: Any = _None()
 def test_shared_codebooks_and_tied_tables_are_learned_together() -> None:
     torch.manual_seed(0)
     model = rpqfx.rpqify(GPT(), Policy.from_scratch(codebook_dim=4, codebook_bits=4, sharing="layer", min_size=128))
-    weights = held_weights(model)
+    weights = quantized_weights(model)
     first = weights["blocks.0.fc1.weight"]
     weights["blocks.1.fc1.weight"].codebooks = first.codebooks
     weights["blocks.1.fc1.weight"].shares_codebooks = True

@@ -15,7 +15,7 @@ from rpqfx.kv.policy import KVPolicy
 from rpqfx.policies.name_rules import check_rules
 
 
-def held_sites(model: nn.Module, policy: KVPolicy, batches: Batches) -> dict[AttentionSite, KVPolicy]:
+def chosen_sites(model: nn.Module, policy: KVPolicy, batches: Batches) -> dict[AttentionSite, KVPolicy]:
     """Returns the attention modules that a policy does not skip, each with its own policy.
 
     Args:
