@@ -181,7 +181,7 @@ class CodebookSpec:
 
     @property
     def stored_codes_shape(self) -> tuple[int, int, int]:
-        """Of codes as they lie in memory: ``codes_shape``, or that of their tiles."""
+        """The shape of codes as they lie in memory: ``codes_shape``, or that of their tiles."""
         return tiles_shape(*self.codes_shape) if self.tiled else self.codes_shape
 
     @property

@@ -29,7 +29,7 @@ class SplitWeight(RPQWeight):
 
     whole_spec: CodebookSpec
     axis: int
-    """Of the matrix: 0 where processes have rows, 1 where they have columns."""
+    """The axis of the matrix that is shared out: 0 where processes have rows, 1 where they have columns."""
     first: int
     """The first of them."""
 

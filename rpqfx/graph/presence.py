@@ -1,4 +1,4 @@
-"""Whether the weights that are to be rewritten have values."""
+"""Checks that the weights that are to be rewritten have values."""
 
 from __future__ import annotations
 

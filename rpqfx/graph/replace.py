@@ -166,7 +166,7 @@ def install_all(model: nn.Module, placed: Iterable[tuple[Sequence[str], RPQWeigh
 
 
 def _reader(model: nn.Module, site: Site) -> ReadAs:
-    """What reading the tensor from its layer has to give.
+    """Returns the kind of value that reading the tensor from its layer has to give.
 
     torch.nn's encoder layers read the weights of their children for a fast path, which they take with plain tensors
     only and which gives padded positions other values. A layer of torch.nn does not read its own weight.

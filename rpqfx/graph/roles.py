@@ -1,4 +1,4 @@
-"""What each use of a tensor in a graph makes of it: the weight of a product, of a convolution, a table, or nothing."""
+"""Finds the role of each use of a tensor in a graph: the weight of a product or of a convolution, a table, or none."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ADDITIVE = ("add", "iadd", "sub", "isub", "cat", "stack", "expand", "expand_as",
 
 @dataclass(frozen=True)
 class Role:
-    """What a use makes of a tensor.
+    """The role of one use of a tensor.
 
     Args:
         kind: As of a site.
@@ -127,7 +127,7 @@ def _uses(node: fx.Node, seen: _Seen) -> Iterator[tuple[fx.Node, fx.Node, _Seen]
 
 
 def _viewed(user: fx.Node, seen: _Seen) -> _Seen | None:
-    """What a tensor is after a view or a cast; None where the call is another use."""
+    """Returns the tensor after a view or a cast; None where the call is another use."""
     target, args = user.target, user.args[1:]
     if user.op == "call_method" and target in _CASTS:
         return seen
@@ -162,7 +162,7 @@ def _one(seen: _Seen, axis: Any) -> _Seen | None:
 
 
 def _role(user: fx.Node, value: fx.Node, seen: _Seen) -> Role | None:
-    """What a call makes of one of its arguments."""
+    """Returns the role of one argument of a call."""
 
     def given(position: int, *names: str) -> bool:
         named = any(user.kwargs.get(name) is value for name in names)

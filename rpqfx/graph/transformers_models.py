@@ -80,7 +80,7 @@ def _dense(name: str) -> str:
 
 
 def is_pretrained(module: nn.Module) -> bool:
-    """Whether a module is a transformers model (by what it has; transformers need not be installed)."""
+    """Returns whether a module is a transformers model (by what it has; transformers need not be installed)."""
     return all(hasattr(type(module), name) for name in ("_tied_weights_keys", "tie_weights", *ATTRIBUTES[-1:]))
 
 

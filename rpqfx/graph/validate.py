@@ -53,7 +53,7 @@ def groups_of(held: Mapping[str, Quantize]) -> dict[object, list[str]]:
 
 
 def layout_of(site: Site, decision: Quantize) -> Layout:
-    """How a site's tensor is seen as vectors, by a decision.
+    """Returns how a site's tensor is seen as vectors, by a decision.
 
     Args:
         site: The site.

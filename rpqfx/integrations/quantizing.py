@@ -37,7 +37,7 @@ _SEVERAL = "shares codebooks with others, which are all needed at once to fit th
 
 
 class Quantizing(ConversionOps):
-    """What happens to one model while it is loaded.
+    """Quantizes one model while it is loaded.
 
     Args:
         model: On the meta device, dense; its weights are replaced as they come.

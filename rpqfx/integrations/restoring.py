@@ -63,7 +63,7 @@ class _Converter(WeightConverter):
 
 
 class Restoring(ConversionOps):
-    """What happens to one model while its folder is opened.
+    """Restores one model while its folder is opened.
 
     Args:
         model: On the meta device, dense; is rewritten.

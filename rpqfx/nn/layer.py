@@ -28,7 +28,7 @@ Device = torch.device | str | int | None
 
 
 class CodebookOptions(TypedDict, total=False):
-    """How a layer's weight is quantized (see ``rpqfx.codebook.CodebookSpec.make``)."""
+    """The options by which a layer's weight is quantized (see ``rpqfx.codebook.CodebookSpec.make``)."""
 
     codebook_dim: int | None
     num_subvectors: int | None

@@ -1,4 +1,4 @@
-"""How much a policy takes, as one of three values, each of which knows the options that it leaves to be given."""
+"""The amount that a policy takes: one of three values, each of which knows the options that it leaves open."""
 
 from __future__ import annotations
 

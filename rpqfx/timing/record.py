@@ -1,4 +1,4 @@
-"""What a model asks of its quantized weights, and asking the same again with random numbers."""
+"""Records the products of a model with its quantized weights, and runs the same again with random numbers."""
 
 from __future__ import annotations
 

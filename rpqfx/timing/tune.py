@@ -44,7 +44,7 @@ class TimedUse:
 
 @dataclass(frozen=True)
 class TunedWeight:
-    """What `tune` found out about one weight.
+    """The measurements of `tune` for one weight.
 
     Args:
         name: Qualified name of the Parameter.
@@ -75,7 +75,7 @@ class TunedWeight:
 
 @dataclass(frozen=True)
 class Tuning:
-    """What `tune` measured and pinned; ``str`` is a table.
+    """The measurements and pinned plans of `tune`; ``str`` is a table.
 
     Args:
         weights: Every quantized weight, in the model's order.
@@ -162,7 +162,7 @@ def tune(
 
 
 class _Asked(NamedTuple):
-    """What a time is known of: any weight and use that is equal in this takes as long."""
+    """Returns the key of a measurement: weights and uses with equal keys take equally long."""
 
     held: tuple[Any, ...]
     use: Use
@@ -204,7 +204,7 @@ def _held(model: nn.Module) -> list[tuple[RPQWeight, list[str]]]:
 
 
 def _name(weight: RPQWeight, path: str) -> str:
-    """Of the Parameter that a weight stands for; of one that is the model itself, its class."""
+    """Returns the name of the Parameter that a weight stands for; of one that is the model itself, its class."""
     return path.removesuffix(SUFFIX) or type(weight).__name__
 
 

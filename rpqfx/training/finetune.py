@@ -46,7 +46,7 @@ class Finetuned:
 
     @property
     def steps(self) -> int:
-        """How many steps were made."""
+        """The number of steps that were made."""
         return len(self.losses)
 
     @property

@@ -29,7 +29,7 @@ _BATCHES, _LENGTH, _EVALUATE = 16, 1024, 8192
 
 @dataclass(frozen=True)
 class _Data:
-    """What a conversion goes by.
+    """The inputs and settings of a conversion.
 
     Args:
         batches: Of calibration; None where there is none.

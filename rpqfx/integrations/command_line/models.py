@@ -72,7 +72,7 @@ def open_model(folder: str | Path, *, dtype: Any = None, quantization_config: An
 
 
 def is_language_model(model: Any) -> bool:
-    """Whether a model gives each token of a text a probability, given those before.
+    """Returns whether a model gives each token of a text a probability, given those before.
 
     Args:
         model: Of transformers.

@@ -200,7 +200,7 @@ def _used(points: Tensor, books: Tensor) -> Tensor:
 
 
 def _measure(spaces: Sequence[Space], books: Tensor, energy: Tensor) -> Tensor:
-    """What is left of each sub-vector's energy after 0 to ``R`` stages, ``[n, R + 1]``."""
+    """Returns the energy left of each sub-vector after 0 to ``R`` stages, ``[n, R + 1]``."""
     shares = []
     for space in spaces:
         points = space.samples[:, :, :_MEASURED].flatten(0, 1)

@@ -18,7 +18,7 @@ _GOLDEN = 2654435769
 
 
 class Sums(NamedTuple):
-    """How many points chose each entry, ``[R, G, K]``, and their sums, ``[R, G, K, d]``; float32."""
+    """The numbers of points that chose each entry, ``[R, G, K]``, and their sums, ``[R, G, K, d]``; float32."""
 
     counts: Tensor
     sums: Tensor

@@ -22,7 +22,7 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class Groups:
-    """How a vector is cut into groups of channels, and where the codes of each group lie.
+    """The groups of channels that a vector is cut into, and the places of the codes of each.
 
     A slot is a pair of a group and a stage. Slots are group-major: those of group 0 come first, stages in order.
 
