@@ -170,7 +170,7 @@ class CodebookCache:
 
 
 def codebook_bytes(cores: Iterable[KVAttention]) -> int:
-    """Returns bytes of the codebooks, maps and means of attention layers, each tensor once."""
+    """Returns the bytes of the codebooks, maps and means of attention layers, each tensor once."""
     tensors = {}
     for core in cores:
         for tensor in (*core.parameters(), *core.buffers()):

@@ -67,12 +67,12 @@ class Side:
         return None if self._scale is None else self._scale[:, :, : self.length]
 
     def nbytes(self) -> tuple[int, int]:
-        """Returns bytes of codes and of scales."""
+        """Returns the bytes of codes and of scales."""
         used = self._used()
         return used["codes"].numel() if "codes" in used else 0, used["scale"].numel() * 2 if "scale" in used else 0
 
     def allocated(self) -> int:
-        """Returns bytes that the tensors take, with room for more tokens."""
+        """Returns the bytes that the tensors take, with room for more tokens."""
         return sum(x.numel() * x.element_size() for x in (self._data, self._scale) if x is not None)
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:

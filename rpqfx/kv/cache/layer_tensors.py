@@ -68,7 +68,7 @@ class LayerTensors:
         return {"codes": codes, "scales": scales, "window": window, "positions": own}
 
     def allocated(self) -> int:
-        """Returns bytes of all tensors, with the room for tokens to come, but for positions that are shared."""
+        """Returns the bytes of all tensors, with the room for tokens to come, but for positions that are shared."""
         plain = sum(x.numel() * x.element_size() for x in (*self._plain, *self._left))
         own = 0 if self._own is None else self._own.nbytes()
         return self.keys.allocated() + self.values.allocated() + plain + own

@@ -84,7 +84,7 @@ class Positions:
         return twin
 
     def nbytes(self) -> int:
-        """Returns bytes of what is kept."""
+        """Returns the bytes of what is kept."""
         return sum(part[:, : self.length].numel() * part.element_size() for part in self._tensors)
 
     def crop(self, length: int) -> None:

@@ -57,7 +57,7 @@ class SharedPositions:
         return self._of[name].get(start, stop)
 
     def nbytes(self) -> int:
-        """Returns bytes of what is kept."""
+        """Returns the bytes of what is kept."""
         return sum(kept.nbytes() for kept in self._kept)
 
     def crop(self, length: int) -> None:

@@ -40,9 +40,7 @@ def check_tokens(
         shapes = f"keys are {tuple(k.shape)} and values {tuple(v.shape)}"
         raise InputError(f"{name}: {shapes}, expected tokens of {batch} samples")
     if rotated is not None and rotated != (rope is not None):
-        raise InputError(
-            f"{name}: tokens come with a rotary embedding, or all without one, not now with and now without"
-        )
+        raise InputError(f"{name}: all tokens come with a rotary embedding or all without one, got some of each")
     if rope is not None and any(part.shape[-2] != k.shape[2] or part.shape[-1] > k.shape[3] for part in rope):
         raise InputError(f"{name}: cos is {tuple(rope[0].shape)}, the keys are {tuple(k.shape)}")
 

@@ -370,7 +370,7 @@ def test_bad_input_is_refused_and_the_layer_named() -> None:
     ):
         with pytest.raises(InputError, match=message):
             store.append(k, v)
-    with pytest.raises(InputError, match="not now with and now without"):
+    with pytest.raises(InputError, match="or all without one, got some of each"):
         store.append(good, good, angles(0, 4, 4))
     for q in (good[:, :1], good[..., :4], good.expand(2, -1, -1, -1), randn(0, 1, 2, 5, 8)):
         with pytest.raises(InputError, match=r"layer 3: .*quer"):
