@@ -1,4 +1,4 @@
-"""Train a small GPT twice, dense and with its weights in codebooks, and compare the two.
+"""Train a small GPT twice, dense and with its weights quantized, and compare the two.
 
 The text is English that every Python carries (``pydoc_data.topics``), read as bytes; nothing is downloaded. Two more
 rows keep the comparison honest: a smaller dense model of the same bytes, and the dense model converted after training.
@@ -111,7 +111,7 @@ def main() -> None:
 
     torch.manual_seed(0)
     dense = GPT()
-    small = rpqfx.rpqify(dense, rpqfx.Policy.from_scratch(codebook_dim=64, bits=6, signs=True))
+    small = rpqfx.rpqify(dense, rpqfx.Policy.from_scratch(codebook_dim=64, codebook_bits=6, signs=True))
     report = rpqfx.report(small)
     print(report, end="\n\n")
     tiny = GPT(dim=96)
@@ -119,7 +119,7 @@ def main() -> None:
     speeds = {}
     for name, model, rate in (("dense", dense, 1e-3), ("codebooks", small, 4e-3), ("smaller dense", tiny, 4e-3)):
         speeds[name] = train(name, model, training, steps, rate)
-    converted = rpqfx.rpqify(dense, rpqfx.Policy(codebook_dim=4, bits=8, sharing="layer"))
+    converted = rpqfx.rpqify(dense, rpqfx.Policy(codebook_dim=4, codebook_bits=8, sharing="layer"))
 
     rows = []
     print(f"\n{'model':<28}{'bytes':>12}{'validation loss':>18}{'tokens/s (training)':>22}")

@@ -68,7 +68,7 @@ def measure(dtype: torch.dtype, tokens: int = 16, layers: int = LAYERS, split: s
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
     start = time.perf_counter()
-    policy = rpqfx.Policy.from_scratch(codebooks="heads", split=split)
+    policy = rpqfx.Policy.from_scratch(num_subvectors="heads", split=split)
     model = rpqfx.rpqify(build(dtype, layers), policy, inplace=True)
     rewritten = time.perf_counter()
     rpqfx.materialize(model)
@@ -158,7 +158,7 @@ def measure_gather() -> dict[str, Any]:
     torch.manual_seed(0)
     runs: list[Callable[[], Tensor]] = []
     for wide, out, _ in LINEARS:
-        held = RPQWeight(rpqfx.CodebookSpec.make(out, wide, codebooks=HEADS, bits=8))
+        held = RPQWeight(rpqfx.CodebookSpec.make(out, wide, num_subvectors=HEADS, codebook_bits=8))
         x = torch.randn(1, wide)
         runs.append(lambda held=held, x=x: F.linear(x, codebook.expand(held.codebooks, held.codes)))
     times: list[list[float]] = [[] for _ in runs]

@@ -1,4 +1,4 @@
-"""A KV cache in codebooks, in any model that calls scaled_dot_product_attention.
+"""A quantized KV cache, in any model that calls scaled_dot_product_attention.
 
     python examples/03_kv_cache.py
 
@@ -64,12 +64,12 @@ def main(seconds: float = 60.0) -> None:
         optimizer.step()
     model.eval()
 
-    policy = rpqfx.KVPolicy(bits=3, window=32, sinks=4)
+    policy = rpqfx.KVPolicy(bits_per_value=3, window=32, sinks=4)
     small = rpqfx.quantize_kv(model, policy, calibration=[batch(train, 8) for _ in range(4)])
 
     test = batch(held_out, 16)
     with torch.no_grad():
-        for name, net in (("plain cache", model), ("in codebooks", small)):
+        for name, net in (("plain cache", model), ("quantized", small)):
             loss = F.cross_entropy(net(test)[:, :-1].flatten(0, 1), test[:, 1:].flatten())
             print(f"{name}: {loss:.3f} nats a byte")
 

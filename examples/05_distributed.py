@@ -1,4 +1,4 @@
-"""Train the quickstart's model in several processes, dense and with its weights in codebooks.
+"""Train the quickstart's model in several processes, dense and with its weights quantized.
 
 For each it prints the loss (the same as in one process), the bytes that each process sends in a step and the bytes of
 Parameters and codes that it holds. It runs on processors, with gloo.
@@ -30,7 +30,7 @@ import rpqfx  # noqa: E402
 from rpqfx.distributed import broadcast_codes, check_same_codes, fully_shard  # noqa: E402
 
 HERE = Path(__file__).parent
-POLICY = rpqfx.Policy.from_scratch(codebook_dim=64, bits=6, signs=True)
+POLICY = rpqfx.Policy.from_scratch(codebook_dim=64, codebook_bits=6, signs=True)
 
 
 def quickstart() -> Any:
@@ -121,7 +121,7 @@ def opt_block() -> list[dict[str, Any]]:
     with torch.device("meta"):
         dense = nn.ModuleDict({name: nn.Linear(4096, 4096) for name in "qkvo"})
         dense.update({"up": nn.Linear(4096, 16384), "down": nn.Linear(16384, 4096)})
-        small = rpqfx.rpqify(dense, rpqfx.Policy.from_scratch(codebook_dim=64, bits=8))
+        small = rpqfx.rpqify(dense, rpqfx.Policy.from_scratch(codebook_dim=64, codebook_bits=8))
     models = {"dense": dense, "codebooks": small}
     return [
         {"kind": kind, "sent_bytes": sum(p.nbytes for p in m.parameters()), "codebook_bytes": codebook_bytes(m)}

@@ -14,7 +14,7 @@ from rpqfx.kv.policy import KVPolicy, KVRule
 from rpqfx.kv.rewrite import quantize_kv
 from rpqfx.ops.cpu.prepare import load_kernels
 from rpqfx.ops.inductor import inductor_options
-from rpqfx.policies.policy import Budget, Fixed, Hold, Policy, Rate, Rule, Skip
+from rpqfx.policies.policy import Budget, Fixed, KeepDense, Policy, Quantize, Rate, Rule
 from rpqfx.policies.site import Site
 from rpqfx.reporting.report import Report, report
 from rpqfx.routing.rewrite.policy import RoutePolicy, RouteRule
@@ -32,10 +32,11 @@ __all__ = [
     "Budget",
     "CodebookSpec",
     "Fixed",
-    "Hold",
     "KVPolicy",
     "KVRule",
+    "KeepDense",
     "Policy",
+    "Quantize",
     "RPQError",
     "Rate",
     "Recoding",
@@ -44,7 +45,6 @@ __all__ = [
     "RouteRule",
     "Rule",
     "Site",
-    "Skip",
     "check_outputs",
     "convert",
     "dequantize",

@@ -231,7 +231,7 @@ def tokens(batch: int, sequence: int, past: int, depth: int = 2) -> tuple[Any, .
 
 
 def _policy(*rules: Rule) -> Policy:
-    return Policy(init="random", codebook_dim=128, bits=4, min_size=432, rules=rules)
+    return Policy(init="random", codebook_dim=128, codebook_bits=4, min_size=432, rules=rules)
 
 
 _BATCHES = ({"batch": 1}, {"batch": 2}, {"batch": 8}, {"batch": 17})
@@ -240,9 +240,9 @@ DEPLOYED = {
     "vit": Deployed(
         ViT,
         _policy(
-            Rule("patch", codebook_dim=16, bits=5, scale=True, grad_scale="sqrt"),
-            Rule("*.qkv", bits=4, sharing="layer", signs=True),
-            Rule("*.proj", codebook_dim=16, bits=3, stages=2),
+            Rule("patch", codebook_dim=16, codebook_bits=5, scale=True, grad_scale="sqrt"),
+            Rule("*.qkv", codebook_bits=4, sharing="layer", signs=True),
+            Rule("*.proj", codebook_dim=16, codebook_bits=3, stages=2),
             Rule("*.fc2", scale=True),
         ),
         images,
@@ -252,7 +252,7 @@ DEPLOYED = {
     ),
     "resnet20": Deployed(
         ResNet20,
-        _policy(Rule("head", codebook_dim=16, bits=2), Rule("*", codebook_dim=9, bits=3)),
+        _policy(Rule("head", codebook_dim=16, codebook_bits=2), Rule("*", codebook_dim=9, codebook_bits=3)),
         images,
         ({0: "batch"},),
         {"batch": 3},
@@ -261,7 +261,7 @@ DEPLOYED = {
     "lm": Deployed(
         DecoderLM,
         _policy(
-            Rule("tok", codebook_dim=16, bits=5, stages=2, scale=True),
+            Rule("tok", codebook_dim=16, codebook_bits=5, stages=2, scale=True),
             Rule("*.q", sharing="role"),
             Rule("*.o", codebook_dim=32, signs=True),
             Rule("*.up", signs=True, stages=2),

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import rpqfx
-from rpqfx import Hold, Policy, Rule, Skip
+from rpqfx import KeepDense, Policy, Quantize, Rule
 from rpqfx.conversion.checkpoint import Checkpoint
 from rpqfx.errors import FormatError
 from rpqfx.storage.container import open_container
@@ -54,18 +54,18 @@ def tiny() -> nn.Module:
     rules = (
         Rule("first", sharing="shape", stages=2),
         Rule("second", sharing="shape", stages=2),
-        Rule("square", signs=True, dim_scale=True),
+        Rule("square", signs=True, column_scale=True),
     )
-    policy = Policy(codebook_dim=4, bits=2, min_size=1, scale=True, allow_growth=True, rules=rules)
+    policy = Policy(codebook_dim=4, codebook_bits=2, min_size=1, scale=True, allow_growth=True, rules=rules)
     small = rpqfx.rpqify(Tiny(), lambda site: _in_tiles(policy(site))).eval()
     with torch.no_grad():
         small.square.weight_rpq.codebooks.copy_(small.square.weight_rpq.codebooks.half())
     return small
 
 
-def _in_tiles(answer: Hold | Skip) -> Hold | Skip:
+def _in_tiles(answer: Quantize | KeepDense) -> Quantize | KeepDense:
     """The same, with codes that lie in tiles where they can."""
-    if isinstance(answer, Hold) and answer.spec.stages > 1:
+    if isinstance(answer, Quantize) and answer.spec.stages > 1:
         return dataclasses.replace(answer, spec=dataclasses.replace(answer.spec, tiled=True))
     return answer
 
@@ -84,18 +84,18 @@ class Largest(TorchDispatchMode):
 
 
 def cached() -> nn.Module:
-    """A language model whose weights and cache are in codebooks."""
+    """A language model whose weights and cache are quantized."""
     torch.manual_seed(0)
-    policy = rpqfx.KVPolicy(bits=3, window=4, sinks=2, entries=16, chunk=8, sub_vector=4)
-    small = rpqfx.rpqify(LM(layers=1), Policy(codebook_dim=8, bits=3, min_size=64))
+    policy = rpqfx.KVPolicy(bits_per_value=3, window=4, sinks=2, codebook_size=16, chunk=8, codebook_dim=4)
+    small = rpqfx.rpqify(LM(layers=1), Policy(codebook_dim=8, codebook_bits=3, min_size=64))
     return rpqfx.quantize_kv(small, policy, calibration=[tokens(1)]).eval()
 
 
 def drawn() -> nn.Module:
     """A ``Tiny`` whose codes are seeds, but for a stage of one and all of another."""
     torch.manual_seed(0)
-    rules = (Rule("first", stages=3), Rule("second", stages=2), Rule("square", bits=3))
-    policy = Policy.from_scratch(codebook_dim=4, bits=2, min_size=1, allow_growth=True, rules=rules)
+    rules = (Rule("first", stages=3), Rule("second", stages=2), Rule("square", codebook_bits=3))
+    policy = Policy.from_scratch(codebook_dim=4, codebook_bits=2, min_size=1, allow_growth=True, rules=rules)
     small = rpqfx.rpqify(Tiny(), lambda site: _in_tiles(policy(site))).eval()
     first, square = small.first.weight_rpq, small.square.weight_rpq
     first.codes = torch.stack([first.codes[0], first.codes[1].flip(-1), first.codes[2]])
@@ -299,10 +299,10 @@ _NASTY: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 3, 4, 255, 256, 65_537, 2**31, 2**63, 10**12, 10**30, -(10**12), 0.5, -0.0, 1e308,
     float("inf"), float("nan"), "", "load", "__class__", "save", "float32", "float64", "int64", "uint8", "bool",
     "complex32", "../../etc/passwd", "a/b", ".", "..", "a..b", "first.weight", "first.bias", "training", "forward",
-    "_parameters", "first.forward", "first.training", "norm.running_mean", "parameter", "buffer", "attribute", "expand",
-    "contract", "virtual", "tensor", "é\ud800", "x" * 5_000, [], {}, [[]], [1], [-1], [10**12, 10**12], [0, 10**18],
-    ["first.weight"], ["a", "a"], {"bits": 16, "entries": 65_536}, {"bits": 1, "entries": 2}, {"__class__": "x"},
-    [0], [0, 1],
+    "_parameters", "first.forward", "first.training", "norm.running_mean", "parameter", "buffer", "attribute",
+    "dequantize", "lookup", "virtual", "tensor", "é\ud800", "x" * 5_000, [], {}, [[]], [1], [-1], [10**12, 10**12],
+    [0, 10**18], ["first.weight"], ["a", "a"], {"bits": 16, "entries": 65_536}, {"bits": 1, "entries": 2},
+    {"__class__": "x"}, [0], [0, 1],
 )  # fmt: skip
 
 

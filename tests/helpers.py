@@ -58,21 +58,21 @@ def divisors(number: int) -> list[int]:
 
 @st.composite
 def specs(
-    draw: st.DrawFn, scale: bool | None = None, signs: bool | None = None, dim_scale: bool = False
+    draw: st.DrawFn, scale: bool | None = None, signs: bool | None = None, column_scale: bool = False
 ) -> CodebookSpec:
-    """Any small spec, sharing and odd numbers of vectors and entries included; with ``dim_scale`` perhaps that, too."""
+    """Any small spec, sharing and odd numbers of vectors and entries included; perhaps with ``column_scale``."""
     d, sub_vectors = draw(st.integers(1, 4)), draw(st.integers(1, 4))
-    shares = [0, *divisors(d * sub_vectors)] if dim_scale else [0]
+    shares = [0, *divisors(d * sub_vectors)] if column_scale else [0]
     return CodebookSpec(
         num_vectors=draw(st.integers(1, 20)),
         dim=d * sub_vectors,
         codebook_dim=d,
         entries=draw(st.integers(2, 9)),
         stages=draw(st.integers(1, 3)),
-        books=draw(st.sampled_from(divisors(sub_vectors))),
+        num_codebooks=draw(st.sampled_from(divisors(sub_vectors))),
         scale=draw(st.booleans()) if scale is None else scale,
         signs=draw(st.booleans()) if signs is None else signs,
-        dim_scale=draw(st.sampled_from(shares)),
+        column_scale_group=draw(st.sampled_from(shares)),
     )
 
 
@@ -88,13 +88,15 @@ def stored(spec: CodebookSpec, seed: int, dtype: torch.dtype = torch.float64) ->
 
 def stored_all(spec: CodebookSpec, seed: int, dtype: torch.dtype = torch.float64) -> ops.Tensors:
     """``stored`` with the factors of the columns."""
-    dims = torch.rand(max(1, spec.dim_scales), generator=generator(seed + 1), dtype=torch.float64).to(dtype) + 0.5
-    return ops.Tensors(*stored(spec, seed, dtype), dims if spec.dim_scale else None)
+    dims = (
+        torch.rand(max(1, spec.num_column_scales), generator=generator(seed + 1), dtype=torch.float64).to(dtype) + 0.5
+    )
+    return ops.Tensors(*stored(spec, seed, dtype), dims if spec.column_scale_group else None)
 
 
 def floats(tensors: ops.Tensors) -> dict[str, Tensor]:
     """Those of a matrix's tensors that are trained, by name, as leaves that want a gradient."""
-    names = ("codebooks", "scale", "dim_scale")
+    names = ("codebooks", "scale", "column_scale")
     return {name: t.requires_grad_() for name in names if (t := getattr(tensors, name)) is not None}
 
 
@@ -104,7 +106,7 @@ def is_minus(signs: Tensor, stage: int, sub_vector: int, vector: int) -> bool:
 
 def naive_expand(
     codebooks: Tensor, codes: Tensor, scale: Tensor | None = None, signs: Tensor | None = None,
-    dim_scale: Tensor | None = None,
+    column_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The definition of the matrix, entry by entry. Differentiable, slow and plain."""
     stages, sub_vectors, num_vectors = codes.shape
@@ -120,10 +122,10 @@ def naive_expand(
             parts.append(part)
         row = torch.cat(parts)
         rows.append(row if scale is None else row * scale[n])
-    if dim_scale is None:
+    if column_scale is None:
         return torch.stack(rows)
-    share = len(rows[0]) // len(dim_scale)
-    return torch.stack(rows) * torch.stack([dim_scale[j // share] for j in range(len(rows[0]))])
+    share = len(rows[0]) // len(column_scale)
+    return torch.stack(rows) * torch.stack([column_scale[j // share] for j in range(len(rows[0]))])
 
 
 @st.composite
@@ -136,14 +138,14 @@ def codebook_options(draw: st.DrawFn, sizes: Iterable[tuple[int, int]], split: b
         sizes = [(d, n) for n, d in sizes] if options["split"] == "column" else sizes
     d = draw(st.sampled_from(divisors(math.gcd(*[dim for _, dim in sizes]))))
     if len({dim for _, dim in sizes}) == 1 and draw(st.booleans()):
-        options["codebooks"] = sizes[0][1] // d
+        options["num_subvectors"] = sizes[0][1] // d
     else:
         options["codebook_dim"] = d
-    options["bits"] = draw(st.integers(1, max(1, min(4, min(n for n, _ in sizes).bit_length() - 1))))
+    options["codebook_bits"] = draw(st.integers(1, max(1, min(4, min(n for n, _ in sizes).bit_length() - 1))))
     options["stages"] = draw(st.integers(1, 2))
     options["sharing"] = draw(st.sampled_from(["own", "layer"]))
     options["scale"] = draw(st.booleans())
-    options["dim_scale"] = draw(st.booleans())
+    options["column_scale"] = draw(st.booleans())
     options["signs"] = draw(st.booleans())
     options["grad_scale"] = draw(st.sampled_from(["sum", "sqrt", "mean"]))
     return options
@@ -171,7 +173,7 @@ def naive_tensor(weight: RPQWeight, leaves: Mapping[str, Tensor | None] | None =
     """The tensor that an RPQWeight stands for, from its definition; ``leaves`` take the place of its Parameters."""
     layout: Layout = weight.layout
     held = {**weight._parameters, **(leaves or {})}
-    vectors = naive_expand(held["codebooks"], weight.codes, held["scale"], weight.signs, held["dim_scale"])
+    vectors = naive_expand(held["codebooks"], weight.codes, held["scale"], weight.signs, held["column_scale"])
     if layout.zero_vector is not None:
         keep = torch.ones(len(vectors), 1, dtype=vectors.dtype)
         keep[layout.zero_vector] = 0

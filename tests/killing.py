@@ -44,7 +44,7 @@ def main(folder: Path, suffix: str, times: int, seed: int) -> dict[str, int]:
     """
     torch.set_num_threads(1)  # a forked process has none of the threads of the one it is a copy of
     rng, path = random.Random(seed), folder / f"model{suffix}"
-    policy = rpqfx.Policy.from_scratch(codebook_dim=8, bits=8)
+    policy = rpqfx.Policy.from_scratch(codebook_dim=8, codebook_bits=8)
     models = [rpqfx.rpqify(build(), policy) for _ in range(2)]
     wanted = [outputs(model) for model in models]
     began = time.perf_counter()

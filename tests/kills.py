@@ -46,7 +46,7 @@ def _model() -> nn.Module:
     return nn.Sequential(*blocks, nn.BatchNorm1d(16)).eval()
 
 
-_POLICY = Policy(codebook_dim=4, bits=3, scale=True, sharing="shape", min_size=200)
+_POLICY = Policy(codebook_dim=4, codebook_bits=3, scale=True, sharing="shape", min_size=200)
 
 
 def _alone(folder: pathlib.Path) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ class Kind:
 
     def make(self, **extra: Any) -> nn.Module:
         """The RPQ layer, float64 unless told otherwise."""
-        options = {"codebook_dim": 4, "bits": 3, "dtype": torch.float64, **dict(self.options), **extra}
+        options = {"codebook_dim": 4, "codebook_bits": 3, "dtype": torch.float64, **dict(self.options), **extra}
         return self.layer(*self.args, **dict(self.kwargs), **options)
 
     def make_dense(self, dtype: torch.dtype = torch.float64, **extra: Any) -> nn.Module:
@@ -63,9 +63,9 @@ KINDS = {
     "linear signs scale": _kind(
         rnn.RPQLinear, 48, 40, inputs=((2, 2, 48),), options=(("signs", True), ("scale", True), ("stages", 2))
     ),
-    "linear dim_scale": _kind(rnn.RPQLinear, 48, 40, inputs=((3, 48),), options=(("dim_scale", True),)),
-    "embedding dim_scale": _kind(
-        rnn.RPQEmbedding, 64, 32, inputs=((2, 3),), ids=64, options=(("dim_scale", True), ("stages", 2))
+    "linear column_scale": _kind(rnn.RPQLinear, 48, 40, inputs=((3, 48),), options=(("column_scale", True),)),
+    "embedding column_scale": _kind(
+        rnn.RPQEmbedding, 64, 32, inputs=((2, 3),), ids=64, options=(("column_scale", True), ("stages", 2))
     ),
     "embedding": _kind(rnn.RPQEmbedding, 64, 32, inputs=((2, 3),), ids=64, kwargs=(("padding_idx", 3),)),
     "embedding bag": _kind(rnn.RPQEmbeddingBag, 64, 32, inputs=((2, 3),), ids=64),
@@ -85,13 +85,13 @@ KINDS = {
     "conv transpose 2d channels": _kind(
         rnn.RPQConvTranspose2d, 16, 12, 3, inputs=((1, 16, 5, 4),), kwargs=_padding, options=(("codebook_dim", 54),)
     ),
-    "conv2d dim_scale channels": _kind(
+    "conv2d column_scale channels": _kind(
         rnn.RPQConv2d, 12, 16, 3, inputs=((1, 12, 5, 4),), kwargs=_padding,
-        options=(("codebook_dim", 54), ("dim_scale", True)),
+        options=(("codebook_dim", 54), ("column_scale", True)),
     ),
-    "conv transpose 2d dim_scale channels": _kind(
+    "conv transpose 2d column_scale channels": _kind(
         rnn.RPQConvTranspose2d, 16, 12, 3, inputs=((1, 16, 5, 4),), kwargs=_padding,
-        options=(("codebook_dim", 54), ("dim_scale", True), ("scale", True)),
+        options=(("codebook_dim", 54), ("column_scale", True), ("scale", True)),
     ),
     "conv transpose 1d": _kind(rnn.RPQConvTranspose1d, 24, 12, 5, inputs=((2, 24, 7),), kwargs=_padding),
     "conv transpose 2d": _kind(rnn.RPQConvTranspose2d, 16, 12, 3, inputs=((1, 16, 5, 4),), kwargs=_padding),

@@ -21,7 +21,7 @@ from rpqfx.codebook import unpack_signs
 from rpqfx.nn import RPQWeight
 from tests.helpers import seen_as
 
-SMALL = Policy(codebook_dim=4, bits=2, min_size=64)
+SMALL = Policy(codebook_dim=4, codebook_bits=2, min_size=64)
 SUFFIX = "_rpq"
 
 
@@ -438,14 +438,14 @@ CASES = [
         CNN,
         _randn(4, 3, 10, 10),
         ("stem.weight", "grouped.weight", "depthwise.weight", "point.weight", "head.weight"),
-        Policy(codebook_dim=9, bits=1, min_size=64),
+        Policy(codebook_dim=9, codebook_bits=1, min_size=64),
     ),
     Case(
         "decoder",
         Decoder,
         _randn(2, 16, 3, 4),
         ("up1.weight", "up2.weight", "up3.weight"),
-        Policy(codebook_dim=9, bits=1, min_size=64),
+        Policy(codebook_dim=9, codebook_bits=1, min_size=64),
     ),
     Case(
         "encoder",
@@ -511,9 +511,9 @@ CASES = [
         FunctionalConvs,
         _randint(30, 2, 9),
         ("one", "up", "two", "three", "table"),
-        Policy(codebook_dim=4, bits=1, min_size=64),
+        Policy(codebook_dim=4, codebook_bits=1, min_size=64),
     ),
-    Case("experts", Experts, _randn(5, 16), ("up", "down"), Policy(codebook_dim=4, bits=2, min_size=64)),
+    Case("experts", Experts, _randn(5, 16), ("up", "down"), Policy(codebook_dim=4, codebook_bits=2, min_size=64)),
     Case("opaque", Opaque, _randn(6, 12), ("first.weight", "positive", "negative")),
     Case(
         "structured",
@@ -547,7 +547,7 @@ CASES = [
         Subclassed,
         _randn(4, 3, 6, 6),
         ("conv.weight", "fc.weight"),
-        Policy(codebook_dim=9, bits=1, min_size=64),
+        Policy(codebook_dim=9, codebook_bits=1, min_size=64),
     ),
     Case(
         "recurrent",
@@ -568,7 +568,7 @@ BY_NAME = {case.name: case for case in CASES}
 # ------------------------------------------------------------------------------------------------ the dense twin
 
 
-def held_weights(model: nn.Module) -> dict[str, RPQWeight]:
+def quantized_weights(model: nn.Module) -> dict[str, RPQWeight]:
     """Every quantized Parameter by its qualified name; tied ones under each name."""
     return {
         name.removesuffix(SUFFIX): module
@@ -593,8 +593,8 @@ def definition(weight: RPQWeight, leaves: Mapping[str, Tensor] | None = None) ->
         columns.append(sum(parts))
     vectors = torch.cat(columns, 1)
     vectors = vectors * held["scale"][:, None] if "scale" in held else vectors
-    if "dim_scale" in held:
-        vectors = vectors * held["dim_scale"].repeat_interleave(weight.spec.dim_scale)
+    if "column_scale" in held:
+        vectors = vectors * held["column_scale"].repeat_interleave(weight.spec.column_scale_group)
     if weight.layout.zero_vector is not None:
         keep = torch.arange(count) != weight.layout.zero_vector
         vectors = vectors * keep[:, None].to(vectors.dtype)
@@ -611,7 +611,7 @@ def dense_run(
     """
     leaves = {name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in small.named_parameters()}
     first = {id(p): name for name, p in small.named_parameters()}
-    held = held_weights(small)
+    held = quantized_weights(small)
     names = {id(p): name for name, p in dense.named_parameters()}
     expanded: dict[int, Tensor] = {}
     weights: dict[str, Tensor] = {}
@@ -639,7 +639,7 @@ def filled(model: nn.Module, small: nn.Module) -> nn.Module:
     """A copy of a dense model whose weights are the ones that ``small`` stands for."""
     dense = copy.deepcopy(model)
     with torch.no_grad():
-        for name, weight in held_weights(small).items():
+        for name, weight in quantized_weights(small).items():
             _at(dense, name).copy_(definition(weight))
     return dense
 

@@ -236,7 +236,7 @@ def check_call(span: str) -> None:
 
 
 def test_names_and_arguments_that_do_not_exist_are_noticed():
-    check_call("rpqfx.Policy(codebooks='heads')")
+    check_call("rpqfx.Policy(num_subvectors='heads')")
     for wrong in ("rpqfx.Polcy", "rpqfx.Policy(codebook='heads')", "rpqfx.nn.RPQLinear(splits='row')"):
         with pytest.raises((AttributeError, AssertionError)):
             check_call(wrong)

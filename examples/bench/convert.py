@@ -139,7 +139,7 @@ def _shapes(report: rpqfx.Report) -> str:
     found: dict[tuple[int, int], int] = {}
     for site in report.rewritten:
         if site.spec is not None:
-            shape = (site.spec.codebook_dim, site.spec.bits)
+            shape = (site.spec.codebook_dim, site.spec.codebook_bits)
             found[shape] = found.get(shape, 0) + 1
     return "; ".join(f"{n} x d={d}, {k} bits" for (d, k), n in sorted(found.items()))
 

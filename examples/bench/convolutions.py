@@ -1,4 +1,4 @@
-"""A convolution three ways, in one run and in turns: dense, filters expanded for the call, and entries as filters.
+"""A convolution three ways, in one run and in turns: dense, filters dequantized for the call, and entries as filters.
 
 python examples/bench/convolutions.py       # two threads, float32, medians of 15, in milliseconds
 """
@@ -24,7 +24,7 @@ CASES = (
 
 def main() -> None:
     torch.set_num_threads(2)
-    print("| channels, kernel, d, K, batch x image | pass | dense | expand | contract | over dense | taken |")
+    print("| channels, kernel, d, K, batch x image | pass | dense | dequantize | lookup | over dense | taken |")
     print("|---|---|---|---|---|---|---|")
     for channels, out, k, d, entries, batch, size in CASES:
         torch.manual_seed(0)
@@ -38,7 +38,7 @@ def main() -> None:
         def held(plan: ops.Plan, x: Tensor, books=books, codes=codes, shape=shape, geometry=geometry) -> Tensor:
             return ops.conv(x, ops.Tensors(books, codes), shape, plan=plan, **geometry)
 
-        ways = [partial(F.conv2d, weight=dense, padding=k // 2), partial(held, "expand"), partial(held, "contract")]
+        ways = [partial(F.conv2d, weight=dense, padding=k // 2), partial(held, "dequantize"), partial(held, "lookup")]
         x = torch.randn(batch, channels, size, size, requires_grad=True)
         taken = ops.plan.cheaper_conv(spec.codebooks_shape, spec.codes_shape, batch * size * size, x.device)
         name = f"{channels} to {out}, {k} x {k}, {d}, {entries}, {batch} x {size} x {size}"

@@ -84,9 +84,9 @@ def with_random_codes(model: nn.Module, policy: rpqfx.Policy) -> nn.Module:
     """Returns a model in the shapes that a policy gives it, with random codes: its speed does not depend on them."""
     decisions = policy.decide(find_sites(capture(model)))
 
-    def drawn(site: rpqfx.Site) -> rpqfx.Hold | rpqfx.Skip:
+    def drawn(site: rpqfx.Site) -> rpqfx.Quantize | rpqfx.KeepDense:
         decided = decisions[site.name]
-        return dataclasses.replace(decided, init="random") if isinstance(decided, rpqfx.Hold) else decided
+        return dataclasses.replace(decided, init="random") if isinstance(decided, rpqfx.Quantize) else decided
 
     return rpqfx.rpqify(model, drawn)
 

@@ -36,7 +36,7 @@ class Sizes(NamedTuple):
     dim: int
     d: int
     stages: int
-    sub_vectors: int
+    num_subvectors: int
     share: int
     entries: int
     vectors: int
@@ -47,9 +47,9 @@ class Sizes(NamedTuple):
     def of(cls, spec: CodebookSpec, codes: Tensor, rows: int, scale: bool = False) -> Sizes:
         """Of stored codes; ``uses`` is how many vectors use one entry at one position, at most."""
         uses = max(int(row.long().bincount().max()) for row in codes.flatten(0, 1))
-        share = spec.sub_vectors // spec.books
+        share = spec.num_subvectors // spec.num_codebooks
         return cls(
-            rows, spec.dim, spec.codebook_dim, spec.stages, spec.sub_vectors, share, spec.entries, spec.num_vectors,
+            rows, spec.dim, spec.codebook_dim, spec.stages, spec.num_subvectors, share, spec.entries, spec.num_vectors,
             uses, scale,
         )  # fmt: skip
 
@@ -58,7 +58,7 @@ def coefficient(operation: str, dtype: torch.dtype, s: Sizes) -> float:
     """What the sum of absolute values is multiplied by; a hundredth covers the terms of second order."""
     u, v, scaled = unit(dtype), unit(sum_dtype(dtype)), 1 if s.scale else 0
     sums = {
-        "contract": (2 + scaled) * u + (s.d + s.stages * s.sub_vectors) * v,
+        "contract": (2 + scaled) * u + (s.d + s.stages * s.num_subvectors) * v,
         "contract_t": u + (s.uses + s.stages * min(s.entries, s.vectors)) * v,
         "accumulate": (s.uses + s.rows * s.share) * v,
         "expand": (s.stages - 1 + scaled) * u,
@@ -74,7 +74,7 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(2)
     codes = torch.stack(
-        [torch.randperm(SPEC.num_vectors) % SPEC.entries for _ in range(SPEC.stages * SPEC.sub_vectors)]
+        [torch.randperm(SPEC.num_vectors) % SPEC.entries for _ in range(SPEC.stages * SPEC.num_subvectors)]
     )
     codes = codes.byte().view(SPEC.codes_shape)
     draws = [torch.randn(shape) for shape in (SPEC.codebooks_shape, (ROWS, SPEC.dim), (ROWS, SPEC.num_vectors))]

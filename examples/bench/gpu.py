@@ -112,7 +112,7 @@ def filled(spec: CodebookSpec, device: Device, dtype: torch.dtype) -> RPQWeight:
     """Returns a weight with random codebooks and codes, made on the device."""
     weight = RPQWeight(spec, device="meta", dtype=dtype).to_empty(device=device.name).requires_grad_(False)
     weight.codebooks.normal_(0, (spec.stages * spec.dim) ** -0.5)
-    for factors in (weight.scale, weight.dim_scale):
+    for factors in (weight.scale, weight.column_scale):
         if factors is not None:
             factors.uniform_(0.5, 1.5)
     codes = weight.stored_codes
@@ -128,7 +128,7 @@ def scratch_spec(out: int, wide: int, books: int) -> CodebookSpec:
 
 
 def converted_spec(out: int, wide: int, d: int, stages: int) -> CodebookSpec:
-    return CodebookSpec(out, wide, d, 16, stages, 1, scale=True, dim_scale=1, tiled=True)
+    return CodebookSpec(out, wide, d, 16, stages, 1, scale=True, column_scale_group=1, tiled=True)
 
 
 def layers(device: Device) -> Iterator[Row]:
@@ -166,7 +166,7 @@ def of_layer(
         x = torch.randn(rows, spec.dim, device=device.name, dtype=dtype)
         row: Row = {"layer": name, "dtype": str(dtype).removeprefix("torch."), "rows": rows}
         row["dense"] = device.times([partial(F.linear, x, w) for w in dense])
-        for plan in ("auto", "contract", "expand"):
+        for plan in ("auto", "lookup", "dequantize"):
             for weight in weights:
                 weight.plan = plan  # type: ignore[assignment]
             row[plan] = device.times([partial(w.linear, x) for w in weights])
@@ -183,7 +183,7 @@ def ways_of_tiles(device: Device) -> Iterator[Row]:
             continue
         x = torch.randn(rows, spec.dim, device=device.name, dtype=torch.bfloat16)
         row: Row = {"rows": rows}
-        for way, plan in (("by_table", "contract"), ("expanded", "expand")):
+        for way, plan in (("by_table", "lookup"), ("expanded", "dequantize")):
             row[way] = device.graph_us([
                 partial(cuda.tiled, x, w.codebooks, w.codes, w.tiled, None, plan) for w in weights
             ])  # fmt: skip
@@ -221,7 +221,7 @@ def training(device: Device) -> Iterator[Row]:
 
 
 def language_model(device: Device, bits: float | None) -> nn.Module:
-    """Returns a model of 1B shapes with random numbers, made on the device; dense, or in codebooks."""
+    """Returns a model of 1B shapes with random numbers, made on the device; dense or quantized."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = dict(decode.SHAPE_1B)
@@ -310,7 +310,9 @@ def kv(device: Device) -> Iterator[Row]:
         yield {"attention": "dense", "dtype": str(dtype), "bytes": bytes_, **device.times(runs)}
     calibration = [tuple(tokens(256, some).cpu() for some in (4 * heads, heads, heads)) for _ in range(2)]
     for bits in (4, 2):
-        policy = KVPolicy(bits=bits, window=128, keys="after")  # fitted on the CPU: it is thousands of small steps
+        policy = KVPolicy(
+            bits_per_value=bits, window=128, keys="after"
+        )  # fitted on the CPU: it is thousands of small steps
         small = rpqfx.quantize_kv(Attention(), policy, calibration=calibration, progress=False).to(device.name)
         store, (k, v) = next(iter(CodebookCache(small).stores.values())), held[0]
         taken: list[float] = []

@@ -28,17 +28,17 @@ from rpqfx.kv import CodebookCache, KVPolicy, attentions
 
 CONTEXT = 4096
 OURS = {
-    "5.5 x": KVPolicy(bits=1.7, window=128),
-    "4": KVPolicy(bits=4, window=128),
-    "3": KVPolicy(bits=3, window=128),
-    "2": KVPolicy(bits=2, window=128),
-    "2, keys after rotation": KVPolicy(bits=2, window=128, keys="after"),
-    "2, keys after rotation, heads apart": KVPolicy(bits=2, window=128, keys="after", joint=False),
-    "1": KVPolicy(bits=1, window=128),
+    "5.5 x": KVPolicy(bits_per_value=1.7, window=128),
+    "4": KVPolicy(bits_per_value=4, window=128),
+    "3": KVPolicy(bits_per_value=3, window=128),
+    "2": KVPolicy(bits_per_value=2, window=128),
+    "2, keys after rotation": KVPolicy(bits_per_value=2, window=128, keys="after"),
+    "2, keys after rotation, heads apart": KVPolicy(bits_per_value=2, window=128, keys="after", joint=False),
+    "1": KVPolicy(bits_per_value=1, window=128),
 }
 VQLLM = KVPolicy(
-    bits=2.75, window=0, sinks=0, chunk=8, keys="before", sub_vector=32, entries=2048, transform=False,
-    strided=True, scaled=True, beam=1,
+    bits_per_value=2.75, window=0, sinks=0, chunk=8, keys="before", codebook_dim=32, codebook_size=2048,
+    transform=False, strided=True, normalize=True, beam=1,
 )  # fmt: skip
 
 
@@ -108,7 +108,7 @@ def rows(tokens: int, only: list[str] | None) -> Any:
         return small, (time.perf_counter() - began) / 60
 
     if not only or "scalar" in only:
-        small, _ = quantised(KVPolicy(bits=1, window=128, sinks=0, chunk=32, keys="after"))
+        small, _ = quantised(KVPolicy(bits_per_value=1, window=128, sinks=0, chunk=32, keys="after"))
         for core in attentions(small).values():
             core.keys = ScalarCoder(core.keys.heads, core.keys.dim, across=True)
             core.values = ScalarCoder(core.values.heads, core.values.dim, across=False)
@@ -125,7 +125,7 @@ def rows(tokens: int, only: list[str] | None) -> Any:
     for name, policy in OURS.items():
         if not only or name in only:
             small, minutes = quantised(policy)
-            note = f"{policy.bits} bits, window {policy.window}; fitted in {minutes:.1f} min"
+            note = f"{policy.bits_per_value} bits, window {policy.window}; fitted in {minutes:.1f} min"
             yield Row(f"**rpqfx, {name}**", evaluate(small), cache_bytes(small, ids), note)
 
 

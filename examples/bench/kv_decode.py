@@ -56,7 +56,7 @@ def layers() -> list[dict[str, Any]]:
     rope = tuple(torch.cat([turn, turn], 1) for turn in (angles.cos(), angles.sin()))
     for bits, keys in ((4, "after"), (2, "after"), (1, "after"), (2, "before")):
         for joint in (True, False):
-            policy = KVPolicy(bits=bits, window=128, keys="after", joint=joint)
+            policy = KVPolicy(bits_per_value=bits, window=128, keys="after", joint=joint)
             small = rpqfx.quantize_kv(_Layer(), policy, calibration=calibration, progress=False)
             stores = [next(iter(CodebookCache(small).stores.values())) for _ in held]
             for store, (k, v) in zip(stores, held, strict=True):
@@ -98,7 +98,7 @@ def model(file: Path) -> list[dict[str, Any]]:
     for name, keys in (("float32", ""), ("2 bits", "after"), ("2 bits", "before")):
         one = small
         if keys:
-            policy = KVPolicy(bits=2, window=128, keys=keys)  # type: ignore[arg-type]
+            policy = KVPolicy(bits_per_value=2, window=128, keys=keys)  # type: ignore[arg-type]
             one = rpqfx.quantize_kv(small, policy, calibration=calibration, progress=False)
         cache = CodebookCache.for_model(one) if keys else DynamicCache(config=config)
         taken = []

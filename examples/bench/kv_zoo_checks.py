@@ -121,7 +121,7 @@ def _keeps_keys(dense: Subject, x: Tensor) -> bool:
 
 
 def _small(dense: Subject, window: int, said: list[str]) -> Subject:
-    policy = KVPolicy(bits=4, window=window, sinks=2, chunk=8, entries=16, sub_vector=4, beam=1)
+    policy = KVPolicy(bits_per_value=4, window=window, sinks=2, chunk=8, codebook_size=16, codebook_dim=4, beam=1)
     batch: dict[str, Any] = {
         **dense.encoder_inputs(2),
         ("decoder_input_ids" if dense.both else "input_ids"): tokens(9, 2, _LENGTH),

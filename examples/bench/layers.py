@@ -162,7 +162,7 @@ def linear(case: Case, machine: Machine) -> dict[str, Any]:
     """One case: milliseconds of all that is compared, and what the codebooks have to do."""
     torch.manual_seed(0)
     dense = nn.Linear(case.wide, case.out)
-    ours, plain, other = (RPQLinear(case.wide, case.out, codebooks=case.count) for _ in range(3))
+    ours, plain, other = (RPQLinear(case.wide, case.out, num_subvectors=case.count) for _ in range(3))
     name, gather = gather_and_multiply(other)
     layers: list[Layer] = [dense, gather, plain, ours]
     layers += [nn.Linear(case.wide, case.out, dtype=torch.bfloat16)] if has_fast_bfloat16() else []
@@ -179,7 +179,7 @@ def embedding() -> dict[str, float]:
     """Eight rows of a large table."""
     ids = torch.randint(50_272, (8,))
     dense = nn.Embedding(50_272, 9216)
-    other, ours = (RPQEmbedding(50_272, 9216, codebooks=72) for _ in range(2))
+    other, ours = (RPQEmbedding(50_272, 9216, num_subvectors=72) for _ in range(2))
     held = other.weight_rpq
 
     def gather(ids: Tensor) -> Tensor:

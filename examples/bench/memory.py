@@ -32,7 +32,7 @@ from rpqfx.ops.cpu import build as cpu_kernels
 
 MB = 1e6
 STEPS = 3
-POLICY = rpqfx.Policy.from_scratch(codebook_dim=64, bits=8)
+POLICY = rpqfx.Policy.from_scratch(codebook_dim=64, codebook_bits=8)
 
 
 class Shape(NamedTuple):

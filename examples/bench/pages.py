@@ -89,13 +89,13 @@ def gpu_layers() -> str:
     found = results.read(GPU)
     lines = [
         f"| {row['layer']} | {row['dtype']} | {row['rows']} | "
-        + " | ".join(f"{row[way]['graph_us']:.1f}" for way in ("dense", "contract", "expand", "auto"))
+        + " | ".join(f"{row[way]['graph_us']:.1f}" for way in ("dense", "lookup", "dequantize", "auto"))
         + f" | {row['dense']['graph_us'] / row['auto']['graph_us']:.2f} | {row['dense']['eager_us']:.0f} | "
         f"{row['auto']['eager_us']:.0f} | {row['auto']['error']:.0e} |"
         for row in found["layers"]["rows"]
     ]
     head = (
-        "| layer | dtype | rows | dense | contract | expand | auto | dense over auto | dense as called | "
+        "| layer | dtype | rows | dense | lookup | dequantize | auto | dense over auto | dense as called | "
         "auto as called | error |"
     )
     return "\n".join([_on_gpu(found), "", head, "|---" * 11 + "|", *lines]) + "\n"
@@ -125,14 +125,14 @@ def gpu_models() -> str:
 
 
 def opening() -> str:
-    """Returns what it takes to open a folder, dense and in codebooks, and what the folder takes."""
+    """Returns what it takes to open a folder, dense and quantized, and what the folder takes."""
     found = results.read("pretrained")
     lines = [
         f"| {name} | {bytes_ / 1e6:.1f} | {row['seconds']:.2f} | {row['thread_seconds']:.2f} | "
         f"{row['seconds_to_first_answer']:.2f} | {row['tensors'] / 1e6:.1f} | {row['above'] / 1e6:.2f} |"
         for name, bytes_, row in (
             ("dense", found["dense_bytes"], found["dense"]),
-            (f"in codebooks, {found['bits_per_weight']:.2f} bits a weight", found["folder_bytes"], found["small"]),
+            (f"quantized, {found['bits_per_weight']:.2f} bits a weight", found["folder_bytes"], found["small"]),
         )
     ]
     said = found["machine"]
@@ -149,7 +149,7 @@ def opening() -> str:
 
 
 def distributed() -> str:
-    """Returns the loss, the traffic and the memory of training in several processes, dense and in codebooks."""
+    """Returns the loss, the traffic and the memory of training in several processes, dense and quantized."""
     found = results.read("distributed")
     dense = {row["how"]: row for row in found["rows"] if row["kind"] == "dense"}
     lines = [
@@ -170,7 +170,7 @@ def distributed() -> str:
 
 
 def ranks() -> str:
-    """Returns memory and traffic of large models on many devices, counted, dense and in codebooks."""
+    """Returns memory and traffic of large models on many devices, counted, dense and quantized."""
     found = results.read("ranks")
     lines = [
         f"| {row['model']} | {row['ranks']} | {row['kind']} | "

@@ -60,7 +60,7 @@ CONV = (
 
 
 def regret(case: Case, dtype: torch.dtype, repeats: int = REPEATS) -> tuple[float, float, str]:
-    """Milliseconds of expanding and of contracting, and which is taken."""
+    """Milliseconds of dequantizing and of looking up, and which is taken."""
     torch.manual_seed(0)
     books = 1 if case.sharing == "layer" else None
     spec = CodebookSpec(case.vectors, case.dim, case.d, case.entries, case.stages, books)
@@ -87,20 +87,20 @@ def regret(case: Case, dtype: torch.dtype, repeats: int = REPEATS) -> tuple[floa
             return ops.linear(x, held, plan=plan)
 
     with torch.no_grad():
-        expand, contract = in_turns([lambda: run("expand"), lambda: run("contract")], cpu, repeats)
-    return expand, contract, taken
+        dequantize, lookup = in_turns([lambda: run("dequantize"), lambda: run("lookup")], cpu, repeats)
+    return dequantize, lookup, taken
 
 
 def main() -> None:
     torch.set_num_threads(2)
     for dtype in (torch.float32, torch.bfloat16):
-        print(f"\n{dtype}\n\n| product | expand | contract | auto takes | over the faster |\n|---|---|---|---|---|")
+        print(f"\n{dtype}\n\n| product | dequantize | lookup | auto takes | over the faster |\n|---|---|---|---|---|")
         worst = []
         for case in (*LINEAR, *CONV):
-            expand, contract, taken = regret(case, dtype)
-            lost = (contract if taken == "contract" else expand) / min(expand, contract)
+            dequantize, lookup, taken = regret(case, dtype)
+            lost = (lookup if taken == "lookup" else dequantize) / min(dequantize, lookup)
             worst.append(lost)
-            print(f"| {case} | {expand:.3f} | {contract:.3f} | {taken} | {lost:.2f} |", flush=True)
+            print(f"| {case} | {dequantize:.3f} | {lookup:.3f} | {taken} | {lost:.2f} |", flush=True)
         print(f"\ngeometric mean {math.exp(sum(map(math.log, worst)) / len(worst)):.2f}, worst {max(worst):.2f}")
 
 

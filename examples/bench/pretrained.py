@@ -1,4 +1,4 @@
-"""What a folder of a model in codebooks takes, and what it takes to open it, beside the dense model's folder.
+"""What a folder of a quantized model takes, and what it takes to open it, beside the dense model's folder.
 
     RPQFX_EVALKIT=<kit> python examples/bench/pretrained.py --files <folder>       # SmolLM2 at 3 bits
     python examples/bench/pretrained.py --random                                   # a small random model, no kit
@@ -45,7 +45,7 @@ def models(files: Path | None) -> tuple[Any, Any]:
 
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
-    return model, rpqfx.rpqify(model, rpqfx.Policy.from_scratch(codebook_dim=8, bits=8)).eval()
+    return model, rpqfx.rpqify(model, rpqfx.Policy.from_scratch(codebook_dim=8, codebook_bits=8)).eval()
 
 
 def status() -> dict[str, int]:
@@ -133,9 +133,9 @@ def main() -> None:
         small.save_pretrained(folders["small"])
         saving = time.perf_counter() - start
         whole.save_pretrained(folders["dense"])
-        rpqfx.rpqify(_tiny(), rpqfx.Policy.from_scratch(codebook_dim=8, bits=4, min_size=1024)).save_pretrained(
-            folders["warm"]
-        )
+        rpqfx.rpqify(
+            _tiny(), rpqfx.Policy.from_scratch(codebook_dim=8, codebook_bits=4, min_size=1024)
+        ).save_pretrained(folders["warm"])
         told = rpqfx.report(small)
         held = sum(entry.numel() for entry in small.state_dict().values() if entry.is_floating_point())
         with torch.no_grad():

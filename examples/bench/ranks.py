@@ -1,4 +1,4 @@
-"""What each way of using many devices takes, dense and in codebooks: memory of a device, and bytes it sends in a step.
+"""What each way of using many devices takes, dense and quantized: memory of a device, and bytes it sends in a step.
 
     python examples/bench/ranks.py
 
@@ -98,7 +98,9 @@ def main() -> None:
     for name, shape in MODELS.items():
         dense = opt(*shape)
         sizes = {"dense": Size.of(dense, *shape)}
-        sizes["codebooks"] = Size.of(rpqfx.rpqify(dense, rpqfx.Policy.from_scratch(codebook_dim=64, bits=8)), *shape)
+        sizes["codebooks"] = Size.of(
+            rpqfx.rpqify(dense, rpqfx.Policy.from_scratch(codebook_dim=64, codebook_bits=8)), *shape
+        )
         for ranks in RANKS:
             for kind, size in sizes.items():
                 ways = {"DDP": size.ddp(ranks), "FSDP2": size.fsdp(ranks), "TP": size.tensor_parallel(ranks)}

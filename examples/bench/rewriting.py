@@ -16,8 +16,8 @@ import rpqfx
 from rpqfx import Policy
 
 POLICIES = {
-    "own codebooks": Policy(bits=4, codebook_dim=16, init="random"),
-    "by role": Policy(bits=4, codebook_dim=16, init="random", sharing="role"),
+    "own codebooks": Policy(codebook_bits=4, codebook_dim=16, init="random"),
+    "by role": Policy(codebook_bits=4, codebook_dim=16, init="random", sharing="role"),
     "budget": Policy.budget(ratio=0.3, init="random"),
 }
 

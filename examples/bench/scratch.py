@@ -35,7 +35,7 @@ from rpqfx import Policy, Recoding
 
 WIDTH, LAYERS, HEAD, LENGTH, BATCH, STEPS, HELD_BACK = 128, 2, 32, 64, 16, 400, 40
 RATES, SEEDS = (2e-3, 4e-3), (0, 1, 2)
-CODES = {"codebook_dim": 2, "bits": 4, "sharing": "layer"}
+CODES = {"codebook_dim": 2, "codebook_bits": 4, "sharing": "layer"}
 NAME = "scratch-text"
 
 
@@ -191,7 +191,7 @@ ROWS = {
     "codebooks, latent": Row(lambda _: in_codebooks(), saved, "latent"),
     "codebooks, sketch": Row(lambda _: in_codebooks(codebook_dim=4, stages=2), saved, "sketch"),
     "codebooks, random": Row(
-        lambda bits: in_codebooks(codebook_dim=32, bits=bits, sharing="own"), saved, sizes=tuple(range(1, 9))
+        lambda bits: in_codebooks(codebook_dim=32, codebook_bits=bits, sharing="own"), saved, sizes=tuple(range(1, 9))
     ),
     "dense float32": Row(GPT, floats, sizes=tuple(range(8, WIDTH, 4))),
     "dense int8": Row(lambda width: integer(width, 8), lambda m: floats(m, 8), sizes=tuple(range(8, 2 * WIDTH, 4))),

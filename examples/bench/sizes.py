@@ -64,7 +64,7 @@ def main() -> None:
         with torch.device("meta"):
             dense = build()
         for split in ("auto", "row"):
-            report = rpqfx.report(rpqfx.rpqify(dense, rpqfx.Policy.from_scratch(codebooks="heads", split=split)))
+            report = rpqfx.report(rpqfx.rpqify(dense, rpqfx.Policy.from_scratch(num_subvectors="heads", split=split)))
             rows.append(
                 {
                     "model": name,

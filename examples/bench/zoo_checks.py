@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from zoo_coverage import coverage
 from zoo_models import Model
-from zoo_pairs import Pair, differences, held_weights, wake
+from zoo_pairs import Pair, differences, quantized_weights, wake
 from zoo_runs import TOLERANCE, output_error, run, seed_all
 from zoo_steps import train, train_twin
 
@@ -105,7 +105,7 @@ def _forward_only(pair: Pair, training: bool) -> Result:
 def check_names(pair: Pair) -> Result:
     dense, small = pair.dense.state_dict(), pair.small.state_dict()
     gone = {name for name in dense if name not in small}
-    if extra := gone - set(held_weights(pair.small)):
+    if extra := gone - set(quantized_weights(pair.small)):
         raise Failed(f"{sorted(extra)[0]} is gone from the state dict")
     kept = [name for name in dense if name not in gone]
     if kept != [name for name in small if name in dense]:
@@ -250,7 +250,7 @@ def check_model(
 
 
 def _check_coverage(pair: Pair) -> Result:
-    return coverage(pair.dense, pair.small, set(held_weights(pair.small)))
+    return coverage(pair.dense, pair.small, set(quantized_weights(pair.small)))
 
 
 def _outcome(check: Callable[[Pair], Result], pair: Pair) -> Result:

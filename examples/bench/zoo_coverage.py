@@ -1,4 +1,4 @@
-"""What became of every weight of a model: in codebooks, left by the policy, no weight at all, or missed."""
+"""What became of every weight of a model: quantized, left by the policy, no weight at all, or missed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def coverage(dense: nn.Module, small: nn.Module | None, held: set[str]) -> dict[
     Args:
         dense: The model as it was.
         small: The rewritten one, or None where it could not be rewritten.
-        held: Names of the Parameters that are in codebooks.
+        held: Names of the Parameters that are quantized.
 
     Returns:
         Bytes and number of each class, and every tensor that is missed, with name, shape, bytes and reason.

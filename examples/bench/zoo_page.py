@@ -32,7 +32,7 @@ norm), and `64` where rounding in the model itself hid the comparison and it was
 the dense model cannot do it either. Parameters that are constant after initialisation (zero heads, layer scales) are
 disturbed first, since they would hide what comes before them.
 
-The share is that of the bytes of all weights that are in codebooks, or that the policy left because they are small or
+The share is that of the bytes of all weights that are quantized, or that the policy left because they are small or
 would not shrink. Weights are the Parameters of two or more axes, without those that no product, convolution or lookup
 uses, such as position embeddings that are only added.
 """
@@ -82,7 +82,7 @@ def _totals(results: Results) -> str:
     lines = [
         "## Totals",
         "",
-        "| library | models | architectures | pass | share | in codebooks | left by the policy | no weight | missed |",
+        "| library | models | architectures | pass | share | quantized | left by the policy | no weight | missed |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     libraries = list(dict.fromkeys(r["library"] for r in results))

@@ -13,7 +13,7 @@ from rpqfx.nn import RPQWeight
 SUFFIX = "_rpq"
 
 
-def held_weights(small: nn.Module) -> dict[str, RPQWeight]:
+def quantized_weights(small: nn.Module) -> dict[str, RPQWeight]:
     """Every codebook-held Parameter under its qualified name; a tied one under each."""
     return {
         name.removesuffix(SUFFIX): module
@@ -25,7 +25,7 @@ def held_weights(small: nn.Module) -> dict[str, RPQWeight]:
 @torch.no_grad()
 def fill(twin: nn.Module, small: nn.Module) -> nn.Module:
     """Sets a dense model's rewritten Parameters to the expanded tensors."""
-    for name, weight in held_weights(small).items():
+    for name, weight in quantized_weights(small).items():
         twin.get_parameter(name).copy_(weight())
     return twin
 
@@ -56,7 +56,7 @@ def wake(model: nn.Module) -> nn.Module:
 def book_grads(small: nn.Module, twin: nn.Module) -> dict[int, Tensor]:
     """What the twin's gradients are for codebooks and scales, by the tensor's id: they go through expanding."""
     totals: dict[int, Tensor] = {}
-    for weight, name in {weight: name for name, weight in held_weights(small).items()}.items():
+    for weight, name in {weight: name for name, weight in quantized_weights(small).items()}.items():
         dense = twin.get_parameter(name).grad
         floats = [t for t in weight.parameters() if t.requires_grad]
         if dense is None or not floats:
@@ -71,7 +71,7 @@ def book_grads(small: nn.Module, twin: nn.Module) -> dict[int, Tensor]:
 def gradients(small: nn.Module, twin: nn.Module) -> tuple[dict[str, Tensor | None], dict[str, Tensor | None]]:
     """Gradients of all Parameters of the rewritten model, its own and the twin's, by name."""
     books = book_grads(small, twin)
-    of_books = {id(t) for weight in held_weights(small).values() for t in weight.parameters()}
+    of_books = {id(t) for weight in quantized_weights(small).values() for t in weight.parameters()}
     dense = dict(twin.named_parameters(remove_duplicate=False))
     trained = {name: p for name, p in small.named_parameters() if p.requires_grad}
     wanted = {name: books.get(id(p)) if id(p) in of_books else dense[name].grad for name, p in trained.items()}

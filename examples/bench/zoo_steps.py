@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from zoo_models import Model
-from zoo_pairs import Pair, book_grads, fill, held_weights
+from zoo_pairs import Pair, book_grads, fill, quantized_weights
 from zoo_runs import arguments, floating, precision, seed_all
 
 
@@ -47,8 +47,8 @@ def train_twin(
     """The dense model, whose weights are expanded before each step from codebooks of its own."""
     mirror, _ = pair.copies(dtype)
     twin.train()
-    held = {id(twin.get_parameter(name)) for name in held_weights(mirror)}
-    books = list({id(p): p for weight in held_weights(mirror).values() for p in weight.parameters()}.values())
+    held = {id(twin.get_parameter(name)) for name in quantized_weights(mirror)}
+    books = list({id(p): p for weight in quantized_weights(mirror).values() for p in weight.parameters()}.values())
     rest = [p for p in twin.parameters() if id(p) not in held]
     optimiser, losses = _optimiser([p for p in [*rest, *books] if p.requires_grad]), []
     for step in range(steps):

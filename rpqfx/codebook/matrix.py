@@ -6,7 +6,7 @@ small codebook, or a sum of one entry per residual stage:
 
     W[n, m*d:(m+1)*d] = scale[n] * sum_r sign[r,m,n] * codebooks[r, g(m), codes[r,m,n], :]
 
-Axes, in this order wherever they meet:
+Axes, always in this order:
 
     R  residual stages           M  sub-vectors per vector (M * d = D)     N  vectors
     G  codebooks per stage       K  entries per codebook                   d  length of a sub-vector
@@ -14,8 +14,8 @@ Axes, in this order wherever they meet:
 
 The stored tensors are ``codebooks [R, G, K, d]`` (floating), ``codes [R, M, N]`` (the narrowest integer), and two
 optional ones, ``scale [N]`` and ``signs [R, M, ceil(N/8)]`` (one bit each, a set bit means minus). A weight may have
-a factor for each of its columns too, ``W[n, j] * dim_scale[j // share]``, which ``rpqfx.ops.products`` applies: to the
-input of a product or to its result, so that nothing here has to know of it.
+a factor for each of its columns too, ``W[n, j] * column_scale[j // share]``, which ``rpqfx.ops.products`` applies: to
+the input of a product or to its result, so that nothing here has to know of it.
 
 With the matrix product written as the form ``sum_bn y[b,n] * x[b,:] . W[n,:]``, which is linear in ``x``, in ``y``
 and in the codebooks, its three partial derivatives are the three products of training: ``contract`` (the

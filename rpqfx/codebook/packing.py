@@ -196,7 +196,7 @@ def pack_floats(tensor: Tensor) -> Tensor:
 
 
 def stored_bits(tensor: Tensor) -> int:
-    """Returns the bits that a tensor of a weight in codebooks takes in a saved file.
+    """Returns the bits that a tensor of a quantized weight takes in a saved file.
 
     Args:
         tensor: Codebooks, signs or a scale.

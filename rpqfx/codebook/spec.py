@@ -27,13 +27,13 @@ class CodebookSpec:
         codebook_dim: ``d``, the length of a sub-vector. Divides ``dim``.
         entries: ``K``, the entries of a codebook, 2 to 65,536.
         stages: ``R``, residual stages that are summed.
-        books: ``G``, codebooks per stage. Divides the number of sub-vectors; ``None`` means one for each.
+        num_codebooks: ``G``, codebooks per stage. Divides the number of sub-vectors; ``None`` means one for each.
         scale: Whether each vector has a trainable factor.
         signs: Whether each use of an entry has a random, fixed sign (one bit).
         grad_scale: How the gradients of the vectors that share an entry are gathered: their ``"sum"``, the sum
             divided by the square root of their mean number (``"sqrt"``), or their ``"mean"``.
-        dim_scale: How many consecutive elements of a vector share a trainable factor, which all vectors have: 1 for a
-            factor each (a Linear's inputs), a filter's taps for one a channel, 0 for none. Divides ``dim``.
+        column_scale_group: How many consecutive elements of a vector share a trainable factor, which all vectors have:
+            1 for a factor each (a Linear's inputs), a filter's taps for one a channel, 0 for none. Divides ``dim``.
         tiled: Whether codes lie in memory in tiles, two to a byte (``rpqfx.codebook.tiles``), which products with few
             rows read fastest. Takes at most 16 entries, at least two stages, and no signs.
 
@@ -46,17 +46,17 @@ class CodebookSpec:
     codebook_dim: int
     entries: int = 256
     stages: int = 1
-    books: int | None = None
+    num_codebooks: int | None = None
     scale: bool = False
     signs: bool = False
     grad_scale: GradScale = "sum"
-    dim_scale: int = 0
+    column_scale_group: int = 0
     tiled: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("num_vectors", "dim", "codebook_dim", "entries", "stages", "books", "dim_scale"):
+        for name in ("num_vectors", "dim", "codebook_dim", "entries", "stages", "num_codebooks", "column_scale_group"):
             value = getattr(self, name)
-            if not isinstance(value, int) and (value is not None or name != "books"):
+            if not isinstance(value, int) and (value is not None or name != "num_codebooks"):
                 raise SpecError(f"{name} is a whole number, got {shown(value)}")
         for name in ("num_vectors", "dim", "codebook_dim", "stages"):
             if getattr(self, name) < 1:
@@ -67,18 +67,20 @@ class CodebookSpec:
             near = nearest_divisor(self.dim, self.codebook_dim)
             raise SpecError(
                 f"codebook_dim {self.codebook_dim} does not divide the vector length {self.dim}; "
-                f"the nearest that does is {near} ({self.dim // near} codebooks)"
+                f"the nearest that does is {near} ({self.dim // near} sub-vectors)"
             )
-        if self.books is None:
-            object.__setattr__(self, "books", self.sub_vectors)
-        if self.books < 1 or self.sub_vectors % self.books:  # type: ignore[operator]
-            raise SpecError(f"{self.books} codebooks cannot be shared evenly by {self.sub_vectors} sub-vectors")
+        if self.num_codebooks is None:
+            object.__setattr__(self, "num_codebooks", self.num_subvectors)
+        if self.num_codebooks < 1 or self.num_subvectors % self.num_codebooks:  # type: ignore[operator]
+            raise SpecError(
+                f"{self.num_codebooks} codebooks cannot be shared evenly by {self.num_subvectors} sub-vectors"
+            )
         if self.grad_scale not in ("sum", "sqrt", "mean"):
             raise SpecError(f"grad_scale is 'sum', 'sqrt' or 'mean', got {self.grad_scale!r}")
-        if self.dim_scale < 0 or (self.dim_scale and self.dim % self.dim_scale):
+        if self.column_scale_group < 0 or (self.column_scale_group and self.dim % self.column_scale_group):
             raise SpecError(
-                f"dim_scale is 0 or how many elements of a vector share a factor, which divides its length {self.dim}; "
-                f"got {self.dim_scale}"
+                "column_scale_group is 0 or how many elements of a vector share a factor, which divides its length "
+                f"{self.dim}; got {self.column_scale_group}"
             )
         if self.tiled and (self.entries > MOST_ENTRIES or self.stages < 2 or self.signs):
             raise SpecError(
@@ -93,15 +95,15 @@ class CodebookSpec:
         dim: int,
         *,
         codebook_dim: int | None = None,
-        codebooks: int | None = None,
+        num_subvectors: int | None = None,
         taps: int = 1,
-        bits: int | None = None,
+        codebook_bits: int | None = None,
         stages: int = 1,
         sharing: Literal["own", "layer"] = "own",
         scale: bool = False,
         signs: bool = False,
         grad_scale: GradScale = "sum",
-        dim_scale: bool = False,
+        column_scale: bool = False,
     ) -> CodebookSpec:
         """Returns a spec from what a person says of a layer.
 
@@ -109,52 +111,56 @@ class CodebookSpec:
             num_vectors: ``N``.
             dim: ``D``.
             codebook_dim: ``d``; left out, ``default_codebook_dim``.
-            codebooks: ``M`` instead of ``codebook_dim``.
+            num_subvectors: ``M`` instead of ``codebook_dim``.
             taps: Positions of a filter, where the vectors are filters of a convolution.
-            bits: ``log2(K)``, 1 to 16; left out, 8 or as many as the layer has vectors for.
+            codebook_bits: ``log2(K)``, 1 to 16; left out, 8 or as many as the layer has vectors for.
             stages: ``R``.
             sharing: One codebook for each sub-vector (``"own"``) or one for the layer (``"layer"``).
             scale: As in the class.
             signs: As in the class.
             grad_scale: As in the class.
-            dim_scale: Whether each element of a vector, or each channel of a filter, has a trainable factor.
+            column_scale: Whether each element of a vector, or each channel of a filter, has a trainable factor.
 
         Raises:
             SpecError: If both or neither of two exclusive numbers fit, something does not divide, or a codebook
                 would have more entries than sub-vectors to serve.
         """
-        if codebook_dim is not None and codebooks is not None:
-            raise SpecError(f"give codebook_dim ({codebook_dim}) or codebooks ({codebooks}), not both")
-        if codebooks is not None:
-            if codebooks < 1 or dim % codebooks:
-                near = dim // nearest_divisor(dim, max(1, dim // max(1, codebooks)))
+        if codebook_dim is not None and num_subvectors is not None:
+            raise SpecError(f"give codebook_dim ({codebook_dim}) or num_subvectors ({num_subvectors}), not both")
+        if num_subvectors is not None:
+            if num_subvectors < 1 or dim % num_subvectors:
+                near = dim // nearest_divisor(dim, max(1, dim // max(1, num_subvectors)))
                 raise SpecError(
-                    f"{codebooks} codebooks do not divide the vector length {dim}; the nearest count that does: {near}"
+                    f"num_subvectors {num_subvectors} does not divide the vector length {dim}; the nearest that does "
+                    f"is {near}"
                 )
-            codebook_dim = dim // codebooks
+            codebook_dim = dim // num_subvectors
         if codebook_dim is None:
             codebook_dim = default_codebook_dim(dim, taps)
         served = num_vectors if sharing == "own" else num_vectors * dim // max(1, codebook_dim)
-        if bits is None:
-            bits = max(1, min(8, served.bit_length() - 1))
-        if not 1 <= bits <= 16:
-            raise SpecError(f"bits is 1 to 16 (2 to {MAX_ENTRIES} entries), got {bits}")
-        if 2**bits > max(2, served):
+        if codebook_bits is None:
+            codebook_bits = max(1, min(8, served.bit_length() - 1))
+        if not 1 <= codebook_bits <= 16:
+            raise SpecError(f"codebook_bits is 1 to 16 (2 to {MAX_ENTRIES} entries), got {codebook_bits}")
+        if 2**codebook_bits > max(2, served):
             raise SpecError(
-                f"{2**bits} entries ({bits} bits) for {served} sub-vectors: a codebook larger than what it serves; "
-                f"use at most {max(1, served.bit_length() - 1)} bits or leave the layer dense"
+                f"{2**codebook_bits} entries (codebook_bits={codebook_bits}) for {served} sub-vectors: a codebook "
+                f"larger than what it serves; use at most {max(1, served.bit_length() - 1)} bits or leave the layer "
+                "dense"
             )
-        books = None if sharing == "own" else 1
-        shared = taps if dim_scale else 0
-        return cls(num_vectors, dim, codebook_dim, 2**bits, stages, books, scale, signs, grad_scale, shared)
+        num_codebooks = None if sharing == "own" else 1
+        shared = taps if column_scale else 0
+        return cls(
+            num_vectors, dim, codebook_dim, 2**codebook_bits, stages, num_codebooks, scale, signs, grad_scale, shared
+        )
 
     @property
-    def sub_vectors(self) -> int:
+    def num_subvectors(self) -> int:
         """``M``, the number of sub-vectors of a vector."""
         return self.dim // self.codebook_dim
 
     @property
-    def bits(self) -> int:
+    def codebook_bits(self) -> int:
         """Bits that one code takes, ``ceil(log2(K))``."""
         return (self.entries - 1).bit_length()
 
@@ -166,27 +172,27 @@ class CodebookSpec:
     @property
     def codebooks_shape(self) -> tuple[int, int, int, int]:
         """``(R, G, K, d)``."""
-        return (self.stages, self.books or self.sub_vectors, self.entries, self.codebook_dim)
+        return (self.stages, self.num_codebooks or self.num_subvectors, self.entries, self.codebook_dim)
 
     @property
     def codes_shape(self) -> tuple[int, int, int]:
         """``(R, M, N)``."""
-        return (self.stages, self.sub_vectors, self.num_vectors)
+        return (self.stages, self.num_subvectors, self.num_vectors)
 
     @property
     def stored_codes_shape(self) -> tuple[int, int, int]:
-        """Of codes as they lie in memory: ``codes_shape``, or that of their tiles."""
+        """The shape of codes as they lie in memory: ``codes_shape``, or that of their tiles."""
         return tiles_shape(*self.codes_shape) if self.tiled else self.codes_shape
 
     @property
     def signs_shape(self) -> tuple[int, int, int]:
         """``(R, M, ceil(N / 8))``."""
-        return (self.stages, self.sub_vectors, -(-self.num_vectors // 8))
+        return (self.stages, self.num_subvectors, -(-self.num_vectors // 8))
 
     @property
-    def dim_scales(self) -> int:
-        """How many factors the elements of a vector have (see ``dim_scale``); 0 for none."""
-        return self.dim // self.dim_scale if self.dim_scale else 0
+    def num_column_scales(self) -> int:
+        """How many factors the elements of a vector have (see ``column_scale_group``); 0 for none."""
+        return self.dim // self.column_scale_group if self.column_scale_group else 0
 
     @property
     def users_per_entry(self) -> float:
@@ -210,7 +216,7 @@ class CodebookSpec:
         """
         total = math.prod(self.stored_codes_shape) * self.code_dtype.itemsize
         total += math.prod(self.codebooks_shape) * dtype.itemsize if codebooks else 0
-        total += ((self.num_vectors if self.scale else 0) + self.dim_scales) * dtype.itemsize
+        total += ((self.num_vectors if self.scale else 0) + self.num_column_scales) * dtype.itemsize
         return total + (math.prod(self.signs_shape) if self.signs else 0)
 
     def to_dict(self) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def entry_index(codes: Tensor, codebooks_shape: tuple[int, ...]) -> Tensor:
 
 
 def table(x: Tensor, codebooks: Tensor) -> Tensor:
-    """``[(g r k s), b]``: every sub-vector of ``x [b, D]`` dotted with every entry it could meet."""
+    """``[(g r k s), b]``: every sub-vector of ``x [b, D]`` dotted with every entry of its codebook."""
     stages, books, entries, d = codebooks.shape
     left = rearrange(codebooks, "r g k d -> g (r k) d")
     right = rearrange(x, "b (g s d) -> g d (s b)", g=books, d=d)

@@ -35,7 +35,7 @@ def check_outputs(
 
     Raises:
         InputError: If ``model`` is no module or on the meta device, or the inputs are not those of one call of it.
-        RPQError: If no weight of it is in codebooks, or ``dequantize`` cannot make the dense model.
+        RPQError: If no weight of it is quantized, or ``dequantize`` cannot make the dense model.
         RewriteError: If floating outputs differ by more than rounding, or others in shape or dtype.
     """
     check_model(model, "check_outputs")

@@ -32,11 +32,11 @@ from rpqfx.graph.snapshot import Snapshot, small_tensors
 from rpqfx.graph.transformers_models import adapt_pretrained
 from rpqfx.graph.validate import groups_of, layout_of, settle
 from rpqfx.nn.weight import RPQWeight
-from rpqfx.policies.decision import Hold, Skip
+from rpqfx.policies.decision import KeepDense, Quantize
 from rpqfx.policies.site import Site
 from rpqfx.reporting.progress import Progress
 
-Decide = Callable[[Mapping[str, float]], Mapping[str, Hold | Skip]]
+Decide = Callable[[Mapping[str, float]], Mapping[str, Quantize | KeepDense]]
 
 
 def convert_sites(
@@ -108,7 +108,7 @@ class _Conversion:
 
     def run(self) -> None:
         settled = settle(self._decide({}), self._sites)
-        self._weights = self._stand_ins({n: d for n, d in settled.items() if isinstance(d, Hold)})
+        self._weights = self._stand_ins({n: d for n, d in settled.items() if isinstance(d, Quantize)})
         put(self._model, self._sites, self._weights)
         check_same_conversion(self._ranks, self._model, self._dense(), self._batches.calls, {
             "the policy": repr(sorted((name, repr(decision)) for name, decision in settled.items())),
@@ -123,7 +123,7 @@ class _Conversion:
                 named = {name: costs[weight] for name, weight in self._weights.items()}
                 settled = settle(self._decide(self._ranks.from_rank(0, "importance", named)), self._sites)
             self._settle_specs(settled)
-            decided = repr(sorted((name, repr(hold)) for name, hold in self._holds.items()))
+            decided = repr(sorted((name, repr(decision)) for name, decision in self._decisions.items()))
             words = [decided, str(self._seed)]
             kept = "" if self._folder is None else prints_of(self._model, self._dense(), self._batches.calls, words)
             self._store = Finished(self._folder, kept, self._ranks)
@@ -137,18 +137,18 @@ class _Conversion:
         adapt_pretrained(self._model)  # not before: only now is it known which weights share codebooks
         record(self._model, self._sites, settled, self._errors, calibrated=self._calibrated, notes=notes)
 
-    def _stand_ins(self, holds: Mapping[str, Hold]) -> dict[str, StandIn]:
+    def _stand_ins(self, decisions: Mapping[str, Quantize]) -> dict[str, StandIn]:
         made: dict[str, StandIn] = {}
         self._parameters: dict[str, nn.Parameter] = {}
-        for name, hold in holds.items():
+        for name, decision in decisions.items():
             parameter = parameter_at(self._model, name)
             if parameter.is_meta:
                 raise RewriteError(f"{name} is on the meta device and has no values to convert; load the weights first")
             if not bool(torch.isfinite(parameter).all()):
                 raise RewriteError(f"{name} has infinite or NaN elements; mend it, or skip it with a Rule")
             self._parameters[name] = parameter
-            made[name] = StandIn(hold.spec, layout_of(self._by_name[name], hold), parameter, Observer(()))
-            made[name].plan, made[name].noted = hold.plan, dict(parameter.__dict__)
+            made[name] = StandIn(decision.spec, layout_of(self._by_name[name], decision), parameter, Observer(()))
+            made[name].plan, made[name].noted = decision.plan, dict(parameter.__dict__)
         return made
 
     def _observe(self, weights: Iterable[StandIn]) -> dict[RPQWeight, Seen]:
@@ -160,7 +160,7 @@ class _Conversion:
         often = [w for w in weights if observer.seen[w].uses > 1 and not observer.seen[w].looked_up]
         if often:
             closer = Observer(often, energy_only=False, rows=self._rows(), ranks=self._ranks)
-            self._watch(closer, "reading inputs that are met several times")
+            self._watch(closer, "reading inputs that are used several times")
             for weight in often:
                 observer.seen[weight].moments = closer.seen[weight].moments
         return observer.seen
@@ -182,14 +182,14 @@ class _Conversion:
 
         observer.watch(runs, after)
 
-    def _settle_specs(self, settled: Mapping[str, Hold | Skip]) -> None:
-        self._holds: dict[str, Hold] = {}
+    def _settle_specs(self, settled: Mapping[str, Quantize | KeepDense]) -> None:
+        self._decisions: dict[str, Quantize] = {}
         for name, weight in self._weights.items():
-            hold = settled.get(name)
-            if not isinstance(hold, Hold) or layout_of(self._by_name[name], hold) != weight.layout:
+            decision = settled.get(name)
+            if not isinstance(decision, Quantize) or layout_of(self._by_name[name], decision) != weight.layout:
                 raise RewriteError(f"{name}: calibration changed how its vectors lie; decide that beforehand")
-            weight.spec, weight.plan = hold.spec, hold.plan
-            self._holds[name] = hold
+            weight.spec, weight.plan = decision.spec, decision.plan
+            self._decisions[name] = decision
 
     def _dense(self) -> list[Tensor]:
         return [weight.vectors for weight in self._weights.values()]
@@ -197,7 +197,7 @@ class _Conversion:
     def _train(self, seen: Mapping[RPQWeight, Seen]) -> dict[str, nn.Parameter]:
         """The codebooks of each weight, one Parameter for all that share them."""
         trained: dict[str, nn.Parameter] = {}
-        groups, rank, size = list(groups_of(self._holds).values()), self._ranks.rank, self._ranks.size
+        groups, rank, size = list(groups_of(self._decisions).values()), self._ranks.rank, self._ranks.size
         for first in range(0, len(groups), size):  # one group for each process
             some = groups[first : first + size]
             found = [self._store.load(f"codebooks of {group[0]}", self._books_shape(group[0])) for group in some]

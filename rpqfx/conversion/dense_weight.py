@@ -69,12 +69,12 @@ class StandIn(RPQWeight):
         Args:
             codebooks: ``[R, G, K, d]``.
             codes: ``[R, M, N]``.
-            factors: ``scale`` and ``dim_scale``, where the spec has them.
+            factors: ``scale`` and ``column_scale``, where the spec has them.
             signs: ``[R, M, ceil(N/8)]``, where the spec has them; left out, all are plus.
         """
         trained = codebooks.requires_grad
         self.codebooks, self.codes = codebooks, codes.to(self.spec.code_dtype)
-        for name in ("scale", "dim_scale"):  # the spec may have been settled after this was made
+        for name in ("scale", "column_scale"):  # the spec may have been settled after this was made
             factor = factors.get(name)
             setattr(self, name, None if factor is None else torch.nn.Parameter(factor, trained))
         if self.signs is not None:  # where none are given, all are plus
@@ -90,7 +90,7 @@ class _StandInPart(Recorded):
 
     def __init__(self, weight: RPQWeight, tensors: ops.Tensors | None = None, layout: Layout | None = None) -> None:
         super().__init__(weight.tensors if tensors is None else tensors, weight.layout if layout is None else layout)
-        self.plan = "expand"
+        self.plan = "dequantize"
         self._weight = weight
 
     def _part(self, tensors: ops.Tensors, layout: Layout, *steps: tuple[Any, ...]) -> Part:

@@ -33,7 +33,7 @@ def dequantize(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     that knows dense layers only. Attention on codes (``quantize_kv``) and routed blocks (``route``) stay.
 
     Args:
-        model: A model with weights in codebooks, on any device. Of a wrapped one (``torch.compile``, ``DataParallel``)
+        model: A model with quantized weights, on any device. Of a wrapped one (``torch.compile``, ``DataParallel``)
             the model within is changed, and wrapped again.
         inplace: Change ``model`` itself. Otherwise it is left untouched, and the result shares no tensor with it.
 
@@ -42,7 +42,7 @@ def dequantize(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
     Raises:
         InputError: If ``model`` is no module.
-        RPQError: If no weight of it is in codebooks.
+        RPQError: If no weight of it is quantized.
         RewriteError: If the model cannot be copied, is in ``DistributedDataParallel`` or FSDP, is offloaded by
             accelerate, or holds a layer of a class that was derived from an RPQ layer and has no dense namesake.
             Whatever is raised, ``model`` is as it was.

@@ -86,8 +86,8 @@ def shapes_of(spec: CodebookSpec) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {"codes": spec.codes_shape, "error": ()}
     if spec.scale:
         shapes["scale"] = (spec.num_vectors,)
-    if spec.dim_scale:
-        shapes["dim_scale"] = (spec.dim_scales,)
+    if spec.column_scale_group:
+        shapes["column_scale"] = (spec.num_column_scales,)
     if spec.signs:
         shapes["signs"] = spec.signs_shape
     return shapes

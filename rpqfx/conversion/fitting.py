@@ -29,7 +29,7 @@ class Fitted(NamedTuple):
 
     Args:
         codes: ``[R, M, N]``.
-        factors: ``scale [N]`` and ``dim_scale [D / share]``, where the spec has them.
+        factors: ``scale [N]`` and ``column_scale [D / share]``, where the spec has them.
         signs: Packed, ``[R, M, ceil(N/8)]``, where the spec has them.
         error: Relative error of the weight, ``|W - W'| / |W|``.
     """
@@ -69,9 +69,9 @@ def scaled(vectors: Tensor, spec: CodebookSpec, energy: Tensor | None) -> Scaled
         rows = matrix.square().mean(1).sqrt()
         rows = stored(torch.where(rows > 0, rows, torch.ones_like(rows)), vectors.dtype)
         matrix = matrix / rows[:, None]
-    if spec.dim_scale:
-        columns = stored(balance(matrix, energy, share=spec.dim_scale), vectors.dtype)
-        matrix = matrix / columns.repeat_interleave(spec.dim_scale)
+    if spec.column_scale_group:
+        columns = stored(balance(matrix, energy, share=spec.column_scale_group), vectors.dtype)
+        matrix = matrix / columns.repeat_interleave(spec.column_scale_group)
     return Scaled(matrix, rows, columns)
 
 
@@ -153,7 +153,7 @@ def fit_weight(
     view = scaled(vectors, spec, moment.diagonal() if moment is not None else energy)
     columns = view.columns
     if moment is not None and columns is not None:
-        wide = columns.repeat_interleave(spec.dim_scale).to(moment.dtype)
+        wide = columns.repeat_interleave(spec.column_scale_group).to(moment.dtype)
         moment = moment * wide * wide[:, None]
     if moment is None:
         outputs = None
@@ -171,18 +171,18 @@ def fit_weight(
         seen = moment.to(decoded.dtype)
         felt = None if outputs is None else outputs.to(decoded.dtype)
         if columns is not None:
-            moved = refit_columns(view.matrix, decoded, seen, spec.dim_scale, outputs=felt)
+            moved = refit_columns(view.matrix, decoded, seen, spec.column_scale_group, outputs=felt)
             better = stored(columns * moved, vectors.dtype)
-            decoded = decoded * (better / columns).repeat_interleave(spec.dim_scale)
+            decoded = decoded * (better / columns).repeat_interleave(spec.column_scale_group)
             columns = better
         if rows is not None:
             rows = stored(rows * refit_rows(view.matrix, decoded, seen, outputs=felt), vectors.dtype)
     made = coded.decoded
-    made = made if columns is None else made * columns.repeat_interleave(spec.dim_scale)
+    made = made if columns is None else made * columns.repeat_interleave(spec.column_scale_group)
     made = made if rows is None else made * rows[:, None]
     norm = vectors.float().norm()
     error = float((vectors.float() - made).norm() / norm) if norm > 0 else 0.0
-    factors = {"scale": rows, "dim_scale": columns}
+    factors = {"scale": rows, "column_scale": columns}
     kept = {name: factor.to(vectors.dtype) for name, factor in factors.items() if factor is not None}
     return Fitted(coded.codes, kept, None if minus is None else pack_signs(minus), error)
 

@@ -1,4 +1,4 @@
-"""The processes that share a conversion, as the conversion sees them: one alone, unless it is told otherwise."""
+"""The processes that share a conversion, as the conversion sees them: a single one by default."""
 
 from __future__ import annotations
 

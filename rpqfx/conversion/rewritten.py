@@ -25,8 +25,8 @@ from rpqfx.nn.wrappers import refuse_distributed, rewrapped, unwrapped
 from rpqfx.policies.amount import Rate
 from rpqfx.policies.arguments import check_model, check_policy, check_progress
 from rpqfx.policies.decide import decide_all
-from rpqfx.policies.decision import Skip
-from rpqfx.policies.policy import Decide, Hold, Policy
+from rpqfx.policies.decision import KeepDense
+from rpqfx.policies.policy import Decide, Policy, Quantize
 from rpqfx.reporting.progress import Progress
 from rpqfx.reporting.progress import shown as shown_progress
 from rpqfx.reporting.records import attach_records, attached_records
@@ -89,11 +89,11 @@ def _rewritten(
         _check_fitted(decisions, "calibration" if batches else "bits_per_weight")
     check_loaded(captured.model, sites, decisions)
     if not inplace:
-        replaced = [parameter_at(model, site.name) for site in sites if isinstance(decisions[site.name], Hold)]
+        replaced = [parameter_at(model, site.name) for site in sites if isinstance(decisions[site.name], Quantize)]
         captured = dataclasses.replace(captured, model=copy_model(model, replaced))
     if batches or weigh:
 
-        def decide(importance: Mapping[str, float]) -> dict[str, Hold | Skip]:
+        def decide(importance: Mapping[str, float]) -> dict[str, Quantize | KeepDense]:
             return decide_all(policy, sites, others, importance)[0] if importance else decisions
 
         small = convert_sites(
@@ -110,10 +110,10 @@ def _rewritten(
     return small
 
 
-def _check_fitted(decisions: Mapping[str, Hold | Skip], by: str) -> None:
+def _check_fitted(decisions: Mapping[str, Quantize | KeepDense], by: str) -> None:
     """Raises an error where a conversion would have codebooks to draw anew."""
     for name, decision in decisions.items():
-        if isinstance(decision, Hold) and decision.init != "fit":
+        if isinstance(decision, Quantize) and decision.init != "fit":
             raise PolicyError(
                 f"{name}: init={decision.init!r} draws codebooks anew, and {by} fits them to the weight that is there; "
                 "use a policy that fits (Policy(...), Policy.pretrained(...)), or rpqify, which takes no calibration"

@@ -1,4 +1,4 @@
-"""``rpqify`` puts weights into codebooks as a policy alone says."""
+"""``rpqify`` quantizes weights as a policy alone says."""
 
 from __future__ import annotations
 

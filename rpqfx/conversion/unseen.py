@@ -33,7 +33,7 @@ def unseen(weights: Mapping[str, RPQWeight], seen: Mapping[RPQWeight, Seen]) -> 
     missed = [name for name, weight in weights.items() if not seen[weight].reached]
     if not any(one.reached or one.read for one in seen.values()):
         raise InputError(
-            "no calibration batch reaches any weight that is to be in codebooks, so nothing can be seen of their "
+            "no calibration batch reaches any weight that is to be quantized, so nothing can be seen of their "
             f"inputs ({', '.join(missed[:3])}); give batches as the model is called with in use"
         )
     unknown = [name for name in missed if seen[weights[name]].read]

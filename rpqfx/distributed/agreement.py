@@ -40,7 +40,7 @@ def broadcast_codes(model: nn.Module, group: dist.ProcessGroup | None = None, sr
         ``model``.
 
     Raises:
-        InputError: If ``model`` is no module or holds nothing in codebooks.
+        InputError: If ``model`` is no module or has no quantized weight.
         DistributedError: If there is no process group, the processes hold different models, or codes are on the meta
             device or shared out already. Nothing is sent then.
     """
@@ -75,7 +75,7 @@ def check_same_codes(model: nn.Module, group: dist.ProcessGroup | None = None) -
         group: The processes; all if left out.
 
     Raises:
-        InputError: If ``model`` is no module or holds nothing in codebooks.
+        InputError: If ``model`` is no module or has no quantized weight.
         DistributedError: If processes hold different codes or different models, there is no process group, or codes
             are on the meta device or shared out.
     """
@@ -121,7 +121,7 @@ def _check_same_models(held: dict[str, RPQWeight], group: dist.ProcessGroup | No
     others = [rank for rank, digest in enumerate(everyone) if digest != everyone[0]]
     if others:
         raise DistributedError(
-            f"the models of rank {', '.join(map(str, others))} and of rank 0 hold other weights in codebooks, "
+            f"the models of rank {', '.join(map(str, others))} and of rank 0 hold other quantized weights, "
             f"or weights of other shapes (here {len(held)}: {_some(list(held))}); build and rewrite the same model, by "
             "the same policy, in every process"
         )

@@ -1,4 +1,4 @@
-"""A weight in codebooks of which each process holds some rows or some columns."""
+"""A quantized weight of which each process holds some rows or some columns."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class SplitWeight(RPQWeight):
 
     whole_spec: CodebookSpec
     axis: int
-    """Of the matrix: 0 where processes have rows, 1 where they have columns."""
+    """The axis of the matrix that is shared out: 0 where processes have rows, 1 where they have columns."""
     first: int
     """The first of them."""
 
@@ -53,7 +53,7 @@ class SplitWeight(RPQWeight):
         return ops.Tensors(
             _local(self.codebooks, factor), stored if tiled else self._read(stored),
             None if self.scale is None else _local(self.scale), signs,
-            None if self.dim_scale is None else _local(self.dim_scale), tiled,
+            None if self.column_scale is None else _local(self.column_scale), tiled,
         )  # fmt: skip
 
     def lookup(self, ids: Tensor, sparse: bool = False) -> Tensor:
@@ -135,10 +135,10 @@ def split_weight(weight: RPQWeight, mesh: DeviceMesh, axis: int, src: int | None
         mine = part.tensors
     along = axis in layout.vector_axes
     spec = replace(
-        weight.spec, num_vectors=part.layout.num_vectors, dim=part.layout.dim, books=mine.codebooks.shape[1],
+        weight.spec, num_vectors=part.layout.num_vectors, dim=part.layout.dim, num_codebooks=mine.codebooks.shape[1],
         grad_scale="sum",  # the whole weight's factor is applied where gradients are added up
     )  # fmt: skip
-    own = weight.spec.books > 1 and not along  # type: ignore[operator]
+    own = weight.spec.num_codebooks > 1 and not along  # type: ignore[operator]
     stored = weight.stored_codes
     if weight.spec.tiled:
         codes, codes_axis = mine.codes, 0 if along else 1
@@ -148,7 +148,7 @@ def split_weight(weight: RPQWeight, mesh: DeviceMesh, axis: int, src: int | None
     parts: dict[str, tuple[Tensor | None, Placement]] = {
         "codebooks": (mine.codebooks, Shard(1) if own else Replicate()),
         "scale": (mine.scale, Shard(0) if along else Replicate()),
-        "dim_scale": (mine.dim_scale, Replicate() if along else Shard(0)),
+        "column_scale": (mine.column_scale, Replicate() if along else Shard(0)),
         "codes": (codes, Shard(codes_axis)),
         "signs": (mine.signs, Shard(2 if along else 1)),
     }
@@ -204,14 +204,16 @@ def _refuse(weight: RPQWeight, mesh: DeviceMesh, axis: int) -> None:
         raise DistributedError(f"{where}: there are {size} of them, which {ranks} does not divide")
     length = size // ranks
     if axis in layout.dim_axes:
-        step = spec.codebook_dim * (spec.sub_vectors // spec.books if spec.books > 1 else 1)  # type: ignore[operator]
+        step = spec.codebook_dim * (spec.num_subvectors // spec.num_codebooks if spec.num_codebooks > 1 else 1)  # type: ignore[operator]
         if length % step:
             raise DistributedError(
                 f"{where}: {length} for each are no whole number of sub-vectors of length {step} with codebooks "
                 f"of their own; rewrite with a codebook_dim that divides {length}"
             )
-        if spec.dim_scale and length % spec.dim_scale:
-            raise DistributedError(f"{where}: {spec.dim_scale} of them share a factor; rewrite with dim_scale=False")
+        if spec.column_scale_group and length % spec.column_scale_group:
+            raise DistributedError(
+                f"{where}: {spec.column_scale_group} of them share a factor; rewrite with column_scale=False"
+            )
         return
     if spec.signs and length % 8:
         raise DistributedError(

@@ -1,4 +1,4 @@
-"""Styles of torch's ``parallelize_module`` for layers whose weights are in codebooks."""
+"""Styles of torch's ``parallelize_module`` for layers whose weights are quantized."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def _split(
     """Splits a layer in place.
 
     Args:
-        module: A layer with its weight in codebooks.
+        module: A layer with a quantized weight.
         mesh: The processes.
         axis: The axis of the weight that is cut.
         style: Says how inputs come and outputs go.
@@ -109,7 +109,7 @@ def _split(
     if weight is None or not isinstance(module, (RPQLinear, RPQEmbedding)):
         raise DistributedError(
             f"{type(style).__name__} splits RPQLinear and RPQEmbedding, got {type(module).__name__}, whose own code "
-            "reads what it holds in codebooks; leave it out of the plan, and use fully_shard for it"
+            "reads what it holds quantized; leave it out of the plan, and use fully_shard for it"
         )
     with within_routes(module, style):
         return _split_weight_and_bias(module, weight, mesh, axis, style, taken, made)

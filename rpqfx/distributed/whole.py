@@ -37,7 +37,7 @@ def load_full_state_dict(model: nn.Module, state_dict: Mapping[str, Any], strict
     check_model(model, "load_full_state_dict")
     if not isinstance(state_dict, Mapping):
         raise InputError(f"load_full_state_dict takes a state dict, got {shown(state_dict)}")
-    own = {  # a weight in codebooks takes its parts itself
+    own = {  # a quantized weight takes its parts itself
         f"{path}.{name}".lstrip(".")
         for path, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, RPQWeight)

@@ -1,4 +1,4 @@
-"""Codes chosen column by column and row by row, each making up for the errors of those before it."""
+"""Chooses codes column by column and row by row with error feedback: each compensates the errors before it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Coded(NamedTuple):
 
 
 class _Metric(NamedTuple):
-    """What errors of a row cost, as the order of its columns and how later ones make up for earlier ones.
+    """The cost of errors of a row: the order of its columns, and how later columns compensate earlier ones.
 
     Args:
         order: ``[M]``, sub-vectors, those with the strongest inputs first.
@@ -146,7 +146,7 @@ def _row_blocks(rows: int) -> list[tuple[int, int]]:
 def _by_rows(
     work: Tensor, books: Tensor, metric: _Metric, outputs: Tensor, damping: float, beam: int, search: Search
 ) -> Coded:  # fmt: skip
-    """Codes blocks of rows, those after a block taking over what their outputs can make up for."""
+    """Encodes blocks of rows; later blocks compensate errors of earlier ones as far as their outputs allow."""
     order, spread = feedback_between_rows(outputs, damping)
     open_ = work[order]
     codes = torch.empty(len(books), len(metric.order), len(work), dtype=torch.long, device=work.device)
@@ -161,7 +161,7 @@ def _by_rows(
 
 
 def _by_columns(work: Tensor, books: Tensor, metric: _Metric, beam: int, search: Search) -> Coded:
-    """Codes sub-vectors of all rows, those after one taking over what their inputs can make up for."""
+    """Encodes sub-vectors of all rows; later ones compensate errors of earlier ones as far as their inputs allow."""
     share = len(metric.order) // books.shape[1]
     groups = metric.order // share
     found, seen = search(work[:, metric.columns], books, groups.tolist(), metric.to_metric, metric.upper, beam)
@@ -171,14 +171,14 @@ def _by_columns(work: Tensor, books: Tensor, metric: _Metric, beam: int, search:
 
 
 def _decoded(books: Tensor, codes: Tensor, share: int) -> Tensor:
-    """Sums of entries ``[N, D]`` of codes ``[R, M, N]``."""
+    """Returns sums of entries ``[N, D]`` of codes ``[R, M, N]``."""
     groups = torch.arange(codes.shape[1], device=codes.device)[:, None] // share
     total = torch.stack([book[groups, code] for book, code in zip(books, codes, strict=True)]).sum(0)
     return total.transpose(0, 1).flatten(1)
 
 
 def _search(points: Tensor, books: Tensor, beam: int) -> tuple[Tensor, Tensor]:
-    """Codes ``[R, N]`` and what they stand for, ``[N, d]``."""
+    """Returns codes ``[R, N]`` and what they stand for, ``[N, d]``."""
     codes = beam_search(points.contiguous(), books.contiguous(), beam)[0].t()
     return codes, _entries(books, codes)
 
@@ -188,7 +188,7 @@ def _entries(books: Tensor, codes: Tensor) -> Tensor:
 
 
 def _inverse_root(moment: Tensor, damping: float, whose: str) -> Tensor:
-    """The upper Cholesky factor of the inverse, with as much damping as it takes.
+    """Returns the upper Cholesky factor of the inverse, with as much damping as it takes.
 
     It is the inverse of the moment's own upper factor, which is the lower factor of the moment read backwards.
     """
@@ -208,7 +208,7 @@ def _inverse_root(moment: Tensor, damping: float, whose: str) -> Tensor:
 
 
 def _inverse_upper(matrix: Tensor) -> Tensor:
-    """The inverse of an upper triangular matrix, by halves, as a solver would compute with the zeros, too."""
+    """Returns the inverse of an upper triangular matrix, by halves, as a solver would compute with the zeros, too."""
     half = len(matrix) // 2
     if half < _SMALLEST_HALF:
         identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)

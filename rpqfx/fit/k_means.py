@@ -71,7 +71,7 @@ def kmeans(
 
 
 def checked_weights(weights: Tensor, points: Tensor) -> Tensor:
-    """Weights as they are used: the largest is 1, in the dtype of the points; ones where all are zero.
+    """Returns weights as they are used: the largest is 1, in the dtype of the points; ones where all are zero.
 
     Raises:
         InputError: If they are not ``[N]``, finite and not negative.
@@ -87,7 +87,7 @@ def checked_weights(weights: Tensor, points: Tensor) -> Tensor:
 def _kmeans(
     points: Tensor, entries: int, weights: Tensor | None, steps: int, seed: int, start: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The same with weights above zero."""
+    """Clusters points with weights above zero."""
     generator = torch.Generator(points.device).manual_seed(seed)
     if len(points) <= _COUNT_DISTINCT:
         pool, codes = torch.unique(points, dim=0, return_inverse=True)
@@ -121,7 +121,7 @@ def _sample(
 
 
 def _start(points: Tensor, weights: Tensor | None, entries: int, generator: torch.Generator) -> Tensor:
-    """Points drawn in proportion to their weighted squared distances from those drawn before."""
+    """Returns points drawn in proportion to their weighted squared distances from those drawn before."""
     mass = torch.ones_like(points[:, 0]) if weights is None else weights
     centres = points[_draw(mass, 1, generator)]
     distances = nearest(points, centres)[1]
@@ -134,7 +134,7 @@ def _start(points: Tensor, weights: Tensor | None, entries: int, generator: torc
 
 
 def _draw(mass: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Indices in proportion to their mass, one from each of ``count`` equal parts of it; evenly where there is none."""
+    """Draws indices in proportion to their mass, one from each of ``count`` equal parts; evenly where there is none."""
     total = mass.double().cumsum(0)
     if not total[-1] > 0:
         total = torch.ones_like(total).cumsum(0)
@@ -144,7 +144,7 @@ def _draw(mass: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 
 def _means(points: Tensor, codes: Tensor, centres: Tensor, distances: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The weighted means of the points of each code, summed in float64; entries without points get the worst served."""
+    """Returns weighted means of the points of each code, summed in float64; unused entries get the worst served."""
     entries = len(centres)
     share = None if weights is None else weights.double()
     columns = [column.double() if share is None else column.double() * share for column in points.t()]

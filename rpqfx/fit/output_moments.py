@@ -29,7 +29,7 @@ class OutputMoments:
         return sum(known[1:], known[0]) if known else None
 
     def add(self, batch: int, gradients: Tensor) -> None:
-        """Adds what one batch gave.
+        """Adds the gradients of one batch.
 
         Args:
             batch: Its number; even and odd ones are apart.

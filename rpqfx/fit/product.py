@@ -39,12 +39,12 @@ def fit_codebooks(
     beam: int = 8,
     seed: int = 0,
 ) -> Fit:
-    """Product quantisation with residual stages.
+    """Fits product quantisation with residual stages.
 
     Each codebook is fitted by k-means to the sub-vectors it serves (Jegou et al., 2011). Further stages start from what
-    the stages before leave, and all are then fitted together, by beam search and least squares in turns
+    the stages before leave, and all are then fitted together, alternating beam search and least squares
     (``rpqfx.fit.residual.train``). With a scale, rows are divided by their root mean square first. With signs, a
-    sub-vector is turned so that its sum is not negative, and stages stay as they started. All work is done in float32
+    sub-vector is flipped so that its sum is not negative, and stages stay as they started. All work is done in float32
     (float64 stays).
 
     Args:
@@ -53,7 +53,7 @@ def fit_codebooks(
         weights: How much the squared error of each element counts, not negative, of any shape that broadcasts to
             ``[N, D]``: ``[D]`` for columns, ``[N, 1]`` for rows. A sub-vector counts by its mean. With a scale, errors
             are those of the divided rows.
-        steps: Lloyd steps, and turns after each stage but the first, at most.
+        steps: Lloyd steps, and alternations after each stage but the first, at most.
         beam: Sums that go on from stage to stage; 1 leaves the stages as they started.
         seed: Of the k-means starts.
 
@@ -75,14 +75,14 @@ def fit_codebooks(
     together = 1 if spec.signs else spec.stages
     for stage in range(0, spec.stages, together):
         flip = rest.sum(-1) < 0 if spec.signs else torch.zeros_like(rest[..., 0], dtype=torch.bool)
-        turned = torch.where(flip[..., None], -rest, rest)
-        books, found = _fit_groups(turned, shares, spec, together, steps, beam, seed + stage * spec.sub_vectors)
+        flipped = torch.where(flip[..., None], -rest, rest)
+        books, found = _fit_groups(flipped, shares, spec, together, steps, beam, seed + stage * spec.num_subvectors)
         codebooks.append(books)
         codes.append(found)
         minus.append(flip)
         if spec.signs:
-            share = spec.sub_vectors // books.shape[1]
-            sums = torch.stack([books[0, m // share][found[0, m]] for m in range(spec.sub_vectors)])
+            share = spec.num_subvectors // books.shape[1]
+            sums = torch.stack([books[0, m // share][found[0, m]] for m in range(spec.num_subvectors)])
             rest = rest - torch.where(flip[..., None], -sums, sums)
     return Fit(
         torch.cat(codebooks).to(matrix.dtype),
@@ -93,7 +93,7 @@ def fit_codebooks(
 
 
 def _shares(weights: Tensor, matrix: Tensor, spec: CodebookSpec) -> Tensor:
-    """How much each sub-vector counts, ``[M, N]``."""
+    """Returns how much each sub-vector counts, ``[M, N]``."""
     try:
         each = weights.expand(matrix.shape)
     except RuntimeError:
@@ -104,7 +104,7 @@ def _shares(weights: Tensor, matrix: Tensor, spec: CodebookSpec) -> Tensor:
 def _fit_groups(
     parts: Tensor, shares: Tensor | None, spec: CodebookSpec, stages: int, steps: int, beam: int, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """``[M, N, d]`` to codebooks ``[R, G, K, d]`` and codes ``[R, M, N]``."""
+    """Returns ``[M, N, d]`` to codebooks ``[R, G, K, d]`` and codes ``[R, M, N]``."""
     books = spec.codebooks_shape[1]
     groups = rearrange(parts, "(g s) n d -> g (s n) d", g=books)
     each = [None] * books if shares is None else rearrange(shares, "(g s) n -> g (s n)", g=books)

@@ -15,7 +15,7 @@ _RIDGE = 1e-8
 
 @torch.no_grad()
 def refit(points: Tensor, codes: Tensor, books: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The codebooks of least weighted squared error for codes that stay.
+    """Returns the codebooks of least weighted squared error for codes that stay.
 
     All stages jointly, by normal equations with a slight pull toward the old entries (Babenko and Lempitsky,
     "Additive Quantization for Extreme Vector Compression", 2014); with more than 4,096 entries in all, stage by stage,
@@ -47,14 +47,14 @@ def refit(points: Tensor, codes: Tensor, books: Tensor, weights: Tensor | None =
 
 
 def left_over(points: Tensor, codes: Tensor, books: Tensor) -> Tensor:
-    """What the sums of entries leave of the points, ``[N, d]``."""
+    """Returns what the sums of entries leave of the points, ``[N, d]``."""
     for stage, book in enumerate(books):
         points = points - book[codes[:, stage]]
     return points
 
 
 def _normal(codes: Tensor, entries: int, weights: Tensor | None) -> Tensor:
-    """How often (by weight) two entries are used by the same point, ``[R * K, R * K]``."""
+    """Returns how often (by weight) two entries are used by the same point, ``[R * K, R * K]``."""
     stages = codes.shape[1]
     normal = torch.empty(stages, entries, stages, entries, dtype=torch.float64, device=codes.device)
     for r in range(stages):

@@ -19,7 +19,7 @@ _BLOCK_POINTS = 2**18
 
 @torch.no_grad()
 def encode(points: Tensor, books: Tensor, *, beam: int = 8, passes: int = 1, codes: Tensor | None = None) -> Tensor:
-    """Codes by beam search, each stage then chosen anew given the others.
+    """Returns codes by beam search, each stage then chosen anew given the others.
 
     Choosing anew (iterated conditional modes, as in Martinez et al., "LSQ++", 2018) never makes a point worse. No point
     gets worse codes than it had; where it had none, none that are worse than greedy ones.
@@ -67,19 +67,19 @@ def train(
     beam: int = 8,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Codebooks of residual stages, and codes.
+    """Returns codebooks of residual stages, and codes.
 
     Each stage starts as k-means of what the stages before leave (Chen, Guan, Wang, "Approximate Nearest Neighbor
     Search by Residual Vector Quantization", 2010). With a beam wider than 1, codes by ``encode`` and codebooks by
-    ``refit`` then take turns over all stages so far. On the points seen the error never grows from turn to turn, and
-    more stages never make it larger. Turns see a random sample of 512 points an entry where there are more.
+    ``refit`` then alternate over all stages so far. On the points seen no alternation makes the error larger, and
+    more stages never make it larger. Alternations use a random sample of 512 points an entry where there are more.
 
     Args:
         points: ``[N, d]``, floating and finite.
         stages: ``R``.
         entries: ``K``.
         weights: ``[N]``, not negative, or None for ones; all zero counts as ones.
-        steps: Lloyd steps of each stage at most, and turns after each stage but the first at most.
+        steps: Lloyd steps of each stage at most, and alternations after each stage but the first at most.
         beam: Sums that go on from stage to stage; 1 leaves the stages as k-means made them.
         seed: Of the sample and the starts of k-means.
 
@@ -109,12 +109,12 @@ def train(
 
 @torch.no_grad()
 def improve(points: Tensor, books: Tensor, *, steps: int = 10, beam: int = 16) -> Tensor:
-    """Codebooks that ``train`` made, fitted on with a wider beam, and maybe to more points.
+    """Returns codebooks of ``train``, fitted further with a wider beam, and maybe to more points.
 
     Args:
         points: ``[N, d]``, floating and finite.
         books: ``[R, K, d]``.
-        steps: Turns of ``encode`` and ``refit`` at most.
+        steps: Alternations of ``encode`` and ``refit`` at most.
         beam: Sums that go on from stage to stage.
 
     Returns:
@@ -137,7 +137,7 @@ def _take_turns(
 
 
 def _better(points: Tensor, books: Tensor, codes: Tensor, distances: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """For each point the codes that are nearer, the first where both are as near."""
+    """Returns for each point the codes that are nearer, the first where both are as near."""
     others = left_over(points, other, books).square().sum(1)
     nearer = others < distances
     return torch.where(nearer[:, None], other, codes), torch.where(nearer, others, distances)

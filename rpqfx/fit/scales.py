@@ -11,7 +11,7 @@ _ROUNDS = 20
 
 @torch.no_grad()
 def balance(matrix: Tensor, energy: Tensor | None, *, share: int = 1, power: float = 0.75, clip: float = 4.0) -> Tensor:
-    """What the columns of a matrix are divided by, so that one codebook serves them all.
+    """Returns divisors of the columns of a matrix, so that one codebook serves them all.
 
     Columns with strong inputs are made large, since codes err alike in all columns: by ``energy ** (power / 2)``, as
     activation-aware scaling does (Lin et al., "AWQ", 2306.00978). But no element may come out larger than ``clip``

@@ -85,7 +85,7 @@ def with_written(
 
 
 def attends_causally(captured: Captured, site: AttentionSite) -> bool:
-    """Whether a module says of itself, or its calls say, that no token sees later ones.
+    """Returns whether a module says of itself, or its calls say, that no token sees later ones.
 
     False is no proof: a mask may say so when the model runs.
 

@@ -1,4 +1,4 @@
-"""What can be told of a module's code without running it: whether it must be handed real tensors.
+"""Reads a module's code without running it, to see whether it must be handed real tensors.
 
 A custom ``autograd.Function`` finds tensors only for its gradients: anything else goes through it unseen, and so
 without a gradient. A check such as ``isinstance(w, Tensor)`` says no to anything else. Tracing shows neither.
@@ -60,7 +60,7 @@ def names_of(function: Any) -> set[str]:
 
 
 def is_torchs(module: str | None) -> bool:
-    """Whether a module of this name belongs to torch or to Python itself.
+    """Returns whether a module of this name belongs to torch or to Python itself.
 
     Args:
         module: As in ``__module__``.
@@ -69,7 +69,7 @@ def is_torchs(module: str | None) -> bool:
 
 
 def _is_custom(value: Any) -> bool:
-    """Whether it is an autograd Function, or the ``apply`` of one."""
+    """Returns whether it is an autograd Function, or the ``apply`` of one."""
     kind = getattr(value, "__self__", value)
     return isinstance(kind, type) and issubclass(kind, Function) and not is_torchs(kind.__module__)
 
@@ -90,7 +90,7 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def _named(function: types.FunctionType) -> Iterator[Any]:
-    """What the names in a function's code stand for: globals, and attributes of modules that are globals."""
+    """Yields the values of the names in a function's code: globals, and attributes of modules that are globals."""
     names = [name for code in _codes(function.__code__) for name in code.co_names]
     for name in names:
         value = function.__globals__.get(name)

@@ -1,4 +1,4 @@
-"""What plain functions among a module's attributes keep hold of: its modules and tensors, in closures and defaults.
+"""Copies plain functions among a module's attributes, whose closures and defaults refer to its modules and tensors.
 
 ``copy.deepcopy`` copies bound methods and partials with what they are bound to, but hands on functions as they are. A
 forward such as ``lambda x: old(x) * 2`` of a copy would therefore go on calling the original's module.
@@ -114,7 +114,7 @@ class _Rebound:
         return value
 
     def of(self, value: Any, where: str) -> Any:
-        """What stands for a value in the copy; the value itself where it refers to nothing of the original."""
+        """Returns the copy of a value; the value itself where it refers to nothing of the original."""
         if id(value) in self._copies:
             return self._copies[id(value)]
         if id(value) in self._done:
@@ -188,7 +188,7 @@ def _is_function(value: Any) -> bool:
 
 
 def _is_foreign(value: Any) -> bool:
-    """Whether it is an object of some class, whose attributes nobody else looks at."""
+    """Returns whether it is an object of some class, whose attributes nobody else looks at."""
     known = (nn.Module, Tensor, type, types.ModuleType, types.FunctionType)
     return hasattr(value, "__dict__") and not isinstance(value, known)
 

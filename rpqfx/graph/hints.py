@@ -1,4 +1,4 @@
-"""What a model says of itself in attributes and configurations."""
+"""Reads hints about a model from its attributes and configurations."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def initial_std(module: nn.Module) -> float | None:
 
 
 class Nearest(Generic[T]):
-    """What a module or its nearest ancestor says, or else what most modules of the model say.
+    """Returns the hint of a module or of its nearest ancestor, or else that of most modules of the model.
 
     Args:
         model: The model.

@@ -73,7 +73,7 @@ def _copy(captured: Captured, name: str, source: fx.Graph, graph: fx.Graph, give
 
 
 def _bound(child: nn.Module, graph: fx.Graph, args: Any, kwargs: Any) -> dict[fx.Node, Any] | None:
-    """What each placeholder stands for in a call; None where the call does not fit."""
+    """Returns the value of each placeholder in a call; None where the call does not fit."""
     try:
         call = inspect.signature(child.forward).bind(*args, **kwargs)
     except TypeError:

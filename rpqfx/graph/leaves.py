@@ -64,11 +64,11 @@ def own(kind: type[M]) -> type[M]:
 
 
 def is_own(module: nn.Module) -> bool:
-    """Whether a module is of a class that ``own`` marked."""
+    """Returns whether a module is of a class that ``own`` marked."""
     return bool(getattr(type(module), "_rpqfx_own", False))
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether a module or its class was given to ``leaf``."""
+    """Returns whether a module or its class was given to ``leaf``."""
     found: Any = module.__dict__.get(_MARK)  # not by getattr: a wrapper may answer for what it wraps
     return bool(found or getattr(type(module), _MARK, False))

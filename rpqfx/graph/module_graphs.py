@@ -32,7 +32,7 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn
 
 @dataclass(frozen=True)
 class ModuleGraph:
-    """What is known of one module's forward.
+    """The facts known of one module's forward.
 
     Args:
         graphs: Its fx graphs, children as leaves: in eval and in train mode, with every argument symbolic and with
@@ -175,7 +175,7 @@ def _read(module: nn.Module, leaves: tuple[type[nn.Module], ...]) -> ModuleGraph
 
 
 def is_builtin(module: nn.Module) -> bool:
-    """Whether a module's code is torch's own."""
+    """Returns whether a module's code is torch's own."""
     kind = parametrize.type_before_parametrizations(module)
     return kind.__module__.startswith("torch.nn") or isinstance(module, _CONTAINERS)
 

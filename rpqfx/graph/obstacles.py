@@ -18,7 +18,7 @@ from rpqfx.policies.site import Site
 
 
 class Obstacles:
-    """What stands in the way of rewriting the Parameters of a model.
+    """The obstacles to rewriting the Parameters of a model.
 
     Args:
         model: The model.
@@ -122,7 +122,7 @@ def _asked_whether_leaves(model: nn.Module) -> dict[int, str]:
 
 
 def _is_flat_list(module: nn.Module, key: str) -> bool:
-    """Whether this is the second list of a recurrent layer's weights, which it makes anew where they have changed."""
+    """Returns whether this is the second list of a recurrent layer's weights, which it rebuilds when they change."""
     return key == "_flat_weights" and isinstance(module, nn.RNNBase)
 
 

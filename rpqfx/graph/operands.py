@@ -1,4 +1,4 @@
-"""How the keys, or the values, of an attention lie in the operand of a product."""
+"""Finds how the keys, or the values, of an attention lie in the operand of a product."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether the weights that are to be rewritten have values."""
+"""Checks that the weights that are to be rewritten have values."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import nn
 
 from rpqfx.errors import RewriteError
 from rpqfx.nn.offloaded import check_not_offloaded, offloaded
-from rpqfx.policies.decision import Hold, Skip
+from rpqfx.policies.decision import KeepDense, Quantize
 from rpqfx.policies.site import Site
 
 
-def check_loaded(model: nn.Module, sites: Sequence[Site], decisions: Mapping[str, Hold | Skip]) -> None:
+def check_loaded(model: nn.Module, sites: Sequence[Site], decisions: Mapping[str, Quantize | KeepDense]) -> None:
     """Raises where a weight is without its values though the model has been loaded.
 
     A model all of whose Parameters are on the meta device has not been: its codebooks are drawn, whatever the policy.
@@ -27,7 +27,9 @@ def check_loaded(model: nn.Module, sites: Sequence[Site], decisions: Mapping[str
             which codebooks are to be fitted, while others have values.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    held = {site.name: names for site in sites if isinstance(decisions.get(site.name), Hold) for names in [site.names]}
+    held = {
+        site.name: names for site in sites if isinstance(decisions.get(site.name), Quantize) for names in [site.names]
+    }
     away = set(offloaded(model))
     check_not_offloaded([name for name, names in held.items() if away & set(names)], "rewritten")
     if all(parameter.is_meta for parameter in parameters.values()):

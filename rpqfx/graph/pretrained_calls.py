@@ -114,7 +114,7 @@ def take_packed(model: nn.Module) -> None:
 def first_matrix(model: nn.Module) -> tuple[str, Tensor] | None:
     """Returns name and Parameter of a model's first one of several axes, which a folder may hold flat.
 
-    So it does where a model has no weights in codebooks, but attention on codes, say: somebody who opens the folder
+    So it does where a model has no quantized weights, but attention on codes, say: somebody who opens the folder
     without this library is to meet a shape that does not fit, as with codebooks, and not to get another model.
 
     Args:

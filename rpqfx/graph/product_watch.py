@@ -61,7 +61,7 @@ class _Event:
 
 @dataclass(frozen=True)
 class _Tag:
-    """What is known of a tensor.
+    """The facts known of a tensor.
 
     Args:
         events: Products, or softmaxes, that it derives from with no other product or softmax in between.
@@ -168,7 +168,7 @@ class ProductWatch(TorchFunctionMode):
         return _Tag(frozenset({_Event(tuple(self._calls), numbers, keys)}), fresh=True)
 
     def _heads(self, product: Product, right: _Tag) -> int | None:
-        """How many heads the first axis of the right operand was folded of, where that can be told."""
+        """Returns the number of heads folded into the first axis of the right operand, where it is known."""
         if right.heads is None and product.right.dim() == 3 and self._calls[-1].batch == product.right.shape[0]:
             return 1
         return right.heads
@@ -238,7 +238,7 @@ def _within(call: Call, event: _Event, depth: int) -> bool:
 
 
 def _folded(source: Tensor, x: Tensor, known: int | None) -> int | None:
-    """How many heads the first axis of a tensor was folded of, given what it was made of."""
+    """Returns the number of heads folded into the first axis of a tensor, given the tensors that it was made of."""
     if x.dim() != 3:
         return None
     if source.dim() == 4 and source.shape[0] * source.shape[1] == x.shape[0] and source.shape[2:] == x.shape[1:]:

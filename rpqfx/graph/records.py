@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import nn
 
 from rpqfx.nn.wrappers import modules_within
-from rpqfx.policies.decision import Hold, Skip
+from rpqfx.policies.decision import KeepDense, Quantize
 from rpqfx.policies.site import Site
 from rpqfx.reporting.records import SiteRecord, attach_records
 
@@ -16,7 +16,7 @@ from rpqfx.reporting.records import SiteRecord, attach_records
 def record(
     model: nn.Module,
     sites: Sequence[Site],
-    settled: Mapping[str, Hold | Skip],
+    settled: Mapping[str, Quantize | KeepDense],
     errors: Mapping[str, float | None],
     *,
     calibrated: Collection[str] = (),
@@ -32,7 +32,7 @@ def record(
         calibrated: Names of what was fitted to what its inputs showed.
         notes: Remarks.
     """
-    undecided = Skip("no decision")
+    undecided = KeepDense("no decision")
     known = {path: name for name, path, _ in modules_within(model)}  # without the names of wrappers
 
     def plain(name: str) -> str:

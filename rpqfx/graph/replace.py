@@ -30,14 +30,14 @@ from rpqfx.nn.hosting.host import back, backed_as, layer_for
 from rpqfx.nn.hosting.reparametrised import computed_from
 from rpqfx.nn.layer import random_weight
 from rpqfx.nn.weight import ReadAs, RPQWeight
-from rpqfx.policies.decision import Hold, Skip
+from rpqfx.policies.decision import KeepDense, Quantize
 from rpqfx.policies.site import Site
 from rpqfx.reporting.progress import Progress
 
 
 def rewrite(
     captured: Captured,
-    decisions: Mapping[str, CodebookSpec | Hold | Skip],
+    decisions: Mapping[str, CodebookSpec | Quantize | KeepDense],
     sites: Sequence[Site] | None = None,
     *,
     seed: int | None = None,
@@ -73,13 +73,13 @@ def rewrite(
 
 
 def _rewrite(
-    captured: Captured, decisions: Mapping[str, CodebookSpec | Hold | Skip], sites: Sequence[Site], seed: int | None,
-    progress: Progress | None,
+    captured: Captured, decisions: Mapping[str, CodebookSpec | Quantize | KeepDense], sites: Sequence[Site],
+    seed: int | None, progress: Progress | None,
 ) -> nn.Module:  # fmt: skip
     settled = settle(decisions, sites)
     check_loaded(captured.model, sites, settled)
     by_name = {site.name: site for site in sites}
-    held = {name: decision for name, decision in settled.items() if isinstance(decision, Hold)}
+    held = {name: decision for name, decision in settled.items() if isinstance(decision, Quantize)}
     made: dict[str, RPQWeight] = {}
     errors: dict[str, float | None] = {}
     if seed is not None and held and all(parameter_at(captured.model, name).is_meta for name in held):
@@ -166,7 +166,7 @@ def install_all(model: nn.Module, placed: Iterable[tuple[Sequence[str], RPQWeigh
 
 
 def _reader(model: nn.Module, site: Site) -> ReadAs:
-    """What reading the tensor from its layer has to give.
+    """Returns the kind of value that reading the tensor from its layer has to give.
 
     torch.nn's encoder layers read the weights of their children for a fast path, which they take with plain tensors
     only and which gives padded positions other values. A layer of torch.nn does not read its own weight.
@@ -206,20 +206,20 @@ def parameter_at(model: nn.Module, name: str) -> nn.Parameter:
     return parameter
 
 
-def _make(model: nn.Module, members: list[tuple[Site, Hold]], seed: int) -> list[RPQWeight]:
+def _make(model: nn.Module, members: list[tuple[Site, Quantize]], seed: int) -> list[RPQWeight]:
     weights = []
-    for site, hold in members:
-        layout = layout_of(site, hold)
+    for site, decision in members:
+        layout = layout_of(site, decision)
         path, _, attribute = site.name.rpartition(".")
         owner = model.get_submodule(path)
         parameter = parameter_at(model, site.name)
-        fitted = hold.init == "fit" and not parameter.is_meta
+        fitted = decision.init == "fit" and not parameter.is_meta
         if fitted and not bool(torch.isfinite(parameter).all()):
             raise RewriteError(f"{site.name} has infinite or NaN elements; mend it, or skip it with a Rule")
         if fitted and len(members) == 1:
-            weight = RPQWeight.from_dense(parameter, hold.spec, layout, seed=seed, plan=hold.plan)
+            weight = RPQWeight.from_dense(parameter, decision.spec, layout, seed=seed, plan=decision.plan)
         else:
-            weight = random_weight(owner, attribute, hold.spec, layout, site.std, hold.plan)
+            weight = random_weight(owner, attribute, decision.spec, layout, site.std, decision.plan)
         weight.take_notes(parameter)
         weights.append(weight)
     if len(members) > 1:
@@ -227,10 +227,10 @@ def _make(model: nn.Module, members: list[tuple[Site, Hold]], seed: int) -> list
     return weights
 
 
-def _share(model: nn.Module, members: list[tuple[Site, Hold]], weights: list[RPQWeight], seed: int) -> None:
+def _share(model: nn.Module, members: list[tuple[Site, Quantize]], weights: list[RPQWeight], seed: int) -> None:
     """One set of codebooks for several weights; fitted ones are fitted to all of them together."""
     first = weights[0]
-    specs = [hold.spec for _, hold in members]
+    specs = [decision.spec for _, decision in members]
     parameters = [parameter_at(model, site.name) for site, _ in members]
     dtypes = {(parameter.dtype, parameter.device) for parameter in parameters}
     if len(dtypes) > 1:
@@ -242,7 +242,7 @@ def _share(model: nn.Module, members: list[tuple[Site, Hold]], weights: list[RPQ
         return
     whole = CodebookSpec(
         sum(spec.num_vectors for spec in specs), specs[0].dim, specs[0].codebook_dim, specs[0].entries,
-        specs[0].stages, specs[0].books, specs[0].scale, specs[0].signs,
+        specs[0].stages, specs[0].num_codebooks, specs[0].scale, specs[0].signs,
     )  # fmt: skip
     rows = [w.layout.to_vectors(p.detach()) for w, p in zip(weights, parameters, strict=True)]
     fit = fit_codebooks(torch.cat(rows), whole, seed=seed)
@@ -263,10 +263,10 @@ def _share(model: nn.Module, members: list[tuple[Site, Hold]], weights: list[RPQ
 
 
 @torch.no_grad()
-def _error(model: nn.Module, site: Site, hold: Hold, weight: RPQWeight) -> float | None:
+def _error(model: nn.Module, site: Site, decision: Quantize, weight: RPQWeight) -> float | None:
     """Relative error of a fitted tensor, ``|W - W'| / |W|``; None where nothing was fitted."""
     dense = parameter_at(model, site.name)
-    if hold.init != "fit" or dense.is_meta:
+    if decision.init != "fit" or dense.is_meta:
         return None
     norm = dense.float().norm()
     return float((dense.float() - weight().float()).norm() / norm) if norm > 0 else 0.0

@@ -1,4 +1,4 @@
-"""What each use of a tensor in a graph makes of it: the weight of a product, of a convolution, a table, or nothing."""
+"""Finds the role of each use of a tensor in a graph: the weight of a product or of a convolution, a table, or none."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ADDITIVE = ("add", "iadd", "sub", "isub", "cat", "stack", "expand", "expand_as",
 
 @dataclass(frozen=True)
 class Role:
-    """What a use makes of a tensor.
+    """The role of one use of a tensor.
 
     Args:
         kind: As of a site.
@@ -68,7 +68,7 @@ class _Seen:
     """A tensor as a use gets it: how many axes are left, and what views it came through."""
 
     dims: int
-    turned: bool = False
+    transposed: bool = False
     picked: bool = False
 
 
@@ -127,17 +127,17 @@ def _uses(node: fx.Node, seen: _Seen) -> Iterator[tuple[fx.Node, fx.Node, _Seen]
 
 
 def _viewed(user: fx.Node, seen: _Seen) -> _Seen | None:
-    """What a tensor is after a view or a cast; None where the call is another use."""
+    """Returns the tensor after a view or a cast; None where the call is another use."""
     target, args = user.target, user.args[1:]
     if user.op == "call_method" and target in _CASTS:
         return seen
     if target in (torch.t, "t") or (
         target is getattr and args[0] in ("T", "mT") and (seen.dims == 2 or args[0] == "mT")
     ):
-        return replace(seen, turned=not seen.turned)
+        return replace(seen, transposed=not seen.transposed)
     if target in (torch.transpose, "transpose") and len(args) == 2 and all(isinstance(axis, int) for axis in args):
         swapped = {axis % seen.dims for axis in args}  # type: ignore[operator]
-        return replace(seen, turned=not seen.turned) if swapped == {seen.dims - 2, seen.dims - 1} else None
+        return replace(seen, transposed=not seen.transposed) if swapped == {seen.dims - 2, seen.dims - 1} else None
     if target is operator.getitem:
         return _indexed(args[0], seen)
     if target in (torch.narrow, "narrow"):
@@ -162,29 +162,29 @@ def _one(seen: _Seen, axis: Any) -> _Seen | None:
 
 
 def _role(user: fx.Node, value: fx.Node, seen: _Seen) -> Role | None:
-    """What a call makes of one of its arguments."""
+    """Returns the role of one argument of a call."""
 
     def given(position: int, *names: str) -> bool:
         named = any(user.kwargs.get(name) is value for name in names)
         return named or (len(user.args) > position and user.args[position] is value)
 
-    target, turned = user.target, seen.turned
+    target, transposed = user.target, seen.transposed
     if target is F.linear and given(1, "weight"):
-        return _product(seen, turned)
-    if target in (F.embedding, F.embedding_bag) and given(1, "weight") and not turned and not seen.picked:
+        return _product(seen, transposed)
+    if target in (F.embedding, F.embedding_bag) and given(1, "weight") and not transposed and not seen.picked:
         return Role("embedding")
     if target in _CONVS and given(1, "weight") and not seen.picked:
         return Role("conv")
     if target in _TRANSPOSED_CONVS and given(1, "weight") and not seen.picked:
         return Role("conv_transpose")
     if target in (torch.addmm, "addmm") and given(2, "mat2"):
-        return _product(seen, not turned)
+        return _product(seen, not transposed)
     if target in (torch.baddbmm, "baddbmm") and (given(1, "batch1") or given(2, "batch2")):
-        return _product(seen, turned == given(1, "batch1"))
+        return _product(seen, transposed == given(1, "batch1"))
     if target in (*_MATMULS, *_BMMS, *_GROUPED) and given(1, "other", "mat2", "mat_b"):
-        return _product(seen, not turned)
+        return _product(seen, not transposed)
     if target in (*_MATMULS, *_BMMS) and given(0, "input", "self"):
-        return _product(seen, turned)
+        return _product(seen, transposed)
     return _in_einsum(user, value, seen) if target is torch.einsum else None
 
 
@@ -205,7 +205,7 @@ def _in_einsum(user: fx.Node, value: fx.Node, seen: _Seen) -> Role | None:
     axes = terms.split(",")[operands.index(value)]
     if len(axes) != seen.dims:
         return None
-    axes = axes[:-2] + axes[:-3:-1] if seen.turned else axes
+    axes = axes[:-2] + axes[:-3:-1] if seen.transposed else axes
     summed = [axis for axis in axes if axis not in out]
     others = "".join(term for place, term in enumerate(terms.split(",")) if place != operands.index(value))
     batch = [axis for axis in axes if axis in out and axis in others]

@@ -99,7 +99,7 @@ def _readers(owners: list[nn.Module], reads: list[Read]) -> tuple[type[nn.Module
 
 
 def _unknown(module: nn.Module, reads: list[Read], kind: Kind, graph: ModuleGraph | None) -> bool:
-    """Whether the code that uses a tensor could not be read: its module's own, or that of nobody knows which other."""
+    """Returns whether the graph could not be traced at a place where this tensor is used, or may be."""
     own = is_builtin(module) or (graph is not None and bool(graph.graphs))
     return not own or (kind == "parameter" and not reads)
 
@@ -145,7 +145,7 @@ def _layer_kind(parameter: nn.Parameter, stands: list[tuple[nn.Module, str]]) ->
 
 
 def _is_matrix(parameter: nn.Parameter) -> bool:
-    """Whether at least two axes are longer than 1."""
+    """Returns whether at least two axes are longer than 1."""
     return sum(size > 1 for size in parameter.shape) > 1
 
 
@@ -155,5 +155,5 @@ _RECURRENT = re.compile(r"weight_(ih|hh|hr)(_l\d+(_reverse)?)?")
 
 
 def is_rewritten(model: nn.Module) -> bool:
-    """Whether any module of a model already holds a tensor in codebooks."""
+    """Returns whether any module of a model already holds a quantized tensor."""
     return any(backed_weights(module) for module in model.modules())

@@ -80,7 +80,7 @@ class Ambient:
 
 
 class Snapshot:
-    """What a rewrite changes, to be put back where its result turns out to be wrong, or there is none.
+    """The state of a model before a rewrite, to be restored where the rewrite fails or its result is wrong.
 
     Tensors are not copied, but for those whose values the rewrite sets: their objects come back.
 
@@ -134,7 +134,7 @@ class Snapshot:
 
 
 def _is_same(now: Any, before: Any) -> bool:
-    """Whether two dicts, lists or sets hold the same objects in the same order."""
+    """Returns whether two dicts, lists or sets hold the same objects in the same order."""
     if len(now) != len(before):
         return False
     if isinstance(now, dict):

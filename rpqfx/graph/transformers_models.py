@@ -1,4 +1,4 @@
-"""What transformers models look up by name, told of the names under which their tensors now are.
+"""Updates what transformers models look up by name, to the names under which their tensors now are.
 
 Such a model keeps, as plain data, which of its tensors are tied, and finds them by the names of dense Parameters; and
 it resizes an output head by making a dense one. Attributes of the instance tell it otherwise: its class, and so its
@@ -33,7 +33,7 @@ def adapt_pretrained(model: nn.Module) -> None:
     """Sets those attributes on every transformers model within a rewritten model.
 
     Args:
-        model: A model whose weights, or keys and values, have just been put into codebooks.
+        model: A model whose weights, or keys and values, have just been quantized.
     """
     for module in model.modules():
         if not is_pretrained(module):
@@ -57,10 +57,10 @@ def adapt_pretrained(model: nn.Module) -> None:
 def restore_pretrained(model: nn.Module) -> None:
     """Takes those attributes back from every transformers model within a model whose weights are dense again.
 
-    Ties of codebooks of keys and values, which stay, are told anew.
+    Ties of codebooks of keys and values, which stay, are declared again.
 
     Args:
-        model: A model none of whose weights are in codebooks any more.
+        model: A model none of whose weights are quantized any more.
     """
     for module in model.modules():
         if not is_pretrained(module):
@@ -80,12 +80,12 @@ def _dense(name: str) -> str:
 
 
 def is_pretrained(module: nn.Module) -> bool:
-    """Whether a module is a transformers model (by what it has; transformers need not be installed)."""
+    """Returns whether a module is a transformers model (by what it has; transformers need not be installed)."""
     return all(hasattr(type(module), name) for name in ("_tied_weights_keys", "tie_weights", *ATTRIBUTES[-1:]))
 
 
 def _patterns(model: nn.Module, ties: dict[str, str]) -> dict[str, str]:
-    """Ties (target: source), with a pattern for all stored tensors in place of a weight that is in codebooks.
+    """Ties (target: source), with a pattern for all stored tensors in place of a weight that is quantized.
 
     Patterns, not names: of names that stand for Parameters, others (peft) conclude that their owner is a layer.
     """
@@ -117,7 +117,7 @@ def _shared(model: nn.Module, whole: set[str]) -> dict[str, str]:
 
 
 def _names(model: nn.Module, ties: dict[str, str]) -> dict[str, str]:
-    """Ties (target: source), with the name of each stored tensor in place of a weight that is in codebooks."""
+    """Ties (target: source), with the name of each stored tensor in place of a weight that is quantized."""
     found: dict[str, str] = {}
     for target, source in ties.items():
         held = _tied(model, target, source)

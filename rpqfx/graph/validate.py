@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from rpqfx.codebook import CodebookSpec
 from rpqfx.errors import RewriteError
 from rpqfx.nn.layout import Layout
-from rpqfx.policies.decision import Hold, Skip, as_decision
+from rpqfx.policies.decision import KeepDense, Quantize, as_decision
 from rpqfx.policies.site import Site
 
 
-def settle(decisions: Mapping[str, CodebookSpec | Hold | Skip], sites: Sequence[Site]) -> dict[str, Hold | Skip]:
+def settle(
+    decisions: Mapping[str, CodebookSpec | Quantize | KeepDense], sites: Sequence[Site]
+) -> dict[str, Quantize | KeepDense]:
     """Decisions that can be carried out.
 
     Args:
@@ -32,43 +34,43 @@ def settle(decisions: Mapping[str, CodebookSpec | Hold | Skip], sites: Sequence[
         raise RewriteError(f"decisions for sites that the model does not have: {', '.join(unknown[:5])}")
     settled = {name: as_decision(by_name[name], decision) for name, decision in decisions.items()}
     for name, decision in settled.items():
-        if isinstance(decision, Hold) and by_name[name].blocked is not None:
+        if isinstance(decision, Quantize) and by_name[name].blocked is not None:
             raise RewriteError(f"{name} cannot be quantized: {by_name[name].blocked}")
     return settled
 
 
-def groups_of(held: Mapping[str, Hold]) -> dict[object, list[str]]:
+def groups_of(held: Mapping[str, Quantize]) -> dict[object, list[str]]:
     """Names of sites that share codebooks, together; every other site alone.
 
     Args:
         held: By site name.
     """
     groups: dict[object, list[str]] = defaultdict(list)
-    for name, hold in held.items():
-        key = name if hold.group is None else (hold.group, *hold.shared)
+    for name, decision in held.items():
+        key = name if decision.group is None else (decision.group, *decision.shared)
         groups[key].append(name)
     return groups
 
 
-def layout_of(site: Site, hold: Hold) -> Layout:
-    """How a site's tensor is seen as vectors, by a decision.
+def layout_of(site: Site, decision: Quantize) -> Layout:
+    """Returns how a site's tensor is seen as vectors, by a decision.
 
     Args:
         site: The site.
-        hold: The decision.
+        decision: The decision.
 
     Raises:
         RewriteError: If the decision's vectors are not the site's.
     """
-    layout = site.layout(hold.split, hold.experts)
-    if (layout.num_vectors, layout.dim) != (hold.spec.num_vectors, hold.spec.dim):
+    layout = site.layout(decision.split, decision.experts)
+    if (layout.num_vectors, layout.dim) != (decision.spec.num_vectors, decision.spec.dim):
         raise RewriteError(
-            f"{site.name}: the decision has {hold.spec.num_vectors} vectors of length {hold.spec.dim}, the site "
-            f"{layout.num_vectors} of length {layout.dim} with split={hold.split!r}"
+            f"{site.name}: the decision has {decision.spec.num_vectors} vectors of length {decision.spec.dim}, the "
+            f"site {layout.num_vectors} of length {layout.dim} with split={decision.split!r}"
         )
-    if hold.spec.dim_scale % site.taps:
+    if decision.spec.column_scale_group % site.taps:
         raise RewriteError(
-            f"{site.name}: {hold.spec.dim_scale} elements of a filter share a factor, which the {site.taps} taps of a "
-            f"channel must; give the spec dim_scale={site.taps}"
+            f"{site.name}: {decision.spec.column_scale_group} elements of a filter share a factor, which the "
+            f"{site.taps} taps of a channel must; give the spec column_scale_group={site.taps}"
         )
     return layout

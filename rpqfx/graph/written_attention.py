@@ -34,7 +34,7 @@ def find_written(model: nn.Module, run: Callable[[], Any], known: Collection[nn.
 
 
 def _judged(own: list[Pair], known: set[nn.Module], pairs: dict[str, list[Pair]]) -> Written:
-    """What all calls of one module show together."""
+    """The observations of all calls of one module together."""
     if not any(pair.causal for pair in own):
         return Written(None, causal=False)
     first = own[0]

@@ -38,7 +38,7 @@ class Products:
 
 
 class Shape(NamedTuple):
-    """What is known of a product without its operands.
+    """The facts known of a product without its operands.
 
     Args:
         right: The shape of the right operand.

@@ -81,7 +81,8 @@ def _held(model: nn.Module) -> list[str]:
         policy = next(iter(cores.values())).policy
         lines += [
             "",
-            f"Older keys and values of {len(cores)} attention modules are held as codes of {policy.bits} bits.",
+            f"Older keys and values of {len(cores)} attention modules are held as codes of {policy.bits_per_value} "
+            "bits.",
         ]
     if blocks := routed(model):
         lines += ["", f"{len(blocks)} blocks are conditionally routed."]

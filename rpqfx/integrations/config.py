@@ -1,4 +1,4 @@
-"""``RPQConfig``: how ``from_pretrained`` puts weights into codebooks, and what a saved folder says of them."""
+"""``RPQConfig``: how ``from_pretrained`` quantizes weights, and what a saved folder says of them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SAVED = ("format", "version", "bits_per_weight", "routing")
 
 @spelled
 class RPQConfig(QuantizationConfigMixin):
-    """Says how ``from_pretrained`` holds weights in codebooks, while it loads them.
+    """Says how ``from_pretrained`` quantizes weights while it loads them.
 
     Weights are fitted as they come, without data, so at no time is there more than about one dense layer beside what is
     done. Codebooks are those of the first weight that needs them: scaled, weights look alike. To calibrate on data,
@@ -103,11 +103,11 @@ class RPQConfig(QuantizationConfigMixin):
         """Returns the policy that it stands for.
 
         Raises:
-            FormatError: If it is that of a saved model, whose weights are in codebooks already.
+            FormatError: If it is that of a saved model, whose weights are quantized already.
         """
         if self.format is not None:
             raise FormatError(
-                "this quantization_config is of a model in codebooks, and the weights to be loaded are dense; give "
+                "this quantization_config is of a quantized model, and the weights to be loaded are dense; give "
                 "RPQConfig(bits_per_weight=...)"
             )
         if self.policy is not None:
@@ -120,7 +120,7 @@ class RPQConfig(QuantizationConfigMixin):
         """Makes the one of a model that is saved.
 
         Args:
-            bits_per_weight: What its weights in codebooks take; None where there are none.
+            bits_per_weight: What its quantized weights take; None where there are none.
             routing: Policies of ``route``, as JSON, by the names of what it was called with.
         """
         from rpqfx import __version__

@@ -38,7 +38,7 @@ class Folder:
     def __init__(self, files: Sequence[str] | None) -> None:
         if not files:
             raise FormatError(
-                "a model in codebooks comes from the files of its folder, and no files were found; pass the folder to "
+                "a quantized model comes from the files of its folder, and no files were found; pass the folder to "
                 "from_pretrained, without state_dict"
             )
         self.files = [str(file) for file in files]
@@ -137,7 +137,7 @@ class Folder:
     def _true(
         self, manifest: Any, stored: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
     ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """What is stored, as a manifest has it: without guards and extra state, and no tensor flat."""
+        """Returns the stored tensors as a manifest has them: without guards and extra state, and no tensor flat."""
         self._entry = _entries(manifest)
         found = dict(stored)
         for name, (dtype, shape) in stored.items():
@@ -150,7 +150,7 @@ class Folder:
 
 
 def _entries(manifest: Any) -> dict[str, Any]:
-    """What a manifest says of tensors, by their first names; nothing where it is none, which is found out later."""
+    """Returns the entries of a manifest by the tensors' first names; nothing for what is no manifest, checked later."""
     with contextlib.suppress(TypeError, LookupError, AttributeError):
         return {entry["names"][0]: entry for entry in manifest["tensors"]}
     return {}

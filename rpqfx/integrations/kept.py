@@ -1,4 +1,4 @@
-"""Weights that were put into codebooks while they were loaded, kept on disk until all of them are."""
+"""Weights that were quantized while they were loaded, kept on disk until all of them are."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from rpqfx.conversion.checkpoint import Checkpoint, Work, fingerprint
 from rpqfx.errors import FormatError
 from rpqfx.nn.layout import Layout
 from rpqfx.nn.weight import RPQWeight
-from rpqfx.policies.decision import Hold
+from rpqfx.policies.decision import Quantize
 
 _LOADING = Work("loading", "model, policy or seed")
 _DENSE, _ERROR, _STD = "dense", "error", "std"  # what is kept beside a weight's tensors
-_FACTORS = ("scale", "dim_scale")
+_FACTORS = ("scale", "column_scale")
 
 
 class Kept:
@@ -35,12 +35,14 @@ class Kept:
         self._folder = os.fspath(folder)
         self._store = Checkpoint(folder, fingerprint(words, ()), _LOADING)
 
-    def load(self, name: str, hold: Hold, layout: Layout, dense: Tensor) -> tuple[RPQWeight, float | None] | None:
+    def load(
+        self, name: str, decision: Quantize, layout: Layout, dense: Tensor
+    ) -> tuple[RPQWeight, float | None] | None:
         """Returns a weight and the error of its fit, or None where it is not done.
 
         Args:
             name: Name of the weight.
-            hold: How it is held.
+            decision: How it is quantized.
             layout: Layout of the weight's tensor.
             dense: What is to be fitted.
 
@@ -55,7 +57,7 @@ class Kept:
         error, std = float(held.pop(_ERROR)), float(held.pop(_STD))
         held = {part: tensor.to(dense.device) for part, tensor in held.items()}
         books = held["codebooks"]
-        weight = RPQWeight(hold.spec, layout, std=std, plan=hold.plan, device="meta", dtype=books.dtype)
+        weight = RPQWeight(decision.spec, layout, std=std, plan=decision.plan, device="meta", dtype=books.dtype)
         weight.codebooks, weight.codes = nn.Parameter(books, dense.requires_grad), held["codes"]
         for factor in _FACTORS:
             value = held.get(factor)

@@ -1,4 +1,4 @@
-"""Weights put into codebooks while ``from_pretrained`` of transformers loads them, each as it comes, without data."""
+"""Weights quantized while ``from_pretrained`` of transformers loads them, each as it comes, without data."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from rpqfx.graph.validate import groups_of, layout_of, settle
 from rpqfx.integrations.kept import Kept
 from rpqfx.nn.weight import RPQWeight
 from rpqfx.policies.decide import decide_all
-from rpqfx.policies.decision import Hold, Skip
+from rpqfx.policies.decision import KeepDense, Quantize
 from rpqfx.policies.policy import Policy, Rate
 from rpqfx.reporting.report import dense_bytes
 from rpqfx.storage.files import take_in
@@ -37,7 +37,7 @@ _SEVERAL = "shares codebooks with others, which are all needed at once to fit th
 
 
 class Quantizing(ConversionOps):
-    """What happens to one model while it is loaded.
+    """Quantizes one model while it is loaded.
 
     Args:
         model: On the meta device, dense; its weights are replaced as they come.
@@ -61,17 +61,17 @@ class Quantizing(ConversionOps):
         others = dense_bytes(model) - sum(site.dense_bytes for site in self._sites)
         decisions, self._notes = decide_all(policy, self._sites, others)
         self._settled = settle(decisions, self._sites)
-        held = {name: hold for name, hold in self._settled.items() if isinstance(hold, Hold)}
+        held = {name: decision for name, decision in self._settled.items() if isinstance(decision, Quantize)}
         self._groups: dict[str, object] = {}
         for key, names in groups_of(held).items():
             if len(names) > 1 and not self._by_rate:
                 raise PolicyError(f"{names[0]} {_SEVERAL}")
             self._groups |= dict.fromkeys(names, key)
-        for name, hold in held.items():
-            if hold.init != "fit":
+        for name, decision in held.items():
+            if decision.init != "fit":
                 raise PolicyError(
-                    f"{name}: init={hold.init!r} draws codebooks anew, and from_pretrained has weights to fit them to; "
-                    "use a policy that fits (Policy(...), Policy.pretrained(...))"
+                    f"{name}: init={decision.init!r} draws codebooks anew, and from_pretrained has weights to fit them "
+                    "to; use a policy that fits (Policy(...), Policy.pretrained(...))"
                 )
         self._by_name = {site.name: site for site in self._sites}
         self._site_of = {own: name for name in held for own in self._by_name[name].names}
@@ -107,8 +107,12 @@ class Quantizing(ConversionOps):
         Args:
             name: Of the tensor.
         """
-        hold = self._settled.get(self._site_of.get(name, ""))
-        return hold.spec.stages * hold.spec.bits / hold.spec.codebook_dim / 8 if isinstance(hold, Hold) else None
+        decision = self._settled.get(self._site_of.get(name, ""))
+        return (
+            decision.spec.stages * decision.spec.codebook_bits / decision.spec.codebook_dim / 8
+            if isinstance(decision, Quantize)
+            else None
+        )
 
     def dtype_of(self, converter: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Returns the dtype that transformers gives a tensor.
@@ -124,7 +128,7 @@ class Quantizing(ConversionOps):
         self, input_dict: dict[str, Any], full_layer_name: str = "", model: Any = None, missing_keys: Any = None,
         **kwargs: Any,
     ) -> dict[str, Tensor]:  # fmt: skip
-        """Puts a weight into codebooks, in the model; an error is kept for ``finish``.
+        """Quantizes a weight, in the model; an error is kept for ``finish``.
 
         Args:
             input_dict: The dense tensor.
@@ -160,18 +164,22 @@ class Quantizing(ConversionOps):
         self._made[name] = digest
         if not bool(torch.isfinite(dense).all()):
             raise RewriteError(f"{name} has infinite or NaN elements; mend it, or skip it with modules_to_not_convert")
-        hold = self._settled[name]
-        assert isinstance(hold, Hold)
-        weight = self._made_of(name, hold, nn.Parameter(dense))
+        decision = self._settled[name]
+        assert isinstance(decision, Quantize)
+        weight = self._made_of(name, decision, nn.Parameter(dense))
         put(model, self._sites, {name: weight})
         for part in (weight, *(model.get_submodule(own.rpartition(".")[0]) for own in self._by_name[name].names)):
             part._is_hf_initialized = True  # type: ignore[assignment]
 
-    def _made_of(self, name: str, hold: Hold, dense: nn.Parameter) -> RPQWeight:
+    def _made_of(self, name: str, decision: Quantize, dense: nn.Parameter) -> RPQWeight:
         """The weight as it was kept, or fitted now, and then kept."""
-        found = None if self._kept is None else self._kept.load(name, hold, layout_of(self._by_name[name], hold), dense)
+        found = (
+            None
+            if self._kept is None
+            else self._kept.load(name, decision, layout_of(self._by_name[name], decision), dense)
+        )
         if found is None:
-            weight = self._fit(name, hold, dense)
+            weight = self._fit(name, decision, dense)
             if self._kept is not None:
                 self._kept.save(name, dense, weight, self._errors[name])
             return weight
@@ -184,15 +192,15 @@ class Quantizing(ConversionOps):
     def _shares(self, name: str) -> bool:
         return sum(other == self._groups[name] for other in self._groups.values()) > 1
 
-    def _fit(self, name: str, hold: Hold, dense: nn.Parameter) -> RPQWeight:
-        layout = layout_of(self._by_name[name], hold)
+    def _fit(self, name: str, decision: Quantize, dense: nn.Parameter) -> RPQWeight:
+        layout = layout_of(self._by_name[name], decision)
         if not self._by_rate:
-            weight = RPQWeight.from_dense(dense, hold.spec, layout, seed=self._seed, plan=hold.plan)
+            weight = RPQWeight.from_dense(dense, decision.spec, layout, seed=self._seed, plan=decision.plan)
             norm = dense.float().norm()
             self._errors[name] = float((dense.float() - weight().float()).norm() / norm) if norm > 0 else 0.0
             return weight
-        made = StandIn(hold.spec, layout, dense, Observer(()))
-        made.plan = hold.plan
+        made = StandIn(decision.spec, layout, dense, Observer(()))
+        made.plan = decision.plan
         key = self._groups[name]
         if key not in self._books:
             books = train_codebooks([(made.vectors, made.spec, None)], seed=self._seed)
@@ -211,13 +219,13 @@ class Quantizing(ConversionOps):
             model: The model.
 
         Raises:
-            RPQError: What was raised while a weight was put into codebooks.
+            RPQError: What was raised while a weight was quantized.
         """
         if self._failed:
             raise self._failed[0]
         for name in self._groups:
             if name not in self._made:
-                self._settled[name] = Skip("it is not in the checkpoint, and was drawn")
+                self._settled[name] = KeepDense("it is not in the checkpoint, and was drawn")
         model.__dict__["all_tied_weights_keys"] = self._ties
         adapt_pretrained(model)
         record(model, self._sites, self._settled, self._errors, notes=self._notes)
@@ -231,7 +239,7 @@ def _words(model: nn.Module, policy: Policy, seed: int) -> list[str]:
 
 
 def _tie(model: Any) -> None:
-    """Ties what transformers will tie when all is loaded, so that it is put into codebooks once."""
+    """Ties what transformers will tie when all is loaded, so that it is quantized once."""
     ties = getattr(model, "all_tied_weights_keys", None) or {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for target, source in ties.items():

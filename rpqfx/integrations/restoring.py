@@ -1,4 +1,4 @@
-"""A model in codebooks as ``from_pretrained`` of transformers makes it of a folder.
+"""A quantized model as ``from_pretrained`` of transformers makes it of a folder.
 
 The model is made on the meta device, dense. The manifest says what becomes of it: it is rewritten there, so no dense
 weight is ever allocated. Where nobody asks for devices or another dtype, all tensors are then read at once, and hidden
@@ -63,7 +63,7 @@ class _Converter(WeightConverter):
 
 
 class Restoring(ConversionOps):
-    """What happens to one model while its folder is opened.
+    """Restores one model while its folder is opened.
 
     Args:
         model: On the meta device, dense; is rewritten.

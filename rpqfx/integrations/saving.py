@@ -39,7 +39,7 @@ def save_pretrained(model: Any, save_directory: Any, *args: Any, **kwargs: Any) 
     """Writes a folder that ``from_pretrained`` opens, with codes packed to the bits that they need.
 
     Args:
-        model: A transformers model; one with nothing in codebooks, routed or attending to codes is saved as ever.
+        model: A transformers model; one with nothing quantized, routed or attending to codes is saved as ever.
         save_directory: The folder.
         *args: As for the model's own method.
         **kwargs: Likewise.

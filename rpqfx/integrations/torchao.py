@@ -70,6 +70,6 @@ def _quantize(module: nn.Module, config: RPQConfig) -> nn.Module:
     except PolicyError as error:
         shapes = ", ".join(f"{name} {tuple(p.shape)}" for name, p in module.named_parameters())
         raise PolicyError(
-            f"a {type(module).__name__} ({shapes}) cannot be put into codebooks as this RPQConfig says: {error}; leave "
+            f"a {type(module).__name__} ({shapes}) cannot be quantized as this RPQConfig says: {error}; leave "
             "it out with the filter_fn of quantize_, or with None in FqnToConfig"
         ) from error

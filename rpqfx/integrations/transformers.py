@@ -1,4 +1,4 @@
-"""The quantiser by which ``from_pretrained`` of transformers opens and makes models in codebooks."""
+"""The quantiser by which ``from_pretrained`` of transformers opens and makes quantized models."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # these import what is not there yet while transformers itsel
 
 
 class RPQQuantizer(HfQuantizer):
-    """Opens a folder of a model in codebooks, or puts weights into codebooks as they are loaded.
+    """Opens a folder of a quantized model, or quantizes weights as they are loaded.
 
     What it does with one model lies in an object of its own, which is there for the length of that call.
 
@@ -40,7 +40,7 @@ class RPQQuantizer(HfQuantizer):
         self._model: weakref.ref[nn.Module] | None = None
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Refuses what cannot be done with weights that are put into codebooks on the way.
+        """Refuses what cannot be done with weights that are quantized on the way.
 
         Args:
             *args: As for its base.
@@ -55,7 +55,7 @@ class RPQQuantizer(HfQuantizer):
         self.quantization_config.asked()
         if isinstance(device_map, dict) and "disk" in device_map.values():
             raise InputError(
-                "weights that are put into codebooks while they are loaded stay in memory, and device_map sends some "
+                "weights that are quantized while they are loaded stay in memory, and device_map sends some "
                 "to the disk; load the model without, save it, and open the folder with this device_map"
             )
 
@@ -130,7 +130,7 @@ class RPQQuantizer(HfQuantizer):
             )
 
     def get_quantize_ops(self) -> Any:
-        """Returns what puts a weight into codebooks."""
+        """Returns what quantizes a weight."""
         return self._work
 
     def get_weight_conversions(self) -> list[Any]:
@@ -169,7 +169,7 @@ class RPQQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Whether adapters can be trained beside weights in codebooks."""
+        """Whether adapters can be trained beside quantized weights."""
         return True
 
     @property

@@ -1,4 +1,4 @@
-"""The KV cache in codebooks."""
+"""The quantized KV cache."""
 
 from rpqfx.kv.cache.layer import LayerStore
 from rpqfx.kv.coder.head_coder import HeadCoder

@@ -1,4 +1,4 @@
-"""Calibrations that were saved, as ``quantize_kv`` is handed them. Who reads files stands above, and says how here."""
+"""Saved calibrations as ``quantize_kv`` takes them. The storage package registers its reader here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class SavedCalibration(Protocol):
         """Raises unless the coders are of a model like this one.
 
         Args:
-            model: Dense, or with weights in codebooks.
+            model: Dense, or with quantized weights.
         """
 
     def put(self, model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""What one attention module hands on within a call of it."""
+"""The state of one call of an attention module."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _ANGLES = "_kv_angles"
 
 
 def keep_angles(key: Tensor, angles: Rotary) -> None:
-    """Tells a layer that is handed another's keys which angles they have been turned by.
+    """Gives a layer that reuses another's keys the angles by which they have been rotated.
 
     Args:
         key: As the layer that made it attends to it.
@@ -53,7 +53,7 @@ def keep_angles(key: Tensor, angles: Rotary) -> None:
 
 
 def angles_of(key: Tensor) -> Rotary | None:
-    """Returns what ``keep_angles`` was told of keys, in this call; None where that was nothing.
+    """Returns the angles that ``keep_angles`` kept for keys in this call, or None.
 
     Args:
         key: Keys.

@@ -1,4 +1,4 @@
-"""A first run of a model whose attention is to be held in codes, so that refusals come before anything is fitted."""
+"""A first run of a model whose attention is to use codes, so that refusals come before anything is fitted."""
 
 from __future__ import annotations
 
@@ -135,15 +135,15 @@ def _spoken(model: nn.Module, batches: Batches) -> Spoken | None:
 
 @contextmanager
 def _uncoded(cores: Cores, trials: dict[AttentionSite, Trial]) -> Iterator[None]:
-    """Attention with coders of the shapes that were seen, and a window that is never left."""
+    """Gives attention coders of the shapes that were seen, and a window that is never left, meanwhile."""
     before = {core: core.policy for core in cores.values()}
     try:
         for site, core in cores.items():
             core.policy = dataclasses.replace(core.policy, window=2**20)
             for side, x in (("keys", trials[site].keys), ("values", trials[site].values)):
                 assert x is not None
-                options: dict[str, Any] = {"transform": False, "joint": False, "entries": 2, "stages": 1}
-                coder = HeadCoder(x.shape[1], x.shape[3], sub_vector=x.shape[3], device=x.device, **options)
+                options: dict[str, Any] = {"transform": False, "joint": False, "codebook_size": 2, "stages": 1}
+                coder = HeadCoder(x.shape[1], x.shape[3], codebook_dim=x.shape[3], device=x.device, **options)
                 setattr(core, side, coder)
         yield
     finally:
@@ -154,7 +154,7 @@ def _uncoded(cores: Cores, trials: dict[AttentionSite, Trial]) -> Iterator[None]
 
 
 def _rehearse(model: Any, spoken: Spoken, cores: Iterable[KVAttention]) -> None:
-    """Steps with a cache of codes, held against the tokens in one, or else against steps with the model's own cache."""
+    """Compares steps with a cache of codes with one call on all tokens, or with steps on the model's own cache."""
     whole = model(**{spoken.name: spoken.ids}, **spoken.others, use_cache=False).logits
     steps = _with_codes(model, spoken, whole.shape)
     if whole.dtype not in (torch.float32, torch.float64) or _alike(steps, whole):

@@ -1,4 +1,4 @@
-"""Attention on codes as plain values, and put back from them into a model that has none."""
+"""Converts attention on codes to plain values, and restores it from them in a model that has none."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rpqfx.graph.attention import AttentionSite
 from rpqfx.graph.nested_tensors import without_nested_tensors
 from rpqfx.graph.operands import Operand
 from rpqfx.graph.written_products import Products
-from rpqfx.kv.attention.rotary import HALVES, Turning
+from rpqfx.kv.attention.rotary import HALVES, RotaryConvention
 from rpqfx.kv.coder.head_coder import HeadCoder
 from rpqfx.kv.module import KVAttention
 from rpqfx.kv.policy import KVPolicy
@@ -52,7 +52,8 @@ def describe_kv(model: nn.Module) -> list[dict[str, Any]]:
             continue
         found[id(module)] = {
             "names": [name], "kind": kind, "outermost": "_kv_base" in vars(type(module)),
-            "policy": core.policy.to_json(), "turning": None if core.turning is None else list(core.turning),
+            "policy": core.policy.to_json(),
+            "rotary_convention": None if core.rotary_convention is None else list(core.rotary_convention),
             "products": None if core.products is None else dataclasses.asdict(core.products),
             **{side: _values(getattr(core, side)) for side in _SIDES},
         }  # fmt: skip
@@ -93,7 +94,7 @@ def put_back_kv(
                 core = KVAttention(KVPolicy.from_json(one["policy"]), name)
                 wrap(AttentionSite(name, module, one["kind"]), core)
             core.policy, core.products = KVPolicy.from_json(one["policy"]), _products(one)
-            core.turning = _turning(one)
+            core.rotary_convention = _rotary_convention(one)
             core.keys, core.values = (_coder(one[side]) for side in _SIDES)
         except KeyError:
             raise FormatError(
@@ -104,34 +105,41 @@ def put_back_kv(
     without_nested_tensors(model, [model.get_submodule(names[one["names"][0]]) for one in described])
 
 
-def _turning(one: Mapping[str, Any]) -> Turning | None:
-    """The convention of a module's rotary embedding; that of halves in files from before there were others."""
-    said = one.get("turning", list(HALVES) if one["kind"] == "transformers" else None)
-    return None if said is None else Turning(*said)
+def _rotary_convention(one: Mapping[str, Any]) -> RotaryConvention | None:
+    """Returns the convention of a module's rotary embedding; that of halves where a file names none."""
+    said = one.get("rotary_convention", list(HALVES) if one["kind"] == "transformers" else None)
+    return None if said is None else RotaryConvention(*said)
 
 
 def _products(one: Mapping[str, Any]) -> Products | None:
-    """Which products of a module's code are those of its attention; None where it has none of its own."""
+    """Returns which products of a module's code are those of its attention; None where it has none of its own."""
     said = one.get("products")
     return None if said is None else Products(**{**said, **{side: Operand(**said[side]) for side in _SIDES}})
 
 
 def _is_usual(coder: Any) -> bool:
-    """Whether a coder is one that ``quantize_kv`` makes: its quantiser may be set in more ways by hand."""
+    """Returns whether a coder is one that ``quantize_kv`` makes: its quantiser may be set in more ways by hand."""
     if not isinstance(coder, HeadCoder):
         return False
     own = coder.quantizer
-    set_by_hand = own.repeat != 1 or own.revive or own.seed or own.commitment != _COMMITMENT or own.scaled
+    set_by_hand = (
+        own.shared_stages != 1
+        or own.threshold_ema_dead_code
+        or own.seed
+        or own.commitment != _COMMITMENT
+        or own.normalize
+    )
     return not set_by_hand and own.layout.shared and not own.layout.strided
 
 
 def _values(coder: HeadCoder) -> dict[str, Any]:
     quantizer = coder.quantizer
     return {
-        "heads": coder.heads, "dim": coder.dim, "sub_vector": coder.sub_vector, "entries": coder.entries,
-        "stages": list(quantizer.layout.stages), "transform": coder.mean is not None,
-        "joint": coder.parts == 1 and coder.mean is not None and not coder.scaled,
-        "strided": coder.strided, "scaled": coder.scaled, "cosine": quantizer.cosine, "beam": quantizer.beam,
+        "heads": coder.heads, "dim": coder.dim, "codebook_dim": coder.codebook_dim,
+        "codebook_size": coder.codebook_size, "stages": list(quantizer.layout.stages),
+        "transform": coder.mean is not None,
+        "joint": coder.parts == 1 and coder.mean is not None and not coder.normalize, "strided": coder.strided,
+        "normalize": coder.normalize, "use_cosine_sim": quantizer.use_cosine_sim, "beam": quantizer.beam,
         "decay": quantizer.decay, "fine": 0 if coder.analysis is None else coder.analysis.fine,
     }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What a first run shows of one attention module, before anything is fitted."""
+"""The observations of one attention module in a first run, before anything is fitted."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CLOSED = -1e3  # added to a score, hides a key
 
 
 class Trial:
-    """Sees one attention module's calls.
+    """Observes one attention module's calls.
 
     Args:
         name: Of the module, for messages.
@@ -56,7 +56,7 @@ class Trial:
             self.ahead = "its tokens attend to later ones, so that no cache is filled token by token"
 
     def compare(self, ours: Tensor, theirs: Tensor, options: list[str]) -> None:
-        """Holds attention as it is computed here against the model's own.
+        """Compares attention as it is computed here with the model's own.
 
         Args:
             ours: With nothing coded.

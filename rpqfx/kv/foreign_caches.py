@@ -1,4 +1,4 @@
-"""Caches of transformers that a model with attention on codes may not be handed: they keep other tokens than came."""
+"""Refuses caches of transformers that keep other tokens than came, for models with attention on codes."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def adapt_generation(model: nn.Module) -> None:
     """Has ``generate`` make caches of codes, in every model of transformers that has attention on codes.
 
     Args:
-        model: A model whose keys and values have just been put into codebooks; attributes of instances are set.
+        model: A model whose keys and values have just been quantized; attributes of instances are set.
     """
     for module in model.modules():
         if is_pretrained(module) and hasattr(type(module), _METHOD) and attentions(module):

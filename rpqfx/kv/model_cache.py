@@ -19,7 +19,7 @@ from rpqfx.kv.module import KVAttention, attentions
 
 
 class CodebookCache:
-    """Keys and values of a model that ``rpqfx.quantize_kv`` returned, as they are met token by token.
+    """Keys and values of a model that ``rpqfx.quantize_kv`` returned, appended token by token.
 
     Models of transformers take it as ``past_key_values``. Any other model whose forward can be given the next tokens
     alone attends to it inside ``with cache.attended(): model(...)``.
@@ -47,7 +47,7 @@ class CodebookCache:
 
     @classmethod
     def for_model(cls, model: nn.Module, dtype: torch.dtype | None = None) -> CodebookCache:
-        """A cache of the kind that the model takes: for one of transformers, also a ``transformers.Cache``.
+        """Returns a cache of the kind that the model takes: for one of transformers, also a ``transformers.Cache``.
 
         Args:
             model: What ``quantize_kv`` returned, or what wraps it: an adapter, a module that holds it.
@@ -85,7 +85,7 @@ class CodebookCache:
 
     @contextmanager
     def attended(self) -> Iterator[None]:
-        """While it lasts, this thread's calls of the model are the next tokens of this cache to its attention.
+        """Makes this thread's calls of the model append to this cache, for as long as the context lasts.
 
         Raises:
             InputError: If the model did not run meanwhile: a copy of it may have, which knows nothing of this cache.
@@ -106,7 +106,7 @@ class CodebookCache:
             )
 
     def nbytes(self) -> dict[str, int]:
-        """Bytes of ``codes``, ``scales``, ``window`` (with the sinks), ``positions``, and ``codebooks`` (with maps).
+        """Counts bytes of ``codes``, ``scales``, ``window`` (with sinks), ``positions`` and ``codebooks`` (with maps).
 
         The last are the model's, whatever the number of tokens and of caches.
         """
@@ -117,25 +117,25 @@ class CodebookCache:
         return {**found, "codebooks": codebook_bytes(self.cores.values())}
 
     def reset(self) -> None:
-        """Forgets all tokens."""
+        """Drops all tokens."""
         for store in self.stores.values():
             store.reset()
         self.positions.reset()
 
     def select(self, indices: Tensor) -> None:
-        """Some rows of the batch, in any order: ``indices [B']``, an integer."""
+        """Keeps some rows of the batch, in any order: ``indices [B']``, an integer."""
         for store in self.stores.values():
             store.select(indices)
         self.positions.map_rows(lambda x: x.index_select(0, indices.to(x.device)))
 
     def repeat(self, times: int) -> None:
-        """Each row of the batch so many times, beside each other."""
+        """Repeats each row of the batch, the copies beside each other."""
         for store in self.stores.values():
             store.repeat(times)
         self.positions.map_rows(lambda x: x.repeat_interleave(times, 0))
 
     def crop(self, length: int) -> None:
-        """Forgets the newest tokens.
+        """Drops the newest tokens.
 
         Args:
             length: Tokens that stay; if negative, tokens that go.
@@ -148,11 +148,11 @@ class CodebookCache:
         self.positions.crop(max((store.total for store in self.stores.values()), default=0))
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """All tokens, as tensors to be kept by ``torch.save``; ``restore`` takes them."""
+        """Returns all tokens, as tensors to be kept by ``torch.save``; ``restore`` takes them."""
         return {"": self.positions.state(), **{name: store.state() for name, store in self.stores.items()}}
 
     def restore(self, state: dict[str, dict[str, Tensor]]) -> None:
-        """Takes what ``state`` gave.
+        """Takes on the result of ``state``.
 
         Raises:
             FormatError: If it is of other layers or codebooks; the cache is empty then.
@@ -163,14 +163,14 @@ class CodebookCache:
         try:
             for name, store in self.stores.items():
                 store.restore(state[name])
-            self.positions.restore(state[""], [name for name, store in self.stores.items() if store.turned])
+            self.positions.restore(state[""], [name for name, store in self.stores.items() if store.rotated])
         except FormatError:
             self.reset()
             raise
 
 
 def codebook_bytes(cores: Iterable[KVAttention]) -> int:
-    """Bytes of the codebooks, maps and means of attention layers, each tensor once."""
+    """Returns the bytes of the codebooks, maps and means of attention layers, each tensor once."""
     tensors = {}
     for core in cores:
         for tensor in (*core.parameters(), *core.buffers()):

@@ -1,4 +1,4 @@
-"""Attention whose older keys and values are what their codes stand for."""
+"""Attention whose older keys and values are decoded from codes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rpqfx.errors import InputError
 from rpqfx.graph.leaves import own
 from rpqfx.graph.written_products import Products
 from rpqfx.kv.attention.masks import masks
-from rpqfx.kv.attention.rotary import HALVES, Rotary, Turning, turn, turn_back
+from rpqfx.kv.attention.rotary import HALVES, Rotary, RotaryConvention, apply_rotary, undo_rotary
 from rpqfx.kv.attention.score_options import Changes, biased_attention
 from rpqfx.kv.cache.layer import Arrival, LayerStore
 from rpqfx.kv.cache.pending import Pending
@@ -46,7 +46,7 @@ class KVAttention(nn.Module):
 
     keys: HeadCoder
     values: HeadCoder
-    turning: Turning | None = HALVES  # of models that were pickled before there were others
+    rotary_convention: RotaryConvention | None = HALVES  # of models that were pickled before there were others
     products: Products | None = None
     latent: bool = False  # whether keys and values are expanded from what a cache holds
 
@@ -55,7 +55,7 @@ class KVAttention(nn.Module):
         self.policy, self.name, self.products = policy, name, products
         self.watch: Watch | None = None
         self.trial: Trial | None = None
-        self.turning = None
+        self.rotary_convention = None
         self.underway = Underway()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class KVAttention(nn.Module):
         return self.underway.loss
 
     def extra_repr(self) -> str:
-        """What ``print`` shows."""
+        """Returns the text that ``print`` shows."""
         return f"window={self.policy.window}, sinks={self.policy.sinks}, keys={self.policy.keys!r}"
 
     def forward(
@@ -150,7 +150,7 @@ class KVAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, changes: Changes | None,
         **options: Any,
     ) -> Tensor:  # fmt: skip
-        """Attention to keys and values that the module made, twice where codes have others to say."""
+        """Returns attention to keys and values that the module made, twice where codes have others to say."""
         near, self.underway.near = self.underway.near, None
         if self.trial is not None:
             self.trial.see(query, key, value, mask, is_causal)
@@ -169,7 +169,7 @@ class KVAttention(nn.Module):
         return key.shape[2] // (1 if self.underway.near is None else 2)
 
     def append(self, store: LayerStore, key: Tensor, value: Tensor) -> Arrival:
-        """Puts the next tokens into a cache.
+        """Appends the next tokens to a cache.
 
         Args:
             store: The part of the cache that belongs to this layer.
@@ -197,7 +197,7 @@ class KVAttention(nn.Module):
         scale: float | None = None,
         changes: Changes | None = None,
     ) -> Tensor:
-        """Attention of the tokens that ``append`` put into a cache, which held some before.
+        """Returns attention of the tokens that ``append`` put into a cache, which held some before.
 
         Args:
             store: The part of the cache that belongs to this layer.
@@ -210,7 +210,7 @@ class KVAttention(nn.Module):
         return store.attend(self._in_halves(query, query)[1], scale, attn_mask, arrival, changes)
 
     def recoded_keys(self, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys after coding, and the loss; on the side of the rotary embedding that the policy names."""
+        """Returns keys after coding, before or after the rotary embedding as the policy says, and the loss."""
         angles, key, _ = self._in_halves(key, key)
         return self._recoded(key, angles, [])
 
@@ -218,18 +218,18 @@ class KVAttention(nn.Module):
         if angles is None:
             coded, loss = self.keys(key, None, batches)
             return coded, loss
-        coded, loss = self.keys(turn_back(key, angles), None, batches)
-        return turn(coded, angles), loss
+        coded, loss = self.keys(undo_rotary(key, angles), None, batches)
+        return apply_rotary(coded, angles), loss
 
     def _in_halves(
         self, query: Tensor, key: Tensor, known: Rotary | None = None
     ) -> tuple[Rotary | None, Tensor, Tensor]:
-        """Angles, and queries and keys in the order of channels in which a pair is one of each half."""
+        """Returns angles, and queries and keys in the order of channels in which a pair is one of each half."""
         angles = self._angles() if known is None else known
-        if angles is None or self.turning is None:
+        if angles is None or self.rotary_convention is None:
             return angles, query, key
         width = angles.cos.shape[-1]
-        return angles, self.turning.in_halves(query, width), self.turning.in_halves(key, width)
+        return angles, self.rotary_convention.in_halves(query, width), self.rotary_convention.in_halves(key, width)
 
     def _angles(self) -> Rotary | None:
         if self.policy.keys == "after":
@@ -290,7 +290,7 @@ class KVAttention(nn.Module):
 
 
 def attentions(model: nn.Module) -> dict[str, KVAttention]:
-    """The attention on codes of a model, by the name of the module it serves."""
+    """Returns the attention on codes of a model, by the name of the module it serves."""
     return {core.name: core for core in model.modules() if isinstance(core, KVAttention)}
 
 

@@ -1,4 +1,4 @@
-"""How a model's KV cache is held in codebooks: values that say it, and nothing that does it."""
+"""The policy of a KV cache: how its keys and values are quantized."""
 
 from __future__ import annotations
 
@@ -26,48 +26,48 @@ class KVRule(NameRule):
     Args:
         match: A pattern (as of file names) for the qualified names of attention modules.
         skip: Why these keep their cache as it is, or None where they do not.
-        bits: Bits for these, in place of the policy's, and a budget of their own.
+        bits_per_value: Bits for these, in place of the policy's, and a budget of their own.
     """
 
     goes_with: ClassVar[str] = "KVPolicy"
 
-    bits: float | None = None
+    bits_per_value: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.bits is not None:
-            _check_bits(self.bits)
+        if self.bits_per_value is not None:
+            _check_bits(self.bits_per_value)
 
 
 @spelled
 @dataclass(frozen=True)
 class KVPolicy(PolicyBase):
-    """How keys and values are held.
+    """Says how keys and values are quantized.
 
-    Tokens older than the window are codes: each head's vector is turned by a linear map that makes its errors count
-    alike and its coordinates uncorrelated, and sub-vectors of it are sums of entries, more of them where there is more
-    to say (``transform=True``, after Huang and Schultheiss, 1963); or sub-vectors of the channels as they are, all with
-    as many entries (``transform=False``, as in vqllm, 2410.15704).
+    Tokens older than the window are kept as codes. With ``transform=True`` a linear map takes each head's vector to
+    uncorrelated coordinates in which errors count alike, and each sub-vector of these is a sum of entries, of more
+    entries where there is more to say (after Huang and Schultheiss, 1963). With ``transform=False`` the sub-vectors are
+    of the channels as they are, and all are sums of as many entries (as in vqllm, 2410.15704).
 
     Of rules that match a layer the first is followed; else the policy's own values hold.
 
     Args:
-        bits: For each number of keys and values together: codes, and scales where there are any. Codebooks, maps, and
-            the window come on top; a cache's ``nbytes`` counts each.
+        bits_per_value: Bits for each number of keys and values together: codes, and scales where there are any.
+            Codebooks, maps, and the window come on top; a cache's ``nbytes`` counts each.
         window: Recent tokens in full precision, at least so many.
         sinks: First tokens in full precision (Xiao et al., 2309.17453).
         keys: ``"before"`` or ``"after"`` the rotary embedding, or ``"auto"``: before it where the model shows it,
             after it elsewhere. Before it keys are easier to code; after it they are faster to use.
-        sub_vector: ``d``, channels that share an entry.
-        entries: ``K`` of each codebook.
+        codebook_dim: ``d``, channels that share an entry.
+        codebook_size: ``K`` of each codebook.
         stages: Residual stages of a sub-vector at most, 6 if left out. Without transform their number follows from
-            ``bits``, and is not given.
+            ``bits_per_value``, and is not given.
         transform: Whether there is the linear map, and a number of stages for each sub-vector.
         joint: Whether a layer's heads share codes, which saves about half a bit; each has its own otherwise. Left out,
             they do where there is a transform and no scale, and only there they can.
         strided: Without transform: sub-vectors of channels that are far apart, for keys.
-        scaled: A scale for each token and head; heads are apart then.
-        cosine: Whether entries are chosen by angle.
+        normalize: Whether there is a scale for each token and head; heads are apart then.
+        use_cosine_sim: Whether entries are chosen by angle.
         beam: Sums that go on from stage to stage while encoding, 8 if left out; 1 is greedy, as by angle always.
         decay: Of moving averages that codebooks follow in training; None: they are trained by gradient.
         chunk: Tokens that leave the window at a time, a multiple of 8.
@@ -82,18 +82,18 @@ class KVPolicy(PolicyBase):
     goes_with: ClassVar[str] = "quantize_kv"
     rule: ClassVar[type] = KVRule
 
-    bits: float = 2.0
+    bits_per_value: float = 2.0
     window: int = 128
     sinks: int = 4
     keys: Literal["auto", "before", "after"] = "auto"
-    sub_vector: int = 8
-    entries: int = 256
+    codebook_dim: int = 8
+    codebook_size: int = 256
     stages: int | None = None
     transform: bool = True
     joint: bool | None = None
     strided: bool = False
-    scaled: bool = False
-    cosine: bool = False
+    normalize: bool = False
+    use_cosine_sim: bool = False
     beam: int | None = None
     decay: float | None = None
     chunk: int = 16
@@ -101,11 +101,11 @@ class KVPolicy(PolicyBase):
     skip_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_bits(self.bits)
+        _check_bits(self.bits_per_value)
         for name, (least, most) in _RANGES.items():
             if getattr(self, name) is not None or name not in ("stages", "beam"):
                 whole(name, getattr(self, name), least, most)
-        for name in ("transform", "strided", "scaled", "cosine"):
+        for name in ("transform", "strided", "normalize", "use_cosine_sim"):
             flag(name, getattr(self, name))
         if self.joint is not None:
             flag("joint", self.joint)
@@ -126,7 +126,7 @@ class KVPolicy(PolicyBase):
 
     def defaults(self) -> dict[str, Any]:
         """Returns the values that fields have where they are left out, which depend on the others."""
-        joint, beam = self.transform and not self.scaled, 1 if self.cosine else _BEAM
+        joint, beam = self.transform and not self.normalize, 1 if self.use_cosine_sim else _BEAM
         return {**super().defaults(), "joint": joint, "beam": beam, "stages": _STAGES if self.transform else None}
 
     def _check_skipped(self) -> None:
@@ -144,24 +144,26 @@ class KVPolicy(PolicyBase):
                 "strided=True would do nothing with the linear map, which mixes channels anyway; leave it out, or give "
                 "transform=False"
             )
-        if self.joint and not (self.transform and not self.scaled):
-            cause = "scaled=True" if self.transform else "transform=False"
+        if self.joint and not (self.transform and not self.normalize):
+            cause = "normalize=True" if self.transform else "transform=False"
             raise PolicyError(f"joint=True cannot be had with {cause}, where heads are apart; leave joint out")
         if self.stages is not None and not self.transform:
             raise PolicyError(
-                f"stages={self.stages} would do nothing with transform=False, where bits says how many stages there "
-                "are (bits * sub_vector / log2(entries)); leave it out"
+                f"stages={self.stages} would do nothing with transform=False, where bits_per_value says how many "
+                "stages there are (bits_per_value * codebook_dim / log2(codebook_size)); leave it out"
             )
-        if self.cosine and self.beam not in (None, 1):
-            raise PolicyError(f"beam={self.beam} would do nothing with cosine=True, which is greedy; leave it out")
+        if self.use_cosine_sim and self.beam not in (None, 1):
+            raise PolicyError(
+                f"beam={self.beam} would do nothing with use_cosine_sim=True, which is greedy; leave it out"
+            )
 
     @property
-    def code_bits(self) -> int:
+    def codebook_bits(self) -> int:
         """Bits that a code takes."""
-        return math.ceil(math.log2(self.entries))
+        return math.ceil(math.log2(self.codebook_size))
 
     def of(self, name: str) -> KVPolicy | str:
-        """What holds for a layer.
+        """Returns the policy of a layer.
 
         Args:
             name: Qualified name of the attention module.
@@ -172,7 +174,9 @@ class KVPolicy(PolicyBase):
         rule = self.rule_for(name)
         if rule is not None and rule.skip is not None:
             return str(rule.skip)
-        return dataclasses.replace(self, bits=self.bits if rule is None else rule.bits, rules=(), skip_layers=())
+        return dataclasses.replace(
+            self, bits_per_value=self.bits_per_value if rule is None else rule.bits_per_value, rules=(), skip_layers=()
+        )
 
     @classmethod
     def preset(cls, name: str) -> KVPolicy:
@@ -181,22 +185,22 @@ class KVPolicy(PolicyBase):
         All else is as it is left out; ``dataclasses.replace`` changes more of it.
 
         Args:
-            name: Of the preset.
+            name: Name of the preset.
 
         Raises:
             PolicyError: If there is no preset of that name.
         """
         one_of("preset", name, tuple(_PRESETS))
-        return cls(bits=_PRESETS[name])
+        return cls(bits_per_value=_PRESETS[name])
 
 
 _PRESETS = {"2bit": 2.0, "3bit": 3.0, "4bit": 4.0}
 _RANGES = {
-    "window": (0, 2**31 - 1), "sinks": (0, 2**31 - 1), "sub_vector": (1, 2**31 - 1), "entries": (2, 65_536),
+    "window": (0, 2**31 - 1), "sinks": (0, 2**31 - 1), "codebook_dim": (1, 2**31 - 1), "codebook_size": (2, 65_536),
     "stages": (1, 64), "beam": (1, 65_536), "chunk": (1, 2**31 - 1),
 }  # fmt: skip
 
 
 def _check_bits(bits: float) -> None:
     meaning = f"more than 0 and at most {_MOST_BITS:g} for each number"
-    number("bits", bits, meaning, lambda value: 0 < value <= _MOST_BITS)
+    number("bits_per_value", bits, meaning, lambda value: 0 < value <= _MOST_BITS)

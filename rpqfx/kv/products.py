@@ -1,4 +1,4 @@
-r"""Attention that a module multiplies out itself: its two products meet codes, and all between them stays its own.
+r"""Attention that a module multiplies out itself: its two products use codes, and all between them is its own.
 
 The first product gives scores, which the module's code scales, masks, biases, caps and takes the softmax of as it
 pleases; the second mixes values by the weights that came of it. Each query finds recent tokens as they are and older
@@ -106,7 +106,7 @@ class Multiplying(TorchFunctionMode):
         return step_after_backward(out, batches) if batches and torch.is_grad_enabled() else out
 
     def _sides(self, product: Product, side: SideName, axes: tuple[int, ...] | None, how: Operand) -> _Sides:
-        """The right operand with tokens as they are, and as their codes."""
+        """Returns the right operand with tokens as they are, and as their codes."""
         core, right = self._core, product.right
         if core.underway.store is not None:
             raise InputError(
@@ -133,7 +133,7 @@ class Multiplying(TorchFunctionMode):
     def _whole(
         self, right: Tensor, vectors: Tensor, put: Callable[[Tensor], Tensor], queries: int, side: SideName
     ) -> _Sides:
-        """Of tokens that are all there."""
+        """Multiplies where all tokens are in this call."""
         core = self._core
         if core.trial is not None:
             setattr(core.trial, side, vectors)
@@ -149,7 +149,7 @@ class Multiplying(TorchFunctionMode):
     def _resumed(
         self, coming: Coming, arrival: Any, queries: int, side: SideName, put: Callable[[Tensor], Tensor]
     ) -> _Sides:
-        """Of tokens of which a cache held some before."""
+        """Multiplies where a cache held some of the tokens before."""
         new = coming.keys.shape[2]
         if queries != new:
             raise InputError(

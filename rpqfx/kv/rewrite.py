@@ -1,4 +1,4 @@
-"""A model whose attention finds its older keys and values as codes."""
+"""Rewrites a model so that its attention reads its older keys and values from codes."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from rpqfx.graph.seeds import drawn_from
 from rpqfx.graph.snapshot import Snapshot, small_tensors
 from rpqfx.graph.transformers_models import adapt_pretrained
 from rpqfx.kv.calibration_files import CalibrationPath, SavedCalibration, opened
+from rpqfx.kv.chosen_sites import chosen_sites
 from rpqfx.kv.coder.calibrate import find_space, fit_coders, share_codebooks
 from rpqfx.kv.coder.head_coder import HeadCoder
 from rpqfx.kv.coder.statistics import Moments, Watch
 from rpqfx.kv.dense_check import tried
 from rpqfx.kv.generation import adapt_generation
-from rpqfx.kv.held_sites import held_sites
 from rpqfx.kv.module import KVAttention, attentions
 from rpqfx.kv.policy import KVPolicy
 from rpqfx.kv.wrap import unwrap, wrap
@@ -120,7 +120,7 @@ def _check_dense(model: nn.Module) -> None:
 
 
 def _check_alone(calibration: Any, fit: bool, seed: int | None) -> None:
-    """Refuses arguments that say what a saved calibration says."""
+    """Refuses arguments that a saved calibration already decides."""
     given = {"calibration": calibration is not None, "fit": fit is not True, "seed": seed is not None}
     if any(given.values()):
         name = next(name for name, there in given.items() if there)
@@ -131,7 +131,7 @@ def _check_alone(calibration: Any, fit: bool, seed: int | None) -> None:
 
 
 def _with_saved(model: nn.Module, saved: SavedCalibration, inplace: bool) -> nn.Module:
-    """A model that attends as a saved calibration says."""
+    """Returns a model that attends as a saved calibration says."""
     _check_dense(model)
     saved.check(model)
     before = Snapshot(model, values=small_tensors(model) if inplace else ())
@@ -146,7 +146,7 @@ def _with_saved(model: nn.Module, saved: SavedCalibration, inplace: bool) -> nn.
 
 
 def commitment(model: nn.Module) -> torch.Tensor:
-    """The sum of the quantisers' losses of the last call in training, to be added to the model's own loss.
+    """Returns the sum of the quantisers' losses of the last call in training, to be added to the model's own loss.
 
     Args:
         model: What ``quantize_kv`` returned, or a model that holds it.
@@ -178,7 +178,7 @@ def _rewrite(
     progress: Progress | None,
 ) -> None:
     batches = Batches(model, calibration)
-    policies = held_sites(model, policy, batches)
+    policies = chosen_sites(model, policy, batches)
     cores = {site: KVAttention(own, site.name, site.products) for site, own in policies.items()}
     for site, core in cores.items():
         wrap(site, core)
@@ -204,9 +204,9 @@ def _rewrite(
             unwrap(site)
     if not seen:
         raise RewriteError("no attention module ran on the calibration batches; skip none, or calibrate with others")
-    for bits in dict.fromkeys(core.policy.bits for core in seen):
+    for bits in dict.fromkeys(core.policy.bits_per_value for core in seen):
         with drawn_from(None if fit else seed, f"{bits} bits", {t.device for t in model.parameters()}):
-            _fit({core: watch for core, watch in seen.items() if core.policy.bits == bits}, fit, seed or 0)
+            _fit({core: watch for core, watch in seen.items() if core.policy.bits_per_value == bits}, fit, seed or 0)
     for core, source in sharing.items():
         core.keys, core.values = source.keys, source.values
     for site, core in cores.items():
@@ -242,17 +242,18 @@ def _look(model: nn.Module, batches: Batches, fit: bool, seed: int, progress: Pr
 
 def _coder(core: KVAttention, moments: Moments, *, keys: bool) -> HeadCoder:
     policy, width = core.policy, moments.heads * moments.dim // moments.parts
-    if width % policy.sub_vector:
+    if width % policy.codebook_dim:
         raise PolicyError(
-            f"{core.name}: sub-vectors of {policy.sub_vector} do not divide {width} channels; "
-            "take a sub_vector that does, or skip it with a KVRule"
+            f"{core.name}: sub-vectors of {policy.codebook_dim} do not divide {width} channels; "
+            "take a codebook_dim that does, or skip it with a KVRule"
         )
     assert policy.beam is not None  # a policy sets it when it is made
-    stages = max(1, round(policy.bits * policy.sub_vector / policy.code_bits))
+    stages = max(1, round(policy.bits_per_value * policy.codebook_dim / policy.codebook_bits))
     return HeadCoder(
-        moments.heads, moments.dim, sub_vector=policy.sub_vector, entries=policy.entries, stages=stages,
-        transform=policy.transform, joint=bool(policy.joint), strided=policy.strided and keys, scaled=policy.scaled,
-        cosine=policy.cosine, beam=policy.beam, decay=policy.decay, device=moments.device,
+        moments.heads, moments.dim, codebook_dim=policy.codebook_dim, codebook_size=policy.codebook_size, stages=stages,
+        transform=policy.transform, joint=bool(policy.joint), strided=policy.strided and keys,
+        normalize=policy.normalize, use_cosine_sim=policy.use_cosine_sim, beam=policy.beam, decay=policy.decay,
+        device=moments.device,
     )  # fmt: skip
 
 
@@ -273,4 +274,4 @@ def _fit(seen: dict[KVAttention, Watch], fit: bool, seed: int) -> None:
     share_codebooks(coders, policy.stages)
     if fit:
         spaces = [find_space(coder, own) for coder, own in zip(coders, moments, strict=True)]
-        fit_coders(coders, spaces, policy.bits, policy.stages, seed=seed)
+        fit_coders(coders, spaces, policy.bits_per_value, policy.stages, seed=seed)

@@ -25,7 +25,7 @@ _NAME = "rpqfx_kv"
 
 
 def route(config: Any) -> Any:
-    """A configuration like another, for one attention module, that asks for attention on codes.
+    """Returns a copy of a configuration, for one attention module, that asks for attention on codes.
 
     Masks are made by the model, whose own configuration stays.
 
@@ -50,7 +50,7 @@ _IDLE = frozenset({
 def _attend(
     module: nn.Module, query: Tensor, key: Any, value: Any, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """What transformers calls; see its ``sdpa_attention_forward``."""
+    """Runs attention on codes; transformers calls it as its ``sdpa_attention_forward``."""
     core: KVAttention = module.kv_codes  # type: ignore[assignment]
     out = _on_codes(core, module, query, key, value, attention_mask, **options).transpose(1, 2).contiguous()
     if core.trial is not None and (theirs := _own_function(module)) is not None:
@@ -75,7 +75,7 @@ def _on_codes(
     sinks: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """``[B, H_q, T_q, D_v]``."""
+    """Returns ``[B, H_q, T_q, D_v]``."""
     _check_options(core, mask, options)
     if s_aux is not None and sinks is not None:
         raise InputError(f"{core.name} hands both s_aux= and sinks= to its attention; skip it with a KVRule")
@@ -88,7 +88,7 @@ def _on_codes(
 
 
 def _own_function(module: nn.Module) -> Callable[..., Any] | None:
-    """What the module would call if its configuration were the one that it came with, where that is known."""
+    """Returns the attention function of the module's original configuration, where that is known."""
     implementation = module.__dict__["_kv_config"]._attn_implementation
     forward = inspect.unwrap(getattr(type(module), READ_AS, type(module)).forward)
     names = [name for name in forward.__code__.co_names if name.startswith("eager_attention")]
@@ -97,7 +97,7 @@ def _own_function(module: nn.Module) -> Callable[..., Any] | None:
 
 
 def _with_bias(bias: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """A bias of scores and a mask in one, added to scores."""
+    """Returns a bias of scores with a mask added to it."""
     if mask is None and causal:
         mask = torch.ones(bias.shape[-2:], dtype=torch.bool, device=bias.device).tril()
     if mask is None:
@@ -152,7 +152,7 @@ class TransformersCache(CodebookCache, Cache):
 
     @staticmethod
     def _layer(store: LayerStore | None, plain: Any) -> Any:
-        """What holds a layer's tokens, given what the model's own cache would hold them in."""
+        """Returns the layer of a cache of codes that replaces one of the model's own cache."""
         if store is None:
             return plain
         return HybridLayer(store, plain.number_of_states) if HybridLayer.stands_for(plain) else CodebookLayer(store)
@@ -168,21 +168,21 @@ class TransformersCache(CodebookCache, Cache):
         return self.total > 0
 
     def reset(self) -> None:
-        """Forgets all tokens."""
+        """Drops all tokens."""
         CodebookCache.reset(self)
         for layer in self._plain:
             layer.reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Rows in the order of the beams."""
+        """Puts rows into the order of the beams."""
         self.select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row so many times."""
+        """Repeats each row so many times."""
         self.repeat(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Some rows."""
+        """Keeps some rows."""
         self.select(indices)
 
     def select(self, indices: Tensor) -> None:
@@ -198,7 +198,7 @@ class TransformersCache(CodebookCache, Cache):
             self.select(torch.arange(rows).repeat_interleave(times))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the newest tokens; see ``CodebookCache.crop``."""
+        """Drops the newest tokens; see ``CodebookCache.crop``."""
         if tokens_to_remove:
             going = self.total - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
             if going > 0 and any(not getattr(layer, "is_croppable", True) for layer in self._plain):

@@ -46,12 +46,12 @@ class CodebookLayer(CacheLayerMixin):
         return Pending.of(coming, key_states), Pending.of(coming, value_states)
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
-        """Tokens that a mask is over, and its first."""
+        """Returns tokens that a mask is over, and its first."""
         length = query_length if isinstance(query_length, int) else len(query_length)  # positions, before 5
         return self._store.total + length, 0
 
     def get_seq_length(self) -> int:
-        """Tokens."""
+        """Returns tokens."""
         return self._store.total
 
     def get_max_length(self) -> int:
@@ -61,7 +61,7 @@ class CodebookLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # as it was called before
 
     def reset(self) -> None:
-        """Forgets all tokens."""
+        """Drops all tokens."""
         self._store.reset()
 
 
@@ -94,7 +94,7 @@ class HybridLayer(CodebookLayer, _LINEAR):
             _LINEAR.lazy_initialization(self, **kwargs)
 
     def reset(self) -> None:
-        """Forgets all tokens."""
+        """Drops all tokens."""
         CodebookLayer.reset(self)
         _LINEAR.reset(self)
 

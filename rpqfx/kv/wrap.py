@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from rpqfx.errors import InputError, RewriteError
 from rpqfx.graph.attention import AttentionSite
 from rpqfx.kv.attention.rotary import Rotary
-from rpqfx.kv.attention.rotary_conventions import turning_of
+from rpqfx.kv.attention.rotary_conventions import rotary_convention_of
 from rpqfx.kv.foreign_caches import check_cache
 from rpqfx.kv.latents import expanded
 from rpqfx.kv.module import KVAttention
@@ -28,7 +28,7 @@ CORE = "kv_codes"  # the attribute under which a module holds its KVAttention
 
 
 class _Through(TorchFunctionMode):
-    """Sends attention calls to a module of ours."""
+    """Redirects attention calls to a ``KVAttention``."""
 
     def __init__(self, core: KVAttention) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class _Calling(_Wrapped):
 
 
 class _Attending(_Calling):
-    """A ``torch.nn.MultiheadAttention``, or one in codebooks."""
+    """A ``torch.nn.MultiheadAttention``, quantized or not."""
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         """See ``torch.nn.MultiheadAttention``.
@@ -82,8 +82,8 @@ class _Attending(_Calling):
         return super().forward(query, key, value, *args, **kwargs)
 
 
-class _Turning(_Wrapped):
-    """A module of transformers, whose caller hands it the rotary embedding's angles."""
+class _Rotating(_Wrapped):
+    """A module of transformers that receives the rotary embedding's angles from its caller."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """See the class this extends."""
@@ -94,7 +94,7 @@ class _Turning(_Wrapped):
             return super().forward(*args, **kwargs)
 
 
-class _Expanding(_Turning):
+class _Expanding(_Rotating):
     """A module of transformers that expands what a cache holds to keys and values."""
 
     def expand_kv(self, latent: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,13 +133,13 @@ def _angles(core: KVAttention, rotary: Rotary | None) -> Iterator[None]:
 
 
 def _found(core: KVAttention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rotary | None:
-    """Cosines and sines, ``[B, T, R]`` each, among a call's arguments, where it is known how they turn keys."""
-    if core.turning is None:
+    """Returns cosines and sines, ``[B, T, R]`` each, of a call's arguments, where the model's convention is known."""
+    if core.rotary_convention is None:
         return None
     for value in (kwargs.get("position_embeddings"), *args):
         pair = isinstance(value, tuple) and len(value) == 2 and all(isinstance(x, Tensor) for x in value)
         if pair and value[0].dim() == 3 and value[0].shape == value[1].shape and not value[0].is_complex():
-            return core.turning.read(*value)
+            return core.rotary_convention.read(*value)
     return None
 
 
@@ -169,7 +169,7 @@ def wrap(site: AttentionSite, core: KVAttention) -> None:
 
         module.__dict__["_kv_config"] = module.config
         module.config = route(module.config)
-        core.turning = None if core.latent else turning_of(module)
+        core.rotary_convention = None if core.latent else rotary_convention_of(module)
 
 
 def kind_of(module: nn.Module) -> str | None:
@@ -226,7 +226,7 @@ def _stay(module: nn.Module, args: Any) -> None:
 _BASES: dict[str, tuple[type, ...]] = {
     "call": (_Calling,),
     "torch": (_Attending,),
-    "transformers": (_Turning,),
+    "transformers": (_Rotating,),
     "latent": (_Expanding,),
     "products": (_Multiplying,),
 }

@@ -124,7 +124,7 @@ class Attends(nn.MultiheadAttention):
 
 
 class RPQMultiheadAttention(RPQLayer, Attends):
-    """Attention with several heads, as ``torch.nn.MultiheadAttention``, with all four projections in codebooks.
+    """Attention with several heads, as ``torch.nn.MultiheadAttention``, with all four projections quantized.
 
     Further arguments are those of ``RPQLayer``; they hold for each projection.
 

@@ -1,4 +1,4 @@
-"""How codes lie in their buffer: those of two bytes each as bytes, which every back end of torch.distributed can send.
+"""Codes in their buffer: those of two bytes each lie as bytes, which every back end of torch.distributed can send.
 
 Neither NCCL nor gloo takes 16-bit integers, and a process group that has to send one buffer of them sends nothing. So a
 buffer of wide codes ``[R, M, N]`` is uint8 ``[R, M, 2 * N]``, and reading it is a view of the same memory. It has three

@@ -28,17 +28,17 @@ Device = torch.device | str | int | None
 
 
 class CodebookOptions(TypedDict, total=False):
-    """How a layer's weight is quantized (see ``rpqfx.codebook.CodebookSpec.make``)."""
+    """The options by which a layer's weight is quantized (see ``rpqfx.codebook.CodebookSpec.make``)."""
 
     codebook_dim: int | None
-    codebooks: int | None
-    bits: int | None
+    num_subvectors: int | None
+    codebook_bits: int | None
     stages: int
     sharing: Literal["own", "layer"]
     scale: bool
     signs: bool
     grad_scale: GradScale
-    dim_scale: bool
+    column_scale: bool
 
 
 class LayerOptions(CodebookOptions, total=False):
@@ -69,20 +69,20 @@ class RPQLayer(Backed):
     Keyword Args:
         codebook_dim (int | None): Length ``d`` of a sub-vector; left out, the divisor nearest to 64 (of a convolution,
             whole channels, where there is one near).
-        codebooks (int | None): Number ``M`` of sub-vectors instead.
-        bits (int | None): ``log2`` of the entries of a codebook, 1 to 16; left out, 8 or what the layer has vectors
-            for.
+        num_subvectors (int | None): Number ``M`` of sub-vectors instead.
+        codebook_bits (int | None): ``log2`` of the entries of a codebook, 1 to 16; left out, 8 or what the layer has
+            vectors for.
         stages (int): Residual stages; 1 if left out.
         sharing (str): One codebook a sub-vector (``"own"``, if left out) or one for the layer (``"layer"``).
         scale (bool): Whether each vector has a trainable factor; not if left out.
         signs (bool): Whether each use of an entry has a random fixed sign; not if left out.
         grad_scale (str): How gradients of vectors that share an entry are gathered: ``"sum"`` (if left out),
             ``"sqrt"`` or ``"mean"``.
-        dim_scale (bool): Whether each element of a vector, or each channel of a filter, has a trainable factor; not if
-            left out.
+        column_scale (bool): Whether each element of a vector, or each channel of a filter, has a trainable factor; not
+            if left out.
         split (str): Whether vectors lie along the weight's rows or columns (matrices only).
-        plan (str): Which way products run: ``"expand"``, ``"contract"`` or the cheaper by a cost model (``"auto"``, if
-            left out). Kept as [`weight_rpq.plan`][rpqfx.nn.RPQWeight.plan], where it may be changed.
+        plan (str): Which way products run: ``"dequantize"``, ``"lookup"`` or the cheaper by a cost model (``"auto"``,
+            if left out). Kept as [`weight_rpq.plan`][rpqfx.nn.RPQWeight.plan], where it may be changed.
 
     Raises:
         SpecError: If the codebooks do not fit the weight, or the plan is none.

@@ -1,4 +1,4 @@
-"""How a tensor is seen as vectors."""
+"""The layout by which a tensor is seen as vectors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Experts = Literal["shared", "own"]
 
 @dataclass(frozen=True)
 class Layout:
-    """How a tensor is seen as ``N`` vectors of length ``D``.
+    """The layout by which a tensor is seen as ``N`` vectors of length ``D``.
 
     The tensor is first a matrix ``[rows, cols]``: its first ``lead`` axes by the others. Its vectors are the rows,
     or with ``transposed`` the columns.

@@ -114,8 +114,8 @@ class Loaded(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if not self.spec.dim_scale:  # modules that were pickled before there was one lack its place
-            self._parameters.setdefault("dim_scale", None)
+        if not self.spec.column_scale_group:  # modules that were pickled before there was one lack its place
+            self._parameters.setdefault("column_scale", None)
         if "codes" in self._buffers:  # maybe pickled before codes of two bytes were bytes
             self._buffers["codes"] = to_bytes(self.codes, self.spec.tiled)
 

@@ -1,4 +1,4 @@
-"""Where a weight's tensors are: they and what they meet have to be on one device, with values in them."""
+"""Checks where a weight's tensors are: they and their operands must be on one device, with values in them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rpqfx.ops import Tensors
 
 
 def check_placed(tensors: Tensors, x: Tensor | None, owner: nn.Module | None, bias: Tensor | None = None) -> None:
-    """Raises where the tensors of a weight are not all on the device of the input that they meet.
+    """Raises where the tensors of a weight are not all on the device of the input.
 
     Shapes are still worked out on the meta device: with a weight that is there altogether, or for an input that is.
 
@@ -30,7 +30,7 @@ def check_placed(tensors: Tensors, x: Tensor | None, owner: nn.Module | None, bi
     device = tensors.codebooks.device
     if (x is not None and x.device != device) or tensors.codes.device != device:
         _refuse(tensors, x, owner, bias)
-    for tensor in (tensors.scale, tensors.signs, tensors.dim_scale, bias):
+    for tensor in (tensors.scale, tensors.signs, tensors.column_scale, bias):
         if tensor is not None and tensor.device != device:
             _refuse(tensors, x, owner, bias)
 

@@ -30,7 +30,7 @@ def multiply(held: RPQWeight, factor: float) -> None:
     Raises:
         RewriteError: If it has no factors of its own, and its codebooks are those of other weights too.
     """
-    factors = held.dim_scale if held.scale is None else held.scale
+    factors = held.column_scale if held.scale is None else held.scale
     if factors is None and held.shares_codebooks:
         raise RewriteError(
             "this weight shares its codebooks with others, which would be multiplied too; "
@@ -107,13 +107,13 @@ def _set_vectors(held: RPQWeight, kept: int, added: Tensor) -> None:
 def _encode(held: RPQWeight, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Returns codes ``[R, M, n]``, scale ``[n]`` and minus signs ``[R, M, n]`` of the nearest vectors there are."""
     spec, codebooks = held.spec, held.codebooks.detach()
-    shape = (spec.stages, spec.sub_vectors, len(vectors))
+    shape = (spec.stages, spec.num_subvectors, len(vectors))
     if codebooks.is_meta or not len(vectors):
         return held.codes.new_empty(shape), vectors.new_empty(len(vectors)), held.codes.new_empty(shape).bool()
     books = codebooks if codebooks.dtype == torch.float64 else codebooks.float()
     dims = held.tensors.dims
     if dims is not None:  # each sub-vector has entries of its own then
-        share = spec.sub_vectors // books.shape[1]
+        share = spec.num_subvectors // books.shape[1]
         books = books.repeat_interleave(share, 1) * dims.to(books.dtype).view(-1, 1, spec.codebook_dim)
     work = vectors.to(books.dtype)
     scale = work.square().mean(1).sqrt() / books.square().mean((1, 2, 3)).sum().sqrt() if spec.scale else None
@@ -132,7 +132,7 @@ def _nearest_codes(vectors: Tensor, books: Tensor, spec: CodebookSpec, signs: Te
     """Returns folded codes ``[R, M, n]`` (``K`` more where the sign is minus), and their vectors ``[n, D]``."""
     rest = rearrange(vectors, "n (m d) -> m n d", d=spec.codebook_dim)
     found, codes = torch.zeros_like(rest), []
-    share = spec.sub_vectors // books.shape[1]
+    share = spec.num_subvectors // books.shape[1]
     for stage in fold_codebooks(books, signs):
         chosen = [nearest(part, stage[m // share])[0] for m, part in enumerate(rest - found)]
         found = found + torch.stack([stage[m // share][code] for m, code in enumerate(chosen)])

@@ -30,10 +30,10 @@ class RPQWeight(Products):
     Tensors: ``codebooks [R, G, K, d]`` (Parameter), ``codes [R, M, N]`` (buffer, the narrowest integer; one of two
     bytes lies there as bytes, and codes of a tiled spec as tiles (``rpqfx.nn.code_bytes``)), and where the spec has
     them ``scale [N]`` (Parameter),
-    ``dim_scale [D / share]`` (Parameter) and ``signs [R, M, ceil(N/8)]`` (buffer, uint8, eight signs a byte).
+    ``column_scale [D / share]`` (Parameter) and ``signs [R, M, ceil(N/8)]`` (buffer, uint8, eight signs a byte).
 
     Example:
-        >>> spec = CodebookSpec.make(9216, 9216, codebook_dim=128, bits=8)
+        >>> spec = CodebookSpec.make(9216, 9216, codebook_dim=128, codebook_bits=8)
         >>> RPQWeight(spec)().shape
         torch.Size([9216, 9216])
 
@@ -43,7 +43,7 @@ class RPQWeight(Products):
         std: Standard deviation of the tensor that ``reset_parameters`` draws.
         plan: Which way products run (see the attribute).
         device: Where the tensors go.
-        dtype: Dtype of codebooks, scale and ``dim_scale``, floating.
+        dtype: Dtype of codebooks, scale and ``column_scale``, floating.
 
     Raises:
         SpecError: If spec and layout disagree, or the plan is none.
@@ -86,7 +86,7 @@ class RPQWeight(Products):
         self.spec, self.layout, self.std, self.plan = spec, layout, std, plan
         self.codebooks = nn.Parameter(torch.empty(spec.codebooks_shape, device=device, dtype=dtype))
         self.codes = torch.empty(spec.stored_codes_shape, device=device, dtype=spec.code_dtype)
-        for name, count in (("scale", spec.num_vectors if spec.scale else 0), ("dim_scale", spec.dim_scales)):
+        for name, count in (("scale", spec.num_vectors if spec.scale else 0), ("column_scale", spec.num_column_scales)):
             factors = nn.Parameter(torch.empty(count, device=device, dtype=dtype)) if count else None
             self.register_parameter(name, factors)
         signs = torch.empty(spec.signs_shape, device=device, dtype=torch.uint8) if spec.signs else None
@@ -131,8 +131,8 @@ class RPQWeight(Products):
         weight.signs = fit.signs
         if fit.scale is not None:
             weight.scale = nn.Parameter(fit.scale, requires_grad=tensor.requires_grad)
-        if spec.dim_scale:
-            weight.dim_scale = nn.Parameter(fit.codebooks.new_ones(spec.dim_scales), tensor.requires_grad)
+        if spec.column_scale_group:
+            weight.column_scale = nn.Parameter(fit.codebooks.new_ones(spec.num_column_scales), tensor.requires_grad)
         return weight
 
     def take_notes(self, tensor: Tensor) -> None:
@@ -158,7 +158,7 @@ class RPQWeight(Products):
         device = self.stored_codes.device
         self.code_seed = new_seed()
         self.codes = balanced_codes(self.spec.codes_shape, self.spec.entries, self.code_seed, device)
-        for factors in (self.scale, self.dim_scale):
+        for factors in (self.scale, self.column_scale):
             if factors is not None:
                 factors.fill_(1)
         if self.signs is not None:
@@ -186,7 +186,7 @@ class RPQWeight(Products):
     def plan(self) -> ops.Plan:
         """Which way ``linear``, ``linear_t`` and ``conv`` run; both ways give the same result.
 
-        ``"contract"`` goes through the table of dot products, ``"expand"`` makes the tensor for the length of the
+        ``"lookup"`` goes through the table of dot products, ``"dequantize"`` makes the tensor for the length of the
         call, and ``"auto"`` takes the one that a cost model holds for cheaper. May be set at any time; ``rpqfx.tune``
         sets what it measured. It is no tensor, so a state dict is without it. Weights that share codebooks each have
         their own.
@@ -205,10 +205,11 @@ class RPQWeight(Products):
     def extra_repr(self) -> str:
         """Returns the numbers of the spec, and what was chosen besides."""
         spec = self.spec
-        text = f"N={spec.num_vectors}, D={spec.dim}, M={spec.sub_vectors}, d={spec.codebook_dim}, K={spec.entries}"
+        text = f"N={spec.num_vectors}, D={spec.dim}, M={spec.num_subvectors}, d={spec.codebook_dim}, K={spec.entries}"
         text += f", R={spec.stages}" if spec.stages > 1 else ""
-        text += f", G={spec.books}" if spec.books != spec.sub_vectors else ""
-        flags = [name for name in ("scale", "dim_scale", "signs") if getattr(spec, name)]
+        text += f", G={spec.num_codebooks}" if spec.num_codebooks != spec.num_subvectors else ""
+        factors = {"scale": spec.scale, "column_scale": spec.column_scale_group, "signs": spec.signs}
+        flags = [name for name, there in factors.items() if there]
         flags += ["tiled"] if spec.tiled else []
         flags += ["columns"] if self.layout.transposed else []
         flags += [f"{self.layout.experts} codebooks of {self.layout.shape[0]} experts"] if self.layout.experts else []

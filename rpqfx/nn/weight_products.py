@@ -24,7 +24,7 @@ class Products(Loaded):
     layout: Layout
     codebooks: nn.Parameter
     scale: nn.Parameter | None
-    dim_scale: nn.Parameter | None
+    column_scale: nn.Parameter | None
     signs: Tensor | None
     _plan: ops.Plan = "auto"  # also of modules that were pickled before there was a choice
 
@@ -37,18 +37,18 @@ class Products(Loaded):
             signs = None if self.signs is None else self.signs.detach()
             tiled = self.tiled_vectors(stored)
             whole = stored if tiled else self._read(stored)
-            return ops.Tensors(self.codebooks, whole, self.scale, signs, self.dim_scale, tiled)
+            return ops.Tensors(self.codebooks, whole, self.scale, signs, self.column_scale, tiled)
         if self.spec.tiled:
             tiles = self.stored_codes
             return ops.Tensors(
-                self.codebooks, tiles, self.scale, self.signs, self.dim_scale, self.tiled_vectors(tiles)
+                self.codebooks, tiles, self.scale, self.signs, self.column_scale, self.tiled_vectors(tiles)
             )  # fmt: skip
-        if "codebooks" in held and "scale" in held and "dim_scale" in held:  # torch's lookup takes longer
+        if "codebooks" in held and "scale" in held and "column_scale" in held:  # torch's lookup takes longer
             codes: Any = buffers["codes"] if self.spec.entries <= 256 else self.codes  # bytes, where there are more
             return ops.Tensors(
-                held["codebooks"], codes, held["scale"], buffers["signs"], held["dim_scale"]  # type: ignore[arg-type]
+                held["codebooks"], codes, held["scale"], buffers["signs"], held["column_scale"]  # type: ignore[arg-type]
             )  # fmt: skip
-        return ops.Tensors(self.codebooks, self.codes, self.scale, self.signs, self.dim_scale)  # one is computed
+        return ops.Tensors(self.codebooks, self.codes, self.scale, self.signs, self.column_scale)  # one is computed
 
     def part(self) -> Part:
         """Returns the whole tensor as a [`Part`][rpqfx.nn.weight_slice.Part], of which parts may be taken."""

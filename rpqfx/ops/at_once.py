@@ -1,8 +1,8 @@
 """Products and convolutions in one call of a kernel, factors and bias included, where nothing else has a say in it.
 
 With one row, or one small image, what a layer does around its kernel takes longer than the kernel. So where no
-gradient, transform, trace, compiler or autocast looks on, it is asked in one step, and everywhere else it is the same
-product in several.
+gradient, transform, trace, compiler or autocast takes part, the whole call is one step, and everywhere else it is the
+same product in several.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def linear_at_once(x: Tensor, weight: Tensors, bias: Tensor | None, plan: Plan) 
     if not _on_cpu(x, weight) and not _on_gpu(x, weight, bias):
         return None
     tiled = kernels.tiled if x.is_cpu else cuda.tiled
-    dims = weight.dim_scale if weight.share == 1 else weight.dims
+    dims = weight.column_scale if weight.share == 1 else weight.dims
     return tiled(x, weight.codebooks, weight.codes, weight.tiled, bias, plan, dims, weight.scale)
 
 
@@ -43,7 +43,7 @@ def conv_at_once(
     padding: tuple[int, ...], dilation: tuple[int, ...], groups: int, transposed: bool,
     output_padding: tuple[int, ...] | None, plan: Plan,
 ) -> Tensor | None:  # fmt: skip
-    """Returns a convolution with expanded filters, or None where this way is not open, or contracting is better.
+    """Returns a convolution with dequantized filters, or None where this way is not open, or looking up is better.
 
     Args:
         x: ``[B, C, *spatial]``.
@@ -65,16 +65,16 @@ def conv_at_once(
         return None
     if weight.tiled or weight.share % math.prod(weight_shape[2:]):
         return None
-    if conv_plan(x, weight, weight_shape, stride, groups, transposed, plan) == "contract":
+    if conv_plan(x, weight, weight_shape, stride, groups, transposed, plan) == "lookup":
         return None
     return kernels.conv(
-        x, weight.codebooks, weight.codes, weight.signs, weight.dim_scale, weight.scale, bias, weight_shape, stride,
+        x, weight.codebooks, weight.codes, weight.signs, weight.column_scale, weight.scale, bias, weight_shape, stride,
         padding, dilation, transposed, output_padding or (0,) * len(stride), groups,
     )  # fmt: skip
 
 
 def _plain(x: Tensor, weight: Tensors, bias: Tensor | None) -> bool:
-    """Whether nobody else wants to see these tensors, and they are of one dtype."""
+    """Returns whether nobody else wants to see these tensors, and they are of one dtype."""
     books, codes = weight.codebooks, weight.codes
     if type(x) is not Tensor or x.dtype is not books.dtype:
         return False  # whatever is traced, mapped over samples or of another kind is of a class of its own
@@ -82,13 +82,13 @@ def _plain(x: Tensor, weight: Tensors, bias: Tensor | None) -> bool:
         return False  # as those that are split over processes
     if bias is not None and (bias.dtype is not x.dtype or type(bias) not in (Tensor, nn.Parameter)):
         return False
-    if differentiated(x, books, weight.scale, weight.dim_scale, bias) or autocast_dtype(x.device) is not None:
+    if differentiated(x, books, weight.scale, weight.column_scale, bias) or autocast_dtype(x.device) is not None:
         return False
     return not torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def _on_cpu(x: Tensor, weight: Tensors) -> bool:
-    """Whether the compiled kernels take tensors, which look for themselves where the others are."""
+    """Returns whether the compiled kernels take tensors, which look for themselves where the others are."""
     return (
         x.is_cpu
         and weight.codebooks.is_cpu
@@ -99,6 +99,6 @@ def _on_cpu(x: Tensor, weight: Tensors) -> bool:
 
 
 def _on_gpu(x: Tensor, weight: Tensors, bias: Tensor | None) -> bool:
-    """Whether Triton's kernels take tensors."""
+    """Returns whether Triton's kernels take tensors."""
     others = [t for t in (*weight[:5], bias) if t is not None]
     return x.is_cuda and all(t.device == x.device for t in others) and cuda.usable(x)

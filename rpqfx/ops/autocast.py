@@ -1,4 +1,4 @@
-"""What autocast says for a device."""
+"""The dtype that autocast chooses on a device."""
 
 from __future__ import annotations
 

@@ -22,14 +22,14 @@ from rpqfx.ops.mapped import Mapped, differentiated, like_codebooks, no_view
 
 
 def _as_given(x: Tensor) -> AbstractContextManager[Any]:
-    """Where autocast must not choose dtypes: forms have chosen."""
+    """Keeps autocast from choosing dtypes: forms have chosen."""
     return nullcontext() if autocast_dtype(x.device) is None else torch.autocast(x.device.type, enabled=False)
 
 
 def product(
     form: Form, x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    """``Out``, or where nothing can ask for a gradient the form itself: a small layer's time is in the calls."""
+    """Runs ``Out``, or the form itself where nothing can ask for a gradient: a small layer's time is in the calls."""
     if differentiated(x, codebooks, bias):
         return Out.apply(form, x, codebooks, codes, signs, bias)
     with _as_given(x):
@@ -37,7 +37,7 @@ def product(
 
 
 def product_t(form: Form, y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
-    """``Left`` in the same way."""
+    """Runs ``Left`` in the same way."""
     if differentiated(y, codebooks):
         return Left.apply(form, y, codebooks, codes, signs)
     with _as_given(y):
@@ -45,7 +45,7 @@ def product_t(form: Form, y: Tensor, codebooks: Tensor, codes: Tensor, signs: Te
 
 
 class _Product(Mapped):
-    """What ``Out`` and ``Left`` share: ``(form, tensor, codebooks, codes, signs)``."""
+    """The base of ``Out`` and ``Left``, with arguments ``(form, tensor, codebooks, codes, signs)``."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

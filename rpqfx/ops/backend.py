@@ -1,4 +1,4 @@
-"""Which implementation of the operations runs: compiled for the CPU, Triton's on a GPU, or torch's own operators.
+"""Chooses the implementation of an operation: compiled for the CPU, Triton's on a GPU, or torch's own operators.
 
 A backend is a module with the functions below, which mean what ``rpqfx.codebook`` and ``rpqfx.codebook.feature_maps``
 say, without gradients. All take every shape; ``choose`` sees to device and dtype.
@@ -23,35 +23,35 @@ class Backend(Protocol):
     def contract(
         self, x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None, bias: Tensor | None
     ) -> Tensor:
-        """``x @ W.T + bias``."""
+        """Returns ``x @ W.T + bias``."""
 
     def contract_t(self, y: Tensor, codebooks: Tensor, codes: Tensor, *, signs: Tensor | None) -> Tensor:
-        """``y @ W``."""
+        """Returns ``y @ W``."""
 
     def accumulate(self, x: Tensor, y: Tensor, codes: Tensor, books: int, entries: int, signs: Tensor | None) -> Tensor:
-        """The gradient of the codebooks in ``contract``."""
+        """Returns the gradient of the codebooks in ``contract``."""
 
     def contract_grads(
         self, x: Tensor, y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Both gradients of ``contract``."""
+        """Returns both gradients of ``contract``."""
 
     def expand(self, codebooks: Tensor, codes: Tensor, scale: Tensor | None, signs: Tensor | None) -> Tensor:
-        """``W``."""
+        """Returns ``W``."""
 
     def lookup(
         self, ids: Tensor, codebooks: Tensor, codes: Tensor, scale: Tensor | None, signs: Tensor | None
     ) -> Tensor:
-        """``W[ids]``."""
+        """Returns ``W[ids]``."""
 
     def collect(self, grad: Tensor, codes: Tensor, books: int, entries: int, signs: Tensor | None) -> Tensor:
-        """The adjoint of ``expand``."""
+        """Returns the adjoint of ``expand``."""
 
     def gather_sum(self, table: Tensor, codes: Tensor) -> Tensor:
-        """Sums of maps, picked by codes."""
+        """Returns sums of maps, picked by codes."""
 
     def bin_sum(self, y: Tensor, codes: Tensor, entries: int, runs: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """The adjoint of ``gather_sum``."""
+        """Returns the adjoint of ``gather_sum``."""
 
 
 def choose(x: Tensor, codes: Tensor, *others: Tensor | None) -> Backend:

@@ -1,4 +1,4 @@
-"""The check of a backend's kernels against the plain functions, before their first use."""
+"""Checks a backend's kernels against the plain functions, before their first use."""
 
 from __future__ import annotations
 
@@ -97,14 +97,14 @@ def _check(
 
 
 def _check_tiled(backend: Any, device: torch.device, dtype: torch.dtype, tolerance: float, g: torch.Generator) -> None:
-    """Of codes in tiles, which some backends have."""
+    """Checks products with codes in tiles, which some backends have."""
     for stages, books, share, d, vectors in TILES:
         codebooks = torch.randn(stages, books, 16, d, generator=g).to(dtype)
         codes = torch.randint(16, (stages, books * share, vectors), generator=g).to(torch.uint8)
         weight = codebook.expand(codebooks.double(), codes)
         for rows in ROWS:
             x = torch.randn(rows, weight.shape[1], generator=g).to(dtype)
-            for plan in ("contract", "expand"):
+            for plan in ("lookup", "dequantize"):
                 held = x.to(device), codebooks.to(device), to_tiles(codes).to(device)
                 ours = backend.tiled(*held, vectors, None, plan)
                 exact = x.double() @ weight.t()
@@ -114,7 +114,7 @@ def _check_tiled(backend: Any, device: torch.device, dtype: torch.dtype, toleran
 
 
 def _check_slots(backend: Any, rows: int, entries: int, width: int, g: torch.Generator) -> None:
-    """Of attention on codes, which some backends have: heads of some slots and of none, tokens of several blocks."""
+    """Checks attention on codes, where a backend has it: heads of some slots and of none, tokens of several blocks."""
     batch, tokens, heads, which, groups, d, dim, half = 2, 139, [0, 3, 3, 5], [0, 2, 2, 1, 0], [1, 0, 2, 1, 1], 4, 10, 4
     head_of = torch.tensor([0, 0, 0, 2, 2])
     codes = torch.randint(entries, (batch, 5, tokens), generator=g)
@@ -157,7 +157,7 @@ def _check_slots(backend: Any, rows: int, entries: int, width: int, g: torch.Gen
 
 
 def _check_search(backend: Any, device: torch.device, g: torch.Generator) -> None:
-    """Of searches, which some backends have: what is found is as near as can be, and as near as is said."""
+    """Checks searches, which some backends have: entries are as near as any, and distances are right."""
 
     def same(name: str, points: Tensor, options: Tensor, found: Tensor, distances: Tensor) -> None:
         exact = (points[:, None].double() - options.double()).square().sum(-1)
@@ -177,7 +177,7 @@ def _check_search(backend: Any, device: torch.device, g: torch.Generator) -> Non
 
 
 def _check_columns(backend: Any, device: torch.device, g: torch.Generator) -> None:
-    """Of sub-vectors that are coded in turn: each finds what the ones before it left, with the nearest of all sums."""
+    """Checks searches column by column: each sub-vector gets the nearest of all sums, given the ones before it."""
     for rows, count, entries, d in ((1, 1, 1, 1), (37, 3, 7, 4), (5, 2, 40, 3)):
         matrix, books = torch.randn(rows, count * d, generator=g), torch.randn(2, 2, entries, d, generator=g)
         turns, upper = torch.randn(count, d, d, generator=g), torch.randn(count * d, count * d, generator=g)
@@ -198,7 +198,7 @@ def _check_columns(backend: Any, device: torch.device, g: torch.Generator) -> No
 
 
 def _check_greedy(backend: Any, device: torch.device, g: torch.Generator) -> None:
-    """Of searches stage by stage, which some backends have: each stage's entry is as good as any for what is left."""
+    """Checks greedy searches, which some backends have: each stage's entry is as good as any for what is left."""
     for cosine in (False, True):
         for rows, entries, d in ((1, 2, 1), (70, 90, 3), (7, 40, 40)):
             points, books = torch.randn(rows, d, generator=g) + 5, torch.randn(3, entries, d, generator=g) + 3

@@ -32,7 +32,7 @@ class ConvContract(Geometry):
 
     @staticmethod
     def fits(codebook_dim: int, weight_shape: tuple[int, ...], groups: int) -> bool:
-        """Whether a layer's entries are filters of whole channels."""
+        """Returns whether a layer's entries are filters of whole channels."""
         return groups == 1 and codebook_dim % math.prod(weight_shape[2:]) == 0
 
     def out(
@@ -72,7 +72,7 @@ class ConvContract(Geometry):
     # ------------------------------------------------------------------------ between an image and the vectors' maps
 
     def _to_vectors(self, image: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
-        """The convolution of an image with all vectors: ``[B, N, *size]``."""
+        """Returns the convolution of an image with all vectors: ``[B, N, *size]``."""
         filters, codes = self._filters(codebooks, signs), fold_codes(codes, self.entries, signs)
         size = self._vectors_size(tuple(image.shape[2:]))
         axes = {"g": self.books, "s": codes.shape[1] // self.books, "r": codes.shape[0]}
@@ -90,12 +90,12 @@ class ConvContract(Geometry):
         return _join(parts)
 
     def _to_image(self, vectors: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
-        """The adjoint of ``_to_vectors``: ``[B, C, *size]``."""
+        """Returns the adjoint of ``_to_vectors``: ``[B, C, *size]``."""
         filters = self._filters(codebooks, signs)
         return _join([self._image(bins, filters).to(vectors.dtype) for _, bins in self._bins(vectors, codes, signs)])
 
     def _bins(self, vectors: Tensor, codes: Tensor, signs: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-        """The vectors' maps, summed by entry, as maps of the entries' filters.
+        """Yields the vectors' maps, summed by entry, as maps of the entries' filters.
 
         Yields:
             A slice of the batch, and its maps ``[(b s), (g r k), *size]``.
@@ -111,7 +111,7 @@ class ConvContract(Geometry):
             ).unflatten(2, size)  # fmt: skip
 
     def _image(self, bins: Tensor, filters: Tensor) -> Tensor:
-        """The image ``[b, C, *size]`` that the entries' filters make of their maps."""
+        """Returns the image ``[b, C, *size]`` that the entries' filters make of their maps."""
         share = self.weight_shape[1] // (self.books * filters.shape[1])
         rest = self.output_padding if self.transposed else self._adjoint_padding(bins.shape[2:])
         image = torch.convolution(
@@ -122,13 +122,13 @@ class ConvContract(Geometry):
     # ------------------------------------------------------------------------------------- codebooks as filters
 
     def _filters(self, codebooks: Tensor, signs: Tensor | None) -> Tensor:
-        """``[(g r k), c, *kernel]``: the entries, and their negatives where there are signs."""
+        """Returns ``[(g r k), c, *kernel]``: the entries, and their negatives where there are signs."""
         kernel = self.weight_shape[2:]
         filters = rearrange(fold_codebooks(codebooks, signs), "r g k (c t) -> (g r k) c t", t=math.prod(kernel))
         return filters.unflatten(2, kernel)
 
     def _filters_grad(self, image: Tensor, bins: Tensor, codes: Tensor) -> Tensor:
-        """The gradient of ``_filters``, from an image and the maps ``[(b s), (g r k), *size]``."""
+        """Returns the gradient of ``_filters``, from an image and the maps ``[(b s), (g r k), *size]``."""
         image = self._fold(image, codes.shape[1] // self.books).to(bins.dtype)
         result, start = (image, bins) if self.transposed else (bins, image)
         shape = (bins.shape[1], image.shape[1] // self.books, *self.weight_shape[2:])
@@ -140,16 +140,16 @@ class ConvContract(Geometry):
         return grad.clone(memory_format=torch.contiguous_format) if torch.compiler.is_compiling() else grad
 
     def _to_codebooks(self, filters: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
-        """The adjoint of ``_filters``: ``[R, G, K, d]``."""
+        """Returns the adjoint of ``_filters``: ``[R, G, K, d]``."""
         flat = rearrange(filters.flatten(1), "(g r k) d -> r g k d", g=self.books, r=codes.shape[0])
         return unfold_codebooks(flat, signs)
 
     def _fold(self, image: Tensor, share: int) -> Tensor:
-        """``[(b s), (g c), *size]``: sub-vectors that share a codebook count as samples."""
+        """Returns ``[(b s), (g c), *size]``: sub-vectors that share a codebook count as samples."""
         return rearrange(image, "b (g s c) ... -> (b s) (g c) ...", g=self.books, s=share)
 
     def _vectors_size(self, image_size: tuple[int, ...]) -> tuple[int, ...]:
-        """Spatial size of the vectors' maps."""
+        """Returns spatial size of the vectors' maps."""
         if self.transposed:
             return self.input_size
         axes = zip(image_size, self.stride, self.padding, self.dilation, self.weight_shape[2:], strict=True)
@@ -157,7 +157,7 @@ class ConvContract(Geometry):
 
 
 def _blocks(samples: int, numbers: int) -> list[slice]:
-    """Slices of a batch whose samples have so many numbers each; one slice where a compiler plans the memory."""
+    """Returns slices of a batch whose samples have so many numbers each; one where compilers plan memory."""
     if torch.compiler.is_compiling() or samples * numbers <= MAP_ELEMENTS:
         return [slice(None)]
     size = max(1, MAP_ELEMENTS // numbers)

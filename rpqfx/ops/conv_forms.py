@@ -1,4 +1,4 @@
-"""A convolution whose filters are held in codebooks, as a form (see ``rpqfx.ops.forms``)."""
+"""A convolution whose filters are quantized, as a form (see ``rpqfx.ops.forms``)."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Conv(Geometry):
-    """A convolution, or a transposed one, whose filters are expanded anew each time."""
+    """A convolution, or a transposed one, whose filters are dequantized for each call."""
 
     def out(
         self, x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None, bias: Tensor | None = None
@@ -83,7 +83,7 @@ class Conv(Geometry):
 
 
 def add_channels(y: Tensor, bias: Tensor | None) -> Tensor:
-    """``y [B, N, *size]`` with a number added to each channel, in place where nothing is traced."""
+    """Returns ``y [B, N, *size]`` with a number added to each channel, in place where nothing is traced."""
     if bias is None:
         return y
     shift = bias.to(y.dtype).view(-1, *[1] * (y.dim() - 2))

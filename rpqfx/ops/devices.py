@@ -1,4 +1,4 @@
-"""The check that tensors which meet are on one device."""
+"""Checks that the tensors of one operation are on one device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def check_devices(x: Tensor, *others: Tensor | None) -> None:
 
     Args:
         x: What is computed with.
-        *others: What it meets.
+        *others: Its operands.
 
     Raises:
         InputError: If they are not on one device.
@@ -21,6 +21,6 @@ def check_devices(x: Tensor, *others: Tensor | None) -> None:
     if any(device != x.device for device in found):
         places = ", ".join(dict.fromkeys(map(str, (x.device, *found))))
         raise InputError(
-            f"codebooks, codes and what meets them are on several devices: {places}; move them to one with "
+            f"codebooks, codes and their operands are on several devices: {places}; move them to one with "
             ".to(device), or give what is on meta its values (rpqfx.materialize)"
         )

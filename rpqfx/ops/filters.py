@@ -85,7 +85,7 @@ def _filters_grad(grad: Tensor, x: Tensor, weight_shape: Sequence[int], geometry
 
 
 def _sums_wide(x: Tensor, weight_shape: Sequence[int], geometry: tuple[Any, ...]) -> bool:
-    """Whether torch sums in float32 at least; what only stands for a tensor may run anywhere, so it is not asked."""
+    """Returns whether torch sums in float32 at least; a tensor without storage may run anywhere, and is not asked."""
     if steps.sum_dtype(x.dtype) is x.dtype:
         return True
     if type(x) not in (Tensor, nn.Parameter) or torch.compiler.is_compiling():
@@ -95,7 +95,7 @@ def _sums_wide(x: Tensor, weight_shape: Sequence[int], geometry: tuple[Any, ...]
 
 
 def _blocks(x: Tensor, grad: Tensor) -> list[slice]:
-    """Slices of a batch that are copied at a time; one slice where a compiler plans the memory."""
+    """Returns slices of a batch that are copied at a time; one slice where a compiler plans the memory."""
     samples, numbers = x.shape[0], x.numel() + grad.numel()
     if torch.compiler.is_compiling() or numbers <= COPY_ELEMENTS:
         return [slice(None)]

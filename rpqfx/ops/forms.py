@@ -20,7 +20,7 @@ from rpqfx.ops.plan import Plan
 
 
 class Form(Protocol):
-    """What ``rpqfx.ops.autograd`` needs of a product."""
+    """The derivatives of a product that ``rpqfx.ops.autograd`` runs."""
 
     @property
     def batched(self) -> bool:
@@ -29,18 +29,18 @@ class Form(Protocol):
     def out(
         self, x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None, bias: Tensor | None = None
     ) -> Tensor:
-        """The product, and a bias added to each of its rows (or channels)."""
+        """Returns the product, with a bias added to each of its rows (or channels)."""
 
     def left(self, y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
-        """Its derivative in ``x``, applied to ``y``."""
+        """Returns its derivative in ``x``, applied to ``y``."""
 
     def book(self, x: Tensor, y: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
-        """Its derivative in the codebooks, applied to ``x`` and ``y``."""
+        """Returns its derivative in the codebooks, applied to ``x`` and ``y``."""
 
     def grads(
         self, x: Tensor, y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """``left`` of ``y`` and ``book``, at once."""
+        """Returns ``left`` of ``y`` and ``book``, at once."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Contract:
 
 @dataclass(frozen=True)
 class Matmul:
-    """``x @ W.T`` through the expanded matrix, made anew each time."""
+    """``x @ W.T`` through the matrix, dequantized for each call."""
 
     books: int
     entries: int
@@ -96,7 +96,7 @@ class Matmul:
 
 @dataclass(frozen=True)
 class Tiled:
-    """``x @ W.T`` of codes in tiles: through tables that registers hold, or through the expanded matrix, by rows.
+    """``x @ W.T`` of codes in tiles: through tables that registers hold, or through the dequantized matrix, by rows.
 
     Its gradients are those of ``Matmul``; the codes are read out of the tiles for them.
     """

@@ -15,21 +15,21 @@ from rpqfx.ops.cpu import build, kernels
 
 
 def contract(x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None, bias: Tensor | None) -> Tensor | None:
-    """``x @ W.T + bias``, through tables."""
+    """Returns ``x @ W.T + bias``, through tables."""
     if not _usable(x, codes):
         return None
     return kernels.contract(x, codebooks.to(x.dtype), codes, signs, _like(x, bias))
 
 
 def matmul(x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None, bias: Tensor | None) -> Tensor | None:
-    """``x @ W.T + bias``, through the expanded matrix."""
+    """Returns ``x @ W.T + bias``, through the dequantized matrix."""
     if not _usable(x, codes):
         return None
     return kernels.matmul(x, codebooks.to(x.dtype), codes, signs, _like(x, bias))
 
 
 def conv(x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None, *geometry: Any) -> Tensor | None:
-    """A convolution with expanded filters."""
+    """Runs a convolution with dequantized filters."""
     if not _usable(x, codes):
         return None
     return kernels.conv(x, codebooks.to(x.dtype), codes, signs, None, None, None, *geometry)
@@ -38,7 +38,7 @@ def conv(x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None, *geo
 def tiled(
     x: Tensor, codebooks: Tensor, tiles: Tensor, signs: Tensor | None, bias: Tensor | None, vectors: int, plan: str
 ) -> Tensor | None:
-    """``x @ W.T + bias``, of codes in tiles."""
+    """Returns ``x @ W.T + bias``, of codes in tiles."""
     if not _usable(x, tiles):
         return None
     return kernels.tiled(x, codebooks.to(x.dtype), tiles, vectors, _like(x, bias), plan)
@@ -47,7 +47,7 @@ def tiled(
 def expand(
     codebooks: Tensor, codes: Tensor, scale: Tensor | None, signs: Tensor | None, dims: Tensor | None = None
 ) -> Tensor | None:
-    """The matrix."""
+    """Returns the matrix."""
     if not _usable(codebooks, codes):
         return None
     return kernels.expand(codebooks, codes, scale, signs, dims)
@@ -57,7 +57,7 @@ def lookup(
     ids: Tensor, codebooks: Tensor, codes: Tensor, scale: Tensor | None, signs: Tensor | None,
     dims: Tensor | None = None,
 ) -> Tensor | None:  # fmt: skip
-    """Rows of the matrix."""
+    """Returns rows of the matrix."""
     if not _usable(codebooks, codes):
         return None
     return kernels.lookup(ids.long(), codebooks, codes, scale, signs, dims)

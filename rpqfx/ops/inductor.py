@@ -52,7 +52,7 @@ def merge_products(graph: fx.Graph) -> int:
 
 
 def _groups(graph: fx.Graph) -> list[tuple[list[_Node], list[_Node]]]:
-    """Products that can be one call, in order, and the nodes between them that need some of them."""
+    """Returns products that can be one call, in order, and the nodes between them that need some of them."""
     found: list[tuple[list[_Node], list[_Node]]] = []
     group: list[_Node] = []
     needing: dict[_Node, None] = {}
@@ -82,27 +82,27 @@ def _groups(graph: fx.Graph) -> list[tuple[list[_Node], list[_Node]]]:
 
 
 def _alone(node: _Node) -> bool:
-    """Whether a product has no factors, which in compiled graphs are operations of their own."""
+    """Returns whether a product has no factors, which in compiled graphs are operations of their own."""
     dims, scale = _arguments(node)[4:6]
     return dims is None and scale is None
 
 
 def _alike(first: _Node, node: _Node) -> bool:
-    """Whether two products have inputs of as many rows and of one dtype, and ways of the same choice."""
+    """Returns whether two products have inputs of as many rows and of one dtype, and ways of the same choice."""
     one, other = (_arguments(each) for each in (first, node))
     x, y = one[0].meta["val"], other[0].meta["val"]
     return bool(x.dtype == y.dtype and x.shape[:-1] == y.shape[:-1] and one[7] == other[7])
 
 
 def _arguments(node: _Node) -> list[Any]:
-    """``x``, codebooks, tiles, number of vectors, ``dims``, ``scale``, bias and most rows, however they are given."""
+    """Returns ``x``, codebooks, tiles, number of vectors, ``dims``, ``scale``, bias and most rows of a call."""
     schema = node.target._schema.arguments  # type: ignore[union-attr]
     given = dict(zip([argument.name for argument in schema], node.args, strict=False)) | node.kwargs
     return [given[argument.name] for argument in schema]
 
 
 def _pure(node: _Node) -> bool:
-    """Whether a node may change its place among others that it does not need."""
+    """Returns whether a node may change its place among others that it does not need."""
     if node.op != "call_function":
         return node.op in ("placeholder", "get_attr")
     if isinstance(node.target, torch._ops.OpOverload):
@@ -129,7 +129,7 @@ def _merge(graph: fx.Graph, group: list[_Node], later: list[_Node]) -> None:
 
 
 def _make_pass() -> Any:
-    """The pass, of a class that is made here: importing Inductor takes seconds, and not every model is compiled."""
+    """Returns the pass. Its class is made here: importing Inductor takes seconds, and not every model is compiled."""
     from torch._inductor.custom_graph_pass import CustomGraphPass
 
     class MergeProducts(CustomGraphPass):

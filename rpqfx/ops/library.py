@@ -1,4 +1,4 @@
-"""What forms run, as operators of their own: compilers see each as one step."""
+"""The operators that forms run: compilers see each as one step."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _operator(
     compiled: Callable[..., Any] | None = None,
     kernel: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """``run``, which compiled graphs see as one operator; ``fake`` makes a result of the right shape from shapes.
+    """Returns ``run`` as an operator of torch, which compiled graphs see as one step; ``fake`` makes a result's shape.
 
     Results of operators lie in memory as ``fake`` says, whatever their inputs do: what a compiler expects of an input
     is not always so. ``compiled`` takes the place of ``run`` there, where that needs it; and ``kernel`` that of the
@@ -99,7 +99,7 @@ def _fake_contract_grads(
     return x.new_empty(x.shape), x.new_empty(codebooks.shape, dtype=steps.sum_dtype(x.dtype))
 
 
-# --------------------------------------------------------------------------------------- through the expanded matrix
+# --------------------------------------------------------------------------------------- through the dequantized matrix
 
 
 def _expanded(like: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None) -> Tensor:
@@ -142,7 +142,7 @@ def _run_conv_in_graphs(*args: Any) -> Tensor:
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """Channels last where the input is, so that the order of a convolution's result is known without running it."""
+    """Returns channels last where the input is, so that a convolution's memory order is known without running it."""
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim(), torch.contiguous_format)
     return torch.contiguous_format if x.is_contiguous() or not x.is_contiguous(memory_format=last) else last
 
@@ -175,7 +175,7 @@ def _run_tiled(
     backend = choose(x, tiles, codebooks, bias)
     if hasattr(backend, "tiled"):
         return backend.tiled(x, codebooks.to(x.dtype), tiles, vectors, bias, plan)
-    run = _run_contract if plan == "contract" else _run_matmul
+    run = _run_contract if plan == "lookup" else _run_matmul
     return run(x, codebooks, from_tiles(tiles, vectors), None, bias)
 
 

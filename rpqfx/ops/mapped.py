@@ -1,4 +1,4 @@
-"""What the autograd functions share: a rule for vmap, and whether they are needed at all."""
+"""Shared parts of the autograd functions: a rule for vmap, and whether they are needed at all."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.autograd import Function
 
 
 def differentiated(*tensors: Tensor | None) -> bool:
-    """Whether anything can ask for a gradient of what is computed from these, or must see how."""
+    """Returns whether anything can ask for a gradient of what is computed from these, or must see how."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return True
     if torch.is_grad_enabled():
@@ -60,11 +60,11 @@ class Slow(Function):
 
 
 def like_codebooks(grad: Tensor | None, codebooks: Tensor) -> Tensor | None:
-    """A gradient of codebooks, in their dtype."""
+    """Returns a gradient of codebooks, in their dtype."""
     return grad if grad is None else grad.to(codebooks.dtype)
 
 
 def no_view(y: Tensor) -> Tensor:
-    """A result as a tensor of its own: autograd lets nobody change a view that a Function returned, such as ReLU."""
+    """Returns a result as a tensor of its own: autograd refuses in-place changes of a view that a Function returned."""
     view = y.dim() > 2 if torch.compiler.is_dynamo_compiling() else not torch.compiler.is_compiling() and y._is_view()
     return torch.ops.aten._unsafe_view(y, y.shape) if view else y

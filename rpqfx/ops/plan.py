@@ -1,4 +1,4 @@
-"""Which way a product runs: through the table of dot products, or through the expanded matrix."""
+"""Chooses how a product runs: through the table of dot products, or through the dequantized matrix."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import torch
 
 from rpqfx.ops.cpu import build
 
-Plan = Literal["auto", "expand", "contract"]
+Plan = Literal["auto", "dequantize", "lookup"]
 PLANS: tuple[Plan, ...] = get_args(Plan)
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What steps cost on a device, in multiply-adds of its dense matrix product.
+    """The costs of steps on a device, in multiply-adds of its dense matrix product.
 
     Args:
         dot: One multiply-add of the table of a linear map: its products are small ones.
         gather: One addition of a gathered element.
         output: One element of the result, written by column and copied into rows.
-        expand: One element of the matrix made from its codes.
+        dequantize: One element of the matrix made from its codes.
         table: One element of a convolution's table of maps, beyond its multiply-adds: written, read again.
         add: One addition of an element of a gathered map.
     """
@@ -29,7 +29,7 @@ class Costs:
     dot: float
     gather: float
     output: float
-    expand: float
+    dequantize: float
     table: float
     add: float
 
@@ -39,16 +39,16 @@ class Costs:
 # 0.17 ns; products of the table run as fast in bfloat16 as in float32. cuda: an H200, 400 T multiply-adds a second in
 # bfloat16 and 25 T in float32 (examples/bench/gpu.py); what concerns convolutions is an estimate.
 COSTS = {
-    "cpu float32": Costs(dot=1.0, gather=5.0, output=15.0, expand=40.0, table=150.0, add=6.0),
-    "cpu bfloat16": Costs(dot=5.5, gather=24.0, output=80.0, expand=150.0, table=600.0, add=30.0),
-    "cpu plain": Costs(dot=1.0, gather=28.0, output=146.0, expand=150.0, table=250.0, add=8.0),
-    "cuda float32": Costs(dot=1.0, gather=28.0, output=0.0, expand=28.0, table=50.0, add=28.0),
-    "cuda": Costs(dot=1.0, gather=220.0, output=0.0, expand=210.0, table=200.0, add=100.0),
+    "cpu float32": Costs(dot=1.0, gather=5.0, output=15.0, dequantize=40.0, table=150.0, add=6.0),
+    "cpu bfloat16": Costs(dot=5.5, gather=24.0, output=80.0, dequantize=150.0, table=600.0, add=30.0),
+    "cpu plain": Costs(dot=1.0, gather=28.0, output=146.0, dequantize=150.0, table=250.0, add=8.0),
+    "cuda float32": Costs(dot=1.0, gather=28.0, output=0.0, dequantize=28.0, table=50.0, add=28.0),
+    "cuda": Costs(dot=1.0, gather=220.0, output=0.0, dequantize=210.0, table=200.0, add=100.0),
 }
 
 
 def costs_of(device: torch.device, dtype: torch.dtype) -> Costs:
-    """The row of the table for what a product runs on; exported graphs run on torch's own operators."""
+    """Returns the row of the table for what a product runs on; exported graphs run on torch's own operators."""
     if device.type != "cpu":
         return COSTS["cuda float32" if dtype is torch.float32 else "cuda"]
     name = f"cpu {str(dtype).removeprefix('torch.')}"
@@ -64,7 +64,7 @@ def cheaper(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> Plan:
-    """The plan that costs less: the table of dot products, or the expanded matrix.
+    """Returns the plan that costs less: the table of dot products, or the dequantized matrix.
 
     Args:
         codebooks_shape: ``(R, G, K, d)``.
@@ -74,13 +74,13 @@ def cheaper(
         dtype: In which it runs.
 
     Returns:
-        ``"contract"`` or ``"expand"``.
+        ``"lookup"`` or ``"dequantize"``.
     """
     costs = costs_of(device, dtype)
     stages, _, entries, d = codebooks_shape
     _, sub_vectors, num_vectors = codes_shape
-    contract = stages * (costs.dot * entries / num_vectors + costs.gather / d) + costs.output / (sub_vectors * d)
-    return _choose(contract, stages * costs.expand, rows)
+    lookup = stages * (costs.dot * entries / num_vectors + costs.gather / d) + costs.output / (sub_vectors * d)
+    return _choose(lookup, stages * costs.dequantize, rows)
 
 
 def cheaper_conv(
@@ -90,7 +90,7 @@ def cheaper_conv(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> Plan:
-    """The plan that costs less for a convolution whose entries are filters of whole channels.
+    """Returns the plan that costs less for a convolution whose entries are filters of whole channels.
 
     Args:
         codebooks_shape: ``(R, G, K, d)``.
@@ -100,16 +100,16 @@ def cheaper_conv(
         dtype: In which it runs.
 
     Returns:
-        ``"contract"`` or ``"expand"``.
+        ``"lookup"`` or ``"dequantize"``.
     """
     costs = costs_of(device, dtype)
     stages, _, entries, d = codebooks_shape
-    contract = stages * (entries / codes_shape[2] * (1 + costs.table / d) + costs.add / d)
-    return _choose(contract, stages * costs.expand, positions)
+    lookup = stages * (entries / codes_shape[2] * (1 + costs.table / d) + costs.add / d)
+    return _choose(lookup, stages * costs.dequantize, positions)
 
 
-def _choose(contract: float, expand: float, rows: int) -> Plan:
-    """The plan, from what contracting costs a row and expanding costs once, where a dense product costs 1 a row."""
+def _choose(lookup: float, dequantize: float, rows: int) -> Plan:
+    """Returns the plan, given the cost of looking up a row and of dequantizing once; a dense product costs 1 a row."""
     if torch.compiler.is_compiling():  # one graph serves every batch
-        return "contract" if contract < 1 else "expand"
-    return "contract" if rows * contract < rows + expand else "expand"
+        return "lookup" if lookup < 1 else "dequantize"
+    return "lookup" if rows * lookup < rows + dequantize else "dequantize"

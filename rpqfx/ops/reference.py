@@ -31,7 +31,7 @@ __all__ = [
 def contract(
     x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
-    """``rpqfx.codebook.contract``, with a bias ``[N]`` added."""
+    """Returns ``rpqfx.codebook.contract``, with a bias ``[N]`` added."""
     check_codes(codes, codebooks.shape[2])
     y = codebook.contract(x, codebooks, codes, signs=signs)
     return y if bias is None else y + bias

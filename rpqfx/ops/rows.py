@@ -20,21 +20,21 @@ def look_up(
     ids: Tensor, codebooks: Tensor, codes: Tensor, scale: Tensor | None, signs: Tensor | None, dims: Tensor | None,
     sparse: bool,
 ) -> Tensor:  # fmt: skip
-    """``Lookup``, or where nothing can ask for a gradient the rows themselves."""
+    """Runs ``Lookup``, or returns the rows themselves where nothing can ask for a gradient."""
     if differentiated(codebooks, scale, dims):
         return Lookup.apply(ids, codebooks, codes, scale, signs, dims, sparse)
     return library.lookup(ids, codebooks, codes, scale, signs, dims)
 
 
 class _Rows(Mapped):
-    """What ``Expand`` and ``Lookup`` share: ``(..., codebooks, codes, scale, signs, dims, ...)``, and rows."""
+    """The base of ``Expand`` and ``Lookup``: ``(..., codebooks, codes, scale, signs, dims, ...)``, and rows."""
 
     @staticmethod
     def _grads(
         ctx: Any, first: int, grad: Tensor, codebooks: Tensor, codes: Tensor, scale: Tensor | None,
         signs: Tensor | None, dims: Tensor | None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-        """The gradients of codebooks (input number ``first``), scale and dims; the tensors are of the rows made."""
+        """Returns gradients of codebooks (input number ``first``), scale and dims; the tensors are of the rows made."""
         grad_books = grad_scale = grad_dims = None
         if ctx.needs_input_grad[first]:
             direct = grad if dims is None else grad * dims

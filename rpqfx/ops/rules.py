@@ -1,4 +1,4 @@
-"""What torch.library is told of the operators, for those who call ``torch.ops.rpqfx`` themselves: gradients, autocast.
+"""Rules of the operators for torch.library: gradients, and autocast, where ``torch.ops.rpqfx`` is called directly.
 
 The library's own layers go through ``rpqfx.ops.autograd``; an operator's gradient is that of the function that runs
 it, so it is right to every order, and what it saves is the same.
@@ -31,7 +31,7 @@ class _Shifted:
 
 
 def _by_form(name: str, function: Any, tensors: int, form: Callable[..., Form], rest: tuple[Any, ...] = ()) -> None:
-    """The gradient of an operator that runs a derivative of a form.
+    """Registers the gradient of an operator that runs a derivative of a form.
 
     Args:
         name: Of the operator.

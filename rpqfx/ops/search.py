@@ -21,7 +21,7 @@ _MIX = 0x9E3779B97F4A7C15 - 2**64
 
 @torch.no_grad()
 def nearest(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest centre of each point, of centres that are equal the first.
+    """Returns the nearest centre of each point, of centres that are equal the first.
 
     Which is nearest is found by ``|c|^2 - 2 x.c`` relative to the centres' mean, so centres that differ, and whose
     distances differ by less than rounding, may take each other's place; the distance itself is that of the centre
@@ -48,7 +48,7 @@ def nearest(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def beam_search(points: Tensor, books: Tensor, beam: int) -> tuple[Tensor, Tensor]:
-    """Codes whose entries add up to nearly the points (Babenko and Lempitsky, "Additive Quantization", 2014).
+    """Returns codes whose entries add up to nearly the points (Babenko and Lempitsky, "Additive Quantization", 2014).
 
     Stage after stage, the ``beam`` best sums so far are tried with every entry of the stage. A beam of 1 is greedy.
     A wider one is nearly always nearer, but no bound says so for each point. Of entries that are equal the first is
@@ -72,7 +72,7 @@ def beam_search(points: Tensor, books: Tensor, beam: int) -> tuple[Tensor, Tenso
 
 @torch.no_grad()
 def cosine_search(points: Tensor, books: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes of entries that point where what is left of the points does, stage after stage.
+    """Returns codes of entries that point where what is left of the points does, stage after stage.
 
     A stage chooses the entry of the largest cosine with what the stages before leave, the first of several; the entry
     itself, whatever its length, is what it takes off. What is zero has the cosine zero.
@@ -88,7 +88,7 @@ def cosine_search(points: Tensor, books: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def residual_search(points: Tensor, books: Tensor, *, beam: int = 1, cosine: bool = False) -> tuple[Tensor, Tensor]:
-    """``beam_search``, or ``cosine_search``, which has no beam, as one step of compiled graphs.
+    """Returns ``beam_search``, or ``cosine_search``, which has no beam, as one step of compiled graphs.
 
     Args:
         points: ``[N, d]``, floating.
@@ -122,7 +122,7 @@ _OPERATOR.register_fake(_fake_search)
 
 
 def _greedy(points: Tensor, books: Tensor, cosine: bool) -> tuple[Tensor, Tensor]:
-    """Each stage's best entry for what the stages before leave."""
+    """Returns each stage's best entry for what the stages before leave."""
     if _fused(points, books):
         return cuda.residual_search(points, books, cosine)
     codes, distances = [], None
@@ -137,7 +137,7 @@ def _greedy(points: Tensor, books: Tensor, cosine: bool) -> tuple[Tensor, Tensor
 
 
 def _fused(points: Tensor, books: Tensor) -> bool:
-    """Whether Triton's kernel takes them."""
+    """Returns whether Triton's kernel takes them."""
     plain = all(type(x) in (Tensor, nn.Parameter) for x in (points, books)) and points.dtype == books.dtype
     fits = plain and books.shape[2] <= cuda.MOST_SEARCHED and points.device == books.device
     return fits and not torch.compiler.is_compiling() and cuda.usable(points)
@@ -179,7 +179,7 @@ def firsts(centres: Tensor) -> Tensor:
 
 
 def _scores(points: Tensor, centres: Tensor) -> Tensor:
-    """Squared distances ``[N, K]``, less each point's own part."""
+    """Returns squared distances ``[N, K]``, less each point's own part."""
     shift = centres.mean(0)  # distances far from the origin would cancel
     centres = centres - shift
     return torch.addmm(centres.square().sum(1), points - shift, centres.t(), alpha=-2)

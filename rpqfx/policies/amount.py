@@ -1,4 +1,4 @@
-"""How much a policy takes, as one of three values, each of which knows the options that it leaves to be given."""
+"""The amount that a policy takes: one of three values, each of which knows the options that it leaves open."""
 
 from __future__ import annotations
 
@@ -49,9 +49,11 @@ class Amount:
                 continue
             name, why = found
             whose = "" if rule is None else f" of the rule for {shown(rule.match)}"
-            advice = ", or give it in a Rule that sets codebook_dim, codebooks or bits"
+            advice = ", or give it in a Rule that sets codebook_dim, num_subvectors or codebook_bits"
             if rule is not None:
-                advice = ", or set codebook_dim, codebooks or bits in the rule as well, for a shape of its own"
+                advice = (
+                    ", or set codebook_dim, num_subvectors or codebook_bits in the rule as well, for a shape of its own"
+                )
             raise PolicyError(
                 f"{name}={getattr(given, name)!r}{whose} would do nothing: {why}; leave it out"
                 f"{'' if name in self.never else advice}"
@@ -77,7 +79,7 @@ class Budget(Amount):
         PolicyError: Unless exactly one of the two is given, and in range.
     """
 
-    chosen: ClassVar[frozenset[str]] = frozenset({"bits", "sharing", "codebook_dim", "codebooks"})
+    chosen: ClassVar[frozenset[str]] = frozenset({"codebook_bits", "sharing", "codebook_dim", "num_subvectors"})
 
     ratio: float | None = None
     bytes: int | None = None

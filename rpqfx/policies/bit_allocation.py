@@ -15,7 +15,7 @@ from rpqfx.codebook import CodebookSpec, nearest_divisor
 from rpqfx.errors import PolicyError
 from rpqfx.policies import fast_shapes
 from rpqfx.policies.budget import Candidate, choose
-from rpqfx.policies.decision import Hold
+from rpqfx.policies.decision import Quantize
 from rpqfx.policies.site import Site
 
 # Mean squared error at high rate of the best quantiser of unit Gaussian vectors, times 4 ** rate (Zador, 1982, with
@@ -32,7 +32,8 @@ _FLOAT_BITS = 16  # codebooks and factors are rounded to half precision
 _FACTORS_SHARE = 0.05  # of the budget, what factors of columns may take
 _OWN_BELOW = 32_768  # weights this small may have a codebook of their own
 _FEWEST_USERS = 4  # sub-vectors an entry
-Found = tuple[float, dict[str, Hold]] | float  # the expected cost and the decisions, or the bits that it takes at least
+# The expected cost and the decisions, or the bits that it takes at least.
+Found = tuple[float, dict[str, Quantize]] | float
 _NEXT = 1.25  # from one number of bits that is tried to the next, where the ones that are wanted cannot be had
 
 
@@ -42,7 +43,7 @@ def spread(
     importance: Mapping[str, float] | None = None,
     group: str = "model",
     option: str = "bits_per_weight",
-) -> dict[str, Hold]:
+) -> dict[str, Quantize]:
     """Decides weights that share a budget.
 
     Args:
@@ -68,7 +69,7 @@ def spread(
     found = [best(some, bits, cost, group) for some, best in parts if some]
     if any(isinstance(one, float) for one in found):  # apart they cannot have so few bits, together they may
         found = [_best(sites, bits, cost, group)]
-    held: dict[str, Hold] = {}
+    held: dict[str, Quantize] = {}
     for one in found:
         if isinstance(one, float):
             raise PolicyError(_too_few(sites, bits, one, cost, group, option))
@@ -99,7 +100,7 @@ def _best(sites: Sequence[Site], bits: float, cost: Mapping[str, float], group: 
 
 def _cheapest(tries: Iterable[Found], total: int) -> Found:
     """Returns the try with the least expected cost, or the fewest bits a weight that one would take."""
-    best: tuple[float, dict[str, Hold]] | None = None
+    best: tuple[float, dict[str, Quantize]] | None = None
     least = math.inf
     for found in tries:
         if isinstance(found, float):
@@ -128,7 +129,7 @@ def _too_few(
         asked *= _NEXT
     return (
         f"{said}, nor any other number up to {_MOST_BITS}: there are too few of them to share codebooks; use "
-        "Policy(bits=..., codebook_dim=...), or rewrite more weights (min_size, kinds, rules)"
+        "Policy(codebook_bits=..., codebook_dim=...), or rewrite more weights (min_size, kinds, rules)"
     )
 
 
@@ -156,7 +157,7 @@ def _allocate(sites: Sequence[Site], d: int, rungs: range, bits: float, ways: _W
     return _choose_within(ways.of(d, rungs), books, bits, total)
 
 
-def _choose_within(groups: Mapping[str, Sequence[Candidate[Hold]]], books: int, bits: float, total: int) -> Found:
+def _choose_within(groups: Mapping[str, Sequence[Candidate[Quantize]]], books: int, bits: float, total: int) -> Found:
     """Returns the expected cost and decisions for candidates and bits of codebooks, or the bits that it takes."""
     if not all(groups.values()):
         return math.inf
@@ -165,7 +166,7 @@ def _choose_within(groups: Mapping[str, Sequence[Candidate[Hold]]], books: int, 
     if least > limit:
         return float(least)
     chosen = choose(groups, int(limit - books), int(limit), 0)
-    expected = sum(c.distortion for name, hold in chosen.items() for c in groups[name] if c.choice is hold)
+    expected = sum(c.distortion for name, decision in chosen.items() for c in groups[name] if c.choice is decision)
     return expected, chosen
 
 
@@ -181,20 +182,20 @@ class _Ways:
             self._kinds.setdefault(key, (site, cost[site.name]))
             self._kind_of[site.name] = key
         self._own = {key: self._with_own_codebook(*kind) for key, kind in self._kinds.items()}
-        self._shared: dict[tuple[object, int, int], Candidate[Hold]] = {}
-        self._staged: dict[tuple[object, int, int], Candidate[Hold]] = {}
+        self._shared: dict[tuple[object, int, int], Candidate[Quantize]] = {}
+        self._staged: dict[tuple[object, int, int], Candidate[Quantize]] = {}
 
-    def of(self, d: int, rungs: range) -> dict[str, list[Candidate[Hold]]]:
+    def of(self, d: int, rungs: range) -> dict[str, list[Candidate[Quantize]]]:
         """Returns candidates by name: on each rung of a ladder, and with a codebook of their own."""
         found = {key: [*self._on(key, d, rungs), *self._own[key]] for key in self._kinds}
         return {name: found[key] for name, key in self._kind_of.items()}
 
-    def tiled(self, some: Sequence[fast_shapes.Shape]) -> dict[str, list[Candidate[Hold]]]:
+    def tiled(self, some: Sequence[fast_shapes.Shape]) -> dict[str, list[Candidate[Quantize]]]:
         """Returns candidates by name, of some shapes of stages; none of them for a weight that no shape divides."""
         found = {key: [c for shape in some for c in self._in_stages(key, shape)] for key in self._kinds}
         return {name: found[key] + self._own[key] for name, key in self._kind_of.items()}
 
-    def _in_stages(self, key: object, shape: fast_shapes.Shape) -> list[Candidate[Hold]]:
+    def _in_stages(self, key: object, shape: fast_shapes.Shape) -> list[Candidate[Quantize]]:
         site, cost = self._kinds[key]
         layout, (d, stages) = site.layout("row"), shape
         if layout.unit % d:
@@ -202,16 +203,16 @@ class _Ways:
         if (key, *shape) not in self._staged:
             factors = _factors(site, self._bits)
             spec = CodebookSpec(
-                layout.num_vectors, layout.dim, d, fast_shapes.ENTRIES, stages, 1, scale=True, dim_scale=factors,
-                tiled=True
+                layout.num_vectors, layout.dim, d, fast_shapes.ENTRIES, stages, 1, scale=True,
+                column_scale_group=factors, tiled=True
             )  # fmt: skip
             size = _whole_bytes(site.numel // d * stages * fast_shapes.STAGE_BITS)
-            size += (spec.num_vectors + spec.dim_scales) * _FLOAT_BITS
-            hold = Hold(spec, "row", group=f"{self._group} {site.dtype}")
-            self._staged[key, *shape] = Candidate(hold, size, cost * fast_shapes.LEFT[shape])
+            size += (spec.num_vectors + spec.num_column_scales) * _FLOAT_BITS
+            decision = Quantize(spec, "row", group=f"{self._group} {site.dtype}")
+            self._staged[key, *shape] = Candidate(decision, size, cost * fast_shapes.LEFT[shape])
         return [self._staged[key, *shape]]
 
-    def _on(self, key: object, d: int, rungs: range) -> list[Candidate[Hold]]:
+    def _on(self, key: object, d: int, rungs: range) -> list[Candidate[Quantize]]:
         site, cost = self._kinds[key]
         if site.layout("row").unit % d:
             return []
@@ -220,7 +221,7 @@ class _Ways:
                 self._shared[key, d, k] = self._candidate(site, cost, d, k, own=False)
         return [self._shared[key, d, k] for k in rungs]
 
-    def _with_own_codebook(self, site: Site, cost: float) -> list[Candidate[Hold]]:
+    def _with_own_codebook(self, site: Site, cost: float) -> list[Candidate[Quantize]]:
         if site.numel >= _OWN_BELOW:
             return []
         unit = site.layout("row").unit
@@ -231,15 +232,15 @@ class _Ways:
             if site.numel // length >= _FEWEST_USERS * 2**k
         ]
 
-    def _candidate(self, site: Site, cost: float, length: int, k: int, own: bool) -> Candidate[Hold]:
+    def _candidate(self, site: Site, cost: float, length: int, k: int, own: bool) -> Candidate[Quantize]:
         layout = site.layout("row")
         spec = CodebookSpec(
-            layout.num_vectors, layout.dim, length, 2**k, 1, 1, dim_scale=_factors(site, self._bits)
+            layout.num_vectors, layout.dim, length, 2**k, 1, 1, column_scale_group=_factors(site, self._bits)
         )  # fmt: skip
-        size = _whole_bytes(site.numel // length * k) + spec.dim_scales * _FLOAT_BITS
+        size = _whole_bytes(site.numel // length * k) + spec.num_column_scales * _FLOAT_BITS
         size += 2**k * length * _FLOAT_BITS if own else 0
-        hold = Hold(spec, "row", group=None if own else f"{self._group} {site.dtype}")
-        return Candidate(hold, size, cost * min(1.0, _ZADOR[length] * 4.0 ** (-k / length)))
+        decision = Quantize(spec, "row", group=None if own else f"{self._group} {site.dtype}")
+        return Candidate(decision, size, cost * min(1.0, _ZADOR[length] * 4.0 ** (-k / length)))
 
 
 def _whole_bytes(bits: int) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from rpqfx.errors import PolicyError
 from rpqfx.policies.amount import EMBEDDING_BITS, Rate
-from rpqfx.policies.decision import Hold, Skip, as_decision
+from rpqfx.policies.decision import KeepDense, Quantize, as_decision
 from rpqfx.policies.policy import Decide, Policy
 from rpqfx.policies.site import Site
 
@@ -16,11 +16,12 @@ def decide_all(
     sites: Sequence[Site],
     other_bytes: int = 0,
     importance: Mapping[str, float] | None = None,
-) -> tuple[dict[str, Hold | Skip], list[str]]:
+) -> tuple[dict[str, Quantize | KeepDense], list[str]]:
     """Returns the decisions of a policy, or of any callable from a site to a spec or a skip.
 
     Args:
-        policy: A [`Policy`][rpqfx.policies.policy.Policy], or a callable ``Site -> CodebookSpec | Hold | Skip``.
+        policy: A [`Policy`][rpqfx.policies.policy.Policy], or a callable from a ``Site`` to a ``CodebookSpec``, a
+            ``Quantize`` or a ``KeepDense``.
         sites: All sites of a model.
         other_bytes: Bytes of the model's other tensors.
         importance: As in [`decide`][rpqfx.policies.policy.Policy.decide].
@@ -35,9 +36,9 @@ def decide_all(
         decisions = policy.decide(sites, other_bytes, importance)
         notes = _remarks(policy, sites)
     else:
-        decisions = {s.name: Skip(s.blocked) if s.blocked else as_decision(s, policy(s)) for s in sites}
+        decisions = {s.name: KeepDense(s.blocked) if s.blocked else as_decision(s, policy(s)) for s in sites}
         notes = []
-    if not any(isinstance(decision, Hold) for decision in decisions.values()):
+    if not any(isinstance(decision, Quantize) for decision in decisions.values()):
         raise PolicyError(_nothing(decisions, notes))
     return decisions, notes
 
@@ -57,9 +58,9 @@ def _remarks(policy: Policy, sites: Sequence[Site]) -> list[str]:
     return found
 
 
-def _nothing(decisions: Mapping[str, Hold | Skip], notes: Iterable[str]) -> str:
+def _nothing(decisions: Mapping[str, Quantize | KeepDense], notes: Iterable[str]) -> str:
     if not decisions:
         return "the model has no weight of two or more axes, so there is nothing to rewrite"
-    said = [f"{name}: {d.reason}" for name, d in decisions.items() if isinstance(d, Skip)]
+    said = [f"{name}: {d.reason}" for name, d in decisions.items() if isinstance(d, KeepDense)]
     more = f"; and {len(said) - 5} more" if len(said) > 5 else ""
     return "the policy rewrites nothing. " + "; ".join([*notes, *said[:5]]) + more

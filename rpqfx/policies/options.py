@@ -31,15 +31,15 @@ class PartialOptions:
     """Options as a policy or a rule writes them down, those of ``Options``; None stands for one that is left out."""
 
     codebook_dim: int | None = None
-    codebooks: int | Literal["heads"] | None = None
-    bits: int | None = None
-    min_bits: int | None = None
+    num_subvectors: int | Literal["heads"] | None = None
+    codebook_bits: int | None = None
+    min_codebook_bits: int | None = None
     stages: int | None = None
     sharing: Sharing | None = None
     experts: Experts | None = None
     split: Split | Literal["auto"] | None = None
     scale: bool | None = None
-    dim_scale: bool | None = None
+    column_scale: bool | None = None
     signs: bool | None = None
     grad_scale: GradScale | None = None
     init: Init | None = None
@@ -54,19 +54,25 @@ class PartialOptions:
         for name, values in _WORDS.items():
             if getattr(self, name) is not None:
                 one_of(name, getattr(self, name), values)
-        for name in ("scale", "dim_scale", "signs", "allow_growth"):
+        for name in ("scale", "column_scale", "signs", "allow_growth"):
             if getattr(self, name) is not None:
                 flag(name, getattr(self, name))
-        count = self.codebooks
+        count = self.num_subvectors
         counts = type(count) is int and 1 <= count <= _LONGEST
         if count is not None and not counts and not (isinstance(count, str) and count == "heads"):
-            raise PolicyError(f"codebooks is a number from 1 or 'heads', got {shown(count)}")
-        if self.codebook_dim is not None and self.codebooks is not None:
-            raise PolicyError(f"give codebook_dim ({self.codebook_dim}) or codebooks ({self.codebooks}), not both")
-        if self.bits is not None and self.min_bits is not None and self.min_bits > self.bits:
+            raise PolicyError(f"num_subvectors is a number from 1 or 'heads', got {shown(count)}")
+        if self.codebook_dim is not None and self.num_subvectors is not None:
             raise PolicyError(
-                f"min_bits is how far bits may be lowered, at most bits ({self.bits}), got {self.min_bits}; "
-                "raise bits, or leave min_bits out"
+                f"give codebook_dim ({self.codebook_dim}) or num_subvectors ({self.num_subvectors}), not both"
+            )
+        if (
+            self.codebook_bits is not None
+            and self.min_codebook_bits is not None
+            and self.min_codebook_bits > self.codebook_bits
+        ):
+            raise PolicyError(
+                f"min_codebook_bits is how far codebook_bits may be lowered, at most {self.codebook_bits} here, got "
+                f"{self.min_codebook_bits}; raise codebook_bits, or leave min_codebook_bits out"
             )
 
     def given(self) -> dict[str, Any]:
@@ -77,12 +83,13 @@ class PartialOptions:
     @property
     def sets_shape(self) -> bool:
         """Whether it says how long sub-vectors are, or how many entries there are for them."""
-        return any(value is not None for value in (self.codebook_dim, self.codebooks, self.bits))
+        return any(value is not None for value in (self.codebook_dim, self.num_subvectors, self.codebook_bits))
 
 
 _LONGEST = 2**31 - 1
 _RANGES = {
-    "bits": (1, 16), "min_bits": (1, 16), "stages": (1, 64), "codebook_dim": (1, _LONGEST), "min_size": (0, 2**63 - 1),
+    "codebook_bits": (1, 16), "min_codebook_bits": (1, 16), "stages": (1, 64), "codebook_dim": (1, _LONGEST),
+    "min_size": (0, 2**63 - 1),
 }  # fmt: skip
 _WORDS = {
     "sharing": ("own", "layer", "shape", "role"),
@@ -101,11 +108,11 @@ class Options(PartialOptions):
     Args:
         codebook_dim: Length of a sub-vector; the divisor of the vector length nearest to it is taken. Left out, 64, or
             near it a multiple of a convolution's taps.
-        codebooks: Number of sub-vectors instead: a number, which must divide, or ``"heads"`` for one an attention
+        num_subvectors: Number of sub-vectors instead: a number, which must divide, or ``"heads"`` for one an attention
             head (of the model, where a module has none), or the nearest number that divides.
-        bits: ``log2`` of the entries of a codebook.
-        min_bits: Where ``bits`` would make a layer larger, fewer are tried down to this; left out, the layer is
-            left alone then.
+        codebook_bits: ``log2`` of the entries of a codebook.
+        min_codebook_bits: Where ``codebook_bits`` would make a layer larger, fewer are tried down to this; left out,
+            the layer is left alone then.
         stages: Residual stages.
         sharing: One codebook for each sub-vector (``"own"``), one for the layer (``"layer"``), or for each
             sub-vector one that all layers of equal shape (``"shape"``) or of equal role (``"role"``: their names
@@ -114,26 +121,26 @@ class Options(PartialOptions):
             each (``"own"``).
         split: Vectors along outputs (``"row"``), inputs (``"column"``), or whichever is smaller (``"auto"``).
         scale: A trainable factor for each vector.
-        dim_scale: A trainable factor for each element of the vectors (a Linear's inputs, where its vectors are rows),
-            or for each channel of filters.
+        column_scale: A trainable factor for each element of the vectors (a Linear's inputs, where its vectors are
+            rows), or for each channel of filters.
         signs: A random fixed sign for each use of an entry.
         grad_scale: How gradients of vectors that share an entry are gathered.
         init: Codebooks fitted to the weights that are there (``"fit"``), or drawn anew with their standard
             deviation (``"random"``), for training from scratch.
-        plan: Which way products run: the weight made for each call (``"expand"``), the table of dot products
-            (``"contract"``), or the cheaper by a cost model (``"auto"``); [`tune`][rpqfx.timing.tune.tune] measures
+        plan: Which way products run: the weight made for each call (``"dequantize"``), the table of dot products
+            (``"lookup"``), or the cheaper by a cost model (``"auto"``); [`tune`][rpqfx.timing.tune.tune] measures
             instead.
         min_size: Weights of fewer elements are left alone.
         allow_growth: Whether a layer may become larger than it was.
     """
 
-    bits: int = 8
+    codebook_bits: int = 8
     stages: int = 1
     sharing: Sharing = "own"
     experts: Experts = "shared"
     split: Split | Literal["auto"] = "auto"
     scale: bool = False
-    dim_scale: bool = False
+    column_scale: bool = False
     signs: bool = False
     grad_scale: GradScale = "sum"
     init: Init = "fit"

@@ -17,15 +17,15 @@ from rpqfx.policies.amount import EMBEDDING_BITS, Amount, Budget, Fixed, Rate, a
 from rpqfx.policies.base import PolicyBase
 from rpqfx.policies.bit_allocation import spread
 from rpqfx.policies.budget import Candidate, choose
-from rpqfx.policies.decision import Hold, Skip, candidates, smallest, stored_bytes, together
+from rpqfx.policies.decision import KeepDense, Quantize, candidates, smallest, stored_bytes, together
 from rpqfx.policies.options import Init, Options, PartialOptions, Rule, Sharing
 from rpqfx.policies.site import KINDS, Kind, Site
 from rpqfx.validation.spelling import spelled
 from rpqfx.validation.values import one_of, shown
 
-__all__ = ["Budget", "Decide", "Fixed", "Hold", "Options", "Policy", "Rate", "Rule", "Skip"]
+__all__ = ["Budget", "Decide", "Fixed", "KeepDense", "Options", "Policy", "Quantize", "Rate", "Rule"]
 
-Decide = Callable[[Site], CodebookSpec | Hold | Skip]
+Decide = Callable[[Site], CodebookSpec | Quantize | KeepDense]
 _TABLES = ("embedding", "embedding_bag")
 
 
@@ -37,8 +37,9 @@ class Policy(PartialOptions, PolicyBase):
     Precedence, strongest first: what a site cannot do (it is skipped, with the reason); the first rule that matches
     it; the policy's own options. Of a rule, only the options it sets count; the others come from the policy.
 
-    A policy returns a spec that divides, or a [`Skip`][rpqfx.policies.policy.Skip] with the reason. It makes no layer
-    larger unless ``allow_growth`` says so. It is a value: printable, comparable, and JSON both ways (predicates apart).
+    A policy returns a spec that divides, or a [`KeepDense`][rpqfx.policies.policy.KeepDense] with the reason. It makes
+    no layer larger unless ``allow_growth`` says so. It is a value: printable, comparable, and JSON both ways
+    (predicates apart).
 
     Options that are left out have the values of [`Options`][rpqfx.policies.policy.Options], unless ``amount`` chooses
     them for each weight; those read None here. An option that would do nothing beside an amount is refused.
@@ -77,55 +78,57 @@ class Policy(PartialOptions, PolicyBase):
                 object.__setattr__(self, name, value)
         super().__post_init__()
         for rule in self.rules:
-            if rule.bits is None and (rule.min_bits or 0) > (self.bits or 16):
+            if rule.codebook_bits is None and (rule.min_codebook_bits or 0) > (self.codebook_bits or 16):
                 raise PolicyError(
-                    f"min_bits={rule.min_bits} of the rule for {shown(rule.match)} is more than the policy's bits "
-                    f"({self.bits}); set bits in the rule as well"
+                    f"min_codebook_bits={rule.min_codebook_bits} of the rule for {shown(rule.match)} is more than the "
+                    f"policy's codebook_bits ({self.codebook_bits}); set codebook_bits in the rule as well"
                 )
         self.amount.check(self, self.rules)
 
     @classmethod
     @spelled
     def from_scratch(
-        cls, *, codebook_dim: int | None = None, codebooks: int | Literal["heads"] | None = None, bits: int = 8,
-        min_bits: int | None = None, stages: int = 1, sharing: Sharing = "own", experts: Experts = "shared",
-        split: Split | Literal["auto"] = "auto", scale: bool = False, dim_scale: bool = False, signs: bool = False,
-        grad_scale: GradScale = "sum", plan: Plan = "auto", min_size: int = 4096, allow_growth: bool = False,
-        rules: tuple[Rule, ...] = (), kinds: tuple[Kind, ...] = KINDS,
+        cls, *, codebook_dim: int | None = None, num_subvectors: int | Literal["heads"] | None = None,
+        codebook_bits: int = 8, min_codebook_bits: int | None = None, stages: int = 1, sharing: Sharing = "own",
+        experts: Experts = "shared", split: Split | Literal["auto"] = "auto", scale: bool = False,
+        column_scale: bool = False, signs: bool = False, grad_scale: GradScale = "sum", plan: Plan = "auto",
+        min_size: int = 4096, allow_growth: bool = False, rules: tuple[Rule, ...] = (), kinds: tuple[Kind, ...] = KINDS,
     ) -> Policy:  # fmt: skip
         """Makes a policy for training from scratch: codebooks are drawn anew, with fewer entries in small layers.
 
-        Options are those of [`Options`][rpqfx.policies.policy.Options], with ``init="random"``. ``min_bits`` is 4 (or
-        ``bits``, if fewer) if left out, so that small layers get fewer entries rather than stay dense.
+        Options are those of [`Options`][rpqfx.policies.policy.Options], with ``init="random"``. ``min_codebook_bits``
+        is 4 (or ``codebook_bits``, if fewer) if left out, so that small layers get fewer entries rather than stay
+        dense.
 
         Raises:
             PolicyError: As the class.
         """
-        fewest = min(4, bits) if type(bits) is int else 4
+        fewest = min(4, codebook_bits) if type(codebook_bits) is int else 4
         return cls(
-            codebook_dim=codebook_dim, codebooks=codebooks, bits=bits,
-            min_bits=fewest if min_bits is None else min_bits, stages=stages, sharing=sharing, experts=experts,
-            split=split, scale=scale, dim_scale=dim_scale, signs=signs, grad_scale=grad_scale, init="random", plan=plan,
-            min_size=min_size, allow_growth=allow_growth, rules=rules, kinds=kinds,
+            codebook_dim=codebook_dim, num_subvectors=num_subvectors, codebook_bits=codebook_bits,
+            min_codebook_bits=fewest if min_codebook_bits is None else min_codebook_bits, stages=stages,
+            sharing=sharing, experts=experts, split=split, scale=scale, column_scale=column_scale, signs=signs,
+            grad_scale=grad_scale, init="random", plan=plan, min_size=min_size, allow_growth=allow_growth, rules=rules,
+            kinds=kinds,
         )  # fmt: skip
 
     @classmethod
     @spelled
     def budget(
         cls, *, ratio: float | None = None, bytes: int | None = None, codebook_dim: int | None = None,
-        codebooks: int | Literal["heads"] | None = None, bits: int | None = None, min_bits: int | None = None,
-        stages: int = 1, sharing: Literal["own", "layer"] | None = None, experts: Experts = "shared",
-        split: Split | Literal["auto"] = "auto", scale: bool = False, dim_scale: bool = False, signs: bool = False,
-        grad_scale: GradScale = "sum", init: Init = "fit", plan: Plan = "auto", min_size: int = 4096,
-        rules: tuple[Rule, ...] = (), kinds: tuple[Kind, ...] = KINDS,
+        num_subvectors: int | Literal["heads"] | None = None, codebook_bits: int | None = None,
+        min_codebook_bits: int | None = None, stages: int = 1, sharing: Literal["own", "layer"] | None = None,
+        experts: Experts = "shared", split: Split | Literal["auto"] = "auto", scale: bool = False,
+        column_scale: bool = False, signs: bool = False, grad_scale: GradScale = "sum", init: Init = "fit",
+        plan: Plan = "auto", min_size: int = 4096, rules: tuple[Rule, ...] = (), kinds: tuple[Kind, ...] = KINDS,
     ) -> Policy:  # fmt: skip
         """Makes a policy that meets a total of bytes, everything in it counted.
 
         It chooses entries, sub-vector length and sharing for each layer, and which layers stay dense; of these, what
-        is given (``bits``, ``codebook_dim`` or ``codebooks``, ``sharing``) holds for every layer, and ``min_bits``
-        without ``bits`` is the fewest. Layers are traded off by the rate-distortion rule of thumb for vector
-        quantisation (see ``rpqfx.policies.budget``). A layer that matches a rule with a shape of its own
-        (``codebook_dim``, ``codebooks`` or ``bits``) keeps it. The total is that of
+        is given (``codebook_bits``, ``codebook_dim`` or ``num_subvectors``, ``sharing``) holds for every layer, and
+        ``min_codebook_bits`` without ``codebook_bits`` is the fewest. Layers are traded off by the rate-distortion rule
+        of thumb for vector quantisation (see ``rpqfx.policies.budget``). A layer that matches a rule with a shape of
+        its own (``codebook_dim``, ``num_subvectors`` or ``codebook_bits``) keeps it. The total is that of
         [`Budget`][rpqfx.policies.policy.Budget], the options are those of [`Options`][rpqfx.policies.policy.Options].
 
         Raises:
@@ -133,10 +136,10 @@ class Policy(PartialOptions, PolicyBase):
                 total cannot be reached, with the closest that can.
         """
         return cls(
-            amount=Budget(ratio=ratio, bytes=bytes), codebook_dim=codebook_dim, codebooks=codebooks, bits=bits,
-            min_bits=min_bits, stages=stages, sharing=sharing, experts=experts, split=split, scale=scale,
-            dim_scale=dim_scale, signs=signs, grad_scale=grad_scale, init=init, plan=plan, min_size=min_size,
-            rules=rules, kinds=kinds,
+            amount=Budget(ratio=ratio, bytes=bytes), codebook_dim=codebook_dim, num_subvectors=num_subvectors,
+            codebook_bits=codebook_bits, min_codebook_bits=min_codebook_bits, stages=stages, sharing=sharing,
+            experts=experts, split=split, scale=scale, column_scale=column_scale, signs=signs, grad_scale=grad_scale,
+            init=init, plan=plan, min_size=min_size, rules=rules, kinds=kinds,
         )  # fmt: skip
 
     @classmethod
@@ -167,7 +170,7 @@ class Policy(PartialOptions, PolicyBase):
 
     def decide(
         self, sites: Sequence[Site], other_bytes: int = 0, importance: Mapping[str, float] | None = None
-    ) -> dict[str, Hold | Skip]:
+    ) -> dict[str, Quantize | KeepDense]:
         """Decides every site.
 
         Args:
@@ -190,8 +193,8 @@ class Policy(PartialOptions, PolicyBase):
         if not isinstance(self.amount, Budget):
             return decisions
         before = other_bytes + sum(site.dense_bytes for site in sites)
-        free: dict[str, list[Candidate[Hold | Skip]]] = {}
-        alike: dict[object, list[Candidate[Hold | Skip]]] = {}  # most layers of a model are like another one
+        free: dict[str, list[Candidate[Quantize | KeepDense]]] = {}
+        alike: dict[object, list[Candidate[Quantize | KeepDense]]] = {}  # most layers of a model are like another one
         for site in sites:
             options, decision = self._written_for(site), decisions[site.name]
             if self._rule_sets_shape(site) or self._refused(site, self.options_for(site)) is not None:
@@ -205,12 +208,12 @@ class Policy(PartialOptions, PolicyBase):
 
     def _by_rate(
         self, rate: Rate, sites: Sequence[Site], importance: Mapping[str, float] | None
-    ) -> dict[str, Hold | Skip]:
+    ) -> dict[str, Quantize | KeepDense]:
         options = {site.name: self.options_for(site) for site in sites}
-        decisions: dict[str, Hold | Skip] = {}
+        decisions: dict[str, Quantize | KeepDense] = {}
         for site in sites:
             if (reason := self._refused(site, options[site.name])) is not None:
-                decisions[site.name] = Skip(reason)
+                decisions[site.name] = KeepDense(reason)
             elif self._rule_sets_shape(site):
                 decisions[site.name] = self(site)
         rows = {site.shape[0] for site in sites if site.kind in _TABLES}
@@ -219,20 +222,20 @@ class Policy(PartialOptions, PolicyBase):
         weights = [site for site in free if site not in tables]
         if rate.embedding_bits is None:
             reason = "embeddings and heads have a budget of their own, embedding_bits, and it is not given"
-            decisions |= {site.name: Skip(reason) for site in tables}
+            decisions |= {site.name: KeepDense(reason) for site in tables}
             tables = []
         held = spread(weights, rate.bits_per_weight, importance)
         held |= spread(tables, rate.embedding_bits or 0.0, None, "embeddings", "embedding_bits")
-        for name, hold in held.items():
-            spec = dataclasses.replace(hold.spec, grad_scale=options[name].grad_scale)
-            decisions[name] = dataclasses.replace(hold, spec=spec, plan=options[name].plan)
+        for name, decision in held.items():
+            spec = dataclasses.replace(decision.spec, grad_scale=options[name].grad_scale)
+            decisions[name] = dataclasses.replace(decision, spec=spec, plan=options[name].plan)
         return decisions
 
-    def __call__(self, site: Site) -> Hold | Skip:
+    def __call__(self, site: Site) -> Quantize | KeepDense:
         """Decides one site by itself, leaving a budget and the sites that it could share codebooks with aside."""
         options = self.options_for(site)
         reason = self._refused(site, options)
-        return Skip(reason) if reason is not None else together([(site, options)])[site.name]
+        return KeepDense(reason) if reason is not None else together([(site, options)])[site.name]
 
     def options_for(self, site: Site) -> Options:
         """Returns all options of a site: those of the rule that it follows, else the policy's, else the defaults."""
@@ -242,24 +245,24 @@ class Policy(PartialOptions, PolicyBase):
         """Returns the options of a site that are written down, the matching rule's laid over the policy's."""
         rule = self.rule_for(site)
         own, merged = {} if rule is None else rule.given(), self.given()
-        if "codebook_dim" in own or "codebooks" in own:
-            merged = {name: value for name, value in merged.items() if name not in ("codebook_dim", "codebooks")}
-        if "bits" in own and merged.get("min_bits", 0) > own["bits"]:
-            del merged["min_bits"]  # the rule asks for fewer than the policy would go down to
+        if "codebook_dim" in own or "num_subvectors" in own:
+            merged = {name: value for name, value in merged.items() if name not in ("codebook_dim", "num_subvectors")}
+        if "codebook_bits" in own and merged.get("min_codebook_bits", 0) > own["codebook_bits"]:
+            del merged["min_codebook_bits"]  # the rule asks for fewer than the policy would go down to
         return PartialOptions(**{**merged, **own})
 
     def _rule_sets_shape(self, site: Site) -> bool:
         rule = self.rule_for(site)
         return rule is not None and rule.sets_shape
 
-    def _shared(self, sites: Sequence[Site]) -> dict[str, Hold | Skip]:
+    def _shared(self, sites: Sequence[Site]) -> dict[str, Quantize | KeepDense]:
         """Returns the decisions for the sites whose codebooks other layers share: each group is decided as one."""
         groups: dict[object, list[tuple[Site, Options]]] = defaultdict(list)
         for site in sites:
             options = self.options_for(site)
             if options.sharing in ("shape", "role") and self._refused(site, options) is None:
-                hold = smallest(site, options)
-                key = (hold.group, *hold.shared, options.min_bits, options.allow_growth)
+                decision = smallest(site, options)
+                key = (decision.group, *decision.shared, options.min_codebook_bits, options.allow_growth)
                 groups[key].append((site, options))
         return {name: decision for group in groups.values() for name, decision in together(group).items()}
 

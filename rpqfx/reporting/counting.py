@@ -21,18 +21,19 @@ class Counts(NamedTuple):
         floats: Bytes of codebooks and scales in memory.
         codes: Bytes of codes and signs in memory.
         shared: Bytes of codebooks and scales that were counted before.
-        code_bits: Bits of codes and signs in a saved file, which holds a seed in the place of codes that are drawn.
-        codebook_bits: Bits of codebooks in a saved file.
-        scale_bits: Bits of scales in a saved file.
+        stored_code_bits: Bits of codes and signs in a saved file, which holds a seed in the place of codes that are
+            drawn.
+        stored_codebook_bits: Bits of codebooks in a saved file.
+        stored_scale_bits: Bits of scales in a saved file.
         drawn_stages: Stages of codes for which a file holds the seed.
     """
 
     floats: int
     codes: int
     shared: int
-    code_bits: int
-    codebook_bits: int
-    scale_bits: int
+    stored_code_bits: int
+    stored_codebook_bits: int
+    stored_scale_bits: int
     drawn_stages: int
 
 
@@ -48,13 +49,15 @@ def counted(weight: RPQWeight, seen: set[int]) -> Counts:
     floats, integers = [codebooks, *scales], [codes] if signs is None else [codes, signs]
     new = {id(tensor) for tensor in (*floats, *integers)} - seen
     others = ([] if signs is None else [signs]), [codebooks], scales
-    code_bits, codebook_bits, scale_bits = (sum(stored_bits(t) for t in part if id(t) in new) for part in others)
+    stored_code_bits, stored_codebook_bits, stored_scale_bits = (
+        sum(stored_bits(t) for t in part if id(t) in new) for part in others
+    )
     drawn = len(weight.drawn_stages()) if id(codes) in new else 0
     if id(codes) in new:
-        code_bits += 8 * stored_bytes(weight.saved_spec.codes_shape, weight.spec.entries, drawn)
+        stored_code_bits += 8 * stored_bytes(weight.saved_spec.codes_shape, weight.spec.entries, drawn)
     new_floats, new_codes = unseen_bytes(floats, seen), unseen_bytes(integers, seen)
     shared = sum(tensor.nbytes for tensor in floats) - new_floats
-    return Counts(new_floats, new_codes, shared, code_bits, codebook_bits, scale_bits, drawn)
+    return Counts(new_floats, new_codes, shared, stored_code_bits, stored_codebook_bits, stored_scale_bits, drawn)
 
 
 def unseen_bytes(tensors: Sequence[Tensor], seen: set[int]) -> int:

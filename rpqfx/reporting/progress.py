@@ -1,4 +1,4 @@
-"""How far a long piece of work is, and how long the rest will take."""
+"""Reports the progress of a long piece of work, and how long the rest will take."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from rpqfx.codebook import CodebookSpec
 from rpqfx.ops import Plan
-from rpqfx.policies.decision import Hold, Skip
+from rpqfx.policies.decision import KeepDense, Quantize
 from rpqfx.policies.site import Site
 
 _ATTRIBUTE = "_rpqfx_records"
@@ -37,9 +37,10 @@ class SiteRecord:
         after: Bytes of the tensors that are there now.
         shared: Bytes of codebooks that are counted with an earlier site.
         plan: Which way its products run now.
-        code_bits: Bits of its codes and signs in a saved file, which holds a seed in the place of codes that are drawn.
-        codebook_bits: Bits of its codebooks in a saved file, less those counted with an earlier site.
-        scale_bits: Bits of its scales in a saved file.
+        stored_code_bits: Bits of its codes and signs in a saved file, which holds a seed in the place of codes that are
+            drawn.
+        stored_codebook_bits: Bits of its codebooks in a saved file, less those counted with an earlier site.
+        stored_scale_bits: Bits of its scales in a saved file.
         drawn_stages: Stages of its codes for which a saved file holds the seed.
     """
 
@@ -57,15 +58,15 @@ class SiteRecord:
     after: int = 0
     shared: int = 0
     plan: Plan = "auto"
-    code_bits: int = 0
-    codebook_bits: int = 0
-    scale_bits: int = 0
+    stored_code_bits: int = 0
+    stored_codebook_bits: int = 0
+    stored_scale_bits: int = 0
     drawn_stages: int = 0
 
     @property
     def stored_bits(self) -> int:
         """Bits of all its tensors in a saved file; 0 where it was left alone."""
-        return self.code_bits + self.codebook_bits + self.scale_bits
+        return self.stored_code_bits + self.stored_codebook_bits + self.stored_scale_bits
 
     @property
     def bits_per_weight(self) -> float:
@@ -73,7 +74,9 @@ class SiteRecord:
         return ratio(self.stored_bits, math.prod(self.shape))
 
     @classmethod
-    def of(cls, site: Site, decision: Hold | Skip, error: float | None = None, calibrated: bool = False) -> SiteRecord:
+    def of(
+        cls, site: Site, decision: Quantize | KeepDense, error: float | None = None, calibrated: bool = False
+    ) -> SiteRecord:
         """Makes the record of a decision.
 
         Args:
@@ -86,7 +89,7 @@ class SiteRecord:
             name=site.name, names=site.names, kind=site.kind, module_type=site.module_type.__name__, shape=site.shape,
             before=site.dense_bytes, after=site.dense_bytes,
         )  # fmt: skip
-        if isinstance(decision, Skip):
+        if isinstance(decision, KeepDense):
             return dataclasses.replace(base, reason=decision.reason)
         init = "random" if error is None else "calibrated" if calibrated else "fit"
         return dataclasses.replace(base, spec=decision.spec, split=decision.split, init=init, error=error)

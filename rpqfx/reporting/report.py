@@ -98,7 +98,7 @@ class Report:
 
 
 def report(model: nn.Module) -> Report:
-    """Returns which weights of a model are in codebooks, which stayed dense and why, and the bytes of all of it.
+    """Returns which weights of a model are quantized, which stayed dense and why, and the bytes of all of it.
 
     Bytes are counted from the tensors that are in the model now; a tensor with several names counts once.
 
@@ -139,8 +139,8 @@ def report(model: nn.Module) -> Report:
         sites.append(
             dataclasses.replace(
                 record, shape=shape, spec=weight.spec, before=before, after=now.floats + now.codes, shared=now.shared,
-                plan=weight.plan, code_bits=now.code_bits, codebook_bits=now.codebook_bits, scale_bits=now.scale_bits,
-                drawn_stages=now.drawn_stages,
+                plan=weight.plan, stored_code_bits=now.stored_code_bits, stored_codebook_bits=now.stored_codebook_bits,
+                stored_scale_bits=now.stored_scale_bits, drawn_stages=now.drawn_stages,
             )
         )  # fmt: skip
     other = unseen_bytes([*model.parameters(), *model.buffers()], seen)
@@ -179,29 +179,31 @@ def _row(site: SiteRecord) -> tuple[str, ...]:
     notes = [
         "columns" if site.split == "column" else "",
         f"{spec.stages} stages" if spec.stages > 1 else "",
-        f"{spec.books} shared codebook{'s' if spec.books != 1 else ''}" if spec.books != spec.sub_vectors else "",
+        f"{spec.num_codebooks} shared codebook{'s' if spec.num_codebooks != 1 else ''}"
+        if spec.num_codebooks != spec.num_subvectors
+        else "",
         f"{size(site.shared)} shared with earlier sites" if site.shared else "",
         f"plan {site.plan}" if site.plan != "auto" else "",
         "calibrated" if site.init == "calibrated" else "",
         f"fit error {site.error:.3f}" if site.error is not None else "",
     ]
     shape = f"{spec.num_vectors} x {spec.dim}"
-    counts = (str(spec.sub_vectors), str(spec.codebook_dim), str(spec.entries))
+    counts = (str(spec.num_subvectors), str(spec.codebook_dim), str(spec.entries))
     return (name, site.kind, shape, *counts, size(site.before), size(site.after), ", ".join(n for n in notes if n))
 
 
 def _totals(report: Report) -> list[str]:
     share = report.after / report.before if report.before else 1.0
     bits = {
-        "codes": sum(site.code_bits for site in report.rewritten),
-        "codebooks": sum(site.codebook_bits for site in report.rewritten),
-        "scales": sum(site.scale_bits for site in report.rewritten),
+        "codes": sum(site.stored_code_bits for site in report.rewritten),
+        "codebooks": sum(site.stored_codebook_bits for site in report.rewritten),
+        "scales": sum(site.stored_scale_bits for site in report.rewritten),
     }
     parts = [f"{name} {ratio(count, report.weights):.2f}" for name, count in bits.items() if count]
     drawn = sum(site.drawn_stages > 0 for site in report.rewritten)
     seeds = f"; random codes of {drawn} site{'s' * (drawn > 1)} as a seed" if drawn else ""
     return [
-        f"{len(report.rewritten)} of {len(report.sites)} sites in codebooks; "
+        f"{len(report.rewritten)} of {len(report.sites)} sites quantized; "
         f"{size(report.before)} before, {size(report.after)} after ({share:.1%})",
         f"codebooks and scales {size(report.codebooks)}, codes and signs {size(report.codes)}, "
         f"everything else {size(report.other)}",

@@ -1,4 +1,4 @@
-"""How much of a weight a shape of codebooks can say, before anything is trained."""
+"""Bounds the share of a weight's variance that a shape of codebooks can carry, before anything is trained."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The manifest of a saved file: every tensor under its names, every site and its spec.
 
-Codes and floating Parameters of weights in codebooks are stored packed (``rpqfx.codebook.packing``), codes that were
+Codes and floating Parameters of quantized weights are stored packed (``rpqfx.codebook.packing``), codes that were
 drawn and never changed as their seed (``rpqfx.codebook.stored_codes``), all other tensors as they are. Names are those
 that the model has without wrappers (``rpqfx.nn.wrappers``): torch.compile adds none.
 """

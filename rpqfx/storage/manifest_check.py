@@ -131,13 +131,13 @@ def _check_site(site: dict[str, Any], entries: dict[str, dict[str, Any]]) -> Non
     parts = spec["dim"] // spec["codebook_dim"]
     codes = (spec["stages"], parts, spec["num_vectors"])
     wanted: dict[str, tuple[int, ...]] = {
-        "codebooks": (spec["stages"], spec["books"], spec["entries"], spec["codebook_dim"]),
+        "codebooks": (spec["stages"], spec["num_codebooks"], spec["entries"], spec["codebook_dim"]),
         "codes": codes,
     }
     if spec["scale"]:
         wanted["scale"] = (spec["num_vectors"],)
-    if spec.get("dim_scale"):
-        wanted["dim_scale"] = (spec["dim"] // spec["dim_scale"],)
+    if spec.get("column_scale_group"):
+        wanted["column_scale"] = (spec["dim"] // spec["column_scale_group"],)
     if spec["signs"]:
         wanted["signs"] = (*codes[:2], -(-codes[2] // 8))
     for part, shape in wanted.items():
@@ -150,9 +150,9 @@ def _check_site(site: dict[str, Any], entries: dict[str, dict[str, Any]]) -> Non
         if "drawn" in entry:
             known = CodebookSpec.from_dict(spec)
             right = part == "codes" and packed == known.entries and dtype is known.code_dtype and may_be_seed(known)
-        if part in ("codebooks", "scale", "dim_scale"):
+        if part in ("codebooks", "scale", "column_scale"):
             right = dtype.is_floating_point
-        if not right or (entry["kind"] == "parameter") != (part in ("codebooks", "scale", "dim_scale")):
+        if not right or (entry["kind"] == "parameter") != (part in ("codebooks", "scale", "column_scale")):
             raise FormatError(f"its manifest says that {name} has {part} of {dtype}, a {entry['kind']}")
     _check_layout(name, layout, spec)
 
@@ -188,7 +188,7 @@ def _check_record(record: dict[str, Any]) -> None:
     if record["spec"] is not None:
         _check_spec(record["name"], record["spec"])
         if not math.prod(record["shape"]):
-            raise FormatError(f"its manifest says that {record['name']}, of no elements, is in codebooks")
+            raise FormatError(f"its manifest says that {record['name']}, of no elements, is quantized")
 
 
 def _entry_of(entries: dict[str, dict[str, Any]], names: list[str], shape: tuple[int, ...]) -> dict[str, Any]:
@@ -204,13 +204,13 @@ def _entry_of(entries: dict[str, dict[str, Any]], names: list[str], shape: tuple
 
 
 def _check_coder(name: str, coder: dict[str, Any], entries: dict[str, dict[str, Any]]) -> None:
-    heads, dim, d, stages = coder["heads"], coder["dim"], coder["sub_vector"], coder["stages"]
+    heads, dim, d, stages = coder["heads"], coder["dim"], coder["codebook_dim"], coder["stages"]
     parts = 1 if coder["joint"] else heads
     width, inner = heads * dim // parts, len(stages) * d // parts
     divides = width % d == 0 and len(stages) % parts == 0 and (not coder["strided"] or dim % d == 0)
     if not divides or sum(stages) > SLOTS or (coder["transform"] and coder["strided"]):
         raise FormatError(f"its manifest says that {name} codes in numbers that do not go together")
-    if coder["joint"] and (coder["scaled"] or not coder["transform"]):
+    if coder["joint"] and (coder["normalize"] or not coder["transform"]):
         raise FormatError(f"its manifest says that heads of {name} share codes, which takes a map and no scale")
     if coder["transform"]:
         _entry_of(entries, [f"{name}.mean"], (heads, dim))
@@ -222,8 +222,8 @@ def _check_coder(name: str, coder: dict[str, Any], entries: dict[str, dict[str, 
         raise FormatError(f"its manifest says that {name} codes other channels than it has")
     books = entries.get(f"{name}.quantizer.codebooks")
     shape = () if books is None else tuple(books["shape"])
-    if len(shape) != 4 or shape[0] < max(stages) or shape[1:] != (1, coder["entries"], d):
-        raise FormatError(f"its manifest has no codebooks of {coder['entries']} entries of {d} for {name}")
+    if len(shape) != 4 or shape[0] < max(stages) or shape[1:] != (1, coder["codebook_size"], d):
+        raise FormatError(f"its manifest has no codebooks of {coder['codebook_size']} entries of {d} for {name}")
     if coder["decay"] is None:
         return
     sums = entries.get(f"{name}.quantizer.ema_sums")

@@ -17,7 +17,7 @@ from rpqfx.storage.manifest_check import packed_size
 from rpqfx.storage.pickle_reader import DTYPES
 from rpqfx.storage.restore import record_of
 
-_FLOATS, _INTEGERS = ("codebooks", "scale", "dim_scale"), ("codes", "signs")
+_FLOATS, _INTEGERS = ("codebooks", "scale", "column_scale"), ("codes", "signs")
 
 
 def report_of(manifest: Mapping[str, Any]) -> Report:
@@ -27,10 +27,10 @@ def report_of(manifest: Mapping[str, Any]) -> Report:
         manifest: Manifest of the file, checked.
 
     Raises:
-        RPQError: If the file holds nothing in codebooks, as that of a model whose keys and values alone are.
+        RPQError: If the file has no quantized weight, as that of a model whose keys and values alone are.
     """
     if not manifest["sites"]:
-        raise RPQError("holds no weights in codebooks, so there is nothing to report")
+        raise RPQError("holds no quantized weights, so there is nothing to report")
     entries = {name: entry for entry in manifest["tensors"] for name in entry["names"]}
     held = {name: site for site in manifest["sites"] for name in site["names"]}
     seen: set[str] = set()
@@ -49,8 +49,8 @@ def report_of(manifest: Mapping[str, Any]) -> Report:
             dataclasses.replace(
                 record, shape=shape, spec=CodebookSpec.from_dict(site["spec"]), before=before,
                 after=counts.floats + counts.codes, shared=counts.shared, plan=site.get("plan", "auto"),
-                code_bits=counts.code_bits, codebook_bits=counts.codebook_bits, scale_bits=counts.scale_bits,
-                drawn_stages=counts.drawn_stages,
+                stored_code_bits=counts.stored_code_bits, stored_codebook_bits=counts.stored_codebook_bits,
+                stored_scale_bits=counts.stored_scale_bits, drawn_stages=counts.drawn_stages,
             )
         )  # fmt: skip
     others = {e["names"][0]: e for e in manifest["tensors"] if e["kind"] != "attribute" and e["names"][0] not in seen}
@@ -64,7 +64,9 @@ class _Counts:
 
     def __init__(self, entries: Mapping[str, Any], name: str, site: Mapping[str, Any], seen: set[str]) -> None:
         spec = CodebookSpec.from_dict(site["spec"])
-        self.floats = self.codes = self.shared = self.code_bits = self.codebook_bits = self.scale_bits = 0
+        self.floats = self.codes = self.shared = self.stored_code_bits = self.stored_codebook_bits = (
+            self.stored_scale_bits
+        ) = 0
         self.drawn_stages = 0
         for part in (*_FLOATS, *_INTEGERS):
             entry = entries.get(f"{name}{SUFFIX}.{part}")
@@ -80,12 +82,12 @@ class _Counts:
     def _count_integers(self, part: str, entry: Mapping[str, Any], spec: CodebookSpec) -> None:
         if part == "signs":
             self.codes += _nbytes(entry)
-            self.code_bits += 8 * _nbytes(entry)
+            self.stored_code_bits += 8 * _nbytes(entry)
             return
         self.codes += math.prod(spec.stored_codes_shape) if spec.tiled else _nbytes(entry)
         self.drawn_stages = len(entry.get("drawn", ()))
         whole = {"packed": {"entries": spec.entries}}  # in a file of earlier versions codes may not be packed
-        self.code_bits += 8 * packed_size(entry if self.drawn_stages else {**entry, **whole})
+        self.stored_code_bits += 8 * packed_size(entry if self.drawn_stages else {**entry, **whole})
 
     def _count_floats(self, part: str, entry: Mapping[str, Any], new: bool) -> None:
         if not new:
@@ -94,9 +96,9 @@ class _Counts:
         self.floats += _nbytes(entry)
         bits = 8 * math.prod(entry["shape"]) * DTYPES[entry.get("stored", entry["dtype"])].itemsize
         if part == "codebooks":
-            self.codebook_bits += bits
+            self.stored_codebook_bits += bits
         else:
-            self.scale_bits += bits
+            self.stored_scale_bits += bits
 
 
 def _built(site: Mapping[str, Any]) -> SiteRecord:

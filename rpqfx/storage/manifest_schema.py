@@ -90,8 +90,8 @@ _IS_DTYPE = _one_of(*DTYPES)
 
 _SPEC = _Keys({
     "num_vectors": _whole(1), "dim": _whole(1), "codebook_dim": _whole(1), "entries": _ENTRIES, "stages": _whole(1),
-    "books": _whole(1), "scale": _is_flag, "signs": _is_flag, "grad_scale": _one_of("sum", "sqrt", "mean"),
-    "?dim_scale": _whole(0), "?tiled": _is_flag,
+    "num_codebooks": _whole(1), "scale": _is_flag, "signs": _is_flag, "grad_scale": _one_of("sum", "sqrt", "mean"),
+    "?column_scale_group": _whole(0), "?tiled": _is_flag,
 })  # fmt: skip
 _LAYOUT = _Keys({
     "shape": _list_of(_whole(1), 1), "lead": _whole(0), "transposed": _is_flag, "zero_vector": _or_none(_whole(0)),
@@ -111,15 +111,18 @@ _RECORD = _Keys({
     "name": _is_name, "names": _NAMES, "kind": _is_text, "module_type": _is_text, "shape": _list_of(_whole(0)),
     "spec": _or_none(_SPEC), "split": _one_of(None, "row", "column"),
     "init": _or_none(_is_text), "reason": _or_none(_is_text), "error": _or_none(_is_number), "before": _whole(0),
-    "after": _whole(0), "shared": _whole(0), "plan": _one_of(*PLANS), "code_bits": _whole(0),
-    "codebook_bits": _whole(0), "scale_bits": _whole(0), "?drawn_stages": _whole(0),
+    "after": _whole(0), "shared": _whole(0), "plan": _one_of(*PLANS), "stored_code_bits": _whole(0),
+    "stored_codebook_bits": _whole(0), "stored_scale_bits": _whole(0), "?drawn_stages": _whole(0),
 })  # fmt: skip
 _CODER = _Keys({
-    "heads": _whole(1), "dim": _whole(1), "sub_vector": _whole(1), "entries": _ENTRIES,
+    "heads": _whole(1), "dim": _whole(1), "codebook_dim": _whole(1), "codebook_size": _ENTRIES,
     "stages": _list_of(_whole(0, SLOTS), 1), "transform": _is_flag, "joint": _is_flag, "strided": _is_flag,
-    "scaled": _is_flag, "cosine": _is_flag, "beam": _whole(1, 2**16), "decay": _or_none(_is_number), "fine": _whole(0),
+    "normalize": _is_flag, "use_cosine_sim": _is_flag, "beam": _whole(1, 2**16), "decay": _or_none(_is_number),
+    "fine": _whole(0),
 })  # fmt: skip
-_TURNINGS = [[angles, pairs] for angles in ("halves", "interleaved", "single") for pairs in ("halves", "interleaved")]
+_ROTARY_CONVENTIONS = [
+    [angles, pairs] for angles in ("halves", "interleaved", "single") for pairs in ("halves", "interleaved")
+]
 _OPERAND = _Keys({
     "number": _whole(1), "width": _whole(1),
     "heads": _or_none(_whole(1)), "copies": _whole(1), "order": _one_of(*get_args(Copies)),
@@ -129,8 +132,8 @@ _PRODUCTS = _Keys({
 })  # fmt: skip
 _CACHE = _Keys({
     "names": _list_of(_is_path, 1), "kind": _one_of("call", "torch", "transformers", "latent", "products"),
-    "outermost": _is_flag, "policy": _is_text, "?turning": _or_none(lambda value: value in _TURNINGS),
-    "?products": _or_none(_PRODUCTS),
+    "outermost": _is_flag, "policy": _is_text,
+    "?rotary_convention": _or_none(lambda value: value in _ROTARY_CONVENTIONS), "?products": _or_none(_PRODUCTS),
     "keys": _CODER, "values": _CODER,
 })  # fmt: skip
 _WHOLE = _Keys({

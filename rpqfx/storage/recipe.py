@@ -1,4 +1,4 @@
-"""How a file says which class makes its model, and with which arguments: names and plain values, never code.
+"""Recipes in files that say which class makes a model, and with which arguments: names and plain values, never code.
 
 A file comes from anywhere, so what it names is never imported because of it: the class has to be one that this process
 has imported already, a module's, and is called with what JSON can say.

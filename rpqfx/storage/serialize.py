@@ -2,7 +2,7 @@
 
 A file holds every Parameter and buffer (also the non-persistent ones, and tensors kept in plain attributes, which a
 model built on the meta device would lack), a manifest in JSON, and a checksum over both. Codes take the bits that they
-need, and floats of weights in codebooks two bytes where that loses nothing (``rpqfx.codebook.packing``). It can be read
+need, and floats of quantized weights two bytes where that loses nothing (``rpqfx.codebook.packing``). It can be read
 by ``torch.load(weights_only=True)``, or by safetensors where the name ends so; no code is ever unpickled.
 """
 
@@ -59,7 +59,7 @@ def save(
     Raises:
         InputError: If ``model`` is no module, the path no path, or a file object not open for writing in binary; if
             ``build`` is no class that can be imported, or makes another model, or the arguments are no plain values.
-        RPQError: If the model holds nothing in codebooks, has tensors on the meta device, or could not be loaded again.
+        RPQError: If the model has no quantized weight, has tensors on the meta device, or could not be loaded again.
         RewriteError: If the model is sharded.
         CodeError: If codes point outside their codebook.
         OSError: If the file cannot be written, as on a full disk, or the path leads to a folder.

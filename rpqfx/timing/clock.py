@@ -14,7 +14,7 @@ MOST_CALLS = 100
 
 
 def in_turns(calls: Sequence[Callable[[], object]], device: torch.device, repeats: int) -> list[float]:
-    """Median time of each call, measured in turns: what else the machine does meanwhile meets all of them alike.
+    """Median time of each call, measured alternately, so that other work of the machine slows all of them alike.
 
     Each runs once before, since first calls load kernels and fill caches. Short calls are repeated within a sample.
 

@@ -1,4 +1,4 @@
-"""What a model asks of its quantized weights, and asking the same again with random numbers."""
+"""Records the products of a model with its quantized weights, and runs the same again with random numbers."""
 
 from __future__ import annotations
 
@@ -70,12 +70,12 @@ class Use:
         return math.prod(self.shape) // max(1, features)
 
     def choice(self, weight: RPQWeight) -> tuple[Plan, ...]:
-        """The plans that differ; some convolutions cannot contract, and expand whatever is asked for."""
+        """The plans that differ; some convolutions cannot look up, and are dequantized whatever the plan."""
         if self.product == "conv":
             groups = self.arguments[3]
             if not ConvContract.fits(weight.spec.codebook_dim, weight.layout.shape, groups):
-                return ("expand",)
-        return ("expand", "contract")
+                return ("dequantize",)
+        return ("dequantize", "lookup")
 
     def input(self) -> Tensor:
         """A random input like the one there was. No global random state is used."""
@@ -105,7 +105,7 @@ class Trial:
 
     Args:
         weight: The weight.
-        use: What is asked of it.
+        use: The product to time.
         plan: Which way it runs.
     """
 
@@ -176,7 +176,7 @@ def observe(
 
 
 class _Noting(RPQWeight):
-    """What a weight of the copy becomes: it notes what it is asked."""
+    """A weight of the copy that records its products."""
 
     uses: Counter[Use]
 

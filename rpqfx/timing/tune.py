@@ -21,30 +21,30 @@ from rpqfx.timing import clock
 from rpqfx.timing.record import Trial, Use, observe
 from rpqfx.validation.values import flag, whole
 
-_HEAD = ("weight", "shape", "rows", "expand ms", "contract ms", "plan")
+_HEAD = ("weight", "shape", "rows", "dequantize ms", "lookup ms", "plan")
 _SHOWN = 3
 
 
 @dataclass(frozen=True)
 class TimedUse:
-    """One product that a model asks of a weight, and what it takes each way.
+    """One product of a model with a weight, and its time under each plan.
 
     Args:
         use: The product, with the shape, dtype and device of its input.
-        count: How often one call of the model asks it.
-        expand: Milliseconds of one, with the weight made for it.
-        contract: Milliseconds of one, through the table of dot products; as ``expand`` where there is no other way.
+        count: How often one call of the model runs it.
+        dequantize: Milliseconds of one, with the weight dequantized for it.
+        lookup: Milliseconds of one, through the table of dot products; as ``dequantize`` where there is no other way.
     """
 
     use: Use
     count: int
-    expand: float
-    contract: float
+    dequantize: float
+    lookup: float
 
 
 @dataclass(frozen=True)
 class TunedWeight:
-    """What `tune` found out about one weight.
+    """The measurements of `tune` for one weight.
 
     Args:
         name: Qualified name of the Parameter.
@@ -63,19 +63,19 @@ class TunedWeight:
     uses: tuple[TimedUse, ...] = ()
 
     @property
-    def expand(self) -> float:
-        """Milliseconds of all its uses in one call, expanded."""
-        return sum(timed.count * timed.expand for timed in self.uses)
+    def dequantize(self) -> float:
+        """Milliseconds of all its uses in one call, with the weight dequantized."""
+        return sum(timed.count * timed.dequantize for timed in self.uses)
 
     @property
-    def contract(self) -> float:
-        """Milliseconds of all its uses in one call, contracted."""
-        return sum(timed.count * timed.contract for timed in self.uses)
+    def lookup(self) -> float:
+        """Milliseconds of all its uses in one call, through the table of dot products."""
+        return sum(timed.count * timed.lookup for timed in self.uses)
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """What `tune` measured and pinned; ``str`` is a table.
+    """The measurements and pinned plans of `tune`; ``str`` is a table.
 
     Args:
         weights: Every quantized weight, in the model's order.
@@ -92,18 +92,18 @@ class Tuning:
 
     @property
     def unreached(self) -> tuple[TunedWeight, ...]:
-        """Weights that the call asked no product of; they keep their plan. Embeddings are among them: they look up."""
+        """Weights that the call used in no product; they keep their plan. Embeddings are among them: they look up."""
         return tuple(weight for weight in self.weights if not weight.uses)
 
     def __str__(self) -> str:
         found = self.reached
-        expand, contract = sum(w.expand for w in found), sum(w.contract for w in found)
-        pinned = sum(w.contract if w.plan == "contract" else w.expand for w in found)
+        dequantize, lookup = sum(w.dequantize for w in found), sum(w.lookup for w in found)
+        pinned = sum(w.lookup if w.plan == "lookup" else w.dequantize for w in found)
         passes = "forward and backward" if self.backward else "forward"
         totals = [
             f"{len(found)} of {len(self.weights)} weights pinned",
             f"all products of one call, {passes}: "
-            f"{expand:.3f} ms expanded, {contract:.3f} ms contracted, {pinned:.3f} ms as pinned",
+            f"{dequantize:.3f} ms dequantized, {lookup:.3f} ms by lookup, {pinned:.3f} ms as pinned",
         ]
         return to_text(Table(_HEAD, [_row(weight) for weight in self.weights], totals))
 
@@ -116,11 +116,11 @@ def tune(
     backward: bool = False,
     repeats: int = 9,
 ) -> Tuning:
-    """Measures in which way each weight in codebooks runs faster, and sets its plan, in place.
+    """Measures in which way each quantized weight runs faster, and sets its plan, in place.
 
-    Runs a copy of the model once, in the mode it is in, to see what is asked of each weight: by layers, and by modules
-    that use a Parameter of their own. Each distinct product is then timed both ways on random inputs of the same shape,
-    dtype and device, under the same autocast; weights of equal shape and use are timed once. A weight's
+    Runs a copy of the model once, in the mode it is in, to see which products each weight is used in: by layers, and by
+    modules that use a Parameter of their own. Each distinct product is then timed both ways on random inputs of the
+    same shape, dtype and device, under the same autocast; weights of equal shape and use are timed once. A weight's
     [`plan`][rpqfx.nn.RPQWeight.plan] becomes the one that takes less for all its uses in the call. Weights that the
     call does not reach keep theirs.
 
@@ -141,7 +141,7 @@ def tune(
         Times and plans, weight by weight; print it for a table.
 
     Raises:
-        InputError: If ``model`` holds nothing in codebooks or is on the meta device, the inputs are no sequence or are
+        InputError: If ``model`` has no quantized weight or is on the meta device, the inputs are no sequence or are
             rejected by it, or ``repeats`` is no positive number.
         RewriteError: If the model cannot be copied, or is sharded.
     """
@@ -162,7 +162,7 @@ def tune(
 
 
 class _Asked(NamedTuple):
-    """What a time is known of: any weight and use that is equal in this takes as long."""
+    """Returns the key of a measurement: weights and uses with equal keys take equally long."""
 
     held: tuple[Any, ...]
     use: Use
@@ -183,7 +183,7 @@ def _measure(
     kept = TunedWeight(names[0], names, weight.layout.shape, weight.plan, weight.plan, tuple(timed))
     if not timed:
         return kept
-    plan: Plan = "contract" if kept.contract < kept.expand else "expand"
+    plan: Plan = "lookup" if kept.lookup < kept.dequantize else "dequantize"
     return TunedWeight(kept.name, kept.names, kept.shape, kept.before, plan, kept.uses)
 
 
@@ -204,7 +204,7 @@ def _held(model: nn.Module) -> list[tuple[RPQWeight, list[str]]]:
 
 
 def _name(weight: RPQWeight, path: str) -> str:
-    """Of the Parameter that a weight stands for; of one that is the model itself, its class."""
+    """Returns the name of the Parameter that a weight stands for; of one that is the model itself, its class."""
     return path.removesuffix(SUFFIX) or type(weight).__name__
 
 
@@ -218,4 +218,4 @@ def _row(weight: TunedWeight) -> tuple[str, ...]:
         counts[timed.use.rows] += timed.count
     rows = [str(rows) if count == 1 else f"{count} x {rows}" for rows, count in counts.items()]
     rows = rows if len(rows) <= _SHOWN else [*rows[:_SHOWN], "..."]
-    return (name, shape, ", ".join(rows), f"{weight.expand:.3f}", f"{weight.contract:.3f}", weight.plan)
+    return (name, shape, ", ".join(rows), f"{weight.dequantize:.3f}", f"{weight.lookup:.3f}", weight.plan)

@@ -1,4 +1,4 @@
-"""Training of models in codebooks: fine-tuning, and codes that are learnt from scratch."""
+"""Training of quantized models: fine-tuning, and codes that are learnt from scratch."""
 
 from rpqfx.training.distillation import Distillation
 from rpqfx.training.parameters import Rates

@@ -154,7 +154,7 @@ def groups_of_weights(model: nn.Module, weights: Sequence[RPQWeight]) -> list[Co
 
     Args:
         model: The model.
-        weights: Its weights in codebooks.
+        weights: Its quantized weights.
     """
     names = {module: name.removesuffix("_rpq") for name, module in model.named_modules()}
     together: dict[int, list[RPQWeight]] = {}

@@ -56,4 +56,4 @@ class CutWeight(RPQWeight):
 
     def part(self) -> Part:
         """Returns the whole tensor."""
-        return Part(self.tensors, self.layout, plan="expand")
+        return Part(self.tensors, self.layout, plan="dequantize")

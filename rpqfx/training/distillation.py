@@ -1,4 +1,4 @@
-"""How far a student's output is from its teacher's."""
+"""Measures how far a student's output is from its teacher's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fine-tuning of a model in codebooks, against the dense model that it was made from."""
+"""Fine-tuning of a quantized model, against the dense model that it was made from."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Finetuned:
 
     Args:
         losses: Loss of each step.
-        weights: How many weights are in codebooks.
+        weights: How many weights are quantized.
         trained: How many numbers were trained, codes not counted.
         recoded: How often a sub-vector has been given another code.
         codes: How many codes there are.
@@ -46,7 +46,7 @@ class Finetuned:
 
     @property
     def steps(self) -> int:
-        """How many steps were made."""
+        """The number of steps that were made."""
         return len(self.losses)
 
     @property
@@ -64,7 +64,7 @@ class Finetuned:
     def __str__(self) -> str:
         return (
             f"{self.steps} steps in {self.seconds:.0f} s: loss {self.before:.4g} -> {self.after:.4g} (means of the "
-            f"first and last tenth); {self.weights} weights in codebooks, {self.trained:,} numbers trained, "
+            f"first and last tenth); {self.weights} quantized weights, {self.trained:,} numbers trained, "
             f"{self.recoded:,} changes among {self.codes:,} codes"
         )
 
@@ -90,7 +90,7 @@ def finetune(
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int | None = None,
 ) -> Finetuned:
-    """Trains a model in codebooks in place, so that it comes near to its dense teacher.
+    """Trains a quantized model in place, so that it comes near to its dense teacher.
 
     Codebooks, scales, norms and biases take the steps of Adam, with a short warm-up and a cosine to zero. With
     ``recode`` codes change as well: a latent dense matrix behind each weight takes the gradients of the quantized one,
@@ -136,7 +136,7 @@ def finetune(
 
     Raises:
         RewriteError: If the model is in ``DistributedDataParallel`` or FSDP.
-        InputError: If nothing is in codebooks, there is no data, neither teacher nor loss is given, outputs cannot be
+        InputError: If nothing is quantized, there is no data, neither teacher nor loss is given, outputs cannot be
             compared, or an argument is out of range or would do nothing beside the others.
         TrainingError: If a loss or its gradient is not finite; the model is then as it was at the last that was.
         FormatError: If the checkpoint folder holds a fine-tuning of another model, teacher, loss, setting or data.

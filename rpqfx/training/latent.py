@@ -106,7 +106,7 @@ class Latent:
         return rearrange(sum(stages[1:], stages[0]), "m n d -> n m d").contiguous()
 
     def _weight_dims(self) -> Tensor | None:
-        scale, share = self._weight.dim_scale, self._weight.spec.dim_scale
+        scale, share = self._weight.column_scale, self._weight.spec.column_scale_group
         return None if scale is None else scale.detach().repeat_interleave(share)
 
 

@@ -57,7 +57,7 @@ class LatentWeight(RPQWeight):
 
     def part(self) -> Part:
         """Returns the whole tensor."""
-        return Part(self.tensors, self.layout, plan="expand")
+        return Part(self.tensors, self.layout, plan="dequantize")
 
     def whole(self) -> Part:
         """Returns the same part; hooks of the weight fire where it is called."""

@@ -28,7 +28,7 @@ _REMEDY = "the model is as it was before that step's update. Try lower rates, or
 
 @dataclass(frozen=True)
 class Settings:
-    """How a model is fine-tuned; see ``finetune`` for what each means."""
+    """The settings of a fine-tuning; see ``finetune`` for what each means."""
 
     steps: int
     recode: bool

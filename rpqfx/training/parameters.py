@@ -24,7 +24,7 @@ class Rates:
 
     Args:
         codebooks: Relative to the root mean square of a codebook, as it is at the start.
-        scales: Learning rate of ``scale`` and ``dim_scale``, relative in the same way.
+        scales: Learning rate of ``scale`` and ``column_scale``, relative in the same way.
         dense: Learning rate of norms, biases and whatever dense Parameters are trained besides.
         codes: Learning rate of the latent matrices that codes follow, relative to the codebook.
 
@@ -78,7 +78,7 @@ class Trained:
 
     def __init__(self, model: nn.Module, weights: Sequence[RPQWeight], train: Choose | None) -> None:
         codebooks = {id(weight.codebooks) for weight in weights}
-        factors = {id(p) for weight in weights for p in (weight.scale, weight.dim_scale) if p is not None}
+        factors = {id(p) for weight in weights for p in (weight.scale, weight.column_scale) if p is not None}
         self.names: list[str] = []
         self.codebooks: list[nn.Parameter] = []
         self.scales: list[nn.Parameter] = []

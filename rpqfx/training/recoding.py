@@ -27,7 +27,7 @@ SCHEDULE = (0.05, 0.1, 0.2, 0.4)
 class Recoding:
     """Learns the codes of a model that trains from scratch, beside the optimizer of its Parameters.
 
-        small = rpqfx.rpqify(model, rpqfx.Policy.from_scratch(codebook_dim=4, bits=8, sharing="layer"))
+        small = rpqfx.rpqify(model, rpqfx.Policy.from_scratch(codebook_dim=4, codebook_bits=8, sharing="layer"))
         optimizer = torch.optim.AdamW(small.parameters(), 1e-3)
         recode = rpqfx.Recoding(small, optimizer, steps=1000)
         for batch in data:
@@ -60,8 +60,8 @@ class Recoding:
     all three. Training goes on to the same bits.
 
     Args:
-        model: A model in codebooks, whose weights are drawn anew; it changes in place. Codes without signs, ``scale``
-            and ``dim_scale``; of two stages for ``"sketch"``.
+        model: A quantized model, whose weights are drawn anew; it changes in place. Codes without signs, ``scale``
+            and ``column_scale``; of two stages for ``"sketch"``.
         optimizer: It has all codebooks, and has taken no step yet.
         steps: Optimizer steps of the whole training.
         recipe: ``"latent"`` or ``"sketch"``.
@@ -71,7 +71,7 @@ class Recoding:
         seed: Seeds drawn matrices, clusters and codes.
 
     Raises:
-        InputError: If nothing in the model is in codebooks, an argument is out of range or does not apply to the
+        InputError: If nothing in the model is quantized, an argument is out of range or does not apply to the
             recipe, or the optimizer has not all codebooks that train.
         RewriteError: If accelerate has offloaded the model.
     """
@@ -222,7 +222,8 @@ def _schedule(schedule: Sequence[float] | None, recipe: str, steps: int) -> tupl
 def _check(groups: Iterable[CodebookGroup], optimizer: Optimizer, recipe: str) -> None:
     for group in groups:
         name, spec = group.name, group.weights[0].spec
-        odd = [key for key in ("signs", "scale", "dim_scale") if any(getattr(w.spec, key) for w in group.weights)]
+        options = {"signs": "signs", "scale": "scale", "column_scale": "column_scale_group"}
+        odd = [name for name, own in options.items() if any(getattr(w.spec, own) for w in group.weights)]
         if odd:
             raise InputError(f"{name} has {' and '.join(odd)}, and learned codes have none; leave it out of the policy")
         if recipe == "sketch" and spec.stages != 2:

@@ -155,7 +155,7 @@ def test_seeds_come_from_torch() -> None:
 def test_torchs_seed_decides_about_codes() -> None:
     def drawn(seed: int) -> RPQWeight:
         torch.manual_seed(seed)
-        return RPQLinear(32, 64, codebook_dim=4, bits=4).weight_rpq
+        return RPQLinear(32, 64, codebook_dim=4, codebook_bits=4).weight_rpq
 
     assert torch.equal(drawn(1).codes, drawn(1).codes)
     assert not torch.equal(drawn(1).codes, drawn(2).codes)
@@ -168,7 +168,7 @@ def test_torchs_seed_decides_about_codes() -> None:
 
 def test_a_layer_without_values_has_no_seed() -> None:
     with torch.device("meta"):
-        weight = RPQLinear(32, 64, codebook_dim=4, bits=4).weight_rpq
+        weight = RPQLinear(32, 64, codebook_dim=4, codebook_bits=4).weight_rpq
     assert weight.code_seed is None and weight.drawn_stages() == ()
     with torch._subclasses.FakeTensorMode():
         RPQWeight(CodebookSpec(64, 32, 4, 16))

@@ -77,7 +77,7 @@ def test_gradients_of_the_codebooks_agree_with_autograd_on_the_dense_matrix(
         randn(seed + 2, *batch, spec.num_vectors, dtype=dtype),
     )
     grad = randn(seed + 3, spec.num_vectors, spec.dim, dtype=dtype)
-    numbers = (codes, spec.books, spec.entries, signs)
+    numbers = (codes, spec.num_codebooks, spec.entries, signs)
     (exact,) = torch.autograd.grad((y.double() * (x.double() @ dense.T)).sum(), leaf, retain_graph=True)
     summed = steps.sum_dtype(dtype)  # float32 where the dtype is shorter: sums of many terms keep their bits
     assert codebook.accumulate(x, y, *numbers).dtype == codebook.collect(grad, *numbers).dtype == summed
@@ -143,8 +143,8 @@ def test_blocks_and_both_ways_of_binning_agree(
         patch.setattr(steps, "GATHER_ROWS", 10**9 if scatter else 0)
         assert_same(codebook.contract(x, *tensors), x @ dense.T)
         assert_same(codebook.contract_t(y, *tensors), y @ dense)
-        found = codebook.accumulate(x, y, tensors[1], spec.books, spec.entries, tensors[3])
-        assert_same(found, codebook.collect(y.T @ x, tensors[1], spec.books, spec.entries, tensors[3]))
+        found = codebook.accumulate(x, y, tensors[1], spec.num_codebooks, spec.entries, tensors[3])
+        assert_same(found, codebook.collect(y.T @ x, tensors[1], spec.num_codebooks, spec.entries, tensors[3]))
         both = codebook.contract_grads(x, y, tensors[0], tensors[1], tensors[3])
         assert_same(both[0], codebook.contract_t(y, tensors[0], tensors[1], signs=tensors[3]))
         assert_same(both[1], found)
@@ -240,10 +240,10 @@ def test_complex_input_is_refused(form: str, width: int) -> None:
         ({"entries": 65_537}, r"2 to 65536 entries \(1 to 16 bits\), got 65537"),
         (
             {"codebook_dim": 5},
-            r"codebook_dim 5 does not divide the vector length 12; .* is 6 \(2 codebooks\)",
+            r"codebook_dim 5 does not divide the vector length 12; .* is 6 \(2 sub-vectors\)",
         ),
-        ({"books": 4}, "4 codebooks cannot be shared evenly by 6 sub-vectors"),
-        ({"books": 0}, "0 codebooks cannot be shared evenly by 6 sub-vectors"),
+        ({"num_codebooks": 4}, "4 codebooks cannot be shared evenly by 6 sub-vectors"),
+        ({"num_codebooks": 0}, "0 codebooks cannot be shared evenly by 6 sub-vectors"),
         ({"grad_scale": "max"}, "grad_scale is 'sum', 'sqrt' or 'mean', got 'max'"),
     ],
 )
@@ -255,21 +255,21 @@ def test_a_spec_that_cannot_be_says_which_number_and_what_to_do(values: dict, me
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"codebook_dim": 4, "codebooks": 3}, r"give codebook_dim \(4\) or codebooks \(3\), not both"),
+        ({"codebook_dim": 4, "num_subvectors": 3}, r"give codebook_dim \(4\) or num_subvectors \(3\), not both"),
         (
-            {"codebooks": 5},
-            r"5 codebooks do not divide the vector length 12; the nearest count that does\D+6",
+            {"num_subvectors": 5},
+            r"num_subvectors 5 does not divide the vector length 12; the nearest that does\D+6",
         ),
-        ({"codebooks": 0}, "0 codebooks do not divide the vector length 12"),
+        ({"num_subvectors": 0}, "num_subvectors 0 does not divide the vector length 12"),
         (
             {"codebook_dim": 7},
             "codebook_dim 7 does not divide the vector length 12; the nearest that does is 6",
         ),
-        ({"bits": 0}, r"bits is 1 to 16 \(2 to 65536 entries\), got 0"),
-        ({"bits": 17}, r"bits is 1 to 16 \(2 to 65536 entries\), got 17"),
+        ({"codebook_bits": 0}, r"codebook_bits is 1 to 16 \(2 to 65536 entries\), got 0"),
+        ({"codebook_bits": 17}, r"codebook_bits is 1 to 16 \(2 to 65536 entries\), got 17"),
         (
-            {"bits": 6},
-            r"64 entries \(6 bits\) for 40 sub-vectors.*use at most 5 bits or leave the layer dense",
+            {"codebook_bits": 6},
+            r"64 entries \(codebook_bits=6\) for 40 sub-vectors.*use at most 5 bits or leave the layer dense",
         ),
         ({"codebook_dim": 0}, "codebook_dim must be at least 1, got 0"),
     ],
@@ -287,8 +287,8 @@ def test_spec_errors_are_value_errors() -> None:
 def test_make_always_finds_a_spec_by_itself(num_vectors: int, dim: int, stages: int) -> None:
     """Left to choose, make divides any vector length and never has more entries than vectors (but two)."""
     spec = CodebookSpec.make(num_vectors, dim, stages=stages)
-    assert spec.codebook_dim * spec.sub_vectors == dim
-    assert spec.books == spec.sub_vectors and spec.stages == stages
+    assert spec.codebook_dim * spec.num_subvectors == dim
+    assert spec.num_codebooks == spec.num_subvectors and spec.stages == stages
     assert spec.entries <= max(2, num_vectors) and spec.entries <= 256
 
 
@@ -330,39 +330,39 @@ def test_nearest_divisor_by_example(dim: int, target: int, found: int) -> None:
     assert nearest_divisor(dim, target) == found
 
 
-@given(specs(dim_scale=True), st.sampled_from([torch.float16, torch.float32, torch.float64]), st.booleans())
+@given(specs(column_scale=True), st.sampled_from([torch.float16, torch.float32, torch.float64]), st.booleans())
 def test_stored_bytes_are_those_of_the_tensors(spec: CodebookSpec, dtype: torch.dtype, codebooks: bool) -> None:
     tensors = [t for t in stored_all(spec, 0, dtype) if isinstance(t, torch.Tensor)]
     counted = sum(t.numel() * t.element_size() for t in (tensors if codebooks else tensors[1:]))
     assert spec.stored_bytes(dtype, codebooks=codebooks) == counted
 
 
-@given(specs(dim_scale=True), st.sampled_from(["sum", "sqrt", "mean"]))
+@given(specs(column_scale=True), st.sampled_from(["sum", "sqrt", "mean"]))
 def test_a_spec_survives_json(spec: CodebookSpec, grad_scale: str) -> None:
     spec = dataclasses.replace(spec, grad_scale=grad_scale)
     assert CodebookSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
 
 
-def test_a_spec_from_before_there_was_a_dim_scale_has_none() -> None:
+def test_a_spec_from_before_there_was_a_column_scale_has_none() -> None:
     values = CodebookSpec(4, 6, 2).to_dict()
-    del values["dim_scale"]
-    assert CodebookSpec.from_dict(values) == CodebookSpec(4, 6, 2, dim_scale=0)
+    del values["column_scale_group"]
+    assert CodebookSpec.from_dict(values) == CodebookSpec(4, 6, 2, column_scale_group=0)
 
 
-def test_a_dim_scale_divides_and_is_one_a_channel_of_filters() -> None:
-    made = CodebookSpec.make(64, 36, taps=9, bits=2, dim_scale=True)
-    assert (made.dim_scale, made.dim_scales) == (9, 4)
-    assert CodebookSpec.make(64, 36, bits=2, dim_scale=True).dim_scales == 36
-    assert CodebookSpec.make(64, 36, taps=9, bits=2).dim_scales == 0
+def test_a_column_scale_divides_and_is_one_a_channel_of_filters() -> None:
+    made = CodebookSpec.make(64, 36, taps=9, codebook_bits=2, column_scale=True)
+    assert (made.column_scale_group, made.num_column_scales) == (9, 4)
+    assert CodebookSpec.make(64, 36, codebook_bits=2, column_scale=True).num_column_scales == 36
+    assert CodebookSpec.make(64, 36, taps=9, codebook_bits=2).num_column_scales == 0
     for wrong in (-1, 5, 72):
         with pytest.raises(SpecError, match=f"divides its length 36; got {wrong}"):
-            CodebookSpec(64, 36, 4, dim_scale=wrong)
+            CodebookSpec(64, 36, 4, column_scale_group=wrong)
 
 
 @given(specs())
 def test_users_and_grad_factor(spec: CodebookSpec) -> None:
     """Each entry serves M*N / (G*K) sub-vectors on average; fewer than one does not raise gradients."""
-    users = spec.sub_vectors * spec.num_vectors / (spec.books * spec.entries)
+    users = spec.num_subvectors * spec.num_vectors / (spec.num_codebooks * spec.entries)
     assert spec.users_per_entry == pytest.approx(users)
     for grad_scale, power in (("sum", 0), ("sqrt", 0.5), ("mean", 1)):
         factor = dataclasses.replace(spec, grad_scale=grad_scale).grad_factor
@@ -372,7 +372,7 @@ def test_users_and_grad_factor(spec: CodebookSpec) -> None:
 @given(st.integers(2, 65_536))
 def test_bits_hold_every_code(entries: int) -> None:
     spec = CodebookSpec(4, 4, 2, entries=entries)
-    assert 2 ** (spec.bits - 1) < entries <= 2**spec.bits
+    assert 2 ** (spec.codebook_bits - 1) < entries <= 2**spec.codebook_bits
 
 
 @given(st.integers(0, 9), *[st.one_of(st.none(), st.integers(-12, 12))] * 2, st.sampled_from([None, 1, 2]))

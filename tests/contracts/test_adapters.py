@@ -23,7 +23,7 @@ transformers = pytest.importorskip("transformers", minversion="5.0")
 peft = pytest.importorskip("peft")
 
 IDS = torch.arange(2, 26).view(2, 12)
-POLICY = Policy.from_scratch(codebook_dim=8, bits=5)
+POLICY = Policy.from_scratch(codebook_dim=8, codebook_bits=5)
 LAYERS = ["q_proj", "down_proj"]
 
 

@@ -31,7 +31,7 @@ def build() -> nn.Module:
 @pytest.mark.slow
 def test_a_package_runs_where_this_library_is_not(tmp_path: Path):
     """For any batch; it holds codebooks and codes, not the weights."""
-    policy = Policy.from_scratch(codebook_dim=128, bits=4, rules=(Rule("3", codebook_dim=16, signs=True),))
+    policy = Policy.from_scratch(codebook_dim=128, codebook_bits=4, rules=(Rule("3", codebook_dim=16, signs=True),))
     model = rpqfx.rpqify(build(), policy)
     with torch.no_grad():
         program = export(model, (torch.zeros(3, dtype=torch.int64),), dynamic_shapes=({0: Dim("batch", min=1)},))

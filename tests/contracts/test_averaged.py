@@ -17,7 +17,11 @@ from rpqfx import Policy, Rule
 from rpqfx.nn import RPQWeight
 
 POLICY = Policy.from_scratch(
-    codebook_dim=4, bits=4, min_size=64, scale=True, rules=(Rule("emb", bits=9, signs=True, allow_growth=True),)
+    codebook_dim=4,
+    codebook_bits=4,
+    min_size=64,
+    scale=True,
+    rules=(Rule("emb", codebook_bits=9, signs=True, allow_growth=True),),
 )
 
 
@@ -128,13 +132,17 @@ class Images(nn.Module):
 
 
 LAYOUTS = {
-    "own": Policy.from_scratch(bits=4, min_size=64),
-    "shared": Policy.from_scratch(codebook_dim=4, bits=4, sharing="layer", min_size=64, allow_growth=True),
+    "own": Policy.from_scratch(codebook_bits=4, min_size=64),
+    "shared": Policy.from_scratch(codebook_dim=4, codebook_bits=4, sharing="layer", min_size=64, allow_growth=True),
     "stages and signs": Policy.from_scratch(
-        codebook_dim=4, bits=4, stages=2, scale=True, signs=True, min_size=64, allow_growth=True
+        codebook_dim=4, codebook_bits=4, stages=2, scale=True, signs=True, min_size=64, allow_growth=True
     ),
     "wide": Policy.from_scratch(
-        codebook_dim=4, bits=3, min_size=64, allow_growth=True, rules=(Rule("fc", bits=9), Rule("w", bits=9))
+        codebook_dim=4,
+        codebook_bits=3,
+        min_size=64,
+        allow_growth=True,
+        rules=(Rule("fc", codebook_bits=9), Rule("w", codebook_bits=9)),
     ),
 }
 

@@ -59,7 +59,14 @@ def planned() -> list[Any]:
 
 @pytest.mark.parametrize(("name", "plan"), planned())
 def test_compiled_with_all_options_equals_eager(name: str, plan: Plan) -> None:
-    options = {"signs": True, "scale": True, "dim_scale": True, "stages": 2, "sharing": "layer", "grad_scale": "sqrt"}
+    options = {
+        "signs": True,
+        "scale": True,
+        "column_scale": True,
+        "stages": 2,
+        "sharing": "layer",
+        "grad_scale": "sqrt",
+    }
     assert_compiles(name, "aot_eager", 1e-9, **options, plan=plan)
 
 
@@ -68,7 +75,7 @@ def by_default(name: str) -> list[Any]:
     return [n if n == name else pytest.param(n, marks=pytest.mark.slow) for n in CHANNELS]
 
 
-@pytest.mark.parametrize("name", by_default("conv2d dim_scale channels"))
+@pytest.mark.parametrize("name", by_default("conv2d column_scale channels"))
 @pytest.mark.parametrize(
     "options",
     [
@@ -79,7 +86,7 @@ def by_default(name: str) -> list[Any]:
 def test_compiled_convolutions_that_contract_equal_eager(
     name: str, options: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(products, "cheaper_conv", lambda *args: "contract")
+    monkeypatch.setattr(products, "cheaper_conv", lambda *args: "lookup")
     monkeypatch.setattr(products, "Conv", None)
     assert_compiles(name, "aot_eager", 1e-9, **options)
 
@@ -87,7 +94,7 @@ def test_compiled_convolutions_that_contract_equal_eager(
 @pytest.mark.parametrize("name", by_default("conv transpose 2d channels"))
 def test_a_dynamic_batch_needs_one_graph_of_a_convolution(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward of one that contracts."""
-    monkeypatch.setattr(products, "cheaper_conv", lambda *args: "contract")
+    monkeypatch.setattr(products, "cheaper_conv", lambda *args: "lookup")
     layer = KINDS[name].make()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, fullgraph=True, backend=counter, dynamic=True)
@@ -122,7 +129,7 @@ def test_inductor_equals_eager() -> None:
 @pytest.mark.parametrize("size", [1, 5])
 def test_what_follows_a_compiled_convolution_may_change_its_result_in_place(size: int) -> None:
     torch.compiler.reset()
-    layer = RPQConv2d(16, 24, 1, bits=2, codebook_dim=8, plan="contract")
+    layer = RPQConv2d(16, 24, 1, codebook_bits=2, codebook_dim=8, plan="lookup")
     model = nn.Sequential(layer, nn.ReLU(inplace=True))
     x = torch.randn(2, 16, size, size)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -135,7 +142,7 @@ def test_what_follows_a_compiled_convolution_may_change_its_result_in_place(size
 @pytest.mark.parametrize("name", [name for name in KINDS if name.startswith("conv")])
 def test_a_compiler_sees_convolutions_where_no_gradient_is_asked_for(name: str) -> None:
     """So that it chooses their layout; with a gradient it would keep the filters, so there it sees one step."""
-    layer = KINDS[name].make(plan="expand")
+    layer = KINDS[name].make(plan="dequantize")
     inputs = KINDS[name].make_inputs(0)
     seen: list[bool] = []
 

@@ -31,8 +31,8 @@ PLANS = [
     ("resnet", "auto"),
     pytest.param("resnet20", "auto", marks=pytest.mark.slow),
     pytest.param("lm", "auto", marks=pytest.mark.slow),  # its layers are those of the first
-    pytest.param("vit", "expand", marks=pytest.mark.slow),
-    pytest.param("vit", "contract", marks=pytest.mark.slow),
+    pytest.param("vit", "dequantize", marks=pytest.mark.slow),
+    pytest.param("vit", "lookup", marks=pytest.mark.slow),
 ]
 
 
@@ -109,7 +109,9 @@ def test_one_graph_infers_every_batch(name: str):
 def test_a_graph_for_each_batch_is_noticed():
     """Otherwise the counts above could not fail."""
     counts: Counter[str] = Counter()
-    compiled = torch.compile(RPQLinear(64, 64, codebook_dim=8, bits=2), backend=counting(counts), dynamic=False)
+    compiled = torch.compile(
+        RPQLinear(64, 64, codebook_dim=8, codebook_bits=2), backend=counting(counts), dynamic=False
+    )
     for batch in BATCHES[:3]:
         compiled(torch.zeros(batch, 64)).sum().backward()
     assert counts == {"forward": 3, "backward": 3}
@@ -172,12 +174,12 @@ def test_an_exported_model_serves_every_size(name: str, programs: Callable[[str]
             assert_close(program(*case.inputs(**sizes)), model(*case.inputs(**sizes)))
 
 
-@pytest.mark.parametrize("plan", [pytest.param("expand", marks=pytest.mark.slow), "contract"])
+@pytest.mark.parametrize("plan", [pytest.param("dequantize", marks=pytest.mark.slow), "lookup"])
 def test_an_exported_model_serves_every_size_either_way(plan: str, monkeypatch: pytest.MonkeyPatch):
     run_as(plan, monkeypatch)
     case, model, program = DEPLOYED["vit"], DEPLOYED["vit"].model(), exported("vit")
     bags = any("embedding_bag" in str(node.target) for node in program.graph.nodes)
-    assert bags == (plan == "contract")
+    assert bags == (plan == "lookup")
     with torch.no_grad():
         for sizes in case.others:
             assert_close(program.module()(*case.inputs(**sizes)), model(*case.inputs(**sizes)))

@@ -47,8 +47,8 @@ class Net(nn.Module):
 
 def net(bits: int, seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    rules = (Rule("emb", bits=bits, scale=True),)
-    policy = Policy.from_scratch(codebook_dim=4, bits=4, min_size=64, allow_growth=True, rules=rules)
+    rules = (Rule("emb", codebook_bits=bits, scale=True),)
+    policy = Policy.from_scratch(codebook_dim=4, codebook_bits=4, min_size=64, allow_growth=True, rules=rules)
     return rpqfx.rpqify(Net(bits), policy)
 
 

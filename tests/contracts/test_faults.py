@@ -13,7 +13,7 @@ import torch.fx.experimental.symbolic_shapes  # imports sympy, which adds a filt
 from torch import Tensor, nn
 
 import rpqfx
-from rpqfx import KVPolicy, Policy, RoutePolicy, Rule, Skip
+from rpqfx import KeepDense, KVPolicy, Policy, RoutePolicy, Rule
 from rpqfx.errors import CaptureError, PolicyError, RewriteError
 from tests.contracts.test_undone import KV, POLICY, batches, net, on_meta, rewritten
 from tests.interrupts import around, contents
@@ -72,9 +72,11 @@ def test_a_progress_callback_raises(at: int, inplace: bool) -> None:
 @pytest.mark.parametrize("at", [1, 3])
 def test_a_policy_raises(at: int, inplace: bool) -> None:
     model = net()
-    unchanged(model, lambda: rpqfx.rpqify(model, Raising(at, Skip("no")), inplace=inplace))
+    unchanged(model, lambda: rpqfx.rpqify(model, Raising(at, KeepDense("no")), inplace=inplace))
     rule = Rule(Raising(at), skip="it says so")
-    unchanged(model, lambda: rpqfx.rpqify(model, Policy(codebook_dim=4, bits=2, rules=[rule]), inplace=inplace))
+    unchanged(
+        model, lambda: rpqfx.rpqify(model, Policy(codebook_dim=4, codebook_bits=2, rules=[rule]), inplace=inplace)
+    )
 
 
 @PLACES
@@ -122,7 +124,7 @@ def test_what_cannot_be_carried_out_is_undone() -> None:
     report = str(rpqfx.report(model))
     unchanged(
         model,
-        lambda: rpqfx.quantize_kv(model, KVPolicy(sub_vector=5), calibration=batches(), inplace=True),
+        lambda: rpqfx.quantize_kv(model, KVPolicy(codebook_dim=5), calibration=batches(), inplace=True),
         PolicyError,
     )
     assert str(rpqfx.report(model)) == report

@@ -41,7 +41,7 @@ class Case(NamedTuple):
 
 
 def _options(d: int) -> dict[str, Any]:
-    return {"codebook_dim": d, "bits": 2}
+    return {"codebook_dim": d, "codebook_bits": 2}
 
 
 CASES = {
@@ -77,7 +77,7 @@ CONVOLUTIONS = {
 
 def _choose(table: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("cheaper", "cheaper_conv"):
-        monkeypatch.setattr(products, name, lambda *args: "contract" if table else "expand")
+        monkeypatch.setattr(products, name, lambda *args: "lookup" if table else "dequantize")
 
 
 def _layer(name: str, **options: Any) -> nn.Module:
@@ -123,7 +123,7 @@ def _cancelled(layer: nn.Module, x: Tensor, y: Tensor) -> float:
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["backward inside", "backward outside"])
-@pytest.mark.parametrize("table", [True, False], ids=["contract", "expand"])
+@pytest.mark.parametrize("table", [True, False], ids=["lookup", "dequantize"])
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_of_codebooks_are_float32_sums_under_autocast(
     name: str, table: bool, inside: bool, monkeypatch: pytest.MonkeyPatch
@@ -147,7 +147,7 @@ def test_gradients_of_codebooks_are_float32_sums_under_autocast(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("table", [True, False], ids=["contract", "expand"])
+@pytest.mark.parametrize("table", [True, False], ids=["lookup", "dequantize"])
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_filters_of_every_convolution_have_float32_sums(
     name: str, table: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -195,7 +195,7 @@ def _bfloat16_error(name: str) -> float:
     return _error(total, exact)
 
 
-@pytest.mark.parametrize("table", [True, False], ids=["contract", "expand"])
+@pytest.mark.parametrize("table", [True, False], ids=["lookup", "dequantize"])
 def test_micro_batches_add_up_in_float32(table: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each adds less than half a bfloat16 step of what is there already."""
     _choose(table, monkeypatch)
@@ -210,7 +210,7 @@ def test_micro_batches_add_up_in_float32(table: bool, monkeypatch: pytest.Monkey
     assert _error(found, exact) < (1e-5 if table else UNIT / 2)
 
 
-@pytest.mark.parametrize("table", [True, False], ids=["contract", "expand"])
+@pytest.mark.parametrize("table", [True, False], ids=["lookup", "dequantize"])
 @pytest.mark.parametrize("name", CASES)
 def test_a_bfloat16_layer_rounds_its_gradient_once(name: str, table: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the codebooks are bfloat16 themselves, so is their gradient; the sum behind it is not."""

@@ -21,7 +21,7 @@ from tests.helpers import randn
 from tests.models import Block
 
 WIDTH, TOKENS = 256, 64
-POLICY = rpqfx.Policy.from_scratch(codebook_dim=64, bits=4)
+POLICY = rpqfx.Policy.from_scratch(codebook_dim=64, codebook_bits=4)
 # Of the dense model's peak. Measured: 0.14 through tables and bins, 0.19 through weights that are expanded and dropped,
 # 0.40 where they are kept.
 SHARE = 0.28
@@ -66,13 +66,13 @@ def rewritten() -> nn.Module:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "autocast"])
-@pytest.mark.parametrize("table", [True, False, None], ids=["contract", "expand", "plan"])
+@pytest.mark.parametrize("table", [True, False, None], ids=["lookup", "dequantize", "plan"])
 def test_training_a_block_peaks_below_the_dense_one(
     table: bool | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights, gradients, Adam's moments, activations and all buffers, whichever way products run."""
     if table is not None:
-        monkeypatch.setattr(products, "cheaper", lambda *args: "contract" if table else "expand")
+        monkeypatch.setattr(products, "cheaper", lambda *args: "lookup" if table else "dequantize")
     ours, dense = training_peak(rewritten, dtype), training_peak(lambda: Block(WIDTH, 4), dtype)
     assert ours < SHARE * dense, f"{ours} bytes, the dense block {dense}"
 
@@ -103,7 +103,7 @@ def test_a_convolution_has_one_blocks_gradient_of_filters(backend: Any, monkeypa
     """Sixteen blocks of one sample take what two take."""
     monkeypatch.setattr("rpqfx.ops.conv_contract.MAP_ELEMENTS", 1)
     monkeypatch.setattr("rpqfx.ops.library.choose", lambda *args: backend)
-    layer = rpqfx.nn.RPQConv2d(64, 256, 3, padding=1, codebook_dim=72, bits=6, plan="contract")
+    layer = rpqfx.nn.RPQConv2d(64, 256, 3, padding=1, codebook_dim=72, codebook_bits=6, plan="lookup")
     held, form = (
         layer.weight_rpq,
         ConvContract(8, 64, (256, 64, 3, 3), (4, 4), (1, 1), (1, 1), (1, 1), False, (0, 0), 1),

@@ -19,7 +19,7 @@ import rpqfx
 from rpqfx import Policy, Rule
 from rpqfx.errors import RewriteError, RPQError
 from rpqfx.graph import capture, find_sites, rewrite
-from rpqfx.policies.policy import Hold
+from rpqfx.policies.policy import Quantize
 
 accelerate = pytest.importorskip("accelerate")
 
@@ -50,9 +50,9 @@ class Middle(nn.Module):
         return self.norm((torch.relu(x) @ self.w).mT).mT
 
 
-WIDE = Rule("emb", bits=9, min_bits=9, scale=True, signs=True, allow_growth=True)
-DRAWN = Policy.from_scratch(codebook_dim=4, bits=4, min_size=64, allow_growth=True, rules=(WIDE,))
-FITTED = Policy(codebook_dim=4, bits=4, min_size=64, allow_growth=True)
+WIDE = Rule("emb", codebook_bits=9, min_codebook_bits=9, scale=True, signs=True, allow_growth=True)
+DRAWN = Policy.from_scratch(codebook_dim=4, codebook_bits=4, min_size=64, allow_growth=True, rules=(WIDE,))
+FITTED = Policy(codebook_dim=4, codebook_bits=4, min_size=64, allow_growth=True)
 IDS = torch.arange(24).view(2, 12)
 
 
@@ -153,7 +153,9 @@ def test_an_offloaded_model_is_not_rewritten(way: Way, policy: Policy, inplace: 
 def test_what_is_not_offloaded_of_a_dispatched_model_may_be_rewritten(tmp_path: Path):
     model = dispatched(Net().eval(), tmp_path)
     rules = (Rule("a", skip="on disk"), Rule("rnn.*", skip="on disk"))
-    rewritten = rpqfx.rpqify(model, Policy(codebook_dim=4, bits=6, min_size=64, allow_growth=True, rules=rules))
+    rewritten = rpqfx.rpqify(
+        model, Policy(codebook_dim=4, codebook_bits=6, min_size=64, allow_growth=True, rules=rules)
+    )
     with torch.no_grad():
         found, wanted = rewritten(IDS), model(IDS)
     assert not found.is_meta and float((found - wanted).norm() / wanted.norm()) < 0.5
@@ -168,7 +170,7 @@ def test_a_model_that_is_loaded_in_part_is_not_fitted(calibration: Any):
         rpqfx.rpqify(model, policy) if calibration is None else rpqfx.convert(model, policy, calibration)
     captured = capture(model)
     sites = find_sites(captured)
-    decisions = {site.name: hold for site in sites if isinstance(hold := FITTED(site), Hold)}
+    decisions = {site.name: hold for site in sites if isinstance(hold := FITTED(site), Quantize)}
     with pytest.raises(RewriteError, match=r"^a\.weight are on the meta device"):
         rewrite(captured, decisions)
     drawn = rpqfx.materialize(rpqfx.rpqify(model, DRAWN))

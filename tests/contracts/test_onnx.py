@@ -44,9 +44,9 @@ def run(session: Any, args: Any) -> list[torch.Tensor]:
     [
         *((name, "auto", False) for name in SHALLOW),
         *(pytest.param(name, "auto", False, marks=pytest.mark.slow) for name in DEPLOYED),
-        pytest.param("vit", "contract", True, marks=pytest.mark.slow),
-        pytest.param("lm", "contract", False, marks=pytest.mark.slow),
-        pytest.param("lm", "expand", True, marks=pytest.mark.slow),
+        pytest.param("vit", "lookup", True, marks=pytest.mark.slow),
+        pytest.param("lm", "lookup", False, marks=pytest.mark.slow),
+        pytest.param("lm", "dequantize", True, marks=pytest.mark.slow),
     ],
 )
 def test_onnxruntime_serves_every_size(
@@ -69,8 +69,8 @@ def test_onnxruntime_serves_every_size(
 @pytest.mark.parametrize("split", ["row", "column"])
 def test_the_table_is_made_of_a_few_plain_operators(split: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """No loop over the outputs of a layer, and nothing that grows with them or with the batch but its own tensors."""
-    run_as("contract", monkeypatch)
-    layer = RPQLinear(64, 64, codebooks=4, bits=3, stages=2, signs=True, scale=True, split=split).eval()
+    run_as("lookup", monkeypatch)
+    layer = RPQLinear(64, 64, num_subvectors=4, codebook_bits=3, stages=2, signs=True, scale=True, split=split).eval()
     program = exported(layer, (torch.randn(3, 64),), ({0: Dim("batch", min=1)},))
     kinds = collections.Counter(node.op_type for node in program.model.graph)
     assert not {"Loop", "If", "Scan"} & kinds.keys()
@@ -82,12 +82,12 @@ def test_the_table_is_made_of_a_few_plain_operators(split: str, tmp_path: Path, 
             assert_close(run(ready, x), [layer(x)])
 
 
-@pytest.mark.parametrize("plan", ["contract", "expand"])
+@pytest.mark.parametrize("plan", ["lookup", "dequantize"])
 def test_codes_of_two_bytes_are_put_together_by_plain_operators(
     plan: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     run_as(plan, monkeypatch)
-    layer = RPQLinear(8, 1024, codebooks=2, bits=9).eval()
+    layer = RPQLinear(8, 1024, num_subvectors=2, codebook_bits=9).eval()
     program = exported(layer, (torch.randn(3, 8),), ({0: Dim("batch", min=1)},), optimize=False)
     held = {key: value.const_value.nbytes for key, value in program.model.graph.initializers.items()}
     assert held["weight_rpq.codes"] == 2 * 2 * 1024

@@ -29,18 +29,18 @@ def arguments() -> dict[str, tuple[Any, ...]]:
     return {
         "contract": (x, *held, scale),
         "contract_t": (y, *held),
-        "accumulate": (x, y, codes, signs, SPEC.books, SPEC.entries),
+        "accumulate": (x, y, codes, signs, SPEC.num_codebooks, SPEC.entries),
         "contract_grads": (x, y, *held),
         "matmul": (x, *held, None),
         "matmul_t": (y, *held),
-        "matmul_book": (x, y, codes, signs, SPEC.books, SPEC.entries),
+        "matmul_book": (x, y, codes, signs, SPEC.num_codebooks, SPEC.entries),
         "conv": (image, *held, *CONV),
-        "conv_book": (image, out, codes, signs, *CONV, SPEC.books, SPEC.entries),
+        "conv_book": (image, out, codes, signs, *CONV, SPEC.num_codebooks, SPEC.entries),
         "expand": (*plain, scale, signs),
         "expand dims": (*plain, None, signs, randn(9, 4)),
         "lookup": (torch.tensor([[3, 0], [8, 3]]), *plain, scale, signs),
         "lookup dims": (torch.tensor([[3, 0], [8, 3]]), *plain, scale, signs, randn(9, 4)),
-        "collect": (randn(8, 9, 4), codes, signs, SPEC.books, SPEC.entries),
+        "collect": (randn(8, 9, 4), codes, signs, SPEC.num_codebooks, SPEC.entries),
         "gather_sum": (table, codes),
         "bin_sum": (maps, codes, SPEC.entries),
     }
@@ -123,16 +123,28 @@ def slow(*given: Any) -> Any:
 @pytest.mark.parametrize(
     ("layer", "x", "weight"),
     [
-        slow(lambda: RPQLinear(96, 160, codebook_dim=48, bits=2, bias=False), (7, 96), 96 * 160),
-        slow(lambda: RPQLinear(96, 160, codebook_dim=2, bits=4, bias=False), (7, 96), 96 * 160),
-        (lambda: RPQLinear(96, 160, codebook_dim=2, bits=4, bias=False, split="column"), (7, 96), 96 * 160),
-        slow(lambda: RPQLinear(512, 2048, codebook_dim=128, bits=6, bias=False), (64, 512), 512 * 2048),
-        slow(lambda: RPQLinear(2048, 512, codebook_dim=128, bits=6, bias=False, split="column"), (64, 2048), 2**20),
-        (lambda: RPQConv2d(8, 24, 3, codebook_dim=3, bits=2, bias=False), (2, 8, 5, 5), 24 * 72),
-        slow(lambda: RPQLinear(96, 160, codebook_dim=2, bits=4, bias=False, dim_scale=True), (7, 96), 96 * 160),
-        slow(lambda: RPQConv2d(8, 96, 3, codebook_dim=72, bits=1, bias=False, dim_scale=True), (2, 8, 5, 5), 96 * 72),
-        slow(lambda: RPQConv2d(8, 96, 3, codebook_dim=72, bits=1, bias=False), (2, 8, 5, 5), 96 * 72),
-        slow(lambda: RPQConvTranspose2d(96, 8, 3, codebook_dim=72, bits=1, bias=False), (2, 96, 5, 5), 96 * 72),
+        slow(lambda: RPQLinear(96, 160, codebook_dim=48, codebook_bits=2, bias=False), (7, 96), 96 * 160),
+        slow(lambda: RPQLinear(96, 160, codebook_dim=2, codebook_bits=4, bias=False), (7, 96), 96 * 160),
+        (lambda: RPQLinear(96, 160, codebook_dim=2, codebook_bits=4, bias=False, split="column"), (7, 96), 96 * 160),
+        slow(lambda: RPQLinear(512, 2048, codebook_dim=128, codebook_bits=6, bias=False), (64, 512), 512 * 2048),
+        slow(
+            lambda: RPQLinear(2048, 512, codebook_dim=128, codebook_bits=6, bias=False, split="column"),
+            (64, 2048), 2**20,
+        ),
+        (lambda: RPQConv2d(8, 24, 3, codebook_dim=3, codebook_bits=2, bias=False), (2, 8, 5, 5), 24 * 72),
+        slow(
+            lambda: RPQLinear(96, 160, codebook_dim=2, codebook_bits=4, bias=False, column_scale=True),
+            (7, 96), 96 * 160,
+        ),
+        slow(
+            lambda: RPQConv2d(8, 96, 3, codebook_dim=72, codebook_bits=1, bias=False, column_scale=True),
+            (2, 8, 5, 5), 96 * 72,
+        ),
+        slow(lambda: RPQConv2d(8, 96, 3, codebook_dim=72, codebook_bits=1, bias=False), (2, 8, 5, 5), 96 * 72),
+        slow(
+            lambda: RPQConvTranspose2d(96, 8, 3, codebook_dim=72, codebook_bits=1, bias=False),
+            (2, 96, 5, 5), 96 * 72,
+        ),
     ],
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore:Your compiler for AOTAutograd:UserWarning")
@@ -152,7 +164,7 @@ def test_that_claim_can_fail() -> None:
     class Plain(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.held = RPQLinear(96, 160, codebook_dim=2, bits=4).weight_rpq
+            self.held = RPQLinear(96, 160, codebook_dim=2, codebook_bits=4).weight_rpq
 
         def forward(self, x: Tensor) -> Tensor:
             return nn.functional.linear(x, self.held())

@@ -28,7 +28,7 @@ from rpqfx.policies.options import Options
 from rpqfx.timing import clock
 from rpqfx.training.parameters import Rates
 from tests.kv.kv_models import LM, tokens
-from tests.models import MLP, Experts, held_weights
+from tests.models import MLP, Experts, quantized_weights
 from tests.routing.rewrite.models import Layer, Plain, encoder, jolted, x_of
 
 SAME, OTHER, REFUSED = "the same", "another", "refused"
@@ -56,19 +56,19 @@ SITES = (
 # Of each option, two values beside what it takes for them to matter.
 VALUES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "codebook_dim": (4, 8, {}),
-    "codebooks": (4, 8, {}),
-    "bits": (3, 5, {}),
-    "min_bits": (7, 2, {"min_size": 0, "codebook_dim": 4, "sharing": "own"}),
+    "num_subvectors": (4, 8, {}),
+    "codebook_bits": (3, 5, {}),
+    "min_codebook_bits": (7, 2, {"min_size": 0, "codebook_dim": 4, "sharing": "own"}),
     "stages": (1, 2, {}),
     "sharing": ("own", "layer", {}),
     "experts": ("shared", "own", {}),
     "split": ("row", "column", {"kinds": ("linear",)}),
     "scale": (False, True, {}),
-    "dim_scale": (False, True, {}),
+    "column_scale": (False, True, {}),
     "signs": (False, True, {}),
     "grad_scale": ("sum", "mean", {}),
     "init": ("fit", "random", {}),
-    "plan": ("expand", "contract", {}),
+    "plan": ("dequantize", "lookup", {}),
     "min_size": (0, 10**5, {}),
     "allow_growth": (False, True, {"min_size": 0}),
 }
@@ -123,7 +123,7 @@ def test_an_option_of_a_policy_changes_decisions_or_is_refused(name: str, mode: 
     first, second, extra = VALUES[name]
     extra = {key: value for key, value in extra.items() if key not in IDLE[mode]}
     if mode == "budget":  # under split what is left dense takes its share; few bits are taken where there are few
-        extra["ratio"] = {"split": 0.6, "min_bits": 0.15}.get(name, 0.22)
+        extra["ratio"] = {"split": 0.6, "min_codebook_bits": 0.15}.get(name, 0.22)
 
     def make(value: Any) -> Policy:
         return MODES[mode](**{**extra, name: value})
@@ -160,8 +160,8 @@ def test_what_an_amount_chooses_is_refused_beside_it_in_words(name: str) -> None
 def test_an_option_of_a_rule_changes_decisions_or_is_refused(name: str, mode: str, shaped: bool) -> None:
     """With a shape of its own a rule says all, in every mode; but nothing can be drawn where all is fitted."""
     first, second, extra = VALUES[name]
-    shape = {"codebook_dim": 4, "bits": 8 if name == "min_bits" else 4} if shaped else {}
-    if name in ("codebooks", "codebook_dim"):
+    shape = {"codebook_dim": 4, "codebook_bits": 8 if name == "min_codebook_bits" else 4} if shaped else {}
+    if name in ("num_subvectors", "codebook_dim"):
         shape.pop("codebook_dim", None)
     own = {**{key: value for key, value in extra.items() if key not in ("kinds", *IDLE[mode])}, **shape}
     own.pop(name, None)
@@ -171,7 +171,7 @@ def test_an_option_of_a_rule_changes_decisions_or_is_refused(name: str, mode: st
     def make(value: Any) -> Policy:
         return MODES[mode](**of_policy, rules=(Rule(match, **{**own, name: value}),))
 
-    sets_shape = bool({"codebook_dim", "codebooks", "bits"} & {*own, name})
+    sets_shape = bool({"codebook_dim", "num_subvectors", "codebook_bits"} & {*own, name})
     idle = IDLE[mode] if mode != "scratch" else set()  # a rule may fit what the policy draws
     refused = (name in idle and not sets_shape) or (mode == "rate" and name == "init")
     assert outcome(make, (first, second), name) == (REFUSED if refused else OTHER)
@@ -195,21 +195,29 @@ def test_match_and_skip_change_decisions() -> None:
     def decide(rule: Rule) -> Mapping[str, Any]:
         return Policy(rules=(rule,)).decide(SITES)
 
-    assert decide(Rule("a.*", bits=3)) != decide(Rule("b.*", bits=3)) != decide(Rule("b.*", skip="dense"))
+    assert (
+        decide(Rule("a.*", codebook_bits=3))
+        != decide(Rule("b.*", codebook_bits=3))
+        != decide(Rule("b.*", skip="dense"))
+    )
     reasons = [decide(Rule("b.*", skip=why))["b.out.weight"].reason for why in ("one", "two")]
     assert reasons == ["one", "two"]
 
 
 def test_a_budget_keeps_what_is_given_and_chooses_the_rest() -> None:
-    held = [d for d in Policy.budget(ratio=0.3, bits=5).decide(SITES).values() if isinstance(d, rpqfx.Hold)]
-    assert {hold.spec.bits for hold in held} == {5}
-    held = [d for d in Policy.budget(ratio=0.3, codebook_dim=8).decide(SITES).values() if isinstance(d, rpqfx.Hold)]
-    assert {hold.spec.codebook_dim for hold in held} <= {8, 9} and len({hold.spec.bits for hold in held}) > 1
+    held = [
+        d for d in Policy.budget(ratio=0.3, codebook_bits=5).decide(SITES).values() if isinstance(d, rpqfx.Quantize)
+    ]
+    assert {hold.spec.codebook_bits for hold in held} == {5}
+    held = [d for d in Policy.budget(ratio=0.3, codebook_dim=8).decide(SITES).values() if isinstance(d, rpqfx.Quantize)]
+    assert {hold.spec.codebook_dim for hold in held} <= {8, 9} and len({hold.spec.codebook_bits for hold in held}) > 1
     for sharing in ("own", "layer"):
         held = [d for d in Policy.budget(ratio=0.3, sharing=sharing).decide(SITES).values() if hasattr(d, "spec")]
-        assert all((hold.spec.books == 1) == (sharing == "layer") for hold in held)
-    held = [d for d in Policy.budget(ratio=0.3, min_bits=7).decide(SITES).values() if isinstance(d, rpqfx.Hold)]
-    assert all(hold.spec.bits >= 7 for hold in held)
+        assert all((hold.spec.num_codebooks == 1) == (sharing == "layer") for hold in held)
+    held = [
+        d for d in Policy.budget(ratio=0.3, min_codebook_bits=7).decide(SITES).values() if isinstance(d, rpqfx.Quantize)
+    ]
+    assert all(hold.spec.codebook_bits >= 7 for hold in held)
 
 
 # ------------------------------------------------------------------------------- the same, where models are calibrated
@@ -227,7 +235,7 @@ def inputs(count: int = 2) -> list[Tensor]:
 
 def written(model: nn.Module) -> list[Any]:
     """All that a rewrite chose: shapes, plans and tensors."""
-    weights = held_weights(model)
+    weights = quantized_weights(model)
     said = [
         (name, weight.spec, weight.layout, weight.plan, weight.shares_codebooks) for name, weight in weights.items()
     ]
@@ -236,17 +244,17 @@ def written(model: nn.Module) -> list[Any]:
 
 CALIBRATED: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     **{name: values for name, values in VALUES.items() if name not in ("experts", "init")},
-    "codebooks": (4, 8, {"codebook_dim": None}),
-    "min_bits": (7, 2, {"bits": 8}),
+    "num_subvectors": (4, 8, {"codebook_dim": None}),
+    "min_codebook_bits": (7, 2, {"codebook_bits": 8}),
     "min_size": (0, 2049, {}),
-    "allow_growth": (False, True, {"bits": 8}),
+    "allow_growth": (False, True, {"codebook_bits": 8}),
 }
 
 
 @pytest.mark.parametrize("name", CALIBRATED)
 def test_an_option_changes_what_calibration_makes(name: str) -> None:
     first, second, extra = CALIBRATED[name]
-    base = {"codebook_dim": 4, "bits": 3, "min_size": 0, **extra}
+    base = {"codebook_dim": 4, "codebook_bits": 3, "min_size": 0, **extra}
     found = []
     for value in (first, second):
         try:
@@ -270,9 +278,10 @@ def test_what_a_rate_leaves_open_changes_what_calibration_makes(name: str) -> No
     assert found[0] != found[1]
 
 
-@pytest.mark.parametrize("policy", [Policy(init="random", bits=3, codebook_dim=4, min_size=0),
-                                    Policy.from_scratch(bits=3, codebook_dim=4, min_size=0),
-                                    Policy(bits=3, codebook_dim=4, min_size=0, rules=(Rule("2", init="random"),)),
+@pytest.mark.parametrize("policy", [Policy(init="random", codebook_bits=3, codebook_dim=4, min_size=0),
+                                    Policy.from_scratch(codebook_bits=3, codebook_dim=4, min_size=0),
+                                    Policy(codebook_bits=3, codebook_dim=4, min_size=0,
+                                           rules=(Rule("2", init="random"),)),
                                     Policy.budget(ratio=0.4, min_size=0, init="random")])  # fmt: skip
 def test_random_codebooks_are_not_calibrated(policy: Policy) -> None:
     model = stack()
@@ -280,7 +289,7 @@ def test_random_codebooks_are_not_calibrated(policy: Policy) -> None:
         rpqfx.convert(model, policy, inputs(), inplace=True)
     assert type(model[0]) is nn.Linear
     with pytest.raises(PolicyError, match="init"):
-        Policy.pretrained(4, rules=(Rule("2", init="random", bits=3),))
+        Policy.pretrained(4, rules=(Rule("2", init="random", codebook_bits=3),))
 
 
 @pytest.mark.parametrize("sharing", ["own", "layer", "shape", "role"])
@@ -292,10 +301,10 @@ def test_signs_are_fitted(sharing: str, stages: int, calibrated: bool) -> None:
     model = nn.Sequential(*(nn.Sequential(nn.Linear(32, 32)) for _ in range(3)))
     errors = {}
     for signs in (False, True):
-        policy = Policy(bits=2, codebook_dim=2, min_size=0, sharing=sharing, stages=stages, signs=signs)
+        policy = Policy(codebook_bits=2, codebook_dim=2, min_size=0, sharing=sharing, stages=stages, signs=signs)
         small = rpqfx.convert(model, policy, inputs(1)) if calibrated else rpqfx.rpqify(model, policy)
         errors[signs] = sum(record.error or 0.0 for record in rpqfx.report(small).rewritten)
-        for weight in held_weights(small).values():
+        for weight in quantized_weights(small).values():
             if weight.signs is not None:
                 share = torch.stack([weight.signs >> bit & 1 for bit in range(8)]).float().mean()
                 assert 0.3 < share < 0.7
@@ -305,21 +314,21 @@ def test_signs_are_fitted(sharing: str, stages: int, calibrated: bool) -> None:
 # --------------------------------------------------------------------------------------------- KVPolicy and RoutePolicy
 
 
-KV_BASE = {"bits": 2.0, "window": 4, "sinks": 1, "sub_vector": 4, "entries": 8, "chunk": 8}
+KV_BASE = {"bits_per_value": 2.0, "window": 4, "sinks": 1, "codebook_dim": 4, "codebook_size": 8, "chunk": 8}
 KV_VALUES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "bits": (1.0, 3.0, {}),
+    "bits_per_value": (1.0, 3.0, {}),
     "window": (0, 9, {}),
     "sinks": (0, 3, {}),
     "keys": ("after", "before", {}),
-    "sub_vector": (2, 4, {}),
-    "entries": (4, 16, {}),
-    "stages": (1, 4, {"bits": 3.0}),
+    "codebook_dim": (2, 4, {}),
+    "codebook_size": (4, 16, {}),
+    "stages": (1, 4, {"bits_per_value": 3.0}),
     "transform": (True, False, {}),
     "joint": (True, False, {}),
     "strided": (True, False, {"transform": False}),
-    "scaled": (True, False, {"transform": False}),
-    "cosine": (True, False, {"transform": False}),
-    "beam": (1, 8, {"bits": 3.0}),
+    "normalize": (True, False, {"transform": False}),
+    "use_cosine_sim": (True, False, {"transform": False}),
+    "beam": (1, 8, {"bits_per_value": 3.0}),
     "decay": (None, 0.9, {"transform": False}),
     "chunk": (8, 16, {}),
     "rules": ((), (KVRule("layers.0", skip="dense"),), {}),
@@ -330,7 +339,7 @@ KV_REFUSED = {
     "joint": {"joint": True, "transform": False},
     "strided": {"strided": True},
     "stages": {"stages": 4, "transform": False},
-    "beam": {"beam": 4, "cosine": True},
+    "beam": {"beam": 4, "use_cosine_sim": True},
 }
 
 
@@ -348,7 +357,7 @@ def kv_made(**values: Any) -> Any:
 
 def test_each_option_of_a_kv_policy_has_values_to_tell_apart() -> None:
     assert {field.name for field in dataclasses.fields(KVPolicy)} == set(KV_VALUES)
-    assert {field.name for field in dataclasses.fields(KVRule)} == {"match", "skip", "bits"}
+    assert {field.name for field in dataclasses.fields(KVRule)} == {"match", "skip", "bits_per_value"}
 
 
 @pytest.mark.parametrize("name", KV_VALUES)
@@ -364,7 +373,12 @@ def test_an_option_of_a_kv_policy_that_would_do_nothing_is_refused(name: str) ->
 
 
 def test_an_option_of_a_kv_rule_changes_what_is_computed() -> None:
-    rules = [KVRule("layers.0", bits=1), KVRule("layers.1", bits=1), KVRule("layers.0", bits=4), KVRule("*.0", skip="")]
+    rules = [
+        KVRule("layers.0", bits_per_value=1),
+        KVRule("layers.1", bits_per_value=1),
+        KVRule("layers.0", bits_per_value=4),
+        KVRule("*.0", skip=""),
+    ]
     found = [kv_made(rules=(rule,)) for rule in rules]
     assert all(a != b for at, a in enumerate(found) for b in found[:at])
 
@@ -436,7 +450,7 @@ CALLS = {
     )
 }  # fmt: skip
 TRIED: dict[tuple[str, str], Callable[[Path], None]] = {}
-FITTED = Policy(codebook_dim=4, bits=3, min_size=0)
+FITTED = Policy(codebook_dim=4, codebook_bits=3, min_size=0)
 
 
 def tried(call: str, *names: str) -> Callable[[Callable[[Path], None]], Callable[[Path], None]]:
@@ -455,8 +469,8 @@ def small(**options: Any) -> nn.Module:
 
 @tried("rpqify", "model", "policy")
 def _model_and_policy(folder: Path) -> None:
-    assert written(small()) != written(rpqfx.rpqify(stack(), dataclasses.replace(FITTED, bits=2)))
-    assert set(held_weights(rpqfx.rpqify(MLP(), FITTED))) == {"fc1.weight", "fc2.weight"}
+    assert written(small()) != written(rpqfx.rpqify(stack(), dataclasses.replace(FITTED, codebook_bits=2)))
+    assert set(quantized_weights(rpqfx.rpqify(MLP(), FITTED))) == {"fc1.weight", "fc2.weight"}
 
 
 @tried("check_outputs", "model", "example_inputs", "example_kwargs")
@@ -483,7 +497,7 @@ def _kinds_of_result(folder: Path) -> None:
 def _recoded(folder: Path) -> None:
     def trained(stages: int, steps: int = 6, **options: Any) -> str:
         torch.manual_seed(0)
-        policy = Policy.from_scratch(codebook_dim=4, bits=3, sharing="layer", stages=stages, min_size=0)
+        policy = Policy.from_scratch(codebook_dim=4, codebook_bits=3, sharing="layer", stages=stages, min_size=0)
         model = rpqfx.rpqify(stack(), policy)
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         recode = rpqfx.Recoding(model, optimizer, steps=steps, **options)
@@ -504,8 +518,8 @@ def _recoded(folder: Path) -> None:
 @tried("dequantize", "model", "inplace")
 def _dequantized(folder: Path) -> None:
     model = small()
-    assert not held_weights(rpqfx.dequantize(model)) and held_weights(model)
-    assert rpqfx.dequantize(model, inplace=True) is model and not held_weights(model)
+    assert not quantized_weights(rpqfx.dequantize(model)) and quantized_weights(model)
+    assert rpqfx.dequantize(model, inplace=True) is model and not quantized_weights(model)
 
 
 @tried("rpqify", "seed")
@@ -514,7 +528,7 @@ def _seeds(folder: Path) -> None:
         one, same, other = (written(rpqfx.rpqify(stack(), policy, seed=seed)) for seed in (1, 1, 2))
         assert one == same != other
     before = torch.get_rng_state()
-    rpqfx.rpqify(stack(), Policy(codebook_dim=4, bits=3, min_size=0, init="random"), seed=3)
+    rpqfx.rpqify(stack(), Policy(codebook_dim=4, codebook_bits=3, min_size=0, init="random"), seed=3)
     with pytest.raises(InputError, match="seed=3 would do nothing: the model is on the meta device"):
         rpqfx.rpqify(stack().to("meta"), FITTED, seed=3)
     torch.manual_seed(0)  # the models were drawn in between
@@ -535,7 +549,7 @@ def _conversion(folder: Path) -> None:
 
     told: list[str] = []
     plain = converted(progress=lambda done, total, name: told.append(name))
-    assert told and plain != written(small()) and plain != converted(dataclasses.replace(FITTED, bits=2))
+    assert told and plain != written(small()) and plain != converted(dataclasses.replace(FITTED, codebook_bits=2))
     assert plain != converted(batches=inputs(1)) and plain == converted(seed=0) != converted(seed=1)
     assert converted(checkpoint=folder / "kept") == plain and any((folder / "kept").iterdir())
     alone = Policy.pretrained(4, min_size=0)
@@ -715,7 +729,7 @@ def _report(folder: Path) -> None:
 @tried("Policy.pretrained", "grad_scale", "plan", "min_size", "rules", "kinds", "bits_per_weight", "embedding_bits")
 def _constructors(folder: Path) -> None:
     """Their options are those of the class, each tried in each mode above; what they show is what they take."""
-    assert Policy.from_scratch().init == "random" and Policy.from_scratch(bits=2).min_bits == 2
+    assert Policy.from_scratch().init == "random" and Policy.from_scratch(codebook_bits=2).min_codebook_bits == 2
     assert Policy.budget(ratio=0.5) != Policy.budget(bytes=10**6)
     assert Policy.pretrained(3) == Policy.pretrained(bits_per_weight=3) != Policy.pretrained(3, embedding_bits=4)
 
@@ -736,8 +750,8 @@ def test_experts_share_codebooks_or_have_their_own() -> None:
     torch.manual_seed(0)
     model = Experts()
     shapes = [
-        [weight.spec.codebooks_shape for weight in held_weights(rpqfx.rpqify(model, policy)).values()]
-        for policy in (Policy(bits=2, codebook_dim=4, min_size=0, experts=kind) for kind in ("shared", "own"))
+        [weight.spec.codebooks_shape for weight in quantized_weights(rpqfx.rpqify(model, policy)).values()]
+        for policy in (Policy(codebook_bits=2, codebook_dim=4, min_size=0, experts=kind) for kind in ("shared", "own"))
     ]
     assert shapes[0] != shapes[1]
 

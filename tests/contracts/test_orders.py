@@ -1,4 +1,4 @@
-"""Weights in codebooks, attention on codes and routed blocks in one model: in every order, and none of them twice."""
+"""Quantized weights, attention on codes and routed blocks in one model: in every order, and none of them twice."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from rpqfx.nn.hosting.backed import backed_weights
 from rpqfx.routing.rewrite.attention import AttentionRoute, TorchAttentionRoute
 from rpqfx.routing.rewrite.feedforward import FeedForwardRoute
 
-KV = rpqfx.KVPolicy(bits=2, window=8, sinks=2, chunk=8, entries=8)
-WEIGHTS = rpqfx.Policy.from_scratch(codebook_dim=4, bits=3, min_size=1, allow_growth=True, sharing="layer")
+KV = rpqfx.KVPolicy(bits_per_value=2, window=8, sinks=2, chunk=8, codebook_size=8)
+WEIGHTS = rpqfx.Policy.from_scratch(codebook_dim=4, codebook_bits=3, min_size=1, allow_growth=True, sharing="layer")
 
 
 class Block(nn.Module):

@@ -27,7 +27,7 @@ def set_aside() -> Iterator[None]:
     gc.unfreeze()
 
 
-POLICY = {"codebook_dim": 8, "bits": 3, "min_size": 1}
+POLICY = {"codebook_dim": 8, "codebook_bits": 3, "min_size": 1}
 
 
 class Experts(nn.Module):
@@ -109,7 +109,7 @@ def rewritten(kind: str, device: str = "meta") -> tuple[nn.Module, Callable[[], 
 def test_a_model_without_values_says_so(kind: str) -> None:
     """By every plan, with gradients and without."""
     model, call = rewritten(kind)
-    for plan, grad in itertools.product(("auto", "contract", "expand"), (False, True)):
+    for plan, grad in itertools.product(("auto", "lookup", "dequantize"), (False, True)):
         for module in model.modules():
             if isinstance(module, rpqfx.nn.RPQWeight):
                 module.plan = plan
@@ -133,11 +133,12 @@ def test_shapes_are_worked_out_on_the_meta_device(kind: str) -> None:
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
-@pytest.mark.parametrize("plan", ["contract", "expand"])
-@pytest.mark.parametrize("name", ["codebooks", "codes", "scale", "signs", "dim_scale"])
+@pytest.mark.parametrize("plan", ["lookup", "dequantize"])
+@pytest.mark.parametrize("name", ["codebooks", "codes", "scale", "signs", "column_scale"])
 def test_one_tensor_without_values_is_enough(name: str, plan: Any, grad: bool) -> None:
     layer = rpqfx.nn.RPQLinear(
-        32, 64, codebook_dim=8, bits=3, plan=plan, **{name: True} if name[0] in "sd" else {}
+        32, 64, codebook_dim=8, codebook_bits=3, plan=plan,
+        **{name: True} if name in ("scale", "signs", "column_scale") else {}
     )  # fmt: skip
     weight = layer.weight_rpq
     meta = getattr(weight, name).detach().to("meta")
@@ -153,14 +154,14 @@ def test_one_tensor_without_values_is_enough(name: str, plan: Any, grad: bool) -
 
 
 def test_a_bias_without_values_is_named() -> None:
-    layer = rpqfx.nn.RPQLinear(32, 64, codebook_dim=8, bits=3)
+    layer = rpqfx.nn.RPQLinear(32, 64, codebook_dim=8, codebook_bits=3)
     layer.bias = nn.Parameter(layer.bias.detach().to("meta"))
     with pytest.raises(InputError, match="bias on meta"):
         layer(torch.ones(2, 32))
 
 
 def test_an_input_on_the_meta_device_meets_weights_with_values_as_in_torch() -> None:
-    layer = rpqfx.nn.RPQLinear(32, 64, bias=False, codebook_dim=8, bits=3)
+    layer = rpqfx.nn.RPQLinear(32, 64, bias=False, codebook_dim=8, codebook_bits=3)
     assert layer(torch.ones(2, 32, device="meta")).shape == (2, 64)
 
 
@@ -203,7 +204,7 @@ def test_a_weight_is_named_by_its_place_in_the_model() -> None:
 @pytest.mark.slow
 def test_compiled_code_says_the_same() -> None:
     torch._dynamo.reset()
-    layer = rpqfx.nn.RPQLinear(32, 64, codebook_dim=8, bits=3, device="meta")
+    layer = rpqfx.nn.RPQLinear(32, 64, codebook_dim=8, codebook_bits=3, device="meta")
     with pytest.raises(Exception, match="meta"):
         torch.compile(layer, backend="eager")(torch.ones(2, 32))
 
@@ -212,10 +213,10 @@ FORMER_CRASHES = """
 import torch, rpqfx
 from torch import nn
 for rows in (1, 64, 512):
-    for plan in ("auto", "contract", "expand"):
+    for plan in ("auto", "lookup", "dequantize"):
         with torch.device("meta"):
             model = nn.Sequential(nn.Linear(512, 2048, bias=False))
-        model = rpqfx.rpqify(model, rpqfx.Policy.from_scratch(codebook_dim=64, bits=5, plan=plan))
+        model = rpqfx.rpqify(model, rpqfx.Policy.from_scratch(codebook_dim=64, codebook_bits=5, plan=plan))
         for grad in (False, True):
             with torch.set_grad_enabled(grad):
                 try:

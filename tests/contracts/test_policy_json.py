@@ -19,13 +19,22 @@ from rpqfx.errors import PolicyError
 from tests.figures import record
 
 POLICIES: tuple[Policy | KVPolicy | RoutePolicy, ...] = (
-    Policy(bits=4, codebook_dim=8, kinds=("linear", "conv"), rules=(Rule("a", bits=2, scale=True), Rule(nn.Linear))),
-    Policy.from_scratch(codebooks="heads", signs=True, sharing="role", rules=(Rule("*", skip="why"),)),
-    Policy.budget(ratio=0.25, min_bits=3, rules=(Rule("a", min_size=0, plan="expand"),)),
-    Policy.budget(bytes=10**6, bits=4),
-    Policy.pretrained(3.5, embedding_bits=4, rules=(Rule("a", codebook_dim=4, stages=2, dim_scale=True),)),
-    KVPolicy(bits=3, window=7, rules=(KVRule("layers.0.*", skip="it is short"), KVRule("layers.*", bits=4))),
-    KVPolicy(transform=False, strided=True, scaled=True, cosine=True, decay=0.9),
+    Policy(
+        codebook_bits=4,
+        codebook_dim=8,
+        kinds=("linear", "conv"),
+        rules=(Rule("a", codebook_bits=2, scale=True), Rule(nn.Linear)),
+    ),
+    Policy.from_scratch(num_subvectors="heads", signs=True, sharing="role", rules=(Rule("*", skip="why"),)),
+    Policy.budget(ratio=0.25, min_codebook_bits=3, rules=(Rule("a", min_size=0, plan="dequantize"),)),
+    Policy.budget(bytes=10**6, codebook_bits=4),
+    Policy.pretrained(3.5, embedding_bits=4, rules=(Rule("a", codebook_dim=4, stages=2, column_scale=True),)),
+    KVPolicy(
+        bits_per_value=3,
+        window=7,
+        rules=(KVRule("layers.0.*", skip="it is short"), KVRule("layers.*", bits_per_value=4)),
+    ),
+    KVPolicy(transform=False, strided=True, normalize=True, use_cosine_sim=True, decay=0.9),
     RoutePolicy(
         feed_forward=8, router={"eps": 0.2, "method_kwargs": {"n_iters": 3}}, rules=(RouteRule("l", tokens=2),)
     ),
@@ -33,7 +42,7 @@ POLICIES: tuple[Policy | KVPolicy | RoutePolicy, ...] = (
 )
 ODD: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 3.5, -0.0, 1e308, 10**400, -(10**30), 2**63, 0.1, "", "x", "fit", "heads", "\x00",
-    "a" * 3000, "\ud800", [], [1], [[]], {}, {"match": "*"}, {"match": 3}, [{"match": "x", "bits": 2}], [None],
+    "a" * 3000, "\ud800", [], [1], [[]], {}, {"match": "*"}, {"match": 3}, [{"match": "x", "codebook_bits": 2}], [None],
     ["linear"],
 )  # fmt: skip
 BITS = (
@@ -83,7 +92,7 @@ def _replace(values: dict[str, Any], draw: random.Random) -> None:
         node[
             draw.choice(
                 [
-                    "bits",
+                    "codebook_bits",
                     "rules",
                     "skip",
                     "match",
@@ -138,8 +147,9 @@ def test_very_many_texts_are_policies_or_refused() -> None:
 @pytest.mark.parametrize("kind", [Policy, KVPolicy, RoutePolicy])
 @pytest.mark.parametrize(
     "text",
-    ["NaN", "[" * 100_000, "9" * 100_000, '{"bits": 1' + "0" * 400 + "}", '"' + "x" * 10**6 + '"', "\ufeff{}", "{} {}",
-     '{"HEAD, "bits": NaN}', '{"HEAD, "bits": 2, "bits": 3}', '{"policy": "KIND", "version": true}',
+    ["NaN", "[" * 100_000, "9" * 100_000, '{"codebook_bits": 1' + "0" * 400 + "}", '"' + "x" * 10**6 + '"', "\ufeff{}",
+     "{} {}", '{"HEAD, "codebook_bits": NaN}', '{"HEAD, "codebook_bits": 2, "codebook_bits": 3}',
+     '{"policy": "KIND", "version": true}',
      '{"policy": "KIND", "version": 1.0}', '{"policy": ["KIND"], "version": 1}', '{"HEAD, "rules": {"match": "x"}}',
      '{"HEAD, "rules": null}', '{"version": 1}', '{"policy": "KIND"}', "null"],
 )  # fmt: skip
@@ -155,7 +165,7 @@ def test_what_python_takes_or_chokes_on_is_refused_at_once(kind: Any, text: str)
 
 
 @pytest.mark.parametrize("kind", [Policy, KVPolicy, RoutePolicy])
-@pytest.mark.parametrize("text", [None, 3, b"{}", {"bits": 3}, KVPolicy()])
+@pytest.mark.parametrize("text", [None, 3, b"{}", {"codebook_bits": 3}, KVPolicy()])
 def test_what_is_no_text_is_refused(kind: Any, text: Any) -> None:
     with pytest.raises(PolicyError, match=r"is read from the text of its JSON, got .*; read the file first"):
         kind.from_json(text)

@@ -70,8 +70,8 @@ def assert_keeps_no_weight(module: nn.Module, run: Callable[[], Any]) -> None:
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_no_layer_keeps_its_weight(name: str, plan: Plan, training: bool) -> None:
     """Whichever way products run, with signs, factors, stages and scaled gradients too."""
-    more = {"bits": 2, "stages": 2, "signs": True, "scale": True, "dim_scale": True, "grad_scale": "mean"}
-    for options in ({}, {"dim_scale": True}, more):
+    more = {"codebook_bits": 2, "stages": 2, "signs": True, "scale": True, "column_scale": True, "grad_scale": "mean"}
+    for options in ({}, {"column_scale": True}, more):
         kind = KINDS[name]
         layer = kind.make(**options, plan=plan).train(training)
         inputs = [x.requires_grad_() if x.is_floating_point() else x for x in kind.make_inputs()]
@@ -86,7 +86,7 @@ def test_no_layer_keeps_its_weight(name: str, plan: Plan, training: bool) -> Non
 )
 @pytest.mark.parametrize("name", ["embedding", "embedding bag"])
 def test_no_table_keeps_its_weight_whatever_it_does_to_rows(name: str, options: dict) -> None:
-    layer = KINDS[name].layer(64, 32, codebook_dim=4, bits=3, **options)
+    layer = KINDS[name].layer(64, 32, codebook_dim=4, codebook_bits=3, **options)
     assert_keeps_no_weight(layer, lambda: layer(torch.tensor([[1, 5], [0, 5]])))
 
 
@@ -116,7 +116,9 @@ def test_no_layer_keeps_its_weight_for_a_second_backward(name: str) -> None:
 
 def ways() -> list[Any]:
     """Every kind with both plans; by default each with one of them, in turn."""
-    pairs = [(name, plan, (i + j) % 2) for i, name in enumerate(NAMES) for j, plan in enumerate(("expand", "contract"))]
+    pairs = [
+        (name, plan, (i + j) % 2) for i, name in enumerate(NAMES) for j, plan in enumerate(("dequantize", "lookup"))
+    ]
     return [pytest.param(name, plan, marks=[pytest.mark.slow] * other) for name, plan, other in pairs]
 
 
@@ -144,7 +146,9 @@ class Reading(nn.Module):
         return x * self.held().sum(0)
 
 
-@pytest.mark.parametrize("flags", [{}, {"scale": True}, {"dim_scale": 1}, {"scale": True, "dim_scale": 1}], ids=str)
+@pytest.mark.parametrize(
+    "flags", [{}, {"scale": True}, {"column_scale_group": 1}, {"scale": True, "column_scale_group": 1}], ids=str
+)
 def test_no_compiled_read_keeps_the_weight(flags: dict[str, Any]) -> None:
     """The gradients of factors need the rows again: a compiler must not merge that with the first time."""
     torch.compiler.reset()

@@ -66,8 +66,10 @@ def test_layers_take_the_arguments_of_their_namesakes_in_their_order(layer: str)
 
 
 def test_an_argument_that_does_not_exist_is_refused_with_the_nearest() -> None:
-    with pytest.raises(TypeError, match="RPQLinear got an unexpected keyword argument 'bit'; did you mean 'bits'"):
-        nn.RPQLinear(16, 32, bit=2)
+    with pytest.raises(
+        TypeError, match="RPQLinear got an unexpected keyword argument 'codebook_bit'; did you mean 'codebook_bits'"
+    ):
+        nn.RPQLinear(16, 32, codebook_bit=2)
 
 
 COPYING = (rpqfx.rpqify, rpqfx.convert, rpqfx.quantize_kv, rpqfx.route, rpqfx.dequantize)
@@ -89,12 +91,12 @@ def test_the_first_line_of_a_call_says_whether_it_copies(call: Any) -> None:
 
 def test_calls_copy_unless_they_are_told_not_to() -> None:
     torch.manual_seed(0)
-    x, policy = torch.randn(4, 6, 16), rpqfx.Policy(codebook_dim=4, bits=2, min_size=0)
+    x, policy = torch.randn(4, 6, 16), rpqfx.Policy(codebook_dim=4, codebook_bits=2, min_size=0)
     calls: dict[str, Any] = {
         "rpqify": lambda model, **more: rpqfx.rpqify(model, policy, **more),
         "convert": lambda model, **more: rpqfx.convert(model, policy, [x], **more),
         "quantize_kv": lambda model, **more: rpqfx.quantize_kv(
-            model, rpqfx.KVPolicy(window=2, sub_vector=4, entries=4), calibration=[x], progress=False, **more
+            model, rpqfx.KVPolicy(window=2, codebook_dim=4, codebook_size=4), calibration=[x], progress=False, **more
         ),
         "route": lambda model, **more: rpqfx.route(model, rpqfx.RoutePolicy(0.5), **more),
     }
@@ -118,6 +120,10 @@ def test_calls_copy_unless_they_are_told_not_to() -> None:
 def test_options_have_one_default_wherever_they_are_shown(call: Any) -> None:
     parameters = inspect.signature(call).parameters
     shown = {name: p.default for name, p in parameters.items() if name in Options.__dataclass_fields__}
-    own = {"min_bits": None, "min_size": 1024} if call == rpqfx.Policy.pretrained else {"min_bits": None}
-    own |= {"bits": None, "sharing": None} if call == rpqfx.Policy.budget else {}
+    own = (
+        {"min_codebook_bits": None, "min_size": 1024}
+        if call == rpqfx.Policy.pretrained
+        else {"min_codebook_bits": None}
+    )
+    own |= {"codebook_bits": None, "sharing": None} if call == rpqfx.Policy.budget else {}
     assert shown == {name: own.get(name, getattr(Options(), name)) for name in shown}

@@ -5,10 +5,11 @@ Checkpoints, optimiser states and sharding plans are written by name, so the nam
 - A tensor that was not rewritten keeps its name, its shape and its place in the state dict's own order.
 - A Parameter ``<name>`` that was rewritten is no longer there. In its stead are ``<name>_rpq.codebooks``
   ``[R, G, K, d]`` and ``<name>_rpq.codes`` ``[R, M, N]``; with ``scale=True`` also ``<name>_rpq.scale`` ``[N]``, with
-  ``dim_scale=True`` also ``<name>_rpq.dim_scale`` ``[D / taps]``, and with ``signs=True`` also ``<name>_rpq.signs``
-  ``[R, M, ceil(N / 8)]``. There is nothing else.
+  ``column_scale=True`` also ``<name>_rpq.column_scale`` ``[D / taps]``, and with ``signs=True`` also
+  ``<name>_rpq.signs`` ``[R, M, ceil(N / 8)]``. There is nothing else.
 - A tied Parameter is there under each of its names, as it is in the dense model's state dict.
-- ``codebooks``, ``scale`` and ``dim_scale`` are Parameters; ``codes`` and ``signs`` are buffers. Both are persistent.
+- ``codebooks``, ``scale`` and ``column_scale`` are Parameters; ``codes`` and ``signs`` are buffers. Both are
+  persistent.
 - A layer that is built by hand has the names that a rewrite gives it.
 - Loading is strict both ways: a dense state dict does not fit a rewritten model, and codes that point outside their
   codebook are refused by name.
@@ -24,11 +25,11 @@ import rpqfx
 from rpqfx import Policy, Rule
 from rpqfx.errors import CodeError
 from rpqfx.nn import RPQEmbedding, RPQLinear
-from tests.models import BY_NAME, CASES, MLP, SMALL, SUFFIX, Case, held_weights
+from tests.models import BY_NAME, CASES, MLP, SMALL, SUFFIX, Case, quantized_weights
 
 PARTS = {
     "scale": ("codebooks", "scale", "codes"),
-    "dim_scale": ("codebooks", "dim_scale", "codes"),
+    "column_scale": ("codebooks", "column_scale", "codes"),
     "signs": ("codebooks", "codes", "signs"),
 }
 
@@ -48,7 +49,7 @@ def test_names_of_every_model(case: Case):
 
 @pytest.mark.parametrize("option", PARTS)
 def test_factors_and_signs_have_names_of_their_own(option: str):
-    policy = Policy(codebook_dim=4, bits=2, min_size=64, allow_growth=True, **{option: True})
+    policy = Policy(codebook_dim=4, codebook_bits=2, min_size=64, allow_growth=True, **{option: True})
     names = set(rpqfx.rpqify(MLP(), policy).state_dict())
     wanted = {f"{layer}.weight{SUFFIX}.{part}" for layer in ("fc1", "fc2") for part in PARTS[option]}
     assert names == wanted | {"fc1.bias", "fc2.bias"}
@@ -56,25 +57,34 @@ def test_factors_and_signs_have_names_of_their_own(option: str):
 
 def test_shapes_are_those_of_the_spec():
     policy = Policy(
-        codebook_dim=4, bits=2, min_size=64, stages=2, scale=True, dim_scale=True, signs=True, allow_growth=True
+        codebook_dim=4,
+        codebook_bits=2,
+        min_size=64,
+        stages=2,
+        scale=True,
+        column_scale=True,
+        signs=True,
+        allow_growth=True,
     )
     small = rpqfx.rpqify(MLP(), policy)
     state = small.state_dict()
-    for name, weight in held_weights(small).items():
+    for name, weight in quantized_weights(small).items():
         spec = weight.spec
-        assert state[f"{name}{SUFFIX}.codebooks"].shape == spec.codebooks_shape == (2, spec.sub_vectors, 4, 4)
-        assert state[f"{name}{SUFFIX}.codes"].shape == spec.codes_shape == (2, spec.sub_vectors, spec.num_vectors)
+        assert state[f"{name}{SUFFIX}.codebooks"].shape == spec.codebooks_shape == (2, spec.num_subvectors, 4, 4)
+        assert state[f"{name}{SUFFIX}.codes"].shape == spec.codes_shape == (2, spec.num_subvectors, spec.num_vectors)
         assert state[f"{name}{SUFFIX}.scale"].shape == (spec.num_vectors,)
-        assert state[f"{name}{SUFFIX}.dim_scale"].shape == (spec.dim,)
-        assert state[f"{name}{SUFFIX}.signs"].shape == (2, spec.sub_vectors, -(-spec.num_vectors // 8))
+        assert state[f"{name}{SUFFIX}.column_scale"].shape == (spec.dim,)
+        assert state[f"{name}{SUFFIX}.signs"].shape == (2, spec.num_subvectors, -(-spec.num_vectors // 8))
 
 
 def test_codebooks_and_factors_are_parameters_codes_and_signs_buffers():
-    policy = Policy(codebook_dim=4, bits=2, min_size=64, scale=True, dim_scale=True, signs=True, allow_growth=True)
+    policy = Policy(
+        codebook_dim=4, codebook_bits=2, min_size=64, scale=True, column_scale=True, signs=True, allow_growth=True
+    )
     small = rpqfx.rpqify(MLP(), policy)
     parameters = {name.rpartition(".")[2] for name, _ in small.named_parameters() if SUFFIX in name}
     buffers = {name.rpartition(".")[2] for name, _ in small.named_buffers()}
-    assert parameters == {"codebooks", "scale", "dim_scale"} and buffers == {"codes", "signs"}
+    assert parameters == {"codebooks", "scale", "column_scale"} and buffers == {"codes", "signs"}
 
 
 def test_a_tied_tensor_is_there_under_each_name_and_is_one():
@@ -85,7 +95,9 @@ def test_a_tied_tensor_is_there_under_each_name_and_is_one():
 
 
 def test_layers_built_by_hand_have_the_same_names():
-    by_hand = nn.Sequential(RPQEmbedding(64, 16, codebook_dim=4, bits=2), RPQLinear(16, 32, codebook_dim=4, bits=2))
+    by_hand = nn.Sequential(
+        RPQEmbedding(64, 16, codebook_dim=4, codebook_bits=2), RPQLinear(16, 32, codebook_dim=4, codebook_bits=2)
+    )
     small = rpqfx.rpqify(nn.Sequential(nn.Embedding(64, 16), nn.Linear(16, 32)), SMALL)
     shapes = {name: value.shape for name, value in small.state_dict().items()}
     assert {name: value.shape for name, value in by_hand.state_dict().items()} == shapes
@@ -102,7 +114,9 @@ def test_loading_is_strict_both_ways():
 
 def test_a_state_dict_of_other_codebooks_is_refused():
     small = rpqfx.rpqify(MLP(), SMALL)
-    other = rpqfx.rpqify(MLP(), Policy(codebook_dim=4, bits=3, min_size=64, rules=(Rule("fc2", skip="as it is"),)))
+    other = rpqfx.rpqify(
+        MLP(), Policy(codebook_dim=4, codebook_bits=3, min_size=64, rules=(Rule("fc2", skip="as it is"),))
+    )
     with pytest.raises((RuntimeError, CodeError), match=r"fc1\.weight_rpq"):
         small.load_state_dict(other.state_dict())
 

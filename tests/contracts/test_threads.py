@@ -17,8 +17,8 @@ import rpqfx
 from tests.figures import record
 
 THREADS = 8
-POLICY = rpqfx.Policy.from_scratch(codebook_dim=8, bits=4)
-FITTED = rpqfx.Policy(codebook_dim=4, bits=3, allow_growth=True, min_size=64)
+POLICY = rpqfx.Policy.from_scratch(codebook_dim=8, codebook_bits=4)
+FITTED = rpqfx.Policy(codebook_dim=4, codebook_bits=3, allow_growth=True, min_size=64)
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ from rpqfx import Policy, Rule
 from rpqfx.graph import capture, find_sites
 from rpqfx.nn.hosting import host
 
-RANDOM = Policy(bits=4, codebook_dim=16, init="random")
+RANDOM = Policy(codebook_bits=4, codebook_dim=16, init="random")
 
 
 class Block(nn.Module):
@@ -49,8 +49,10 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
     "parametrised": lambda n: nn.Sequential(*(parametrizations.weight_norm(nn.Linear(64, 64)) for _ in range(n))),
 }
 POLICIES = {
-    "by role": Policy(bits=4, codebook_dim=16, init="random", sharing="role"),
-    "rules": Policy(bits=4, codebook_dim=16, init="random", rules=tuple(Rule(f"{i}.*", bits=3) for i in range(50))),
+    "by role": Policy(codebook_bits=4, codebook_dim=16, init="random", sharing="role"),
+    "rules": Policy(
+        codebook_bits=4, codebook_dim=16, init="random", rules=tuple(Rule(f"{i}.*", codebook_bits=3) for i in range(50))
+    ),
     "budget": Policy.budget(ratio=0.3, init="random"),
 }
 
@@ -108,7 +110,7 @@ def on_meta(layers: int) -> nn.Module:
 
 def test_on_the_meta_device_a_layer_takes_few_calls_and_computes_nothing() -> None:
     """Nothing is drawn or fitted there, so that calls of functions are all that a rewrite costs."""
-    policy = Policy(bits=4, codebook_dim=16)
+    policy = Policy(codebook_bits=4, codebook_dim=16)
     calls(on_meta(20), policy)  # what is done once is done
     small, large = (calls(on_meta(n), policy) for n in (20, 40))
     assert (large - small) / 20 < 5_000  # some 2,600 of them
@@ -158,7 +160,7 @@ class Watched(nn.Module):
 @pytest.mark.parametrize("init", ["fit", "random"])
 def test_no_forward_runs_on_data_unless_outputs_are_checked(init: str) -> None:
     Watched.seen.clear()
-    model, policy = nn.Sequential(Watched(), Watched()), Policy(bits=4, codebook_dim=16, init=init)
+    model, policy = nn.Sequential(Watched(), Watched()), Policy(codebook_bits=4, codebook_dim=16, init=init)
     fired: list[str] = []
     model[0].fc.register_forward_hook(lambda *_: fired.append("fc"))
     small = rpqfx.rpqify(model, policy)

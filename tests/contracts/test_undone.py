@@ -78,11 +78,11 @@ def batches(count: int = 2) -> list[Tensor]:
     return [torch.randint(24, (2, 6), generator=g) for _ in range(count)]
 
 
-POLICY = Policy(codebook_dim=4, bits=2, sharing="shape", scale=True, min_size=128)
+POLICY = Policy(codebook_dim=4, codebook_bits=2, sharing="shape", scale=True, min_size=128)
 
 
 def rewritten(seed: int = 0, **options: Any) -> nn.Module:
-    return rpqfx.rpqify(net(seed), Policy(codebook_dim=4, bits=2, scale=True, min_size=128), **options)
+    return rpqfx.rpqify(net(seed), Policy(codebook_dim=4, codebook_bits=2, scale=True, min_size=128), **options)
 
 
 def on_meta() -> nn.Module:
@@ -132,11 +132,11 @@ def _drawn(module: nn.Module) -> None:
             tensor.copy_(torch.rand(tensor.shape))
 
 
-KV = KVPolicy(bits=2, window=2, sub_vector=4, entries=4)
+KV = KVPolicy(bits_per_value=2, window=2, codebook_dim=4, codebook_size=4)
 CALLS = {
     "rpqify": _rpqify(),
     "in place": _rpqify(inplace=True),
-    "fitted": _rpqify(policy=Policy(codebook_dim=4, bits=2, init="fit", min_size=128), inplace=True),
+    "fitted": _rpqify(policy=Policy(codebook_dim=4, codebook_bits=2, init="fit", min_size=128), inplace=True),
     "check_outputs": Call(rewritten, lambda model, _: rpqfx.check_outputs(model, batches(1))),
     "calibrated": Call(net, lambda model, _: rpqfx.convert(model, POLICY, batches())),
     "calibrated, in place": Call(net, lambda model, _: rpqfx.convert(model, POLICY, batches(), inplace=True)),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import rpqfx
 from rpqfx.errors import InputError, RewriteError
 from rpqfx.nn import RPQLinear
-from tests.models import CASES, MLP, SMALL, floating, held_weights
+from tests.models import CASES, MLP, SMALL, floating, quantized_weights
 
 
 def x12(batch: int = 3) -> Tensor:
@@ -29,7 +29,7 @@ def test_every_rewritten_model_passes_and_is_not_changed(case: Any):
     rpqfx.check_outputs(small, args, kwargs)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(torch.equal(value, before[name]) for name, value in small.state_dict().items())
-    assert set(held_weights(small)) >= {*case.rewritten, *case.tied}
+    assert set(quantized_weights(small)) >= {*case.rewritten, *case.tied}
     assert small.training and not floating([p.grad for p in small.parameters() if p.grad is not None])
 
 
@@ -104,7 +104,7 @@ def test_weights_that_a_hook_computes_do_not_hinder_a_check():
     model(x12())
     small = rpqfx.rpqify(model, SMALL)
     rpqfx.check_outputs(small, x12())
-    assert set(held_weights(small)) == {"0.weight_v", "1.weight"}
+    assert set(quantized_weights(small)) == {"0.weight_v", "1.weight"}
 
 
 def test_example_runs_leave_no_trace():

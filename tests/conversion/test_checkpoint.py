@@ -18,7 +18,7 @@ from rpqfx.errors import FormatError, InputError
 from rpqfx.graph import is_rewritten
 from tests.conversion.test_conversion import convnet as build
 from tests.conversion.test_conversion import equal, images, inputs, mlp
-from tests.models import held_weights
+from tests.models import quantized_weights
 
 POLICY = Policy.pretrained(bits_per_weight=3, min_size=256)
 WEIGHTS = 4
@@ -73,16 +73,16 @@ def test_without_calibration_too(tmp_path: pathlib.Path, fits: list[Any]) -> Non
 
 
 def test_weights_with_signs_and_factors_are_kept_too(tmp_path: pathlib.Path, fits: list[Any]) -> None:
-    policy = Policy(codebook_dim=4, bits=3, min_size=256, signs=True, scale=True, dim_scale=True)
+    policy = Policy(codebook_dim=4, codebook_bits=3, min_size=256, signs=True, scale=True, column_scale=True)
     wanted = converted(tmp_path, policy=policy)
-    assert [1 for weight in held_weights(wanted).values() if weight.signs is not None and weight.signs.any()]
+    assert [1 for weight in quantized_weights(wanted).values() if weight.signs is not None and weight.signs.any()]
     fits.clear()
     assert equal(converted(tmp_path, policy=policy), wanted) and not fits
 
 
 def test_a_checkpoint_is_for_conversions() -> None:
     with pytest.raises(InputError, match=r"got none; give calibration batches, or a policy with a rate .*, or call"):
-        rpqfx.convert(mlp(), Policy(bits=4, codebook_dim=4), None, checkpoint="nowhere")
+        rpqfx.convert(mlp(), Policy(codebook_bits=4, codebook_dim=4), None, checkpoint="nowhere")
     assert not os.path.exists("nowhere")
 
 

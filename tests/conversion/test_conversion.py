@@ -24,7 +24,7 @@ from rpqfx.fit.output_moments import OutputMoments
 from rpqfx.graph import is_rewritten
 from rpqfx.nn import RPQWeight
 from tests.helpers import randn, seeds
-from tests.models import CASES, GPT, Case, assert_equals_dense, filled, held_weights
+from tests.models import CASES, GPT, Case, assert_equals_dense, filled, quantized_weights
 
 POLICY = Policy.pretrained(bits_per_weight=3)
 
@@ -127,7 +127,7 @@ def test_the_dense_model_stays_bit_for_bit_and_shares_nothing_with_the_result(na
     assert equal(model, MODELS[name][0]()) and not is_rewritten(model)
     mine = {t.data_ptr() for t in (*model.parameters(), *model.buffers())}
     assert not mine & {t.data_ptr() for t in (*small.parameters(), *small.buffers()) if t.numel()}
-    assert all(type(weight) is RPQWeight for weight in held_weights(small).values())
+    assert all(type(weight) is RPQWeight for weight in quantized_weights(small).values())
     assert not any(t.is_meta for t in (*small.parameters(), *small.buffers()))
     assert all(p.grad is None for p in (*small.parameters(), *model.parameters()))
 
@@ -175,8 +175,8 @@ def test_any_model_is_calibrated_and_computes_what_its_codebooks_say(case: Case)
 
     call = Call().eval()
     small = rpqfx.convert(call, case.policy, [()])
-    assert set(held_weights(small)) >= {f"model.{name}" for name in case.rewritten}
-    assert all(type(weight) is RPQWeight for weight in held_weights(small).values())
+    assert set(quantized_weights(small)) >= {f"model.{name}" for name in case.rewritten}
+    assert all(type(weight) is RPQWeight for weight in quantized_weights(small).values())
     with torch.no_grad():
         dense = filled(call, small)
     for name, buffer in small.named_buffers():
@@ -246,7 +246,7 @@ def test_inputs_that_layers_share_are_summed_once(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(layerwise.Moments, "add", spy)
     torch.manual_seed(0)
     batches = inputs(0, 16, 32)
-    rpqfx.convert(Split(), Policy(bits=4, codebook_dim=4, min_size=1), [x.clone() for x in batches])
+    rpqfx.convert(Split(), Policy(codebook_bits=4, codebook_dim=4, min_size=1), [x.clone() for x in batches])
     assert adds == [False] * (4 * 3 + 3 * 3)  # energies of four weights, then moments of three inputs
     adds.clear()
     rpqfx.convert(Split(), POLICY, [x.clone() for x in batches])
@@ -326,11 +326,11 @@ def test_layers_used_twice_never_and_by_some_batches_only() -> None:
     model, x = Odd(), inputs(0, 64, 32)
     policy = Policy.pretrained(bits_per_weight=4)
     small = rpqfx.convert(model, policy, [x[0], {"x": x[1], "more": True}, x[2]])
-    assert len(set(held_weights(small).values())) == 4 and len(held_weights(small)) == 5
+    assert len(set(quantized_weights(small).values())) == 4 and len(quantized_weights(small)) == 5
     assert small.one.weight_rpq is small.same.weight_rpq
     assert error(model, small, x) < 0.3
     with torch.no_grad():
-        rest = held_weights(small)["never.weight"]() - model.never.weight
+        rest = quantized_weights(small)["never.weight"]() - model.never.weight
         assert 0 < float(rest.norm() / model.never.weight.norm()) < 1
         y = torch.tanh(model.twice(torch.tanh(model.twice(x[1]))))
         rest = small.sometimes(y) - model.sometimes(y)
@@ -345,7 +345,7 @@ def test_dead_constant_and_zero_weights_are_held(calibrated: bool) -> None:
         model[0].weight[10:20] = 0.25
         model[2].weight.zero_()
     small = rpqfx.convert(model, POLICY, inputs(0, 32, 32) if calibrated else None)
-    held = held_weights(small)
+    held = quantized_weights(small)
     assert not held["2.weight"]().detach().any()
     assert bool(torch.isfinite(small(inputs(0, 32, 32)[0])).all())
     assert rpqfx.report(small).bits_per_weight <= 3
@@ -372,11 +372,11 @@ def test_columns_beyond_half_precision_keep_to_the_bits(column: float) -> None:
         batch[:, 5] /= column
     small = rpqfx.convert(model, POLICY, batches)
     assert rpqfx.report(small).bits_per_weight <= 3
-    assert all(bool(torch.isfinite(weight()).all()) for weight in held_weights(small).values())
+    assert all(bool(torch.isfinite(weight()).all()) for weight in quantized_weights(small).values())
 
 
 def test_fewer_vectors_than_entries() -> None:
-    policy = Policy(bits=6, codebook_dim=4, min_size=1, allow_growth=True)
+    policy = Policy(codebook_bits=6, codebook_dim=4, min_size=1, allow_growth=True)
     model, batches = mlp(0, 32, 8, 8), inputs(0, 16, 32)
     small = rpqfx.convert(model, policy, batches)
     assert error(model, small, batches) < 1e-5
@@ -389,20 +389,22 @@ def test_other_dtypes(name: str, dtype: torch.dtype) -> None:
     model = build().to(dtype)
     batches = [x.to(dtype) if x.is_floating_point() else x for x in draw(0)]
     small = rpqfx.convert(model, policy, batches)
-    assert all(weight.codebooks.dtype == dtype for weight in held_weights(small).values())
+    assert all(weight.codebooks.dtype == dtype for weight in quantized_weights(small).values())
     assert error(model.float(), copy.deepcopy(small).float(), draw(0)) < 0.3
     assert rpqfx.report(small).bits_per_weight <= 3
 
 
-@pytest.mark.parametrize("extra", [{}, {"signs": True}, {"scale": True, "dim_scale": True}, {"stages": 2, "bits": 3}])
+@pytest.mark.parametrize(
+    "extra", [{}, {"signs": True}, {"scale": True, "column_scale": True}, {"stages": 2, "codebook_bits": 3}]
+)
 @pytest.mark.parametrize("sharing", ["own", "layer", "shape", "role"])
 def test_any_policy_may_be_calibrated(extra: dict[str, Any], sharing: str) -> None:
     model, batches = mlp(0, 64, 64, 64), inputs(0, 64, 64)
-    policy = Policy(**{"bits": 4, "codebook_dim": 4, "sharing": sharing, **extra})
+    policy = Policy(**{"codebook_bits": 4, "codebook_dim": 4, "sharing": sharing, **extra})
     small = rpqfx.convert(model, policy, batches)
     found = error(model, small, batches)
     assert found < 0.25 and found < 1.1 * error(model, rpqfx.rpqify(model, policy), batches)
-    for weight in held_weights(small).values():
+    for weight in quantized_weights(small).values():
         tensors = [*weight.parameters(), *weight.buffers()]
         assert not any(t.is_meta for t in tensors)
 
@@ -448,7 +450,8 @@ def test_weights_of_two_dtypes_keep_to_the_bits() -> None:
 def test_what_a_rule_gives_a_shape_is_not_counted() -> None:
     model = mlp()
     policy = Policy.pretrained(
-        bits_per_weight=2, rules=(Rule("2.*", bits=5, codebook_dim=2, sharing="layer"), Rule("4.*", skip="mine"))
+        bits_per_weight=2,
+        rules=(Rule("2.*", codebook_bits=5, codebook_dim=2, sharing="layer"), Rule("4.*", skip="mine")),
     )
     small = rpqfx.convert(model, policy, inputs(0, 16, 32))
     sites = {site.name: site for site in rpqfx.report(small).sites}
@@ -460,7 +463,7 @@ def test_embeddings_have_a_budget_of_their_own() -> None:
     torch.manual_seed(0)
     model = GPT(vocab=400, width=32)
     dense = rpqfx.convert(model, Policy.pretrained(bits_per_weight=3, embedding_bits=None), ids(0))
-    assert "tok.weight" not in held_weights(dense)
+    assert "tok.weight" not in quantized_weights(dense)
     default = rpqfx.convert(model, Policy.pretrained(bits_per_weight=3), ids(0))
     shares = {site.name: site.bits_per_weight for site in rpqfx.report(default).rewritten}
     assert 4 < shares["tok.weight"] <= 8.5  # the policy's own share for them

@@ -18,9 +18,9 @@ from rpqfx.graph.validate import layout_of
 from rpqfx.nn import RPQWeight
 from rpqfx.nn.layout import Layout
 from rpqfx.policies.decide import decide_all
-from rpqfx.policies.decision import Hold
+from rpqfx.policies.decision import Quantize
 from tests.helpers import generator, naive_tensor, randn, stored_all
-from tests.models import CASES, Case, assert_outputs, filled, held_weights
+from tests.models import CASES, Case, assert_outputs, filled, quantized_weights
 
 
 class Heard(Observer):
@@ -44,7 +44,7 @@ def with_stand_ins(case: Case) -> tuple[nn.Module, nn.Module, dict[str, StandIn]
     made = {
         site.name: StandIn(hold.spec, layout_of(site, hold), parameter_at(model, site.name), heard)
         for site in sites
-        if isinstance(hold := decisions[site.name], Hold)
+        if isinstance(hold := decisions[site.name], Quantize)
     }
     put(model, sites, made)
     return dense, model, made, heard
@@ -66,7 +66,7 @@ def test_what_they_become_is_what_the_codebooks_say(case: Case) -> None:
     for number, weight in enumerate(made.values()):
         tensors = stored_all(weight.spec, number)
         factors = {
-            name: getattr(tensors, name) for name in ("scale", "dim_scale") if getattr(tensors, name) is not None
+            name: getattr(tensors, name) for name in ("scale", "column_scale") if getattr(tensors, name) is not None
         }
         weight.become(nn.Parameter(tensors.codebooks * 0.3), tensors.codes, factors)
         assert type(weight) is RPQWeight
@@ -74,7 +74,7 @@ def test_what_they_become_is_what_the_codebooks_say(case: Case) -> None:
     args, kwargs = case.arguments()
     assert_outputs(model(*args, **kwargs), filled(dense, model)(*args, **kwargs))
     assert not heard.calls
-    assert set(held_weights(model)) == {*case.rewritten, *case.tied}
+    assert set(quantized_weights(model)) == {*case.rewritten, *case.tied}
 
 
 @pytest.mark.parametrize("transposed", [False, True])

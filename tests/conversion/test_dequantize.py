@@ -17,7 +17,7 @@ from rpqfx.conversion import dequantize as module
 from rpqfx.errors import InputError, RewriteError, RPQError
 from rpqfx.nn import RPQEmbedding, RPQLinear
 from tests.kv.kv_models import LM, tokens
-from tests.models import CASES, GPT, MLP, SMALL, Case, assert_outputs, filled, held_weights
+from tests.models import CASES, GPT, MLP, SMALL, Case, assert_outputs, filled, quantized_weights
 
 
 def classes(model: nn.Module) -> dict[str, str]:
@@ -45,8 +45,8 @@ def test_everything_is_as_it_was_but_for_the_values(case: Case) -> None:
     small = rpqfx.rpqify(dense, case.policy)
     before = classes(small)
     again = rpqfx.dequantize(small)
-    assert classes(small) == before and held_weights(small)
-    assert not held_weights(again) and classes(again) == classes(dense)
+    assert classes(small) == before and quantized_weights(small)
+    assert not quantized_weights(again) and classes(again) == classes(dense)
     assert flags(again) == flags(dense) and shared(again) == shared(dense)
     assert set(again.state_dict()) == set(dense.state_dict())
     if all(type(one).__module__.startswith("torch.nn") for one in dense.modules() if one._parameters):
@@ -80,14 +80,14 @@ def test_a_dense_model_again_trains_is_copied_and_rewritten(case: Case) -> None:
         assert all(named[name].grad is not None for name in case.rewritten if named[name].requires_grad)
         twin.zero_grad()
     twice = rpqfx.rpqify(again, case.policy)
-    assert set(held_weights(twice)) == set(case.rewritten) | set(case.tied)
+    assert set(quantized_weights(twice)) == set(case.rewritten) | set(case.tied)
 
 
 def test_shared_codebooks_tied_tables_and_notes() -> None:
     dense = GPT()
     dense.tok.weight.no_decay = True
     small = rpqfx.rpqify(dense, Policy.pretrained(4.0, min_size=256, embedding_bits=6))
-    assert any(weight.shares_codebooks for weight in held_weights(small).values())
+    assert any(weight.shares_codebooks for weight in quantized_weights(small).values())
     again = rpqfx.dequantize(small)
     assert again.tok.weight is again.head.weight and again.tok.weight.no_decay
     with pytest.raises(RPQError, match="no weight of this model is quantized"):
@@ -95,7 +95,9 @@ def test_shared_codebooks_tied_tables_and_notes() -> None:
 
 
 def test_layers_that_were_built_as_rpq_layers() -> None:
-    model = nn.Sequential(RPQEmbedding(24, 16, codebook_dim=4, bits=2, padding_idx=3), RPQLinear(16, 32, bits=2))
+    model = nn.Sequential(
+        RPQEmbedding(24, 16, codebook_dim=4, codebook_bits=2, padding_idx=3), RPQLinear(16, 32, codebook_bits=2)
+    )
     again = rpqfx.dequantize(model)
     assert [type(layer) for layer in again] == [nn.Embedding, nn.Linear]
     ids = torch.randint(24, (3, 5))
@@ -107,12 +109,16 @@ def test_attention_on_codes_stays() -> None:
     ids = tokens(2, 12)
     dense = LM().eval()
     both = {
-        "weights first": rpqfx.quantize_kv(rpqfx.rpqify(dense, SMALL), KVPolicy(bits=4, window=4), calibration=[ids]),
-        "cache first": rpqfx.rpqify(rpqfx.quantize_kv(dense, KVPolicy(bits=4, window=4), calibration=[ids]), SMALL),
+        "weights first": rpqfx.quantize_kv(
+            rpqfx.rpqify(dense, SMALL), KVPolicy(bits_per_value=4, window=4), calibration=[ids]
+        ),
+        "cache first": rpqfx.rpqify(
+            rpqfx.quantize_kv(dense, KVPolicy(bits_per_value=4, window=4), calibration=[ids]), SMALL
+        ),
     }
     for small in both.values():
         again = rpqfx.dequantize(small)
-        assert not held_weights(again) and len(rpqfx.kv.attentions(again)) == len(rpqfx.kv.attentions(small)) > 0
+        assert not quantized_weights(again) and len(rpqfx.kv.attentions(again)) == len(rpqfx.kv.attentions(small)) > 0
         with torch.no_grad():
             torch.testing.assert_close(again(ids), small(ids), rtol=1e-4, atol=1e-4)
 
@@ -135,7 +141,7 @@ def test_what_cannot_be_dense_again_is_refused_before_anything_is_done() -> None
     class Own(RPQLinear):
         """A class whose dense namesake nobody knows."""
 
-    model = nn.Sequential(RPQLinear(16, 16, bits=2), Own(16, 16, bits=2))
+    model = nn.Sequential(RPQLinear(16, 16, codebook_bits=2), Own(16, 16, codebook_bits=2))
     with pytest.raises(RewriteError, match="1 is a Own, a class derived from an RPQ layer"):
         rpqfx.dequantize(model, inplace=True)
     assert type(model[0]) is RPQLinear

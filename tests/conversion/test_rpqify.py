@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import rpqfx
-from rpqfx import CodebookSpec, Hold, Policy, Rule, Site, Skip
+from rpqfx import CodebookSpec, KeepDense, Policy, Quantize, Rule, Site
 from rpqfx.conversion import rewritten as rewritten_module
 from rpqfx.errors import CaptureError, InputError, PolicyError, RewriteError, RPQError
 from rpqfx.graph import is_rewritten, whole_graph
@@ -29,7 +29,7 @@ from tests.models import (
     assert_equals_dense,
     assert_outputs,
     floating,
-    held_weights,
+    quantized_weights,
 )
 
 
@@ -57,9 +57,9 @@ def test_a_policy_that_rewrites_nothing_says_why():
     with pytest.raises(PolicyError, match=r"rewrites nothing.*fc1.weight: 384 elements, fewer than min_size 4096"):
         rpqfx.rpqify(MLP(), Policy())
     with pytest.raises(PolicyError, match=r"rule 'blocs\.\*' matches no site; fc1\.weight: mine"):
-        rpqfx.rpqify(MLP(), Policy(rules=(Rule("blocs.*", bits=2), Rule("*", skip="mine"))))
+        rpqfx.rpqify(MLP(), Policy(rules=(Rule("blocs.*", codebook_bits=2), Rule("*", skip="mine"))))
     with pytest.raises(PolicyError, match="would not shrink: 1,536 bytes dense"):
-        rpqfx.rpqify(MLP(), Policy(min_size=1, codebook_dim=4, bits=8))
+        rpqfx.rpqify(MLP(), Policy(min_size=1, codebook_dim=4, codebook_bits=8))
     with pytest.raises(PolicyError, match=r"and 5 more$"):
         rpqfx.rpqify(GPT(), Policy())
 
@@ -113,8 +113,8 @@ def test_a_lazy_model_is_rewritten_once_it_has_run_and_refused_before():
             rpqfx.rpqify(model, SMALL, inplace=inplace)
     assert type(model[2]) is nn.LazyLinear
     model(images)
-    small = rpqfx.rpqify(model, Policy(codebook_dim=9, bits=1, min_size=64))
-    assert set(held_weights(small)) == {"0.weight", "2.weight"} and small(images).shape == (2, 16)
+    small = rpqfx.rpqify(model, Policy(codebook_dim=9, codebook_bits=1, min_size=64))
+    assert set(quantized_weights(small)) == {"0.weight", "2.weight"} and small(images).shape == (2, 16)
 
 
 # ------------------------------------------------------------------------------------------- callable policies
@@ -123,12 +123,12 @@ def test_a_lazy_model_is_rewritten_once_it_has_run_and_refused_before():
 def test_a_callable_may_return_a_spec_a_hold_or_a_skip():
     seen: list[Site] = []
 
-    def decide(site: Site) -> CodebookSpec | Hold | Skip:
+    def decide(site: Site) -> CodebookSpec | Quantize | KeepDense:
         seen.append(site)
         if site.name.endswith("qkv.weight"):
-            return Skip("kept by hand")
+            return KeepDense("kept by hand")
         if site.kind == "embedding":
-            return Hold(CodebookSpec(*site.shape, codebook_dim=4, entries=4), init="random")
+            return Quantize(CodebookSpec(*site.shape, codebook_dim=4, entries=4), init="random")
         return CodebookSpec(site.layout().num_vectors, site.layout().dim, codebook_dim=2, entries=4)
 
     small = rpqfx.rpqify(GPT(), decide)
@@ -147,14 +147,16 @@ def test_a_spec_along_columns_is_understood():
 
 
 def test_answers_that_do_not_fit_are_refused_by_name():
-    with pytest.raises(PolicyError, match=r"fc1\.weight: a policy returns a CodebookSpec, a Hold or a Skip, got 8"):
+    with pytest.raises(
+        PolicyError, match=r"fc1\.weight: a policy returns a CodebookSpec, a Quantize or a KeepDense, got 8"
+    ):
         rpqfx.rpqify(MLP(), lambda site: 8)
     with pytest.raises(PolicyError, match=r"fc1\.weight: the spec has 5 vectors of length 12, the site 32 of .* 12"):
         rpqfx.rpqify(MLP(), lambda site: CodebookSpec(5, 12, 4, 4))
     with pytest.raises(RewriteError, match=r"fc1\.weight: the decision has 32 vectors of length 12.*split='column'"):
-        rpqfx.rpqify(MLP(), lambda site: Hold(CodebookSpec(32, 12, 4, 4), split="column"))
+        rpqfx.rpqify(MLP(), lambda site: Quantize(CodebookSpec(32, 12, 4, 4), split="column"))
     with pytest.raises(PolicyError, match=r"rewrites nothing\. fc1\.weight: no; fc2\.weight: no"):
-        rpqfx.rpqify(MLP(), lambda site: Skip("no"))
+        rpqfx.rpqify(MLP(), lambda site: KeepDense("no"))
 
 
 # ------------------------------------------------------------------------------------------------------- progress
@@ -222,7 +224,7 @@ def test_a_whole_graph_names_module_line_and_way_out_where_it_cannot_be():
     with pytest.raises(
         CaptureError, match=r"cannot trace 1 \(Opaque\) at .*models\.py:\d+ symbolically \(TraceError.*example_inputs"
     ) as caught:
-        whole_graph(rpqfx.rpqify(model, Policy(codebook_dim=4, bits=2, min_size=64, kinds=("linear",))))
+        whole_graph(rpqfx.rpqify(model, Policy(codebook_dim=4, codebook_bits=2, min_size=64, kinds=("linear",))))
     line = int(str(caught.value).partition("models.py:")[2].partition(" ")[0])
     assert "for row in x" in Path(models.__file__).read_text().splitlines()[line - 1]
 
@@ -281,14 +283,14 @@ def test_a_rewritten_model_compiles_whole(name: str, training: bool):
 
 
 @pytest.mark.parametrize(
-    "policy", [SMALL, Policy.from_scratch(codebook_dim=4, bits=2, min_size=64)], ids=["fit", "new"]
+    "policy", [SMALL, Policy.from_scratch(codebook_dim=4, codebook_bits=2, min_size=64)], ids=["fit", "new"]
 )
 def test_training_reduces_a_loss(policy: Policy):
     torch.manual_seed(0)
     small = rpqfx.rpqify(GPT(), policy)
     ids = torch.randint(40, (4, 12), generator=torch.Generator().manual_seed(1))
     optimiser = torch.optim.AdamW(small.parameters(), lr=1e-2)
-    codes = {name: weight.codes.clone() for name, weight in held_weights(small).items()}
+    codes = {name: weight.codes.clone() for name, weight in quantized_weights(small).items()}
     losses = []
     for _ in range(20):
         loss = F.cross_entropy(small(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
@@ -297,12 +299,12 @@ def test_training_reduces_a_loss(policy: Policy):
         optimiser.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.85 * losses[0]
-    assert all(torch.equal(weight.codes, codes[name]) for name, weight in held_weights(small).items())
+    assert all(torch.equal(weight.codes, codes[name]) for name, weight in quantized_weights(small).items())
 
 
 def test_a_frozen_model_still_fits_and_has_no_gradient():
     model = CNN().requires_grad_(False)
-    small = rpqfx.rpqify(model, Policy(codebook_dim=9, bits=1, min_size=64)).eval()
+    small = rpqfx.rpqify(model, Policy(codebook_dim=9, codebook_bits=1, min_size=64)).eval()
     y = small(torch.randn(2, 3, 8, 8))
     assert not y.requires_grad
 
@@ -319,7 +321,7 @@ def test_a_padding_row_with_values_keeps_them_and_gets_no_gradient():
     dense = nn.Sequential(nn.Embedding(64, 16, padding_idx=1))
     with torch.no_grad():
         dense[0].weight[1] = 5.0
-    small = rpqfx.rpqify(dense, Policy(codebook_dim=4, bits=5, min_size=0))
+    small = rpqfx.rpqify(dense, Policy(codebook_dim=4, codebook_bits=5, min_size=0))
     ids = torch.tensor([1])
     torch.testing.assert_close(small(ids), small[0].weight[1:2])
     assert small(ids).abs().sum() > 40
@@ -330,17 +332,17 @@ def test_a_padding_row_with_values_keeps_them_and_gets_no_gradient():
 def test_codebooks_that_only_pay_together_are_shared():
     """Layers that would not shrink alone do where many share their codebooks."""
     model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(8)))
-    alone = Policy(codebook_dim=16, bits=6)
+    alone = Policy(codebook_dim=16, codebook_bits=6)
     with pytest.raises(PolicyError, match="would not shrink"):
         rpqfx.rpqify(model, alone)
     small = rpqfx.rpqify(model, dataclasses.replace(alone, sharing="shape"))
-    assert len({id(held.codebooks) for held in held_weights(small).values()}) == 1
+    assert len({id(held.codebooks) for held in quantized_weights(small).values()}) == 1
     assert rpqfx.report(small).after < rpqfx.report(small).before
 
 
 def test_a_count_need_divide_one_way_only():
     """With split='auto' an explicit count that divides one side of a weight is taken there."""
-    small = rpqfx.rpqify(nn.Sequential(nn.Linear(512, 100)), Policy(codebooks=16, bits=4))
+    small = rpqfx.rpqify(nn.Sequential(nn.Linear(512, 100)), Policy(num_subvectors=16, codebook_bits=4))
     assert small[0].weight_rpq.spec.dim == 512
 
 

@@ -66,7 +66,7 @@ def codes_are_those_of_rank_0_after_a_broadcast() -> None:
         wanted = codes_of(net(bits, seed=0, signs=bits == 9))
         with pytest.raises(DistributedError, match=r"embed\.weight_rpq.*rank 1 differ.*broadcast_codes"):
             check_same_codes(model)
-        assert model.embed.weight_rpq.spec.bits == bits
+        assert model.embed.weight_rpq.spec.codebook_bits == bits
         assert broadcast_codes(model) is model
         check_same_codes(model)
         assert all(torch.equal(a, b) for a, b in zip(codes_of(model), wanted, strict=True))
@@ -168,17 +168,18 @@ def codes_that_change_are_sent_again() -> None:
 
 
 def training_in_ddp_is_training_in_one_process() -> None:
-    same_losses(bits=9, stages=2, scale=True, signs=True)
+    same_losses(codebook_bits=9, stages=2, scale=True, signs=True)
 
 
 def codebooks_that_layers_share_are_trained_in_ddp_as_in_one_process() -> None:
-    same_losses(steps=6, tied=False, sharing="role", dim_scale=True, grad_scale="sqrt")
+    same_losses(steps=6, tied=False, sharing="role", column_scale=True, grad_scale="sqrt")
 
 
 def every_kind_of_codebooks_is_trained_in_ddp_as_in_one_process() -> None:
     for options in (
-        {"bits": 8}, {"bits": 9, "tied": False, "scale": True}, {"sharing": "role", "dim_scale": True},
-        {"sharing": "shape", "grad_scale": "sqrt", "signs": True}, {"sharing": "layer"}, {"stages": 2},
+        {"codebook_bits": 8}, {"codebook_bits": 9, "tied": False, "scale": True},
+        {"sharing": "role", "column_scale": True}, {"sharing": "shape", "grad_scale": "sqrt", "signs": True},
+        {"sharing": "layer"}, {"stages": 2},
     ):  # fmt: skip
         same_losses(**options)
 
@@ -239,7 +240,7 @@ def moving_averages_of_a_cache_are_those_of_one_process() -> None:
         vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, initializer_range=0.3,
     )  # fmt: skip
-    policy = KVPolicy(bits=3, window=6, sinks=2, chunk=8, sub_vector=4, entries=16, decay=0.9)
+    policy = KVPolicy(bits_per_value=3, window=6, sinks=2, chunk=8, codebook_dim=4, codebook_size=16, decay=0.9)
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 60, (4, 16), generator=draw)
     model = transformers.LlamaForCausalLM(config)

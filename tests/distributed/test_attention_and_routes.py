@@ -76,7 +76,7 @@ def decoder(coded: bool = False) -> nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3 if parameter.dim() > 1 else 1)
-    policy = rpqfx.Policy.from_scratch(codebook_dim=4, bits=4, min_size=64, allow_growth=True)
+    policy = rpqfx.Policy.from_scratch(codebook_dim=4, codebook_bits=4, min_size=64, allow_growth=True)
     return rpqfx.rpqify(model, policy) if coded else model
 
 
@@ -91,7 +91,9 @@ def cached(coded: bool = False, fit: bool = False, **options: Any) -> nn.Module:
 
 @functools.cache
 def _cached(coded: bool, fit: bool, **options: Any) -> nn.Module:
-    policy = KVPolicy(**{"bits": 3, "window": 4, "sinks": 1, "chunk": 8, "sub_vector": 4, "entries": 16, **options})
+    policy = KVPolicy(
+        **{"bits_per_value": 3, "window": 4, "sinks": 1, "chunk": 8, "codebook_dim": 4, "codebook_size": 16, **options}
+    )
     return quantize_kv(decoder(coded), policy, calibration=tokens(), fit=fit, seed=0, progress=False)
 
 
@@ -151,7 +153,12 @@ def caches_and_routes_train_in_ddp_as_in_one_process() -> None:
 
 
 def dense_models_with_caches_and_routes_do_too() -> None:
-    for model in (cached(), routed(), cached(transform=False, scaled=True), routed(True, window=None, look_ahead=True)):
+    for model in (
+        cached(),
+        routed(),
+        cached(transform=False, normalize=True),
+        routed(True, window=None, look_ahead=True),
+    ):
         train_in_ddp(model)
 
 
@@ -197,7 +204,12 @@ def split_attention_on_codes_is_that_of_one_process() -> None:
 
 
 def every_kind_of_cache_that_is_split_is_that_of_one_process() -> None:
-    for options in ({"joint": False}, {"scaled": True}, {"transform": False, "strided": True}, {"bits": 5}):
+    for options in (
+        {"joint": False},
+        {"normalize": True},
+        {"transform": False, "strided": True},
+        {"bits_per_value": 5},
+    ):
         for coded in (False, True):
             compute_as_one(cached(coded, fit=coded, **options))
 

@@ -87,8 +87,8 @@ def layers_used_twice_never_and_by_some_batches_only_are_too() -> None:
 
 
 def policies_without_a_rate_and_codebooks_that_are_shared_are_too() -> None:
-    options: dict[str, Any] = {"codebook_dim": 4, "bits": 3, "min_size": 256, "scale": True}
-    agrees(mlp(), Policy(sharing="shape", dim_scale=True, **options), inputs(0, 16, 32))
+    options: dict[str, Any] = {"codebook_dim": 4, "codebook_bits": 3, "min_size": 256, "scale": True}
+    agrees(mlp(), Policy(sharing="shape", column_scale=True, **options), inputs(0, 16, 32))
     agrees(mlp(), Policy(signs=True, stages=2, **options), inputs(0, 16, 32))
 
 

@@ -55,7 +55,7 @@ def same_losses(steps: int = 20, after: bool | None = None, **options: Any) -> N
 
 
 def training_in_shards_is_training_in_one_process() -> None:
-    same_losses(bits=9, stages=2, scale=True, signs=True)
+    same_losses(codebook_bits=9, stages=2, scale=True, signs=True)
 
 
 def tensors_that_stay_whole_between_passes_train_as_in_one_process() -> None:
@@ -64,8 +64,9 @@ def tensors_that_stay_whole_between_passes_train_as_in_one_process() -> None:
 
 def every_kind_of_codebooks_is_trained_in_shards_as_in_one_process() -> None:
     for options in (
-        {"bits": 8}, {"bits": 9, "tied": False, "scale": True}, {"dim_scale": True, "sharing": "layer"},
-        {"after": True}, {"grad_scale": "sqrt", "stages": 3, "after": False},
+        {"codebook_bits": 8}, {"codebook_bits": 9, "tied": False, "scale": True},
+        {"column_scale": True, "sharing": "layer"}, {"after": True},
+        {"grad_scale": "sqrt", "stages": 3, "after": False},
     ):  # fmt: skip
         same_losses(**options)
 
@@ -138,7 +139,10 @@ def gradients_are_gathered_over_several_backward_passes() -> None:
 
 
 def a_model_sharded_on_the_meta_device_gets_the_values_of_one_process() -> None:
-    for options in ({"bits": 9, "signs": True, "stages": 2}, {"sharing": "role", "tied": False, "scale": True}):
+    for options in (
+        {"codebook_bits": 9, "signs": True, "stages": 2},
+        {"sharing": "role", "tied": False, "scale": True},
+    ):
         whole = net(device="meta", **options)
         torch.manual_seed(3)
         rpqfx.materialize(whole)

@@ -60,13 +60,13 @@ def same_losses(steps: int = 20, **options: Any) -> None:
 
 
 def training_of_split_layers_is_training_in_one_process() -> None:
-    same_losses(bits=9, stages=2, scale=True, signs=True, dim_scale=True)
+    same_losses(codebook_bits=9, stages=2, scale=True, signs=True, column_scale=True)
 
 
 def every_kind_of_codebooks_is_trained_split_as_in_one_process() -> None:
     for options in (
         {"sharing": "layer", "grad_scale": "mean", "tied": False}, {"split": "column", "grad_scale": "sqrt"},
-        {"split": "column", "dim_scale": True, "scale": True, "tied": False}, {"split": "row", "grad_scale": "sqrt"},
+        {"split": "column", "column_scale": True, "scale": True, "tied": False}, {"split": "row", "grad_scale": "sqrt"},
     ):  # fmt: skip
         same_losses(4, **options)
 
@@ -88,13 +88,13 @@ def each_process_holds_its_part() -> None:
 def layers_compute_and_have_gradients_as_whole_ones() -> None:
     torch.manual_seed(0)
     for style in (ColwiseParallel, RowwiseParallel):
-        for options in ({"stages": 2, "signs": True, "dim_scale": True}, {"sharing": "layer", "scale": True}):
+        for options in ({"stages": 2, "signs": True, "column_scale": True}, {"sharing": "layer", "scale": True}):
             for how in ("row", "column"):
-                layer = RPQLinear(32, 48, codebook_dim=4, bits=3, split=how, dtype=torch.float64, **options)
+                layer = RPQLinear(32, 48, codebook_dim=4, codebook_bits=3, split=how, dtype=torch.float64, **options)
                 x = torch.randn(5, 32, dtype=torch.float64)
                 as_whole(layer, style(input_layouts=Replicate(), output_layouts=Replicate()), x)
         for options in ({"padding_idx": 3}, {"scale_grad_by_freq": True, "signs": True}):
-            layer = RPQEmbedding(64, 32, codebook_dim=4, bits=3, dtype=torch.float64, **options)
+            layer = RPQEmbedding(64, 32, codebook_dim=4, codebook_bits=3, dtype=torch.float64, **options)
             as_whole(layer, style(input_layouts=Replicate(), output_layouts=Replicate()), torch.randint(64, (4, 7)))
 
 
@@ -102,7 +102,7 @@ def codes_in_tiles_are_split_and_sharded() -> None:
     torch.manual_seed(0)
     for style in (ColwiseParallel, RowwiseParallel):
         layer, x = (
-            RPQLinear(64, 128, codebook_dim=4, bits=4, stages=2, dtype=torch.float64),
+            RPQLinear(64, 128, codebook_dim=4, codebook_bits=4, stages=2, dtype=torch.float64),
             torch.randn(5, 64).double(),
         )
         spec = rpqfx.CodebookSpec(128, 64, 4, entries=16, stages=2, scale=True, tiled=True)
@@ -142,7 +142,7 @@ def activations_split_along_the_sequence_train_as_whole_ones() -> None:
 
 
 def ids_that_are_no_rows_are_refused_in_every_process() -> None:
-    layer = RPQEmbedding(64, 32, codebook_dim=4, bits=3)
+    layer = RPQEmbedding(64, 32, codebook_dim=4, codebook_bits=3)
     parallelize_module(layer, line(), RowwiseParallel(input_layouts=Replicate()))
     with pytest.raises((IndexError, RuntimeError)):
         layer(torch.tensor([3, 64]))
@@ -197,11 +197,14 @@ def state_dicts_come_and_go() -> None:
 
 def what_cannot_be_split_is_refused_by_name_and_left_alone() -> None:
     model = nn.ModuleDict(
-        {"up": RPQLinear(32, 48, codebook_dim=32, bits=3), "odd": RPQLinear(32, 47, codebook_dim=4, bits=3)}
+        {
+            "up": RPQLinear(32, 48, codebook_dim=32, codebook_bits=3),
+            "odd": RPQLinear(32, 47, codebook_dim=4, codebook_bits=3),
+        }
     )
-    conv = RPQConv2d(4, 8, 3, codebook_dim=9, bits=2)
-    signed = RPQLinear(32, 8, codebook_dim=4, bits=2, signs=True)
-    normed = RPQEmbedding(64, 32, codebook_dim=4, bits=3, max_norm=1.0)
+    conv = RPQConv2d(4, 8, 3, codebook_dim=9, codebook_bits=2)
+    signed = RPQLinear(32, 8, codebook_dim=4, codebook_bits=2, signs=True)
+    normed = RPQEmbedding(64, 32, codebook_dim=4, codebook_bits=3, max_norm=1.0)
     for module, style, said in (
         (model["up"], RowwiseParallel(), r"up\.weight .*16 for each.*codebook_dim that divides 16"),
         (model["odd"], ColwiseParallel(), r"odd\.weight .*47 of them, which 2 does not divide"),
@@ -218,7 +221,7 @@ def what_cannot_be_split_is_refused_by_name_and_left_alone() -> None:
 
 
 def torchs_own_styles_are_refused_and_ours_take_dense_layers() -> None:
-    layer = RPQLinear(32, 48, codebook_dim=4, bits=3)
+    layer = RPQLinear(32, 48, codebook_dim=4, codebook_bits=3)
     with pytest.raises(DistributedError, match=r"rpqfx\.distributed \(ColwiseParallel, RowwiseParallel\)"):
         parallelize_module(layer, line(), dense.ColwiseParallel())
     with pytest.raises(RuntimeError, match="leaf"):  # torch's own, which reads the weight first
@@ -236,7 +239,7 @@ def what_needs_whole_tensors_refuses_parts() -> None:
     plain = parallelize_module(nn.Sequential(nn.Linear(64, 64)), line(), {"0": ColwiseParallel()})
     for call in (
         lambda: rpqfx.save(model, "nowhere"), lambda: rpqfx.tune(model, next(batches(1))),
-        lambda: rpqfx.rpqify(plain, rpqfx.Policy(codebook_dim=4, bits=4, min_size=64)),
+        lambda: rpqfx.rpqify(plain, rpqfx.Policy(codebook_dim=4, codebook_bits=4, min_size=64)),
     ):  # fmt: skip
         with pytest.raises(RewriteError, match=r"needs whole tensors, and processes have parts of those of"):
             call()

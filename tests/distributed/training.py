@@ -48,15 +48,18 @@ def vocabulary(bits: int) -> int:
 
 
 def net(
-    bits: int = 4, seed: int = 0, *, tied: bool = True, sharing: Any = "own", dtype: torch.dtype = torch.float64,
-    device: str = "cpu", **options: Any,
+    codebook_bits: int = 4, seed: int = 0, *, tied: bool = True, sharing: Any = "own",
+    dtype: torch.dtype = torch.float64, device: str = "cpu", **options: Any,
 ) -> nn.Module:  # fmt: skip
-    """A rewritten model whose blocks have codes of four bits, and its tables of ``bits``."""
+    """A rewritten model whose blocks have codes of four bits, and its tables of ``codebook_bits``."""
     torch.manual_seed(seed)
-    rules = tuple(Rule(name, bits=bits, min_bits=bits, sharing="own", split="row") for name in ("embed*", "head*"))
+    rules = tuple(
+        Rule(name, codebook_bits=codebook_bits, min_codebook_bits=codebook_bits, sharing="own", split="row")
+        for name in ("embed*", "head*")
+    )
     policy = Policy.from_scratch(
         codebook_dim=4,
-        bits=4,
+        codebook_bits=4,
         sharing=sharing,
         min_size=64,
         allow_growth=True,
@@ -64,7 +67,7 @@ def net(
         **options,
     )
     with torch.device(device):
-        return rpqfx.rpqify(Net(tied, vocabulary(bits)).to(dtype), policy)
+        return rpqfx.rpqify(Net(tied, vocabulary(codebook_bits)).to(dtype), policy)
 
 
 def batches(steps: int, rows: int = ROWS) -> Iterator[Tensor]:

@@ -46,7 +46,7 @@ def test_more_stages_never_fit_worse(spec: CodebookSpec, seed: int) -> None:
 @given(specs(), seeds)
 def test_enough_entries_reproduce_the_matrix(spec: CodebookSpec, seed: int) -> None:
     """As many entries as sub-vectors that a codebook serves leave nothing to the later stages."""
-    served = spec.num_vectors * spec.sub_vectors // spec.books
+    served = spec.num_vectors * spec.num_subvectors // spec.num_codebooks
     spec = dataclasses.replace(spec, entries=max(2, served))
     matrix = randn(seed, spec.num_vectors, spec.dim)
     torch.testing.assert_close(expand(*fit_codebooks(matrix, spec, seed=seed)), matrix, rtol=1e-12, atol=1e-12)
@@ -54,7 +54,7 @@ def test_enough_entries_reproduce_the_matrix(spec: CodebookSpec, seed: int) -> N
 
 @given(specs(scale=False, signs=False), seeds)
 def test_plain_codes_reproduce_the_matrix_to_the_last_bit(spec: CodebookSpec, seed: int) -> None:
-    spec = dataclasses.replace(spec, entries=max(2, spec.num_vectors), stages=1, books=spec.sub_vectors)
+    spec = dataclasses.replace(spec, entries=max(2, spec.num_vectors), stages=1, num_codebooks=spec.num_subvectors)
     matrix = randn(seed, spec.num_vectors, spec.dim, dtype=torch.float32)
     assert torch.equal(expand(*fit_codebooks(matrix, spec, seed=seed)), matrix)
 
@@ -77,7 +77,7 @@ def test_a_shared_codebook_serves_all_its_sub_vectors() -> None:
     """Equal blocks in different places of a row need one entry between them."""
     block = randn(0, 3, 2)
     matrix = torch.cat([block, block.flip(0)], 1)
-    fit = fit_codebooks(matrix, CodebookSpec(3, 4, 2, entries=3, books=1))
+    fit = fit_codebooks(matrix, CodebookSpec(3, 4, 2, entries=3, num_codebooks=1))
     torch.testing.assert_close(expand(*fit), matrix)
 
 
@@ -142,7 +142,7 @@ def test_weights_broadcast_and_count_by_the_mean_of_a_sub_vector(spec: CodebookS
 def test_what_weighs_more_fits_better(stages: int) -> None:
     matrix = randn(0, 400, 8)
     weights = torch.where(torch.arange(400) % 10 == 0, 100.0, 1.0)[:, None]
-    spec = CodebookSpec(400, 8, 4, entries=8, stages=stages, books=1)
+    spec = CodebookSpec(400, 8, 4, entries=8, stages=stages, num_codebooks=1)
     errors = [
         (expand(*fit_codebooks(matrix, spec, weights=each)) - matrix)[::10].square().mean() for each in (None, weights)
     ]

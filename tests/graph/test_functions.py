@@ -18,7 +18,7 @@ from rpqfx.errors import RewriteError
 from rpqfx.graph.copying import copy_model
 from rpqfx.nn.hosting.backed import backed_weights
 
-POLICY = rpqfx.Policy.from_scratch(codebook_dim=8, bits=4)
+POLICY = rpqfx.Policy.from_scratch(codebook_dim=8, codebook_bits=4)
 
 
 def layers() -> Any:

@@ -15,7 +15,7 @@ import rpqfx
 from rpqfx import Policy, Rule
 from rpqfx.errors import InputError
 from rpqfx.graph import capture, find_sites, leaf, whole_graph
-from tests.models import SMALL, held_weights
+from tests.models import SMALL, quantized_weights
 
 
 class Counting(nn.Module):
@@ -54,7 +54,7 @@ def test_a_leafs_forward_never_runs(build: type[nn.Module]):
     sites = {site.name: site.kind for site in find_sites(captured)}
     assert sites == {"0.w": "parameter", "0.fc.weight": "linear", "1.weight": "linear"}
     small = rpqfx.rpqify(model, SMALL)
-    assert Counting.runs == 0 and set(held_weights(small)) == set(sites)
+    assert Counting.runs == 0 and set(quantized_weights(small)) == set(sites)
     x = torch.randn(2, 16)
     torch.testing.assert_close(small(x), small[1](small[0].fc(x) @ small[0].w_rpq()))
 
@@ -119,7 +119,7 @@ def test_leaf_returns_what_it_was_given_and_refuses_anything_else():
 
 def test_a_rule_keeps_a_site_out_and_the_report_says_why():
     rules = (Rule("0.w", skip="its owner said so"),)
-    small = rpqfx.rpqify(nn.Sequential(Counting()), Policy(codebook_dim=4, bits=2, min_size=64, rules=rules))
+    small = rpqfx.rpqify(nn.Sequential(Counting()), Policy(codebook_dim=4, codebook_bits=2, min_size=64, rules=rules))
     made = rpqfx.report(small)
     assert {record.name: record.reason for record in made.skipped} == {"0.w": "its owner said so"}
     assert "left: its owner said so" in str(made) and type(small[0].w) is nn.Parameter

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rpqfx
-from rpqfx import CodebookSpec, Hold, Policy, Rule, Skip
+from rpqfx import CodebookSpec, KeepDense, Policy, Quantize, Rule
 from rpqfx.errors import RewriteError
 from rpqfx.graph import capture, find_sites, install, is_rewritten, rewrite
 from rpqfx.nn import Layout, RPQLinear, RPQMultiheadAttention, RPQWeight, VirtualWeight
@@ -36,7 +36,7 @@ from tests.models import (
     assert_outputs,
     definition,
     filled,
-    held_weights,
+    quantized_weights,
 )
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "_"))
@@ -60,18 +60,18 @@ def rewritten(case: Case) -> tuple[nn.Module, nn.Module]:
 def test_plans_arrive_in_every_weight_and_change_no_result(init: str, sharing: str):
     """Tied layers have one weight and so one plan; layers that share codebooks each have their own."""
     model = GPT().eval()
-    rules = (Rule("tok", plan="contract"), Rule("blocks.1.*", plan="expand"))
-    policy = Policy(codebook_dim=4, bits=2, min_size=64, init=init, sharing=sharing, rules=rules)
+    rules = (Rule("tok", plan="lookup"), Rule("blocks.1.*", plan="dequantize"))
+    policy = Policy(codebook_dim=4, codebook_bits=2, min_size=64, init=init, sharing=sharing, rules=rules)
     small = rpqfx.rpqify(model, policy)
-    weights = held_weights(small)
-    assert weights["head.weight"] is weights["tok.weight"] and weights["tok.weight"].plan == "contract"
-    assert {weight.plan for name, weight in weights.items() if name.startswith("blocks.1.")} == {"expand"}
+    weights = quantized_weights(small)
+    assert weights["head.weight"] is weights["tok.weight"] and weights["tok.weight"].plan == "lookup"
+    assert {weight.plan for name, weight in weights.items() if name.startswith("blocks.1.")} == {"dequantize"}
     assert {weight.plan for name, weight in weights.items() if name.startswith("blocks.0.")} == {"auto"}
     books = [weights[f"blocks.{i}.qkv.weight"].codebooks for i in range(2)]
     assert (books[0] is books[1]) == (sharing == "role")
     ids = torch.arange(6)[None]
     outputs = {}
-    for plan in ("auto", "expand", "contract"):
+    for plan in ("auto", "dequantize", "lookup"):
         for weight in weights.values():
             weight.plan = plan
         outputs[plan] = small(ids)
@@ -96,26 +96,28 @@ def assert_bits(model: nn.Module, before: dict[str, Tensor]) -> None:
 @either_mode
 def test_same_outputs_and_gradients_as_the_dense_model_with_the_expanded_weights(case: Case, training: bool):
     model, small = rewritten(case)
-    assert set(held_weights(small)) == {*case.rewritten, *case.tied}
+    assert set(quantized_weights(small)) == {*case.rewritten, *case.tied}
     args, kwargs = case.arguments()
     assert_equals_dense(model.train(training), small.train(training), args, kwargs)
 
 
 STYLES = {
-    "stages and scale": Policy(codebook_dim=4, bits=2, min_size=64, stages=2, scale=True, allow_growth=True),
-    "factors of columns": Policy(codebook_dim=4, bits=2, min_size=64, dim_scale=True, allow_growth=True),
-    "signs": Policy(codebook_dim=4, bits=2, min_size=64, signs=True, allow_growth=True),
-    "one codebook for the layer": Policy(codebook_dim=4, bits=3, min_size=64, sharing="layer", allow_growth=True),
-    "one codebook for a role": Policy(codebook_dim=4, bits=2, min_size=64, sharing="role", allow_growth=True),
+    "stages and scale": Policy(codebook_dim=4, codebook_bits=2, min_size=64, stages=2, scale=True, allow_growth=True),
+    "factors of columns": Policy(codebook_dim=4, codebook_bits=2, min_size=64, column_scale=True, allow_growth=True),
+    "signs": Policy(codebook_dim=4, codebook_bits=2, min_size=64, signs=True, allow_growth=True),
+    "one codebook for the layer": Policy(
+        codebook_dim=4, codebook_bits=3, min_size=64, sharing="layer", allow_growth=True
+    ),
+    "one codebook for a role": Policy(codebook_dim=4, codebook_bits=2, min_size=64, sharing="role", allow_growth=True),
     "columns": Policy(
         codebook_dim=4,
-        bits=2,
+        codebook_bits=2,
         min_size=64,
         split="column",
         kinds=("linear", "bilinear", "attention"),
         allow_growth=True,
     ),
-    "random": Policy(codebook_dim=4, bits=2, min_size=64, init="random", allow_growth=True),
+    "random": Policy(codebook_dim=4, codebook_bits=2, min_size=64, init="random", allow_growth=True),
 }
 
 
@@ -125,7 +127,7 @@ def test_the_claim_holds_for_every_way_to_hold_a_weight(name: str, style: str):
     case = BY_NAME[name]
     model = case.model()
     small = rpqfx.rpqify(model, STYLES[style])
-    assert held_weights(small)
+    assert quantized_weights(small)
     args, kwargs = case.arguments()
     assert_equals_dense(model.train(), small.train(), args, kwargs)
 
@@ -158,7 +160,7 @@ def test_a_model_on_the_meta_device_is_rewritten_without_allocating(case: Case):
     with torch.device("meta"):
         model = case.build()
     small = rpqfx.rpqify(model, case.policy)
-    assert set(held_weights(small)) == {*case.rewritten, *case.tied}
+    assert set(quantized_weights(small)) == {*case.rewritten, *case.tied}
     assert all(t.is_meta for t in (*small.parameters(), *small.buffers()))
 
 
@@ -181,7 +183,7 @@ def test_training_and_freezing_between_calls_is_seen():
         args, kwargs = case.arguments()
         before = small.eval()(*args, **kwargs)
         with torch.no_grad():
-            for weight in held_weights(small).values():
+            for weight in quantized_weights(small).values():
                 weight.codebooks.mul_(1.5)
         assert not torch.allclose(small(*args, **kwargs), before)
 
@@ -274,7 +276,7 @@ def test_training_flags_survive_one_by_one():
 def test_frozen_weights_stay_frozen_and_others_do_not():
     model = BY_NAME["frozen"].model()
     for init in ("fit", "random"):
-        small = rpqfx.rpqify(model, Policy(codebook_dim=4, bits=2, min_size=64, init=init, scale=True))
+        small = rpqfx.rpqify(model, Policy(codebook_dim=4, codebook_bits=2, min_size=64, init=init, scale=True))
         wanted = {name.partition(SUFFIX)[0]: p.requires_grad for name, p in small.named_parameters()}
         assert wanted == {name: p.requires_grad for name, p in model.named_parameters()}
 
@@ -368,14 +370,14 @@ def test_a_module_used_twice_is_replaced_once():
     _, small = rewritten(BY_NAME["shared"])
     assert small.first is small.again
     assert small.other.weight_rpq is small.tied.weight_rpq and small.other is not small.tied
-    assert len({id(w) for w in held_weights(small).values()}) == 2
+    assert len({id(w) for w in quantized_weights(small).values()}) == 2
 
 
 @pytest.mark.parametrize("init", ["fit", "random"])
 def test_codebooks_shared_by_role_are_one_parameter_whose_gradient_adds_up(init: str):
     model = GPT(depth=3).double()
-    small = rpqfx.rpqify(model, Policy(codebook_dim=4, bits=2, min_size=64, sharing="role", init=init))
-    held = held_weights(small)
+    small = rpqfx.rpqify(model, Policy(codebook_dim=4, codebook_bits=2, min_size=64, sharing="role", init=init))
+    held = quantized_weights(small)
     for name in ("qkv", "proj", "fc1", "fc2"):
         members = [held[f"blocks.{i}.{name}.weight"] for i in range(3)]
         assert members[0].codebooks is members[1].codebooks is members[2].codebooks
@@ -390,14 +392,14 @@ def test_codebooks_shared_by_role_are_one_parameter_whose_gradient_adds_up(init:
 
 def test_codebooks_shared_by_shape_go_by_vector_length():
     model = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(16, 64), nn.Linear(32, 48))
-    small = rpqfx.rpqify(model, Policy(codebook_dim=4, bits=2, min_size=64, sharing="shape", split="row"))
+    small = rpqfx.rpqify(model, Policy(codebook_dim=4, codebook_bits=2, min_size=64, sharing="shape", split="row"))
     books = [layer.weight_rpq.codebooks for layer in small]
     assert books[0] is books[2] and books[1] is books[3] and books[0] is not books[1]
 
 
 def test_one_codebook_for_a_layer_serves_all_its_sub_vectors():
-    small = rpqfx.rpqify(MLP(), Policy(codebook_dim=4, bits=2, min_size=64, sharing="layer"))
-    assert all(weight.codebooks.shape[1] == 1 for weight in held_weights(small).values())
+    small = rpqfx.rpqify(MLP(), Policy(codebook_dim=4, codebook_bits=2, min_size=64, sharing="layer"))
+    assert all(weight.codebooks.shape[1] == 1 for weight in quantized_weights(small).values())
 
 
 def test_codebooks_fitted_together_serve_each_member_nearly_as_well_as_its_own():
@@ -410,7 +412,7 @@ def test_codebooks_fitted_together_serve_each_member_nearly_as_well_as_its_own()
             layer.weight.copy_(base + 0.05 * torch.randn(64, 16, generator=g))
 
     def errors(**options: Any) -> list[float]:
-        small = rpqfx.rpqify(model, Policy(codebook_dim=4, bits=4, min_size=64, split="row", **options))
+        small = rpqfx.rpqify(model, Policy(codebook_dim=4, codebook_bits=4, min_size=64, split="row", **options))
         return [
             float((m.weight - d.weight).detach().norm()) for m, d in zip(small["layers"], model["layers"], strict=True)
         ]
@@ -423,7 +425,7 @@ def test_codebooks_fitted_together_serve_each_member_nearly_as_well_as_its_own()
 def test_members_of_one_group_that_differ_in_dtype_are_refused():
     model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(16, 32), nn.Linear(16, 32).bfloat16()])})
     with pytest.raises(RewriteError, match=r"layers\.0\.weight, layers\.1\.weight cannot share codebooks"):
-        rpqfx.rpqify(model, Policy(codebook_dim=4, bits=2, min_size=64, sharing="role"))
+        rpqfx.rpqify(model, Policy(codebook_dim=4, codebook_bits=2, min_size=64, sharing="role"))
 
 
 # ------------------------------------------------------------------------------------------------- what a fit loses
@@ -432,7 +434,7 @@ def test_members_of_one_group_that_differ_in_dtype_are_refused():
 def test_the_error_in_the_report_is_the_measured_one():
     for name in ("gpt", "cnn", "functional", "recommender"):
         model, small = rewritten(BY_NAME[name])
-        held = held_weights(small)
+        held = quantized_weights(small)
         for record in rpqfx.report(small).rewritten:
             dense = model.get_parameter(record.name)
             measured = (dense - definition(held[record.name])).norm() / dense.norm()
@@ -447,15 +449,15 @@ def test_more_bits_or_more_stages_lose_less():
         small = rpqfx.rpqify(model, Policy(codebook_dim=4, min_size=64, allow_growth=True, **options))
         return float(rpqfx.report(small).rewritten[0].error)
 
-    falling = [error(bits=bits) for bits in range(1, 6)]
+    falling = [error(codebook_bits=bits) for bits in range(1, 6)]
     assert falling == sorted(falling, reverse=True) and falling[-1] < 0.6 * falling[0]
-    stages = [error(bits=3, stages=stages) for stages in (1, 2, 3)]
+    stages = [error(codebook_bits=3, stages=stages) for stages in (1, 2, 3)]
     assert stages == sorted(stages, reverse=True) and stages[-1] < stages[0]
 
 
 def test_as_many_entries_as_vectors_lose_nothing():
     model = nn.Sequential(nn.Linear(16, 16))
-    small = rpqfx.rpqify(model, Policy(codebook_dim=4, bits=4, min_size=1, allow_growth=True))
+    small = rpqfx.rpqify(model, Policy(codebook_dim=4, codebook_bits=4, min_size=1, allow_growth=True))
     torch.testing.assert_close(small[0].weight, model[0].weight)
 
 
@@ -471,7 +473,7 @@ def test_random_codebooks_have_the_weights_own_standard_deviation_and_no_error()
 
 def test_fits_of_one_seed_are_equal_and_of_another_differ():
     model = MLP(width=64)
-    policy = Policy(codebook_dim=4, bits=3, min_size=64)
+    policy = Policy(codebook_dim=4, codebook_bits=3, min_size=64)
     first, again, other = (rpqfx.rpqify(model, policy, seed=seed) for seed in (0, 0, 1))
     assert_bits(first, bits_of(again))
     assert not torch.equal(first.fc1.weight, other.fc1.weight)
@@ -480,7 +482,7 @@ def test_fits_of_one_seed_are_equal_and_of_another_differ():
 # ------------------------------------------------------------------------------- the step itself: all or nothing
 
 
-def steps(model: nn.Module, policy: Policy = SMALL) -> tuple[Any, list[Any], dict[str, Hold | Skip]]:
+def steps(model: nn.Module, policy: Policy = SMALL) -> tuple[Any, list[Any], dict[str, Quantize | KeepDense]]:
     captured = capture(model)
     sites = find_sites(captured)
     return captured, sites, policy.decide(sites)
@@ -528,7 +530,7 @@ def nan_in_the_last() -> nn.Module:
 def test_a_weight_with_nan_is_named_and_nothing_is_touched(sharing: str):
     model = nan_in_the_last()
     before = whole(model)
-    policy = Policy(codebook_dim=4, bits=2, min_size=64, sharing=sharing)
+    policy = Policy(codebook_dim=4, codebook_bits=2, min_size=64, sharing=sharing)
     with pytest.raises(RewriteError, match=r"blocks\.1\.fc2\.weight has infinite or NaN elements; mend it, or skip it"):
         rpqfx.rpqify(model, policy, inplace=True)
     assert_whole(model, before)
@@ -536,24 +538,24 @@ def test_a_weight_with_nan_is_named_and_nothing_is_touched(sharing: str):
 
 def test_a_weight_with_nan_can_be_skipped_or_drawn_anew():
     model = nan_in_the_last()
-    skipping = Policy(codebook_dim=4, bits=2, min_size=64, rules=(Rule("blocks.1.fc2", skip="it holds NaN"),))
+    skipping = Policy(codebook_dim=4, codebook_bits=2, min_size=64, rules=(Rule("blocks.1.fc2", skip="it holds NaN"),))
     assert rpqfx.report(rpqfx.rpqify(model, skipping)).skipped[-1].reason == "it holds NaN"
-    drawn = rpqfx.rpqify(model, Policy(codebook_dim=4, bits=2, min_size=64, init="random"))
+    drawn = rpqfx.rpqify(model, Policy(codebook_dim=4, codebook_bits=2, min_size=64, init="random"))
     assert bool(torch.isfinite(drawn.blocks[1].fc2.weight).all())
 
 
 def test_factors_that_differ_within_a_channel_of_a_convolution_are_refused():
     model = nn.Sequential(nn.Conv1d(4, 16, 3))
     before = whole(model)
-    captured, sites, _ = steps(model, Policy(bits=2, min_size=0, allow_growth=True))
-    wrong = CodebookSpec(16, 12, 6, 4, dim_scale=1)
+    captured, sites, _ = steps(model, Policy(codebook_bits=2, min_size=0, allow_growth=True))
+    wrong = CodebookSpec(16, 12, 6, 4, column_scale_group=1)
     with pytest.raises(
-        RewriteError, match=r"0\.weight: 1 elements of a filter share a factor.*give the spec dim_scale=3"
+        RewriteError, match=r"0\.weight: 1 elements of a filter share a factor.*give the spec column_scale_group=3"
     ):
         rewrite(captured, {"0.weight": wrong}, sites)
     assert_whole(model, before)
-    rewrite(captured, {"0.weight": dataclasses.replace(wrong, dim_scale=3)}, sites)
-    assert model[0].weight_rpq.dim_scale.shape == (4,)
+    rewrite(captured, {"0.weight": dataclasses.replace(wrong, column_scale_group=3)}, sites)
+    assert model[0].weight_rpq.column_scale.shape == (4,)
 
 
 def test_a_decision_for_no_site_or_of_another_shape_touches_nothing():
@@ -561,8 +563,8 @@ def test_a_decision_for_no_site_or_of_another_shape_touches_nothing():
     before = whole(model)
     captured, sites, decisions = steps(model)
     with pytest.raises(RewriteError, match=r"decisions for sites that the model does not have: fc9\.weight"):
-        rewrite(captured, {**decisions, "fc9.weight": Skip("typo")}, sites)
-    wrong = Hold(CodebookSpec(32, 8, 4, 4))
+        rewrite(captured, {**decisions, "fc9.weight": KeepDense("typo")}, sites)
+    wrong = Quantize(CodebookSpec(32, 8, 4, 4))
     with pytest.raises(RewriteError, match=r"fc2.weight: the decision has 32 vectors of length 8, the site 8 .* 32"):
         rewrite(captured, {**decisions, "fc2.weight": wrong}, sites)
     assert_whole(model, before)
@@ -613,10 +615,10 @@ def test_install_puts_one_weight_under_all_names():
 
 def test_attention_whose_output_projection_alone_is_held_calls_it():
     model = nn.MultiheadAttention(16, 4)
-    policy = Policy(codebook_dim=4, bits=2, min_size=64, rules=(Rule("in_proj_weight", skip="left dense"),))
+    policy = Policy(codebook_dim=4, codebook_bits=2, min_size=64, rules=(Rule("in_proj_weight", skip="left dense"),))
     small = rpqfx.rpqify(model, policy)
     assert type(small) is RPQMultiheadAttention and type(small.out_proj) is RPQLinear
-    assert set(held_weights(small)) == {"out_proj.weight"}
+    assert set(quantized_weights(small)) == {"out_proj.weight"}
     x = torch.randn(5, 2, 16)
     torch.testing.assert_close(small(x, x, x), filled(model, small)(x, x, x), rtol=1e-4, atol=1e-5)
 

@@ -623,7 +623,7 @@ class Slotted(nn.Module):
     ],
 )
 def test_odd_classes_are_held_or_left_with_a_reason(kind: type[nn.Module], held: set[str], reason: str | None) -> None:
-    policy, x = rpqfx.Policy.from_scratch(codebook_dim=8, bits=4), torch.randn(3, 64)
+    policy, x = rpqfx.Policy.from_scratch(codebook_dim=8, codebook_bits=4), torch.randn(3, 64)
     model = nn.Sequential(kind(), nn.Linear(64, 96)) if held else nn.Sequential(kind())
     dense = copy.deepcopy(model)
     if not held:

@@ -116,13 +116,17 @@ def test_the_table_of_tokens_answers_to_the_name_by_which_peft_asks_for_it():
     copied = copy.deepcopy(small)
     assert copied.get_submodule("embeddings.word_embeddings") is copied.table
     rules = (rpqfx.Rule("table.weight", skip="dense"),)
-    dense = rpqfx.rpqify(Pretrained(tied=False), rpqfx.Policy(codebook_dim=4, bits=2, min_size=64, rules=rules))
+    dense = rpqfx.rpqify(
+        Pretrained(tied=False), rpqfx.Policy(codebook_dim=4, codebook_bits=2, min_size=64, rules=rules)
+    )
     with pytest.raises(AttributeError):  # peft then finds the dense Parameter, as it does without this library
         dense.get_submodule("embeddings.word_embeddings")
 
 
 def test_ties_of_what_stays_dense_or_apart_are_left():
-    only_head = rpqfx.Policy(codebook_dim=4, bits=2, min_size=64, rules=(rpqfx.Rule("table.weight", skip="dense"),))
+    only_head = rpqfx.Policy(
+        codebook_dim=4, codebook_bits=2, min_size=64, rules=(rpqfx.Rule("table.weight", skip="dense"),)
+    )
     small = rpqfx.rpqify(Pretrained(tied=False), only_head)
     assert small._tied_weights_keys == TIES
     assert rewritten(tied=False)._tied_weights_keys == TIES
@@ -179,7 +183,9 @@ def test_a_resized_head_stays_the_module_it_was_in_its_codebooks(tied: bool, bia
 
 def test_what_cannot_be_resized_is_refused_first():
     rule = rpqfx.Rule("head.weight", split="column")
-    small = rpqfx.rpqify(Pretrained(tied=False), rpqfx.Policy(codebook_dim=4, bits=2, min_size=64, rules=(rule,)))
+    small = rpqfx.rpqify(
+        Pretrained(tied=False), rpqfx.Policy(codebook_dim=4, codebook_bits=2, min_size=64, rules=(rule,))
+    )
     with pytest.raises(RewriteError, match='split="row"'):
         small.resize(50)
     assert small.table.num_embeddings == small.table.weight_rpq.spec.num_vectors == 40

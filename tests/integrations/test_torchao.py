@@ -1,4 +1,4 @@
-"""quantize_ of torchao with weights in codebooks."""
+"""quantize_ of torchao with quantized weights."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_linear_layers_are_what_rpqify_makes_of_each() -> None:
 def test_a_filter_takes_the_whole_model_with_its_ties() -> None:
     small = model()
     small.append(nn.Linear(32, 100, bias=False))
-    small[4].weight, policy = small[0].weight, Policy(codebook_dim=8, bits=4, min_size=64)
+    small[4].weight, policy = small[0].weight, Policy(codebook_dim=8, codebook_bits=4, min_size=64)
     quantization.quantize_(small, RPQConfig(policy=policy), filter_fn=lambda _, name: not name)
     assert type(small[0]) is RPQEmbedding and small[0].weight_rpq is small[4].weight_rpq
 
@@ -78,6 +78,6 @@ def test_configs_that_say_nothing(options: dict[str, Any], kind: type[Exception]
 
 def test_a_layer_that_is_too_small_is_refused_by_name() -> None:
     small = nn.Sequential(nn.Linear(8, 4))
-    with pytest.raises(PolicyError, match=r"a Linear \(weight \(4, 8\), bias \(4,\)\) cannot be put into codebooks"):
+    with pytest.raises(PolicyError, match=r"a Linear \(weight \(4, 8\), bias \(4,\)\) cannot be quantized"):
         quantization.quantize_(small, RPQConfig(bits_per_weight=4))
     assert type(small[0]) is nn.Linear

@@ -1,4 +1,4 @@
-"""save_pretrained and from_pretrained of transformers with models in codebooks."""
+"""save_pretrained and from_pretrained of transformers with quantized models."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rpqfx
-from rpqfx import Hold, KVPolicy, Policy, RoutePolicy, Site, Skip
+from rpqfx import KeepDense, KVPolicy, Policy, Quantize, RoutePolicy, Site
 from rpqfx.codebook.packing import packed_bytes
 from rpqfx.errors import FormatError, InputError, PolicyError, RPQError
 from rpqfx.storage.archive import read_bytes
@@ -28,7 +28,7 @@ from rpqfx.storage.container import FORMAT, SEAL, open_container
 from rpqfx.storage.sealed_manifest import checksum, seal_of
 from tests import forks
 from tests.contracts.test_memory import peak
-from tests.models import held_weights
+from tests.models import quantized_weights
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 safetensors = pytest.importorskip("safetensors.torch")
@@ -38,9 +38,9 @@ TINY = {
     "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 LLAMA = {**TINY, "num_key_value_heads": 2, "tie_word_embeddings": True}
-POLICY = Policy.from_scratch(codebook_dim=8, bits=5, min_size=1024)
-WIDE = Policy.from_scratch(codebook_dim=4, bits=9, min_size=1024, allow_growth=True, scale=True, signs=True)
-KV = KVPolicy(sinks=2, window=4, entries=16, chunk=8)
+POLICY = Policy.from_scratch(codebook_dim=8, codebook_bits=5, min_size=1024)
+WIDE = Policy.from_scratch(codebook_dim=4, codebook_bits=9, min_size=1024, allow_growth=True, scale=True, signs=True)
+KV = KVPolicy(sinks=2, window=4, codebook_size=16, chunk=8)
 
 
 @pytest.fixture(autouse=True)
@@ -64,8 +64,8 @@ def bert() -> Any:
 
 def in_tiles(site: Any) -> Any:
     """Two stages of drawn codes that lie in tiles."""
-    answer = Policy.from_scratch(codebook_dim=4, bits=4, stages=2, sharing="layer", min_size=1024)(site)
-    if not isinstance(answer, rpqfx.Hold):
+    answer = Policy.from_scratch(codebook_dim=4, codebook_bits=4, stages=2, sharing="layer", min_size=1024)(site)
+    if not isinstance(answer, rpqfx.Quantize):
         return answer
     return dataclasses.replace(answer, spec=dataclasses.replace(answer.spec, tiled=True))
 
@@ -89,7 +89,7 @@ def reopened(small: Any, folder: Path, **options: Any) -> Any:
 
 def learned(small: Any) -> Any:
     """The model with codes that are not as they were drawn, so that files hold them."""
-    for weight in set(held_weights(small).values()):
+    for weight in set(quantized_weights(small).values()):
         weight.codes = weight.codes.flip(-1)
     return small
 
@@ -131,7 +131,7 @@ def test_codes_take_the_bits_that_they_need_and_shards_the_bytes_that_they_may(t
     shards = sorted(tmp_path.glob("*.safetensors"))
     assert len(shards) > 2 and all(shard.stat().st_size < 60_000 for shard in shards)
     stored = {name: tensor for shard in shards for name, tensor in safetensors.load_file(shard).items()}
-    for name, weight in held_weights(small).items():
+    for name, weight in quantized_weights(small).items():
         codes = stored.get(f"{name}_rpq.codes")
         if codes is not None:  # not that of another name of a tied weight
             assert codes.shape == (packed_bytes(weight.codes.numel(), weight.spec.entries),)
@@ -144,7 +144,7 @@ def test_codes_that_were_drawn_are_a_seed_in_a_folder(tmp_path: Path) -> None:
     stored = safetensors.load_file(tmp_path / "model.safetensors")
     codes = {name: tensor for name, tensor in stored.items() if name.endswith("_rpq.codes")}
     assert len(codes) > 10 and all(tensor.shape == (14,) for tensor in codes.values())
-    for name, weight in held_weights(again).items():
+    for name, weight in quantized_weights(again).items():
         assert weight.drawn_stages() == (0,), name
     assert rpqfx.report(again).stored_bits == rpqfx.report(small).stored_bits
     one = next(iter(codes))
@@ -173,7 +173,7 @@ def test_a_state_dict_of_a_folder_brings_seeds(tmp_path: Path) -> None:
     small.save_pretrained(tmp_path)
     torch.manual_seed(5)
     other = rpqfx.rpqify(llama(), POLICY).eval()
-    for module in set(held_weights(other).values()):
+    for module in set(quantized_weights(other).values()):
         module.reset_parameters()
     assert not torch.equal(logits(other), logits(small))
     other.load_state_dict(safetensors.load_file(tmp_path / "model.safetensors"), strict=False)
@@ -249,8 +249,8 @@ def test_another_dtype_is_that_of_the_model_and_nothing_else(tmp_path: Path) -> 
     assert torch.equal(logits(again), logits(small.to(torch.bfloat16))) or torch.allclose(
         logits(again), logits(small), rtol=0.05, atol=0.05
     )
-    for name, weight in held_weights(small).items():
-        assert torch.equal(weight.codes, held_weights(again)[name].codes)
+    for name, weight in quantized_weights(small).items():
+        assert torch.equal(weight.codes, quantized_weights(again)[name].codes)
 
 
 def test_the_body_alone_and_under_another_head(tmp_path: Path) -> None:
@@ -287,7 +287,7 @@ class _Made(TorchDispatchMode):
 def test_no_dense_weight_is_made(tmp_path: Path) -> None:
     small = rpqfx.rpqify(llama(tie_word_embeddings=False, num_key_value_heads=4), POLICY)
     small.save_pretrained(tmp_path)
-    dense = {weight.layout.rows * weight.layout.cols for weight in held_weights(small).values()}
+    dense = {weight.layout.rows * weight.layout.cols for weight in quantized_weights(small).values()}
     with _Made() as seen:
         type(small).from_pretrained(tmp_path)
     assert not dense & seen.sizes and seen.sizes, (dense, seen.sizes)
@@ -315,10 +315,10 @@ class _Allocated(TorchDispatchMode):
         return sum(storage.nbytes() for storage in self.kept.values())
 
 
-def tiled(site: Site) -> Hold | Skip:
+def tiled(site: Site) -> Quantize | KeepDense:
     """Holds a weight as conversions do, with codes drawn at random."""
-    decided = Policy.from_scratch(codebook_dim=8, bits=4).decide([site])[site.name]
-    assert isinstance(decided, Hold)
+    decided = Policy.from_scratch(codebook_dim=8, codebook_bits=4).decide([site])[site.name]
+    assert isinstance(decided, Quantize)
     return dataclasses.replace(decided, spec=dataclasses.replace(decided.spec, stages=4, tiled=True))
 
 
@@ -327,7 +327,7 @@ def test_a_folder_is_read_once_and_nothing_is_allocated_beside_the_model(
 ) -> None:
     """Summed up over the whole call, so that the peak cannot be more."""
     small = rpqfx.rpqify(llama(vocab_size=1024, hidden_size=256, intermediate_size=512), tiled)
-    for weight in set(held_weights(small).values()):  # as codes are that were found, and not a seed
+    for weight in set(quantized_weights(small).values()):  # as codes are that were found, and not a seed
         weight.codes = weight.codes.flip(-1)
     small.save_pretrained(tmp_path)
     stored, read = safetensors.load_file(tmp_path / "model.safetensors"), list[int]()
@@ -356,7 +356,7 @@ def test_a_state_dict_of_a_folder_is_taken(tmp_path: Path) -> None:
         small.save_pretrained(tmp_path)
         other = copy.deepcopy(small)
         with torch.no_grad():
-            for tensor in (*other.parameters(), *(m.stored_codes for m in held_weights(other).values())):
+            for tensor in (*other.parameters(), *(m.stored_codes for m in quantized_weights(other).values())):
                 tensor.zero_()
         found = other.load_state_dict(safetensors.load_file(tmp_path / "model.safetensors"), strict=False)
         assert found.unexpected_keys == []
@@ -398,7 +398,7 @@ def _without_an_entry_of_the_index(path: Path) -> None:
 
 
 def _with_anothers_shard(path: Path) -> None:
-    rpqfx.rpqify(llama(), Policy.from_scratch(codebook_dim=8, bits=4, min_size=1024)).save_pretrained(
+    rpqfx.rpqify(llama(), Policy.from_scratch(codebook_dim=8, codebook_bits=4, min_size=1024)).save_pretrained(
         path / "other", max_shard_size="20KB"
     )
     shards = sorted(path.glob("*.safetensors"))
@@ -596,13 +596,13 @@ def test_what_was_interrupted_while_loading_goes_on(
 
 
 def test_a_policy_says_how(dense: Path) -> None:
-    policy = Policy(codebook_dim=8, bits=4, rules=(rpqfx.Rule("*.mlp.*", skip="they stay"),), min_size=1024)
+    policy = Policy(codebook_dim=8, codebook_bits=4, rules=(rpqfx.Rule("*.mlp.*", skip="they stay"),), min_size=1024)
     small = transformers.LlamaForCausalLM.from_pretrained(dense, quantization_config=rpqfx.RPQConfig(policy=policy))
     wanted = rpqfx.rpqify(llama(num_hidden_layers=1), policy).eval()
     assert torch.equal(logits(small), logits(wanted))
     left = rpqfx.RPQConfig(5, modules_to_not_convert=["mlp"], embedding_bits=None)
     small = transformers.LlamaForCausalLM.from_pretrained(dense, quantization_config=left)
-    assert {name.split(".")[3] for name in held_weights(small)} == {"self_attn"}
+    assert {name.split(".")[3] for name in quantized_weights(small)} == {"self_attn"}
 
 
 def test_no_more_than_one_dense_weight_is_there(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -619,7 +619,7 @@ def test_no_more_than_one_dense_weight_is_there(dense: Path, monkeypatch: pytest
         take(self, model, name, weight)
 
     monkeypatch.setattr(Quantizing, "_take", noting)
-    policy = Policy(codebook_dim=8, bits=4, min_size=1024)
+    policy = Policy(codebook_dim=8, codebook_bits=4, min_size=1024)
     transformers.LlamaForCausalLM.from_pretrained(dense, quantization_config=rpqfx.RPQConfig(policy=policy))
     assert len(seen) == 8
 
@@ -633,7 +633,7 @@ def test_what_the_checkpoint_lacks_is_drawn_dense(dense: Path) -> None:
     assert reasons == {"score.weight": "it is not in the checkpoint, and was drawn"}
 
 
-POLICY_FIT = Policy(codebook_dim=8, bits=4, min_size=1024)
+POLICY_FIT = Policy(codebook_dim=8, codebook_bits=4, min_size=1024)
 
 
 def test_beside_what_is_done_there_is_one_dense_weight_at_a_time(tmp_path: Path) -> None:
@@ -667,7 +667,10 @@ def test_options_that_cannot_be_followed(dense: Path) -> None:
             make()
     for policy, message in (
         (POLICY, "draws codebooks anew"),
-        (Policy(codebook_dim=8, bits=4, sharing="shape", min_size=1024), "convert the model with rpqfx.rpqify"),
+        (
+            Policy(codebook_dim=8, codebook_bits=4, sharing="shape", min_size=1024),
+            "convert the model with rpqfx.rpqify",
+        ),
     ):
         with pytest.raises(PolicyError, match=message):
             transformers.LlamaForCausalLM.from_pretrained(dense, quantization_config=config(policy=policy))

@@ -29,12 +29,12 @@ class PlainCoder:
         return len(self.head_slots) - 1
 
     @property
-    def entries(self) -> int:
+    def codebook_size(self) -> int:
         return self.books.shape[1]
 
     @property
     def code_dtype(self) -> torch.dtype:
-        return torch.uint8 if self.entries <= 256 else torch.int16 if self.entries <= 2**15 else torch.int32
+        return torch.uint8 if self.codebook_size <= 256 else torch.int16 if self.codebook_size <= 2**15 else torch.int32
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The basis of tests is orthogonal, so that its transpose leads there."""
@@ -84,12 +84,12 @@ def plain_coder(
     heads, total, dim = len(slots), sum(slots), groups * d
     g = generator(seed)
     firsts = tuple(sum(slots[:h]) for h in range(heads + 1))
-    turn = torch.linalg.qr(randn(seed + 1, heads, dim, dim)).Q.to(dtype) if basis else None
+    rotation = torch.linalg.qr(randn(seed + 1, heads, dim, dim)).Q.to(dtype) if basis else None
     return PlainCoder(
         randn(seed, books, entries, d, dtype=dtype),
         tuple(torch.randint(books, (total,), generator=g).tolist()),
         tuple(torch.randint(groups, (total,), generator=g).tolist()),
-        firsts, dim, turn, randn(seed + 2, heads, dim, dtype=dtype) if mean else None, scaled,
+        firsts, dim, rotation, randn(seed + 2, heads, dim, dtype=dtype) if mean else None, scaled,
     )  # fmt: skip
 
 
@@ -107,6 +107,6 @@ def coders(draw: st.DrawFn, dtype: torch.dtype = torch.float64, dim: int | None 
 def draw_codes(seed: int, coder: PlainCoder, batch: int, tokens: int) -> tuple[Tensor, Tensor | None]:
     """Codes and scales by chance."""
     g = generator(seed)
-    codes = torch.randint(coder.entries, (batch, len(coder.slot_books), tokens), generator=g).to(coder.code_dtype)
+    codes = torch.randint(coder.codebook_size, (batch, len(coder.slot_books), tokens), generator=g).to(coder.code_dtype)
     scale = torch.rand(batch, coder.heads, tokens, generator=g).half() + 0.5 if coder.scaled else None
     return codes, scale

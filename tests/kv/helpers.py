@@ -21,14 +21,14 @@ def arguments(draw: st.DrawFn, **fixed: Any) -> dict[str, Any]:
     uneven = st.lists(number, min_size=groups, max_size=groups)
     drawn = {
         "dim": groups * d,
-        "sub_vector": d,
-        "entries": draw(st.integers(2, 9)),
+        "codebook_dim": d,
+        "codebook_size": draw(st.integers(2, 9)),
         "stages": draw(st.one_of(st.integers(1, 3 // repeat).map(lambda i: i * repeat), uneven)),
-        "repeat": repeat,
+        "shared_stages": repeat,
         "shared": draw(st.booleans()),
         "strided": draw(st.booleans()),
-        "scaled": draw(st.booleans()),
-        "cosine": draw(st.booleans()),
+        "normalize": draw(st.booleans()),
+        "use_cosine_sim": draw(st.booleans()),
         "beam": 1 if repeat > 1 else draw(st.integers(1, 3)),  # the order of codes of one codebook is anyone's
     }
     return {**drawn, **fixed}
@@ -46,14 +46,14 @@ def made(draw: int, dim: int, dtype: torch.dtype = torch.float64, **given: Any) 
 
 def channels(quantizer: VectorQuantizer, group: int) -> list[int]:
     """The channels of a group, by the definition."""
-    d, groups = quantizer.layout.sub_vector, quantizer.layout.groups
+    d, groups = quantizer.layout.codebook_dim, quantizer.layout.groups
     if quantizer.layout.strided:
         return [c for c in range(quantizer.dim) if c % groups == group]
     return list(range(group * d, group * d + d))
 
 
 def book(quantizer: VectorQuantizer, stage: int, group: int) -> Tensor:
-    return quantizer.codebooks[stage // quantizer.repeat, 0 if quantizer.layout.shared else group].detach()
+    return quantizer.codebooks[stage // quantizer.shared_stages, 0 if quantizer.layout.shared else group].detach()
 
 
 def naive_decode(quantizer: VectorQuantizer, codes: Tensor, scale: Tensor | None = None) -> Tensor:

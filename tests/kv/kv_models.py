@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from rpqfx.kv.attention.rotary import Rotary, turn
+from rpqfx.kv.attention.rotary import Rotary, apply_rotary
 
 VOCABULARY, WIDTH, HEADS, KV_HEADS = 50, 32, 4, 2
 
@@ -27,7 +27,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (rearrange(f(x), "b t (h d) -> b h t d", d=WIDTH // HEADS) for f in (self.q, self.k, self.v))
         if self.rotary:
-            q, k = turn(q, angles(x.shape[1], q.shape[-1])), turn(k, angles(x.shape[1], k.shape[-1]))
+            q, k = apply_rotary(q, angles(x.shape[1], q.shape[-1])), apply_rotary(k, angles(x.shape[1], k.shape[-1]))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return self.out(rearrange(y, "b h t d -> b t (h d)"))
 

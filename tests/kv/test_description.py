@@ -16,16 +16,18 @@ from rpqfx.kv.module import attentions
 from tests.kv.kv_models import LM, tokens
 
 WEIGHTS = Policy(
-    codebook_dim=4, bits=4, min_size=64, sharing="layer", rules=(Rule("*kv_codes*", skip="the cache's own"),)
+    codebook_dim=4, codebook_bits=4, min_size=64, sharing="layer", rules=(Rule("*kv_codes*", skip="the cache's own"),)
 )  # fmt: skip
 CACHES: dict[str, dict[str, Any]] = {
-    "mapped": {}, "averages": {"decay": 0.9}, "channels": {"transform": False}, "scaled": {"scaled": True},
-    "strided": {"transform": False, "strided": True}, "by angle": {"cosine": True},
+    "mapped": {}, "averages": {"decay": 0.9}, "channels": {"transform": False}, "normalize": {"normalize": True},
+    "strided": {"transform": False, "strided": True}, "by angle": {"use_cosine_sim": True},
 }  # fmt: skip
 
 
 def policy(**options: Any) -> KVPolicy:
-    return KVPolicy(**{"bits": 3, "window": 4, "sinks": 2, "entries": 16, "chunk": 8, "sub_vector": 4, **options})
+    return KVPolicy(
+        **{"bits_per_value": 3, "window": 4, "sinks": 2, "codebook_size": 16, "chunk": 8, "codebook_dim": 4, **options}
+    )
 
 
 def rewritten(order: str, model: nn.Module, batch: Tensor, fit: bool = False, **options: Any) -> nn.Module:
@@ -85,7 +87,7 @@ def test_a_build_that_quantises_already_is_taken_as_it_is(tmp_path: Path) -> Non
     rpqfx.save(small, tmp_path / "m.rpq")
 
     def build() -> nn.Module:
-        return rpqfx.quantize_kv(LM(), policy(bits=2), calibration=[tokens(2)], fit=False)
+        return rpqfx.quantize_kv(LM(), policy(bits_per_value=2), calibration=[tokens(2)], fit=False)
 
     again = rpqfx.load(tmp_path / "m.rpq", build, build_device="cpu").eval()
     assert torch.equal(again(ids), small(ids))

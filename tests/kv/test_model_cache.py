@@ -20,13 +20,15 @@ POLICIES: dict[str, dict[str, Any]] = {
     "heads apart": {"joint": False},
     "channels as they are": {"transform": False},
     "strided": {"transform": False, "strided": True},
-    "scaled": {"joint": False, "scaled": True, "bits": 4},
-    "narrow codes": {"entries": 5},
+    "normalize": {"joint": False, "normalize": True, "bits_per_value": 4},
+    "narrow codes": {"codebook_size": 5},
 }
 
 
 def small_of(seed: int = 0, **values: Any) -> nn.Module:
-    policy = KVPolicy(**{"bits": 2, "window": 6, "sinks": 2, "chunk": 8, "sub_vector": 4, "entries": 16, **values})
+    policy = KVPolicy(
+        **{"bits_per_value": 2, "window": 6, "sinks": 2, "chunk": 8, "codebook_dim": 4, "codebook_size": 16, **values}
+    )
     return quantize_kv(LM(seed), policy, calibration=[tokens(seed, 4, 64)], progress=False)
 
 

@@ -20,7 +20,14 @@ _SIZES: dict[str, Any] = {
     "vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.3,
 }  # fmt: skip
-_POLICY: dict[str, Any] = {"bits": 3, "window": 6, "sinks": 2, "chunk": 8, "sub_vector": 4, "entries": 16}
+_POLICY: dict[str, Any] = {
+    "bits_per_value": 3,
+    "window": 6,
+    "sinks": 2,
+    "chunk": 8,
+    "codebook_dim": 4,
+    "codebook_size": 16,
+}
 
 
 def made(name: str, **values: Any) -> Any:

@@ -9,13 +9,15 @@ from rpqfx.kv import attentions, quantize_kv
 from rpqfx.kv.policy import KVPolicy, KVRule
 from tests.kv.kv_models import LM, tokens
 
-POLICY = KVPolicy(bits=3, window=7, rules=(KVRule("layers.0.*", skip="it is short"), KVRule("layers.*", bits=4)))
+POLICY = KVPolicy(
+    bits_per_value=3, window=7, rules=(KVRule("layers.0.*", skip="it is short"), KVRule("layers.*", bits_per_value=4))
+)
 
 
 def test_the_first_rule_that_matches_holds() -> None:
     assert POLICY.of("layers.0.attention") == "it is short"
-    assert POLICY.of("layers.1.attention") == KVPolicy(bits=4, window=7)
-    assert POLICY.of("other") == KVPolicy(bits=3, window=7)
+    assert POLICY.of("layers.1.attention") == KVPolicy(bits_per_value=4, window=7)
+    assert POLICY.of("other") == KVPolicy(bits_per_value=3, window=7)
 
 
 def test_json_there_and_back() -> None:
@@ -23,7 +25,9 @@ def test_json_there_and_back() -> None:
     assert hash(KVPolicy.from_json(POLICY.to_json())) == hash(POLICY)
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"bits": "many"}', '{"colour": 3}', '{"rules": [{"match": "a"}]}', "3"])
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"bits_per_value": "many"}', '{"colour": 3}', '{"rules": [{"match": "a"}]}', "3"]
+)
 def test_other_json_is_refused(text: str) -> None:
     with pytest.raises(PolicyError):
         KVPolicy.from_json(text)
@@ -32,9 +36,9 @@ def test_other_json_is_refused(text: str) -> None:
 @pytest.mark.parametrize(
     "values",
     [
-        {"bits": 0}, {"bits": 9}, {"bits": float("nan")}, {"window": -1}, {"window": 1.5}, {"sinks": True},
-        {"sub_vector": 0}, {"entries": 1}, {"entries": 2**17}, {"stages": 0}, {"beam": 0}, {"chunk": 0},
-        {"keys": "beside"}, {"decay": 1.0},
+        {"bits_per_value": 0}, {"bits_per_value": 9}, {"bits_per_value": float("nan")}, {"window": -1}, {"window": 1.5},
+        {"sinks": True}, {"codebook_dim": 0}, {"codebook_size": 1}, {"codebook_size": 2**17}, {"stages": 0},
+        {"beam": 0}, {"chunk": 0}, {"keys": "beside"}, {"decay": 1.0},
     ],
 )  # fmt: skip
 def test_values_out_of_range_are_refused_by_name(values: dict[str, Any]) -> None:
@@ -42,7 +46,7 @@ def test_values_out_of_range_are_refused_by_name(values: dict[str, Any]) -> None
         KVPolicy(**values)
 
 
-@pytest.mark.parametrize("values", [{}, {"skip": "why", "bits": 2}, {"bits": 0}])
+@pytest.mark.parametrize("values", [{}, {"skip": "why", "bits_per_value": 2}, {"bits_per_value": 0}])
 def test_a_rule_says_one_thing(values: dict[str, Any]) -> None:
     with pytest.raises(PolicyError):
         KVRule("*", **values)
@@ -50,7 +54,7 @@ def test_a_rule_says_one_thing(values: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("name", "bits"), [("2bit", 2.0), ("3bit", 3.0), ("4bit", 4.0)])
 def test_presets_have_the_bits_of_their_names(name: str, bits: float) -> None:
-    assert KVPolicy.preset(name) == KVPolicy(bits=bits)
+    assert KVPolicy.preset(name) == KVPolicy(bits_per_value=bits)
 
 
 def test_a_preset_that_is_not_there_is_refused_with_those_that_are() -> None:
@@ -68,7 +72,7 @@ def test_layers_to_skip_are_counted_from_either_end() -> None:
     ids = tokens(0, 2, 40)
 
     def held(*layers: int) -> list[str]:
-        policy = KVPolicy(sub_vector=4, entries=8, skip_layers=layers)
+        policy = KVPolicy(codebook_dim=4, codebook_size=8, skip_layers=layers)
         return list(attentions(quantize_kv(LM(layers=2), policy, calibration=[ids], progress=False)))
 
     both = held()

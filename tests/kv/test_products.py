@@ -20,7 +20,14 @@ from rpqfx.kv import CodebookCache, KVPolicy, KVRule, attentions, commitment, qu
 from tests.kv.kv_models import LM, tokens
 from tests.kv.written_models import WAYS, Written, WrittenLM, matmul, operators, weigh
 
-_POLICY: dict[str, Any] = {"bits": 3, "window": 6, "sinks": 2, "chunk": 8, "sub_vector": 4, "entries": 16}
+_POLICY: dict[str, Any] = {
+    "bits_per_value": 3,
+    "window": 6,
+    "sinks": 2,
+    "chunk": 8,
+    "codebook_dim": 4,
+    "codebook_size": 16,
+}
 
 
 def small_of(model: nn.Module, **values: Any) -> Any:
@@ -191,8 +198,8 @@ def test_products_of_layers_with_weights_do_not_count() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             parts = x.unflatten(-1, (4, 8)).flatten(0, 1).transpose(0, 1)
-            turned = torch.bmm(parts, self.blocks).transpose(0, 1).reshape(x.shape)
-            return self.inner(turned @ torch.eye(32))
+            rotated = torch.bmm(parts, self.blocks).transpose(0, 1).reshape(x.shape)
+            return self.inner(rotated @ torch.eye(32))
 
     small, x = small_of(WrittenLM()).eval(), tokens(1)
     wanted = small(x)

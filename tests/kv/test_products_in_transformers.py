@@ -54,7 +54,9 @@ def ids(seed: int, batch: int = 2, length: int = 28) -> Tensor:
 
 
 def small_of(dense: Any, **values: Any) -> Any:
-    policy = KVPolicy(**{"bits": 3, "window": 4, "sinks": 2, "entries": 16, "chunk": 8, "sub_vector": 4, **values})
+    policy = KVPolicy(
+        **{"bits_per_value": 3, "window": 4, "sinks": 2, "codebook_size": 16, "chunk": 8, "codebook_dim": 4, **values}
+    )
     return quantize_kv(dense, policy, calibration=[ids(9, 4)], fit=False, seed=0, progress=False).eval()
 
 

@@ -19,8 +19,8 @@ from rpqfx.kv import KVPolicy, KVRule, attentions, commitment, quantize_kv
 from rpqfx.kv.module import KVAttention
 from tests.kv.kv_models import LM, WIDTH, tokens
 
-POLICY = KVPolicy(bits=2, window=6, sinks=2, chunk=8, sub_vector=4, entries=16)
-FEW = dataclasses.replace(POLICY, bits=0.5)  # of few codes, whose searches make few nodes of a graph
+POLICY = KVPolicy(bits_per_value=2, window=6, sinks=2, chunk=8, codebook_dim=4, codebook_size=16)
+FEW = dataclasses.replace(POLICY, bits_per_value=0.5)  # of few codes, whose searches make few nodes of a graph
 
 
 def small_of(model: nn.Module, policy: KVPolicy = POLICY, batch: object = None) -> nn.Module:
@@ -38,7 +38,7 @@ class Direct(nn.Module):
 @settings(max_examples=15)
 def test_a_query_sees_what_a_cache_would_hold(seed: int, window: int, sinks: int, chunk: int, causal: bool) -> None:
     q, k, v = torch.randn(3, 1, 2, 30, 8, generator=torch.Generator().manual_seed(seed))
-    policy = KVPolicy(bits=1, window=window, sinks=sinks, chunk=chunk, sub_vector=4, entries=4)
+    policy = KVPolicy(bits_per_value=1, window=window, sinks=sinks, chunk=chunk, codebook_dim=4, codebook_size=4)
     small = small_of(Direct(), policy, (q, k, v))
     (core,) = attentions(small).values()
     made_k, made_v = core.keys(k)[0], core.values(v)[0]
@@ -79,7 +79,9 @@ def test_more_bits_are_nearer() -> None:
     model, ids = LM(), tokens(1, 4)
     errors = []
     for bits in (0.5, 1, 2, 4):
-        small = small_of(model, KVPolicy(bits=bits, window=0, sinks=0, sub_vector=4, entries=16, chunk=8, stages=8))
+        small = small_of(
+            model, KVPolicy(bits_per_value=bits, window=0, sinks=0, codebook_dim=4, codebook_size=16, chunk=8, stages=8)
+        )
         errors.append(float((small(ids) - model(ids)).square().mean()))
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.2 * errors[0]
 
@@ -101,7 +103,7 @@ def test_torchs_own_attention() -> None:
     torch.manual_seed(0)
     model, x = Stack().eval(), torch.randn(2, 40, WIDTH)
     with torch.no_grad():
-        whole = small_of(model, KVPolicy(bits=2, window=64, sub_vector=4, entries=16), x)
+        whole = small_of(model, KVPolicy(bits_per_value=2, window=64, codebook_dim=4, codebook_size=16), x)
         torch.testing.assert_close(whole(x), model(x), rtol=1e-4, atol=1e-4)
         small = small_of(model, POLICY, x)
         assert len(attentions(small)) == 2
@@ -111,9 +113,9 @@ def test_torchs_own_attention() -> None:
         attention(x, x, x)
 
 
-def test_with_weights_in_codebooks_too() -> None:
+def test_with_quantized_weights_too() -> None:
     model, ids = LM(), tokens(1)
-    held = rpqify(model, Policy(codebook_dim=4, bits=4, min_size=0))
+    held = rpqify(model, Policy(codebook_dim=4, codebook_bits=4, min_size=0))
     small = small_of(held)
     assert len(attentions(small)) == 2
     assert not torch.allclose(small(ids), held(ids), atol=1e-3)
@@ -173,7 +175,7 @@ def test_what_cannot_be_done_is_said_and_nothing_is_half_done() -> None:
     with pytest.raises(PolicyError, match="skip every"):
         quantize_kv(model, KVPolicy(rules=(KVRule("*", skip="why"),)), calibration=[tokens(0)])
     with pytest.raises(PolicyError, match="do not divide"):
-        quantize_kv(model, KVPolicy(sub_vector=7), calibration=[tokens(0)], inplace=True, progress=False)
+        quantize_kv(model, KVPolicy(codebook_dim=7), calibration=[tokens(0)], inplace=True, progress=False)
     with pytest.raises(InputError, match="rotary"):
         quantize_kv(model, KVPolicy(keys="before"), calibration=[tokens(0)], inplace=True, progress=False)
     assert not any(isinstance(module, KVAttention) for module in model.modules())

@@ -23,7 +23,7 @@ _SIZES = {
     "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1,
     "eos_token_id": None,
 }  # fmt: skip
-_POLICY = {"bits": 3, "window": 6, "sinks": 2, "chunk": 8, "sub_vector": 4, "entries": 16}
+_POLICY = {"bits_per_value": 3, "window": 6, "sinks": 2, "chunk": 8, "codebook_dim": 4, "codebook_size": 16}
 
 
 def llama(seed: int = 0) -> Any:
@@ -229,12 +229,12 @@ def test_other_caches_are_refused_before_generation_begins(asked: str) -> None:
 
 
 def test_layers_that_differ() -> None:
-    rules = (KVRule("model.layers.0.*", bits=6), KVRule("model.layers.1.*", bits=1))
+    rules = (KVRule("model.layers.0.*", bits_per_value=6), KVRule("model.layers.1.*", bits_per_value=1))
     small = small_of(llama(), rules=rules)
     counts = [core.keys.code_count + core.values.code_count for core in attentions(small).values()]
     assert counts[0] > 3 * counts[1]
     with pytest.raises(PolicyError, match="matches no"):
-        small_of(llama(), rules=(KVRule("encoder.*", bits=2),))
+        small_of(llama(), rules=(KVRule("encoder.*", bits_per_value=2),))
 
 
 def test_training_gives_a_loss_and_gradients_pass_straight() -> None:

@@ -55,7 +55,7 @@ def _made(name: str, config: str, more: dict[str, Any]) -> Any:
 
 
 def small_of(dense: Any) -> Any:
-    policy = KVPolicy(bits=3, window=4, sinks=2, entries=16, chunk=8, sub_vector=4)
+    policy = KVPolicy(bits_per_value=3, window=4, sinks=2, codebook_size=16, chunk=8, codebook_dim=4)
     return quantize_kv(dense, policy, calibration=[ids(9, 4)], fit=False, seed=0, progress=False).eval()
 
 
@@ -89,7 +89,9 @@ def test_beams_are_those_without_a_cache(make: Any) -> None:
     dense, x = make(), ids(2, length=14)
     options = {"max_new_tokens": 5, "do_sample": False, "num_beams": 3}
     if not torch.equal(dense.generate(x, **options), dense.generate(x, use_cache=False, **options)):
-        small = quantize_kv(dense, KVPolicy(window=64, sub_vector=4, entries=16), calibration=[ids(9)], fit=False)
+        small = quantize_kv(
+            dense, KVPolicy(window=64, codebook_dim=4, codebook_size=16), calibration=[ids(9)], fit=False
+        )
         assert torch.equal(small.eval().generate(x, **options), dense.generate(x, **options))
         return
     small = small_of(dense)

@@ -34,7 +34,7 @@ class Model(nn.Module):
     def __init__(self, bits: int = 9) -> None:
         super().__init__()
         torch.manual_seed(bits)
-        self.fc = RPQLinear(16, 1 << bits, codebook_dim=4, bits=bits)
+        self.fc = RPQLinear(16, 1 << bits, codebook_dim=4, codebook_bits=bits)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(x)

@@ -50,7 +50,7 @@ def whole_channels(draw: st.DrawFn, channels: int, taps: int) -> dict[str, Any]:
 def assert_contracts_to_the_dense_layer(layer: nn.Module, dense: nn.Module, x: Tensor, **kwargs: Any) -> None:
     """Without its filters: expanding them is an error here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(products, "cheaper_conv", lambda *args: "contract")
+        patch.setattr(products, "cheaper_conv", lambda *args: "lookup")
         patch.setattr(products, "Conv", None)
         assert_equals_dense(layer, dense, x, **kwargs)
 
@@ -78,7 +78,7 @@ def test_equals_the_dense_layer(spatial: int, data: st.DataObject, seed: int, ba
     assert_equals_dense(layer, dense, x)
     if args["groups"] == 1:
         whole = data.draw(whole_channels(args["in_channels"], math.prod(kernel)))
-        layer = randomise(CONVS[spatial](**args, **{**options, "codebooks": None, **whole}), seed)
+        layer = randomise(CONVS[spatial](**args, **{**options, "num_subvectors": None, **whole}), seed)
         assert_contracts_to_the_dense_layer(layer, dense, x)
 
 
@@ -112,7 +112,7 @@ def test_transposed_equals_the_dense_layer(
     assert_equals_dense(layer, dense, x, **kwargs)
     if args["groups"] == 1:
         whole = data.draw(whole_channels(args["out_channels"], math.prod(kernel)))
-        layer = randomise(TRANSPOSED[spatial](**args, **{**options, "codebooks": None, **whole}), seed)
+        layer = randomise(TRANSPOSED[spatial](**args, **{**options, "num_subvectors": None, **whole}), seed)
         assert_contracts_to_the_dense_layer(layer, dense, x, **kwargs)
     if ask_size:
         assert list(layer(x, output_size=kwargs["output_size"]).shape[-spatial:]) == kwargs["output_size"]
@@ -121,7 +121,7 @@ def test_transposed_equals_the_dense_layer(
 @pytest.mark.parametrize("layer", [*CONVS.values(), *TRANSPOSED.values()])
 def test_inputs_that_do_not_fit_are_refused(layer: type) -> None:
     spatial = int(layer.__name__[-2])
-    made = layer(4, 6, 1, codebook_dim=2, bits=1)
+    made = layer(4, 6, 1, codebook_dim=2, codebook_bits=1)
     size = (3,) * spatial
     with pytest.raises(InputError, match="expected 4 features"):
         made(torch.zeros(2, 5, *size))
@@ -135,15 +135,15 @@ def test_inputs_that_do_not_fit_are_refused(layer: type) -> None:
 def test_an_input_of_another_rank_is_refused(rank: int) -> None:
     """As torch.nn.Conv2d, which takes three or four axes."""
     with pytest.raises((InputError, RuntimeError, ValueError)):
-        rnn.RPQConv2d(4, 6, 1, codebook_dim=2, bits=1)(torch.zeros(*[4] * rank))
+        rnn.RPQConv2d(4, 6, 1, codebook_dim=2, codebook_bits=1)(torch.zeros(*[4] * rank))
 
 
 @pytest.mark.parametrize("layer", [*CONVS.values(), *TRANSPOSED.values()])
 def test_sub_vectors_are_whole_channels_unless_a_length_is_asked_for(layer: type) -> None:
-    made = layer(64, 64, 3, bits=4)
+    made = layer(64, 64, 3, codebook_bits=4)
     taps = math.prod(made.kernel_size)
     assert made.weight_rpq.spec.codebook_dim % taps == 0 and made.weight_rpq.spec.codebook_dim != 64
-    assert layer(64, 64, 3, bits=4, codebook_dim=64).weight_rpq.spec.codebook_dim == 64
+    assert layer(64, 64, 3, codebook_bits=4, codebook_dim=64).weight_rpq.spec.codebook_dim == 64
 
 
 def test_columns_are_refused() -> None:

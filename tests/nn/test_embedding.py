@@ -91,7 +91,7 @@ def test_embedding_bag_equals_the_dense_layer(
 @pytest.mark.parametrize("signs", [False, True])
 def test_the_padding_row_is_zero_and_stays_zero(layer: type, signs: bool) -> None:
     """Although its codes point to entries that other rows train."""
-    table = layer(10, 8, padding_idx=-3, codebook_dim=4, bits=2, signs=signs)
+    table = layer(10, 8, padding_idx=-3, codebook_dim=4, codebook_bits=2, signs=signs)
     assert table.padding_idx == 7
     optimiser = torch.optim.SGD(table.parameters(), lr=1.0)
     for _ in range(3):
@@ -113,7 +113,7 @@ def test_a_padding_row_is_zero_where_the_dense_one_is(layer: type, filled: bool)
         dense.weight.copy_(randn(0, 16, 8))
         if not filled:
             dense.weight[5] = 0.0
-    table = layer.from_dense(dense, codebook_dim=4, bits=2)
+    table = layer.from_dense(dense, codebook_dim=4, codebook_bits=2)
     fitted = table.weight[5].detach().clone()
     assert bool(fitted.any()) is filled
     table(torch.tensor([[5]])).square().sum().backward()
@@ -125,12 +125,12 @@ def test_a_padding_row_is_zero_where_the_dense_one_is(layer: type, filled: bool)
 
 
 def test_bags_do_not_count_the_padding_row() -> None:
-    table = RPQEmbeddingBag(10, 8, padding_idx=7, mode="mean", codebook_dim=4, bits=2)
+    table = RPQEmbeddingBag(10, 8, padding_idx=7, mode="mean", codebook_dim=4, codebook_bits=2)
     assert_same(table(torch.tensor([[1, 7, 2]])), table.weight[[1, 2]].mean(0, keepdim=True), tolerance=1e-6)
 
 
 def test_max_norm_shrinks_what_is_looked_up_and_leaves_the_codebooks() -> None:
-    table = RPQEmbedding(10, 8, max_norm=0.5, codebook_dim=4, bits=2)
+    table = RPQEmbedding(10, 8, max_norm=0.5, codebook_dim=4, codebook_bits=2)
     before = table.weight_rpq.codebooks.detach().clone()
     assert table(torch.arange(10)).norm(dim=-1).max() < 0.5 + 1e-6
     assert torch.equal(table.weight_rpq.codebooks, before)
@@ -139,7 +139,7 @@ def test_max_norm_shrinks_what_is_looked_up_and_leaves_the_codebooks() -> None:
 @pytest.mark.parametrize("layer", [RPQEmbedding, RPQEmbeddingBag])
 def test_sparse_gradients_work_with_an_optimiser(layer: type) -> None:
     """One step of SGD moves the table as its dense gradient would."""
-    tables = [randomise(layer(10, 8, sparse=sparse, codebook_dim=4, bits=2), 0) for sparse in (False, True)]
+    tables = [randomise(layer(10, 8, sparse=sparse, codebook_dim=4, codebook_bits=2), 0) for sparse in (False, True)]
     for table in tables:
         optimiser = torch.optim.SGD(table.parameters(), lr=0.1)
         table(torch.tensor([[1, 1, 2]])).square().sum().backward()
@@ -168,13 +168,13 @@ def test_ids_outside_the_table_are_refused(layer: type, bad: int, by_freq: bool)
 def test_from_pretrained_is_the_given_table(layer: type) -> None:
     """With as many entries as rows, exactly; frozen as asked."""
     rows = randn(0, 16, 8, dtype=torch.float32)
-    table = layer.from_pretrained(rows, freeze=True, padding_idx=2, codebook_dim=4, bits=4)
+    table = layer.from_pretrained(rows, freeze=True, padding_idx=2, codebook_dim=4, codebook_bits=4)
     assert type(table) is layer and table.padding_idx == 2
     keep = torch.arange(16) != 2
     assert torch.equal(table.weight[keep], rows[keep])
     assert not table.weight_rpq.codebooks.requires_grad
     assert layer.from_pretrained(rows, freeze=False).weight_rpq.codebooks.requires_grad
-    assert layer.from_pretrained(rows, plan="expand").weight_rpq.plan == "expand"
+    assert layer.from_pretrained(rows, plan="dequantize").weight_rpq.plan == "dequantize"
 
 
 @pytest.mark.parametrize("layer", [RPQEmbedding, RPQEmbeddingBag])

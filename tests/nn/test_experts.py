@@ -75,7 +75,7 @@ EXPANDED: dict[str, Callable[[Any], Tensor]] = {
 
 def make(experts: str, transposed: bool) -> RPQWeight:
     layout = Layout((E, A, B), 1, transposed, None, experts)
-    spec = CodebookSpec(layout.num_vectors, layout.dim, 2, 3, 2, scale=True, signs=transposed, dim_scale=1)
+    spec = CodebookSpec(layout.num_vectors, layout.dim, 2, 3, 2, scale=True, signs=transposed, column_scale_group=1)
     return randomise(RPQWeight(spec, layout, dtype=torch.float64), 0)
 
 
@@ -227,7 +227,7 @@ def test_experts_compile_whole(count: int, experts: str) -> None:
     import rpqfx
 
     torch.compiler.reset()
-    small = rpqfx.rpqify(Experts(count), rpqfx.Policy(codebook_dim=8, bits=2, min_size=0, experts=experts))
+    small = rpqfx.rpqify(Experts(count), rpqfx.Policy(codebook_dim=8, codebook_bits=2, min_size=0, experts=experts))
     x = randn(1, count, 3, 16, dtype=torch.float32)
     wanted = small(x)
     compiled = torch.compile(small, fullgraph=True, backend="aot_eager")

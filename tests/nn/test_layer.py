@@ -150,7 +150,7 @@ def test_state_dict_keys_are_the_dense_ones_with_codebooks_for_weights(kind: Kin
         if name in weights:
             keys |= {f"{name}_rpq.codebooks", f"{name}_rpq.codes"}
             keys |= {f"{name}_rpq.scale"} if weights[name].spec.scale else set()
-            keys |= {f"{name}_rpq.dim_scale"} if weights[name].spec.dim_scale else set()
+            keys |= {f"{name}_rpq.column_scale"} if weights[name].spec.column_scale_group else set()
             keys |= {f"{name}_rpq.signs"} if weights[name].spec.signs else set()
         else:
             keys.add(name)
@@ -223,23 +223,23 @@ def test_every_layer_takes_a_plan_and_every_plan_gives_the_same(kind: Kind) -> N
         assert ("plan=" in repr(layer)) == (plan != "auto")
         layer.load_state_dict(layers["auto"].state_dict())
         assert_equals_dense(randomise(layer, 0), kind.make_dense(), *kind.make_inputs(), **dict(kind.call))
-    torch.testing.assert_close(kind.run(layers["expand"]), kind.run(layers["contract"]), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(kind.run(layers["dequantize"]), kind.run(layers["lookup"]), rtol=1e-9, atol=1e-9)
 
 
 def test_a_plan_is_kept_by_copies_and_from_dense(kind: Kind) -> None:
-    layer = kind.make(plan="contract")
+    layer = kind.make(plan="lookup")
     made = [
         kind.layer.from_dense(
-            plain(kind.make_dense()), init=init, plan="contract", **{"codebook_dim": 4, **dict(kind.options)}
+            plain(kind.make_dense()), init=init, plan="lookup", **{"codebook_dim": 4, **dict(kind.options)}
         )
         for init in ("fit", "random")
     ]
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), layer.to(torch.float32), *made):
-        assert {weight.plan for _, weight in held(other)} == {"contract"}
+        assert {weight.plan for _, weight in held(other)} == {"lookup"}
 
 
 def test_what_is_no_plan_is_refused(kind: Kind) -> None:
-    wrong = "^plan is one of auto, expand, contract, got 'fast'$"
+    wrong = "^plan is one of auto, dequantize, lookup, got 'fast'$"
     with pytest.raises(SpecError, match=wrong):
         kind.make(plan="fast")
     with pytest.raises(SpecError, match=wrong):
@@ -290,12 +290,12 @@ def test_the_default_dtype_is_torchs(kind: Kind) -> None:
 
 @pytest.mark.parametrize("layer", CLASSES)
 @pytest.mark.parametrize(
-    "options", [{}, {"stages": 2, "signs": True, "scale": True, "dim_scale": True}], ids=["plain", "all options"]
+    "options", [{}, {"stages": 2, "signs": True, "scale": True, "column_scale": True}], ids=["plain", "all options"]
 )
 def test_weights_are_drawn_with_the_standard_deviation_of_torch(layer: type, options: dict) -> None:
     """And biases from the same interval. Codebooks average over few entries, hence the few percent."""
     torch.manual_seed(0)
-    ours = layer(*LARGE[layer], codebook_dim=1, bits=8, **options)
+    ours = layer(*LARGE[layer], codebook_dim=1, codebook_bits=8, **options)
     theirs = layer._dense(*LARGE[layer])
     for name, _ in held(ours):
         mine, other = read(ours, name).detach(), read(theirs, name).detach()
@@ -312,7 +312,7 @@ def test_weights_are_drawn_with_the_standard_deviation_of_torch(layer: type, opt
 def test_codes_are_balanced(layer: type) -> None:
     """Each entry of each sub-vector serves as many vectors as any other, give or take one."""
     for bits in (1, 3):
-        for _, weight in held(layer(*EXACT[layer], codebook_dim=1, bits=bits, stages=2)):
+        for _, weight in held(layer(*EXACT[layer], codebook_dim=1, codebook_bits=bits, stages=2)):
             for codes in weight.codes.flatten(0, 1):
                 counts = codes.long().bincount(minlength=weight.spec.entries)
                 assert int(counts.max() - counts.min()) <= 1
@@ -320,7 +320,7 @@ def test_codes_are_balanced(layer: type) -> None:
 
 @pytest.mark.parametrize("layer", CLASSES)
 def test_with_an_entry_for_each_vector_codes_are_a_bijection(layer: type) -> None:
-    for _, weight in held(layer(*EXACT[layer], codebook_dim=2, bits=4)):
+    for _, weight in held(layer(*EXACT[layer], codebook_dim=2, codebook_bits=4)):
         assert weight.spec.num_vectors == 16
         for codes in weight.codes.flatten(0, 1):
             assert sorted(codes.tolist()) == list(range(16))
@@ -351,7 +351,7 @@ def test_from_dense_leaves_the_original_alone(kind: Kind, init: str) -> None:
     """Nothing is changed, nothing is shared, what is not a weight is copied."""
     dense = kind.make_dense()
     before = copy.deepcopy(dense.state_dict())
-    layer = kind.layer.from_dense(dense, init=init, **{"codebook_dim": 4, "bits": 3, **dict(kind.options)})
+    layer = kind.layer.from_dense(dense, init=init, **{"codebook_dim": 4, "codebook_bits": 3, **dict(kind.options)})
     assert type(layer) is kind.layer
     assert not storages(dense) & storages(layer)
     assert list(dense.state_dict()) == list(before)
@@ -371,7 +371,7 @@ def test_a_fit_is_nearer_than_a_random_draw(kind: Kind) -> None:
     dense = kind.make_dense()
     errors = []
     for init in ("fit", "random"):
-        layer = kind.layer.from_dense(dense, init=init, **{"codebook_dim": 4, "bits": 3, **dict(kind.options)})
+        layer = kind.layer.from_dense(dense, init=init, **{"codebook_dim": 4, "codebook_bits": 3, **dict(kind.options)})
         with torch.no_grad():
             parts = [(read(layer, name) - read(dense, name)).square().sum() for name, _ in held(layer)]
         errors.append(float(sum(parts)))
@@ -383,7 +383,7 @@ def test_an_entry_for_each_vector_reproduces_the_weight(layer: type) -> None:
     """To the last bit, in float32 as well as float16."""
     for dtype in (torch.float32, torch.float16):
         dense = layer._dense(*EXACT[layer], dtype=dtype)
-        made = layer.from_dense(dense, codebook_dim=2, bits=4)
+        made = layer.from_dense(dense, codebook_dim=2, codebook_bits=4)
         for name, _ in held(made):
             assert torch.equal(read(made, name), read(dense, name))
 

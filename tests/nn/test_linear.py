@@ -26,7 +26,7 @@ def test_equals_the_dense_layer(
     layer = randomise(RPQLinear(inputs, outputs, bias, dtype=torch.float64, **options), seed)
     dense = nn.Linear(inputs, outputs, bias, dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(products, "cheaper", lambda *args: "contract" if table else "expand")
+        patch.setattr(products, "cheaper", lambda *args: "lookup" if table else "dequantize")
         assert_equals_dense(layer, dense, randn(seed, *batch, inputs))
 
 
@@ -46,8 +46,8 @@ def test_split_says_whether_vectors_are_rows_or_columns() -> None:
     ("options", "message"),
     [
         ({"codebook_dim": 5}, "codebook_dim 5 does not divide the vector length 12"),
-        ({"codebooks": 5}, "5 codebooks do not divide"),
-        ({"bits": 9}, "use at most 3 bits"),
+        ({"num_subvectors": 5}, "num_subvectors 5 does not divide"),
+        ({"codebook_bits": 9}, "use at most 3 bits"),
         ({"stages": 0}, "stages must be at least 1"),
     ],
 )

@@ -36,7 +36,7 @@ class Uses(nn.Module):
 
 def small() -> nn.Module:
     torch.manual_seed(0)
-    return rpqfx.rpqify(Uses(), Policy.from_scratch(codebook_dim=8, bits=3, min_size=64))
+    return rpqfx.rpqify(Uses(), Policy.from_scratch(codebook_dim=8, codebook_bits=3, min_size=64))
 
 
 def weights(model: nn.Module) -> dict[str, RPQWeight]:
@@ -78,7 +78,7 @@ def test_hooks_of_every_weight_fire_and_change_nothing(kind: str):
 
 
 def test_a_hook_gets_the_operand_and_the_product_and_may_exchange_them():
-    layer = rpqfx.nn.RPQLinear(16, 32, codebook_dim=4, bits=3)
+    layer = rpqfx.nn.RPQLinear(16, 32, codebook_dim=4, codebook_bits=3)
     x, seen = torch.randn(5, 16), []
     plain = layer(x)
     layer.weight_rpq.register_forward_hook(lambda module, args, y: seen.append((args[0], y)))
@@ -102,7 +102,7 @@ def test_hooks_on_a_rewritten_layer_fire_as_on_the_dense_one():
 
 
 def test_a_copy_of_a_hooked_weight_is_its_own():
-    layer = rpqfx.nn.RPQLinear(16, 32, codebook_dim=4, bits=3)
+    layer = rpqfx.nn.RPQLinear(16, 32, codebook_dim=4, codebook_bits=3)
     fired: list[Any] = []
     layer.weight_rpq.register_forward_hook(lambda module, args, y: fired.append(module))
     other = copy.deepcopy(layer)

@@ -34,7 +34,7 @@ def nearest_by_hand(weight: RPQWeight, row: Tensor) -> Tensor:
     for m, rest in enumerate(row.split(spec.codebook_dim)):
         found = torch.zeros_like(rest)
         for stage in weight.codebooks.detach():
-            entries = stage[m // (spec.sub_vectors // stage.shape[0])] * factors[m]
+            entries = stage[m // (spec.num_subvectors // stage.shape[0])] * factors[m]
             entries = torch.cat([entries, -entries]) if spec.signs else entries
             found = found + entries[(entries - (rest - found)).square().sum(1).argmin()]
         parts.append(found)
@@ -42,7 +42,7 @@ def nearest_by_hand(weight: RPQWeight, row: Tensor) -> Tensor:
 
 
 @pytest.mark.few(50)
-@given(spec=specs(dim_scale=True), rows=st.integers(1, 30), seed=SEEDS)
+@given(spec=specs(column_scale=True), rows=st.integers(1, 30), seed=SEEDS)
 def test_rows_that_stay_keep_their_codes_and_new_ones_are_the_nearest(spec: CodebookSpec, rows: int, seed: int):
     weight = held(spec, seed)
     before, table, codebooks = copy.deepcopy(weight), weight().detach(), weight.codebooks
@@ -63,7 +63,7 @@ def test_rows_that_stay_keep_their_codes_and_new_ones_are_the_nearest(spec: Code
             torch.testing.assert_close(found, nearest_by_hand(weight, row), rtol=1e-9, atol=1e-9)
 
 
-@given(spec=specs(scale=False, dim_scale=True), seed=SEEDS)
+@given(spec=specs(scale=False, column_scale=True), seed=SEEDS)
 def test_rows_the_codebooks_hold_come_back_exactly(spec: CodebookSpec, seed: int):
     weight = held(CodebookSpec(**{**spec.to_dict(), "stages": 1}), seed)
     table = dense(weight)
@@ -127,11 +127,13 @@ def test_experts_that_share_codebooks_and_such_as_do_not(transposed: bool):
 
 
 def test_on_the_meta_device_only_shapes_change():
-    weight = RPQWeight(CodebookSpec(6, 4, 2, entries=3, scale=True, signs=True, dim_scale=2), device="meta")
+    weight = RPQWeight(CodebookSpec(6, 4, 2, entries=3, scale=True, signs=True, column_scale_group=2), device="meta")
     resize_rows(weight, torch.empty(9, 4, device="meta"))
     assert weight.codes.shape == weight.spec.codes_shape == (1, 2, 9)
     assert (
-        weight.signs.shape == weight.spec.signs_shape and weight.scale.shape == (9,) and weight.dim_scale.shape == (2,)
+        weight.signs.shape == weight.spec.signs_shape
+        and weight.scale.shape == (9,)
+        and weight.column_scale.shape == (2,)
     )
     assert weight.codes.is_meta
 
@@ -163,7 +165,7 @@ def test_anything_else_is_refused_and_changes_nothing():
 
 
 def test_a_layers_weight_takes_rows_as_a_dense_ones_does():
-    table = RPQEmbedding(10, 8, codebook_dim=4, bits=2, scale=True)
+    table = RPQEmbedding(10, 8, codebook_dim=4, codebook_bits=2, scale=True)
     values, scale = table.weight.detach().clone(), table.weight_rpq.scale
     table.weight.data = torch.cat([values, values[:3]])
     assert table.weight.shape == (13, 8) and table.weight_rpq.scale is scale and scale.shape == (13,)
@@ -178,7 +180,10 @@ def test_a_layers_weight_takes_rows_as_a_dense_ones_does():
 
 
 def test_tied_tables_get_their_rows_together():
-    table, head = RPQEmbedding(10, 8, codebook_dim=4, bits=2), RPQLinear(8, 10, bias=False, codebook_dim=4, bits=2)
+    table, head = (
+        RPQEmbedding(10, 8, codebook_dim=4, codebook_bits=2),
+        RPQLinear(8, 10, bias=False, codebook_dim=4, codebook_bits=2),
+    )
     head.weight = table.weight
     assert head.weight_rpq is table.weight_rpq
     values = table.weight.detach().clone()
@@ -187,7 +192,7 @@ def test_tied_tables_get_their_rows_together():
 
 
 def test_a_dense_weight_is_not_laid_over_codebooks():
-    head = RPQLinear(8, 10, codebook_dim=4, bits=2)
+    head = RPQLinear(8, 10, codebook_dim=4, codebook_bits=2)
     for value in (nn.Parameter(torch.randn(10, 8)), torch.randn(10, 8), None, head.weight.t()):
         with pytest.raises(RewriteError, match="cannot be assigned"):
             head.weight = value

@@ -129,7 +129,7 @@ def test_grad_scale_divides_by_users_to_a_power(grad_scale: str, power: float, s
     """Of the codebooks only: 40 rows in 4 entries are 10 users each, times the sub-vectors of a shared codebook."""
     grads = []
     for how in ("sum", grad_scale):
-        spec = CodebookSpec.make(40, 12, codebook_dim=4, bits=2, sharing=sharing, scale=True, grad_scale=how)
+        spec = CodebookSpec.make(40, 12, codebook_dim=4, codebook_bits=2, sharing=sharing, scale=True, grad_scale=how)
         weight = randomise(RPQWeight(spec, dtype=torch.float64), 0)
         x = randn(1, 5, 12).requires_grad_()
         grads.append(gradients(weight.linear(x), {**dict(weight.named_parameters()), "x": x}))
@@ -141,7 +141,7 @@ def test_grad_scale_divides_by_users_to_a_power(grad_scale: str, power: float, s
 
 # -------------------------------------------------------------------------------------------------------- plans
 
-PLANNED = {"contract": {"Contract"}, "expand": {"Matmul"}}
+PLANNED = {"lookup": {"Contract"}, "dequantize": {"Matmul"}}
 
 
 @pytest.mark.parametrize("plan", PLANNED)
@@ -180,33 +180,33 @@ def test_a_convolution_is_told_the_plan(plan: str, monkeypatch: pytest.MonkeyPat
 def test_a_plan_changes_in_place_and_is_no_tensor() -> None:
     weight = RPQWeight(CodebookSpec(40, 12, 4, entries=4))
     keys = list(weight.state_dict())
-    weight.plan = "contract"
-    assert weight.plan == "contract" and list(weight.state_dict()) == keys
+    weight.plan = "lookup"
+    assert weight.plan == "lookup" and list(weight.state_dict()) == keys
     weight.load_state_dict(RPQWeight(weight.spec).state_dict())
     weight.reset_parameters()
-    assert weight.plan == "contract"
+    assert weight.plan == "lookup"
     for again in (copy.copy(weight), copy.deepcopy(weight), pickle.loads(pickle.dumps(weight)), weight.double()):
-        assert again.plan == "contract"
+        assert again.plan == "lookup"
 
 
 def test_what_was_pickled_before_there_were_plans_chooses_for_itself() -> None:
-    weight = RPQWeight(CodebookSpec(40, 12, 4, entries=4), plan="expand")
+    weight = RPQWeight(CodebookSpec(40, 12, 4, entries=4), plan="dequantize")
     state = {name: value for name, value in weight.__dict__.items() if name != "_plan"}
     old = RPQWeight.__new__(RPQWeight)
     old.__setstate__(state)
     assert old.plan == "auto"
-    old.plan = "contract"
-    assert old.plan == "contract" and RPQWeight(weight.spec).plan == "auto"
+    old.plan = "lookup"
+    assert old.plan == "lookup" and RPQWeight(weight.spec).plan == "auto"
 
 
 @pytest.mark.parametrize("plan", ["fast", "Expand", "", None, True, 1])
 def test_what_is_no_plan_is_refused(plan: object) -> None:
     spec = CodebookSpec(40, 12, 4, entries=4)
-    wrong = rf"^plan is one of auto, expand, contract, got {plan!r}$"
-    weight = RPQWeight(spec, plan="expand")
+    wrong = rf"^plan is one of auto, dequantize, lookup, got {plan!r}$"
+    weight = RPQWeight(spec, plan="dequantize")
     with pytest.raises(SpecError, match=wrong):
         weight.plan = plan
-    assert weight.plan == "expand"
+    assert weight.plan == "dequantize"
     with pytest.raises(SpecError, match=wrong):
         RPQWeight(spec, plan=plan)
     with pytest.raises(SpecError, match=wrong):
@@ -221,17 +221,17 @@ def test_from_dense_has_the_layout_of_its_tensor(
     layout: Layout, seed: int, scale: bool, signs: bool, dims: bool
 ) -> None:
     """With an entry for each vector it is the tensor itself, but for the vector that is zero."""
-    flags = {"scale": scale, "signs": signs, "dim_scale": int(dims)}
+    flags = {"scale": scale, "signs": signs, "column_scale_group": int(dims)}
     spec = CodebookSpec(layout.num_vectors, layout.dim, 1, entries=max(2, layout.num_vectors), **flags)
     tensor = randn(seed, *layout.shape)
-    weight = RPQWeight.from_dense(tensor, spec, layout, plan="contract")
+    weight = RPQWeight.from_dense(tensor, spec, layout, plan="lookup")
     vectors = layout.to_vectors(tensor).clone()
     if layout.zero_vector is not None:
         vectors[layout.zero_vector] = 0
     torch.testing.assert_close(weight(), layout.to_tensor(vectors))
-    assert weight.spec == spec and weight.layout == layout and weight.plan == "contract"
+    assert weight.spec == spec and weight.layout == layout and weight.plan == "lookup"
     assert all(p.requires_grad == tensor.requires_grad for p in weight.parameters())
-    assert (weight.dim_scale is not None) == dims and (not dims or bool((weight.dim_scale == 1).all()))
+    assert (weight.column_scale is not None) == dims and (not dims or bool((weight.column_scale == 1).all()))
     assert not any(t.is_meta for t in (*weight.parameters(), *weight.buffers()))
 
 
@@ -245,21 +245,21 @@ def test_random_draws_have_the_standard_deviation_asked_for() -> None:
     ("flags", "text"),
     [
         ({}, "N=40, D=12, M=3, d=4, K=4"),
-        ({"stages": 2, "books": 1}, "N=40, D=12, M=3, d=4, K=4, R=2, G=1"),
+        ({"stages": 2, "num_codebooks": 1}, "N=40, D=12, M=3, d=4, K=4, R=2, G=1"),
         ({"scale": True, "signs": True}, "N=40, D=12, M=3, d=4, K=4, scale, signs"),
-        ({"dim_scale": 3}, "N=40, D=12, M=3, d=4, K=4, dim_scale"),
+        ({"column_scale_group": 3}, "N=40, D=12, M=3, d=4, K=4, column_scale"),
     ],
 )
 def test_printing_gives_the_numbers(flags: dict, text: str) -> None:
     assert repr(RPQWeight(CodebookSpec(40, 12, 4, entries=4, **flags))) == f"RPQWeight({text})"
     columns = RPQWeight(CodebookSpec(40, 12, 4, entries=4, **flags), Layout((12, 40), transposed=True))
     assert repr(columns) == f"RPQWeight({text}, columns)"
-    columns.plan = "expand"
-    assert repr(columns) == f"RPQWeight({text}, columns, plan=expand)"
+    columns.plan = "dequantize"
+    assert repr(columns) == f"RPQWeight({text}, columns, plan=dequantize)"
 
 
 def test_stored_bytes_are_those_of_the_module() -> None:
-    spec = CodebookSpec(40, 12, 4, entries=300, stages=2, books=1, scale=True, signs=True, dim_scale=2)
+    spec = CodebookSpec(40, 12, 4, entries=300, stages=2, num_codebooks=1, scale=True, signs=True, column_scale_group=2)
     weight = RPQWeight(spec)
     tensors = (*weight.parameters(), *weight.buffers())
     assert sum(t.numel() * t.element_size() for t in tensors) == spec.stored_bytes()
@@ -267,19 +267,19 @@ def test_stored_bytes_are_those_of_the_module() -> None:
 
 def test_factors_are_drawn_as_ones() -> None:
     """So that a weight is as the one without them, until they are trained."""
-    weight = RPQWeight(CodebookSpec(40, 12, 4, entries=4, scale=True, dim_scale=3))
+    weight = RPQWeight(CodebookSpec(40, 12, 4, entries=4, scale=True, column_scale_group=3))
     with torch.no_grad():
-        weight.dim_scale.normal_()
+        weight.column_scale.normal_()
     weight.reset_parameters()
-    assert weight.dim_scale.shape == (4,) and bool((weight.dim_scale == 1).all())
+    assert weight.column_scale.shape == (4,) and bool((weight.column_scale == 1).all())
 
 
-def test_a_module_from_before_there_was_a_dim_scale_works() -> None:
+def test_a_module_from_before_there_was_a_column_scale_works() -> None:
     weight = RPQWeight(CodebookSpec(40, 12, 4, entries=4))
-    state = {**weight.__dict__, "_parameters": {k: p for k, p in weight._parameters.items() if k != "dim_scale"}}
+    state = {**weight.__dict__, "_parameters": {k: p for k, p in weight._parameters.items() if k != "column_scale"}}
     old = RPQWeight.__new__(RPQWeight)
     old.__setstate__(state)
-    assert old.dim_scale is None and torch.equal(old(), weight()) and repr(old) == repr(weight)
+    assert old.column_scale is None and torch.equal(old(), weight()) and repr(old) == repr(weight)
 
 
 def test_mistakes_are_refused() -> None:
@@ -312,10 +312,10 @@ def test_codes_of_two_bytes_load_and_are_checked() -> None:
         small.load_state_dict(state)
 
 
-@pytest.mark.parametrize("name", ["codebooks", "dim_scale"])
+@pytest.mark.parametrize("name", ["codebooks", "column_scale"])
 def test_parametrised_tensors_are_the_ones_in_use(name: str) -> None:
     """torch.nn.utils.parametrize takes the Parameter away and computes an attribute instead."""
-    weight = RPQWeight(CodebookSpec(32, 8, 4, entries=4, dim_scale=1), dtype=torch.float64)
+    weight = RPQWeight(CodebookSpec(32, 8, 4, entries=4, column_scale_group=1), dtype=torch.float64)
     before = weight().detach()
     torch.nn.utils.parametrize.register_parametrization(weight, name, Doubled())
     torch.testing.assert_close(weight(), 2 * before)

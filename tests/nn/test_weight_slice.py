@@ -36,7 +36,7 @@ def held(draw: st.DrawFn, layouts: st.SearchStrategy[Layout]) -> RPQWeight:
     experts = layout.shape[0] if layout.experts == "own" else 1
     books = draw(st.sampled_from([n for n in divisors(sub_vectors) if n in (1, sub_vectors) or n % experts == 0]))
     flags = {"scale": draw(st.booleans()), "signs": draw(st.booleans())}
-    flags["dim_scale"] = draw(st.sampled_from([0, *divisors(layout.dim)]))
+    flags["column_scale_group"] = draw(st.sampled_from([0, *divisors(layout.dim)]))
     spec = CodebookSpec(layout.num_vectors, layout.dim, d, 3, draw(st.integers(1, 2)), books, **flags)
     return randomise(RPQWeight(spec, layout, dtype=torch.float64), draw(seeds))
 

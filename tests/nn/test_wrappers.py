@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 import rpqfx
 from rpqfx.errors import FormatError, RewriteError
 from rpqfx.nn.wrappers import modules_within, rewrapped, unwrapped
-from tests.models import MLP, SMALL, held_weights
+from tests.models import MLP, SMALL, quantized_weights
 
 AROUND: dict[str, Callable[[nn.Module], nn.Module]] = {
     "torch.compile": torch.compile,
@@ -69,7 +69,7 @@ def test_what_was_saved_loads_with_the_same_build(
     assert str(rpqfx.report(given)) == str(rpqfx.report(small))
     wrapped = rpqfx.load(tmp_path / "m.rpq", build)
     assert type(wrapped) is type(given)
-    assert held_weights(unwrapped(wrapped)).keys() == held_weights(unwrapped(given)).keys()
+    assert quantized_weights(unwrapped(wrapped)).keys() == quantized_weights(unwrapped(given)).keys()
     assert str(rpqfx.report(wrapped)) == str(rpqfx.report(small))
 
 
@@ -107,13 +107,15 @@ def test_a_sharded_model_is_refused_by_name(one_process: None, tmp_path: Path) -
 @around
 def test_a_wrapped_model_is_rewritten_by_the_names_that_it_has_within(wrap: Callable[[nn.Module], nn.Module]) -> None:
     model = wrap(MLP())
-    policy = rpqfx.Policy(codebook_dim=4, bits=2, min_size=64, rules=(rpqfx.Rule("fc1.weight", skip="told so"),))
+    policy = rpqfx.Policy(
+        codebook_dim=4, codebook_bits=2, min_size=64, rules=(rpqfx.Rule("fc1.weight", skip="told so"),)
+    )
     small = rpqfx.rpqify(model, policy)
-    assert type(small) is type(model) and not held_weights(model)
+    assert type(small) is type(model) and not quantized_weights(model)
     found = rpqfx.report(small)
     assert [site.name for site in found.sites] == NAMES and [site.name for site in found.rewritten] == NAMES[1:]
     assert torch.isfinite(unwrapped(small).eval()(torch.randn(3, 12))).all()
-    assert rpqfx.rpqify(model, policy, inplace=True) is model and [*held_weights(unwrapped(model))] == NAMES[1:]
+    assert rpqfx.rpqify(model, policy, inplace=True) is model and [*quantized_weights(unwrapped(model))] == NAMES[1:]
 
 
 @around

@@ -17,9 +17,9 @@ from rpqfx.ops.forms import Contract, Form, Matmul
 from tests.helpers import assert_same, one_by_one, randn, stored
 
 # As small as they can be with two of everything: a check to the second order runs some hundred times a number.
-SPEC = CodebookSpec(3, 4, 2, entries=2, stages=2, books=2, scale=True, signs=True)
-FILTERS = CodebookSpec(4, 4, 2, entries=2, stages=2, books=2, signs=True)
-CHANNELS = CodebookSpec(3, 8, 2, entries=2, stages=2, books=2, signs=True)
+SPEC = CodebookSpec(3, 4, 2, entries=2, stages=2, num_codebooks=2, scale=True, signs=True)
+FILTERS = CodebookSpec(4, 4, 2, entries=2, stages=2, num_codebooks=2, signs=True)
+CHANNELS = CodebookSpec(3, 8, 2, entries=2, stages=2, num_codebooks=2, signs=True)
 
 
 def conv(transposed: bool) -> tuple[Form, Tensor, Tensor]:

@@ -130,7 +130,7 @@ def excess(backend: Any, dtype: torch.dtype, spec: CodebookSpec, seed: int, oper
     found = numbers(run(backend, operation, held, x, y, ids), exactly)
     sizes = BOUNDS.Sizes.of(spec, codes, rows, spec.scale and operation not in ("contract_t", "accumulate"))
     # Numbers below the smallest normal one are rounded to a multiple of the smallest at all.
-    small = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps * (2 + spec.stages * spec.sub_vectors)
+    small = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps * (2 + spec.stages * spec.num_subvectors)
     bound = BOUNDS.coefficient(operation, dtype, sizes) * absolute + small
     return float((np.abs(found - wanted).astype(np.float64) / bound).max(initial=0.0))
 
@@ -152,7 +152,7 @@ def test_errors_are_within_their_bounds(backend: Any, dtype: torch.dtype, operat
 @pytest.mark.parametrize("signs", [False, True], ids=["plain", "signs"])
 def test_errors_of_longer_sums_are_too(backend: Any, dtype: torch.dtype, operation: str, signs: bool) -> None:
     """Lengths that fill registers and blocks, with a rest."""
-    spec = CodebookSpec(91, 120, 20, entries=40, stages=2, books=3, signs=signs)
+    spec = CodebookSpec(91, 120, 20, entries=40, stages=2, num_codebooks=3, signs=signs)
     assert excess(backend, dtype, spec, 1, operation, rows=70) <= 1
 
 

@@ -40,7 +40,7 @@ def assert_is_multilinear(form: Form, x: Tensor, tensors: tuple[Any, ...], dense
 def test_linear_forms(kind: type, spec: CodebookSpec, seed: int, batch: tuple[int, ...]) -> None:
     tensors = stored(spec, seed)
     x = randn(seed + 1, *batch, spec.dim)
-    assert_is_multilinear(kind(spec.books, spec.entries), x, tensors, F.linear)
+    assert_is_multilinear(kind(spec.num_codebooks, spec.entries), x, tensors, F.linear)
 
 
 @st.composite
@@ -79,7 +79,13 @@ def test_convolutions_that_contract(case: dict[str, Any], split: tuple[int, int,
     size = tuple(d * (k - 1) + 1 + case["extra"] for d, k in zip(case["dilation"], case["kernel"], strict=True))
     taps = math.prod(case["kernel"])
     spec = CodebookSpec(
-        5, channels * taps, block * taps, entries=3, stages=2, books=min(books, channels // block), signs=case["signs"]
+        5,
+        channels * taps,
+        block * taps,
+        entries=3,
+        stages=2,
+        num_codebooks=min(books, channels // block),
+        signs=case["signs"],
     )
     with pytest.MonkeyPatch.context() as patch:
         if blocks:
@@ -95,7 +101,7 @@ def assert_is_a_convolution(
     tensors = stored(spec, case["seed"])
     rest = case["rest"] if transposed else (0,) * spatial
     settings = (case["stride"], case["padding"], case["dilation"], transposed, rest)
-    form = kind(spec.books, spec.entries, shape, size, *settings, groups)
+    form = kind(spec.num_codebooks, spec.entries, shape, size, *settings, groups)
     x = randn(case["seed"] + 1, 2, channels, *size)
     outputs = [
         (s - 1) * st_ - 2 * p + d * (k - 1) + r + 1
@@ -110,7 +116,7 @@ def assert_is_a_convolution(
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_convolution_that_contracts_takes_an_empty_batch(transposed: bool) -> None:
-    spec = CodebookSpec(5, 12, 6, entries=3, books=1)
+    spec = CodebookSpec(5, 12, 6, entries=3, num_codebooks=1)
     books, codes, _, _ = stored(spec, 0)
     form = ConvContract(1, 3, (5, 4, 3), (7,), (1,), (1,), (1,), transposed, (0,), 1)
     x, y = (randn(1, 0, channels, 7) for channels in ((5, 4) if transposed else (4, 5)))

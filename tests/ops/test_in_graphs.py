@@ -24,10 +24,10 @@ class Whole(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         tiled = CodebookSpec(256, 64, 8, 16, 3, 1, scale=True, tiled=True)
-        self.embed = RPQEmbedding(100, 64, codebook_dim=8, bits=4)
-        self.contract = RPQLinear(64, 256, codebook_dim=16, bits=6, stages=2, plan="contract")
-        self.expand = RPQLinear(256, 64, codebook_dim=16, bits=6, plan="expand")
-        self.conv = RPQConv1d(64, 64, 3, padding=1, codebook_dim=2, bits=4)
+        self.embed = RPQEmbedding(100, 64, codebook_dim=8, codebook_bits=4)
+        self.contract = RPQLinear(64, 256, codebook_dim=16, codebook_bits=6, stages=2, plan="lookup")
+        self.expand = RPQLinear(256, 64, codebook_dim=16, codebook_bits=6, plan="dequantize")
+        self.conv = RPQConv1d(64, 64, 3, padding=1, codebook_dim=2, codebook_bits=4)
         self.tiled = RPQWeight(tiled)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -120,5 +120,5 @@ def test_a_product_as_one_step_is_that_of_its_plan():
         torch.randn(70, generator=g),
     )
     codes = torch.randint(16, (2, 2, 70), generator=g).to(torch.uint8)
-    wanted = ops.linear(x, ops.Tensors(books, codes), bias, plan="expand")
+    wanted = ops.linear(x, ops.Tensors(books, codes), bias, plan="dequantize")
     assert torch.allclose(kernels.matmul(x, books, codes, None, bias), wanted, atol=1e-5)

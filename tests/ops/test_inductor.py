@@ -139,10 +139,10 @@ class Heads(nn.Module):
         return torch.cat([self.q(x).relu(), self.k(x), self.v(x)], -1)
 
 
-def in_tiles(site: rpqfx.Site) -> rpqfx.Hold:
+def in_tiles(site: rpqfx.Site) -> rpqfx.Quantize:
     """A policy: two stages of 16 entries for four numbers."""
     layout = site.layout("row")
-    return rpqfx.Hold(rpqfx.CodebookSpec(layout.num_vectors, layout.dim, 4, 16, 2, 1, tiled=True), "row")
+    return rpqfx.Quantize(rpqfx.CodebookSpec(layout.num_vectors, layout.dim, 4, 16, 2, 1, tiled=True), "row")
 
 
 @needs_kernels

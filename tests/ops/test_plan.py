@@ -20,7 +20,7 @@ sizes = st.tuples(
 
 
 def choice(shape: tuple[int, int, int, int], num_vectors: int, rows: int, device: torch.device = CPU) -> bool:
-    return cheaper(shape, (shape[0], shape[1], num_vectors), rows, device) == "contract"
+    return cheaper(shape, (shape[0], shape[1], num_vectors), rows, device) == "lookup"
 
 
 def test_large_layers_contract() -> None:
@@ -42,21 +42,21 @@ def test_short_sub_vectors_expand_when_the_batch_is_large() -> None:
 @pytest.mark.parametrize(
     ("vectors", "dim", "d", "entries", "rows", "faster"),
     [
-        (4096, 1024, 64, 256, 256, "contract"),
-        (512, 512, 2, 256, 2048, "expand"),
-        (256, 2048, 8, 256, 2048, "expand"),
+        (4096, 1024, 64, 256, 256, "lookup"),
+        (512, 512, 2, 256, 2048, "dequantize"),
+        (256, 2048, 8, 256, 2048, "dequantize"),
     ],
 )
 def test_the_plan_that_was_measured_several_times_faster_is_taken(
     vectors: int, dim: int, d: int, entries: int, rows: int, faster: str
 ) -> None:
     """``examples/bench/plans.py`` measures it."""
-    assert choice((1, dim // d, entries, d), vectors, rows) is (faster == "contract")
+    assert choice((1, dim // d, entries, d), vectors, rows) is (faster == "lookup")
 
 
 def conv_choice(stages: int, channels: int, entries: int, c: int, taps: int, num_vectors: int, positions: int) -> bool:
     shape = (stages, channels // c, entries, c * taps)
-    return cheaper_conv(shape, (stages, channels // c, num_vectors), positions, CPU) == "contract"
+    return cheaper_conv(shape, (stages, channels // c, num_vectors), positions, CPU) == "lookup"
 
 
 @pytest.mark.parametrize("positions", [49, 8 * 196, 10**6])
@@ -78,7 +78,7 @@ def test_a_larger_image_never_turns_a_convolution_towards_contracting(
     shape: tuple[int, int, int, int], num_vectors: int, positions: int
 ) -> None:
     def contracts(positions: int) -> bool:
-        return cheaper_conv(shape, (shape[0], shape[1], num_vectors), positions, CPU) == "contract"
+        return cheaper_conv(shape, (shape[0], shape[1], num_vectors), positions, CPU) == "lookup"
 
     if contracts(positions + 1):
         assert contracts(positions)

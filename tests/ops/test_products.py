@@ -21,23 +21,27 @@ from rpqfx.ops.conv_contract import ConvContract
 from rpqfx.ops.conv_forms import Conv
 from tests.helpers import assert_same, floats, gradients, naive_expand, randn, seeds, specs, stored, stored_all
 
-SPEC = CodebookSpec(5, 6, 2, entries=3, stages=2, books=3, scale=True, signs=True, dim_scale=1)
-FILTERS = CodebookSpec(4, 6, 3, entries=3, scale=True, signs=True, dim_scale=3)
+SPEC = CodebookSpec(5, 6, 2, entries=3, stages=2, num_codebooks=3, scale=True, signs=True, column_scale_group=1)
+FILTERS = CodebookSpec(4, 6, 3, entries=3, scale=True, signs=True, column_scale_group=3)
 # With two of everything, for checks that go number by number.
-SMALL = CodebookSpec(3, 4, 2, entries=2, stages=2, books=2, scale=True, signs=True, dim_scale=1)
+SMALL = CodebookSpec(3, 4, 2, entries=2, stages=2, num_codebooks=2, scale=True, signs=True, column_scale_group=1)
 CONV = {"stride": (1,), "padding": (1,), "dilation": (1,), "groups": 1}
 
 
-@pytest.fixture(params=[True, False], ids=["contract", "matmul"])
+@pytest.fixture(params=[True, False], ids=["lookup", "matmul"])
 def plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
     """Both ways to run a product."""
     for name in ("cheaper", "cheaper_conv"):
-        monkeypatch.setattr(products, name, lambda *args: "contract" if request.param else "expand")
+        monkeypatch.setattr(products, name, lambda *args: "lookup" if request.param else "dequantize")
     return request.param
 
 
 @given(
-    specs(dim_scale=True), seeds, st.booleans(), st.sampled_from([(), (4,), (2, 3), (0,)]), st.sampled_from([1.0, 0.25])
+    specs(column_scale=True),
+    seeds,
+    st.booleans(),
+    st.sampled_from([(), (4,), (2, 3), (0,)]),
+    st.sampled_from([1.0, 0.25]),
 )
 def test_linear_and_linear_t_are_the_dense_products_with_their_gradients(
     spec: CodebookSpec, seed: int, table: bool, batch: tuple[int, ...], factor: float
@@ -46,7 +50,7 @@ def test_linear_and_linear_t_are_the_dense_products_with_their_gradients(
     weight = stored_all(spec, seed)
     leaves = floats(weight)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(products, "cheaper", lambda *args: "contract" if table else "expand")
+        patch.setattr(products, "cheaper", lambda *args: "lookup" if table else "dequantize")
         for form, dense, width in (
             (ops.linear, F.linear, spec.dim), (ops.linear_t, torch.matmul, spec.num_vectors),
         ):  # fmt: skip
@@ -60,7 +64,11 @@ def test_linear_and_linear_t_are_the_dense_products_with_their_gradients(
 
 
 @given(
-    specs(dim_scale=True), seeds, st.sampled_from([(), (4,), (2, 3), (0,)]), st.booleans(), st.sampled_from([1.0, 0.25])
+    specs(column_scale=True),
+    seeds,
+    st.sampled_from([(), (4,), (2, 3), (0,)]),
+    st.booleans(),
+    st.sampled_from([1.0, 0.25]),
 )
 def test_lookup_is_rows_of_expand_with_their_gradients(
     spec: CodebookSpec, seed: int, batch: tuple[int, ...], sparse: bool, factor: float
@@ -76,7 +84,7 @@ def test_lookup_is_rows_of_expand_with_their_gradients(
         assert_same(grad, expected[name], name)
 
 
-@given(specs(dim_scale=True), seeds, st.sampled_from([1.0, 0.25]))
+@given(specs(column_scale=True), seeds, st.sampled_from([1.0, 0.25]))
 def test_expand_is_the_definition_with_its_gradients(spec: CodebookSpec, seed: int, factor: float) -> None:
     """The factors of the columns are the last thing: the matrix without them, times them."""
     weight = stored_all(spec, seed)
@@ -84,13 +92,13 @@ def test_expand_is_the_definition_with_its_gradients(spec: CodebookSpec, seed: i
     ours, theirs = ops.expand(weight, factor), naive_expand(*weight[:5])
     assert_same(ours, theirs)
     if weight.dims is not None:
-        assert torch.equal(ours, ops.expand(weight._replace(dim_scale=None)) * weight.dims)
+        assert torch.equal(ours, ops.expand(weight._replace(column_scale=None)) * weight.dims)
     expected = gradients(theirs, leaves, factors={"codebooks": factor})
     for name, grad in gradients(ours, leaves).items():
         assert_same(grad, expected[name], name)
 
 
-@given(specs(dim_scale=True), seeds)
+@given(specs(column_scale=True), seeds)
 def test_vectors_is_the_matrix_of_those_rows(spec: CodebookSpec, seed: int) -> None:
     """By index and by slice; codes, signs and scale follow, the codebooks stay the same tensor."""
     tensors = stored_all(spec, seed)
@@ -102,30 +110,34 @@ def test_vectors_is_the_matrix_of_those_rows(spec: CodebookSpec, seed: int) -> N
         assert_same(ops.expand(some), dense[picked])
 
 
-@given(specs(dim_scale=True), seeds)
+@given(specs(column_scale=True), seeds)
 def test_sub_vectors_is_the_matrix_of_those_columns(spec: CodebookSpec, seed: int) -> None:
     """By index and by slice; factors that several columns share stay shared where a slice does not cut through them."""
     tensors, d = stored_all(spec, seed), spec.codebook_dim
-    share = spec.sub_vectors // spec.codebooks_shape[1]
+    share = spec.num_subvectors // spec.codebooks_shape[1]
     dense = naive_expand(*tensors[:5])
-    first = share * (spec.sub_vectors // share // 2)
-    for picked in (torch.arange(first, spec.sub_vectors), slice(first, spec.sub_vectors), slice(0, spec.sub_vectors)):
+    first = share * (spec.num_subvectors // share // 2)
+    for picked in (
+        torch.arange(first, spec.num_subvectors),
+        slice(first, spec.num_subvectors),
+        slice(0, spec.num_subvectors),
+    ):
         some = tensors.sub_vectors(picked)
         begin = int(picked[0] if isinstance(picked, Tensor) else picked.start) * d
         assert_same(ops.expand(some), dense[:, begin:])
-        if isinstance(picked, slice) and spec.dim_scale and begin % spec.dim_scale == 0:
-            assert some.share == spec.dim_scale
+        if isinstance(picked, slice) and spec.column_scale_group and begin % spec.column_scale_group == 0:
+            assert some.share == spec.column_scale_group
 
 
 @given(
     seeds, st.booleans(), st.booleans(), st.sampled_from([1, 2]), st.sampled_from([3, 6, 12]),
-    st.sampled_from(["contract", "expand"]), st.booleans(),
+    st.sampled_from(["lookup", "dequantize"]), st.booleans(),
 )  # fmt: skip
 def test_conv_is_the_dense_one_with_a_factor_for_each_channel(
     seed: int, transposed: bool, scale: bool, groups: int, share: int, plan: ops.Plan, batched: bool
 ) -> None:
     """Of a filter's own channels, for every channel group the same; or for each two or four of them."""
-    spec = CodebookSpec(4, 12, 6, entries=3, scale=scale, dim_scale=share)
+    spec = CodebookSpec(4, 12, 6, entries=3, scale=scale, column_scale_group=share)
     weight, shape = stored_all(spec, seed), (4, 4, 3)
     x = randn(seed + 1, *(2,) * batched, 4 if transposed else 4 * groups, 7).requires_grad_()
     bias = randn(seed + 2, 4 * groups if transposed else 4).requires_grad_()
@@ -141,7 +153,7 @@ def test_conv_is_the_dense_one_with_a_factor_for_each_channel(
 
 
 def test_a_convolution_refuses_factors_that_differ_within_a_channel() -> None:
-    filters = stored_all(CodebookSpec(4, 6, 3, entries=3, dim_scale=2), 0)
+    filters = stored_all(CodebookSpec(4, 6, 3, entries=3, column_scale_group=2), 0)
     with pytest.raises(SpecError, match=r"the 3 taps of a channel have one factor, but 2 elements of a filter share"):
         ops.conv(randn(1, 2, 2, 7), filters, (4, 2, 3), **CONV)
 
@@ -261,8 +273,8 @@ def test_per_sample_gradients_of_convolutions(plan: bool, transposed: bool) -> N
 @pytest.mark.parametrize(
     ("shape", "d", "groups", "runs"),
     [
-        ((4, 4, 3), 3, 1, "contract"), ((4, 4, 3), 6, 1, "contract"), ((4, 4, 3), 4, 1, "expand"),
-        ((4, 4, 1), 2, 1, "contract"), ((4, 4, 3), 3, 2, "expand"),
+        ((4, 4, 3), 3, 1, "lookup"), ((4, 4, 3), 6, 1, "lookup"), ((4, 4, 3), 4, 1, "dequantize"),
+        ((4, 4, 1), 2, 1, "lookup"), ((4, 4, 3), 3, 2, "dequantize"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("transposed", [False, True])
@@ -277,16 +289,16 @@ def test_a_convolution_contracts_when_asked_to_and_able_to(
     settings = {**CONV, "groups": groups, "transposed": transposed}
     results = [
         ops.conv(randn(1, 2, 4 * groups, 7)[:, : 4 if transposed else None], weight, shape, **settings, plan=p)
-        for p in ("contract", "expand")
+        for p in ("lookup", "dequantize")
     ]
-    assert ran == [ConvContract if runs == "contract" else Conv, Conv]
+    assert ran == [ConvContract if runs == "lookup" else Conv, Conv]
     assert_same(*results)
 
 
 def test_left_to_itself_a_convolution_takes_what_costs_less(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is asked about the positions of the vectors' maps: of the output, or of a transposed one's input."""
     asked = []
-    monkeypatch.setattr(products, "cheaper_conv", lambda *args: asked.append(args) or "contract")
+    monkeypatch.setattr(products, "cheaper_conv", lambda *args: asked.append(args) or "lookup")
     weight = stored_all(FILTERS, 0)
     for transposed, channels in ((False, 2), (True, 4)):
         ops.conv(randn(1, 5, channels, 8), weight, (4, 2, 3), **{**CONV, "stride": (2,), "transposed": transposed})

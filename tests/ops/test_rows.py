@@ -12,7 +12,7 @@ from rpqfx.ops.rows import Collect, Expand, Lookup
 from tests.helpers import assert_same, naive_expand, one_by_one, randn, stored
 
 DIMS = randn(3, 6)
-SPEC = CodebookSpec(5, 6, 2, entries=3, stages=2, books=3, scale=True, signs=True)
+SPEC = CodebookSpec(5, 6, 2, entries=3, stages=2, num_codebooks=3, scale=True, signs=True)
 
 
 @pytest.mark.parametrize("with_scale", [False, True])

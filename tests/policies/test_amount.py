@@ -56,8 +56,8 @@ def test_a_ratio_is_a_share_of_the_bytes_before_and_bytes_are_bytes(ratio: float
 
 
 def test_a_rule_with_a_shape_may_set_all_but_what_an_amount_never_allows() -> None:
-    Policy(amount=Rate(3), rules=(Rule("a", bits=4, stages=2, allow_growth=True),))
-    for rule in (Rule("a", stages=2), Rule("a", allow_growth=True), Rule("a", bits=4, init="random")):
+    Policy(amount=Rate(3), rules=(Rule("a", codebook_bits=4, stages=2, allow_growth=True),))
+    for rule in (Rule("a", stages=2), Rule("a", allow_growth=True), Rule("a", codebook_bits=4, init="random")):
         with pytest.raises(PolicyError, match=r"of the rule for 'a' would do nothing: .*; leave it out"):
             Policy(amount=Rate(3), rules=(rule,))
 

@@ -53,10 +53,10 @@ POLICIES: dict[str, tuple[Any, str]] = {
     "other class": (KVPolicy, r"got the class KVPolicy; pass a value"),
     "KVPolicy": (KVPolicy(), "got a KVPolicy; that is for quantize_kv"),
     "RoutePolicy": (RoutePolicy(), "got a RoutePolicy; that is for route"),
-    "rule": (Rule("fc1", bits=2), r"got a Rule; put it in a policy: Policy\(rules=\(rule,\)\)"),
-    "KV rule": (KVRule("fc1", bits=2), "got a KVRule; it goes into a KVPolicy"),
+    "rule": (Rule("fc1", codebook_bits=2), r"got a Rule; put it in a policy: Policy\(rules=\(rule,\)\)"),
+    "KV rule": (KVRule("fc1", bits_per_value=2), "got a KVRule; it goes into a KVPolicy"),
     "route rule": (RouteRule("fc1", tokens=2), "got a RouteRule; it goes into a RoutePolicy"),
-    "dict": ({"bits": 4}, r"got a dict; make a policy of it: Policy\(\*\*options\)"),
+    "dict": ({"codebook_bits": 4}, r"got a dict; make a policy of it: Policy\(\*\*options\)"),
     "JSON": (SMALL.to_json(), r"got the text .*; if it is JSON, read it with Policy\.from_json\(text\)"),
     "spec": (CodebookSpec(32, 12, 4, 4), "got a CodebookSpec, which fits one shape; pass a function"),
     "number": (4, "got 4"),
@@ -77,7 +77,7 @@ def test_what_is_no_policy_is_refused(what: str) -> None:
         rpqfx.convert(MLP(), value, [x12()])
 
 
-@pytest.mark.parametrize("policy", [SMALL, Policy, {"bits": 2}, Rule("x"), 3, lambda site: None])
+@pytest.mark.parametrize("policy", [SMALL, Policy, {"codebook_bits": 2}, Rule("x"), 3, lambda site: None])
 def test_other_calls_take_policies_of_their_own(policy: Any) -> None:
     with pytest.raises(PolicyError, match="quantize_kv takes a KVPolicy, got"):
         rpqfx.quantize_kv(MLP(), policy, calibration=[x12()])
@@ -136,19 +136,21 @@ class Aside(nn.Module):
 
 
 def test_what_calibration_does_not_reach_is_said() -> None:
-    policy, x = Policy(codebook_dim=4, bits=2, min_size=0), torch.randn(8, 16)
+    policy, x = Policy(codebook_dim=4, codebook_bits=2, min_size=0), torch.randn(8, 16)
     made = rpqfx.report(rpqfx.convert(Aside(), policy, [x]))
     assert {record.name: record.init for record in made.sites} == {"main.weight": "calibrated", "aside.weight": "fit"}
     assert made.notes == ("calibration did not reach aside.weight: fitted to the weights alone",)
     assert all(record.error is not None for record in made.sites)
     every = rpqfx.report(rpqfx.convert(Aside(), policy, [{"x": x, "aside": True}]))
     assert {record.init for record in every.sites} == {"calibrated"} and not every.notes
-    with pytest.raises(InputError, match="no calibration batch reaches any weight that is to be in codebooks"):
+    with pytest.raises(InputError, match="no calibration batch reaches any weight that is to be quantized"):
         rpqfx.convert(Aside(), policy, [{"x": x, "both": False}])
 
 
 @pytest.mark.parametrize("context", [torch.inference_mode, torch.no_grad])
-@pytest.mark.parametrize("policy", [Policy(codebook_dim=4, bits=2, min_size=0), Policy.pretrained(4, min_size=0)])
+@pytest.mark.parametrize(
+    "policy", [Policy(codebook_dim=4, codebook_bits=2, min_size=0), Policy.pretrained(4, min_size=0)]
+)
 def test_calibration_is_the_same_without_gradients(context: Any, policy: Policy) -> None:
     torch.manual_seed(0)
     model, batches = Aside(), [torch.randn(16, 16) for _ in range(2)]
@@ -254,7 +256,7 @@ def test_bits_that_cannot_be_had_say_which_can_and_what_to_change() -> None:
     least = float(str(caught.value).split("at least ")[1].split(" ")[0])
     small = rpqfx.rpqify(model, Policy.pretrained(least))
     assert rpqfx.report(small).bits_per_weight <= least
-    with pytest.raises(PolicyError, match=r"nor any other number up to 16: .* use Policy\(bits="):
+    with pytest.raises(PolicyError, match=r"nor any other number up to 16: .* use Policy\(codebook_bits="):
         rpqfx.rpqify(nn.Sequential(nn.Linear(2, 3)), Policy.pretrained(1, min_size=0))
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from rpqfx import Hold, Policy, Rate, Rule, Site, Skip
+from rpqfx import KeepDense, Policy, Quantize, Rate, Rule, Site
 from rpqfx.codebook.packing import packed_bytes
 from rpqfx.errors import PolicyError
 from rpqfx.fit.refitting import left_over
@@ -48,7 +48,7 @@ def models(draw: st.DrawFn) -> list[Site]:
     return sites
 
 
-def stored(holds: Mapping[str, Hold]) -> float:
+def stored(holds: Mapping[str, Quantize]) -> float:
     """Bits of codes in whole bytes, of factors, and of codebooks, shared ones once."""
     bits = 0.0
     for names in groups_of(holds).values():
@@ -56,8 +56,8 @@ def stored(holds: Mapping[str, Hold]) -> float:
         bits += spec.stages * spec.codebooks_shape[1] * spec.entries * spec.codebook_dim * 16
         for name in names:
             spec = holds[name].spec
-            factors = spec.dim_scales + (spec.num_vectors if spec.scale else 0)
-            bits += 8 * packed_bytes(spec.num_vectors * spec.sub_vectors * spec.stages, spec.entries) + 16 * factors
+            factors = spec.num_column_scales + (spec.num_vectors if spec.scale else 0)
+            bits += 8 * packed_bytes(spec.num_vectors * spec.num_subvectors * spec.stages, spec.entries) + 16 * factors
     return bits
 
 
@@ -80,7 +80,7 @@ def test_no_more_bits_are_spent_than_asked(sites: list[Site], bits: float, weigh
     for site in sites:
         spec = holds[site.name].spec
         assert (spec.num_vectors, spec.dim) == (site.layout("row").num_vectors, site.layout("row").dim)
-        assert spec.dim_scale % site.taps == 0
+        assert spec.column_scale_group % site.taps == 0
     for names in groups_of(holds).values():
         assert len({site.dtype for site in sites if site.name in names}) == 1
 
@@ -91,12 +91,12 @@ def test_most_of_the_bits_are_spent(bits: float) -> None:
     assert stored(spread(sites, bits)) > 0.93 * bits * weights(sites)
 
 
-def rate(hold: Hold) -> float:
+def rate(hold: Quantize) -> float:
     """Bits of codes for each number."""
-    return hold.spec.stages * hold.spec.bits / hold.spec.codebook_dim
+    return hold.spec.stages * hold.spec.codebook_bits / hold.spec.codebook_dim
 
 
-def expected(sites: Sequence[Site], holds: Mapping[str, Hold]) -> float:
+def expected(sites: Sequence[Site], holds: Mapping[str, Quantize]) -> float:
     return sum(site.numel * 4.0 ** -rate(holds[site.name]) for site in sites)
 
 
@@ -134,20 +134,24 @@ def test_policies_count_weights_and_tables_apart() -> None:
     sites = [table("emb", 4096, 64), linear("head", 4096, 64), linear("fc", 256, 64), linear("tiny", 8, 8)]
     plain = Policy.pretrained(bits_per_weight=3, embedding_bits=None).decide(sites)
     assert "budget of their own, embedding_bits" in plain["emb"].reason == plain["head"].reason  # type: ignore[union-attr]
-    assert plain["tiny"] == Skip("64 elements, fewer than min_size 1024")
+    assert plain["tiny"] == KeepDense("64 elements, fewer than min_size 1024")
     both = Policy.pretrained(bits_per_weight=3, embedding_bits=5).decide(sites)
     assert stored({"fc": both["fc"]}) <= 3 * sites[2].numel  # type: ignore[dict-item]
     assert stored({name: both[name] for name in ("emb", "head")}) <= 5 * 2 * sites[0].numel  # type: ignore[misc]
-    groups = {hold.group for hold in both.values() if isinstance(hold, Hold) and hold.group}
+    groups = {hold.group for hold in both.values() if isinstance(hold, Quantize) and hold.group}
     assert len(groups) <= 2
 
 
 def test_a_rule_with_a_shape_is_followed_and_other_rules_are_too() -> None:
     sites = [table("emb", 4096, 64), linear("a", 256, 64), linear("b", 256, 64), linear("c", 256, 64)]
-    rules = (Rule("emb", bits=4, codebook_dim=8), Rule("a", bits=5, codebook_dim=4), Rule("b", skip="mine"))
+    rules = (
+        Rule("emb", codebook_bits=4, codebook_dim=8),
+        Rule("a", codebook_bits=5, codebook_dim=4),
+        Rule("b", skip="mine"),
+    )
     found = Policy.pretrained(bits_per_weight=2, rules=rules).decide(sites)
     assert [found[name].spec.entries for name in ("emb", "a")] == [16, 32]  # type: ignore[union-attr]
-    assert found["b"] == Skip("mine")
+    assert found["b"] == KeepDense("mine")
     assert stored({"c": found["c"]}) <= 2 * sites[3].numel  # type: ignore[dict-item]
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import rpqfx
-from rpqfx import Budget, Hold, Policy, Rule, Skip
+from rpqfx import Budget, KeepDense, Policy, Quantize, Rule
 from rpqfx.errors import PolicyError
 from rpqfx.graph import capture, find_sites
 from rpqfx.policies.budget import Candidate, choose
@@ -119,11 +119,15 @@ def test_ties_and_what_is_left_dense_are_counted():
 
 
 def test_rules_that_fix_a_shape_are_kept():
-    rules = (Rule("tok", bits=4, codebook_dim=8), Rule("blocks.1.fc1", codebooks=4), Rule("blocks.1.fc2", scale=True))
-    small = rpqfx.rpqify(gpt(), Policy.budget(ratio=0.5, min_size=256, bits=3, rules=rules))
+    rules = (
+        Rule("tok", codebook_bits=4, codebook_dim=8),
+        Rule("blocks.1.fc1", num_subvectors=4),
+        Rule("blocks.1.fc2", scale=True),
+    )
+    small = rpqfx.rpqify(gpt(), Policy.budget(ratio=0.5, min_size=256, codebook_bits=3, rules=rules))
     made = {record.name: record for record in rpqfx.report(small).sites}
     assert (made["tok.weight"].spec.entries, made["tok.weight"].spec.codebook_dim) == (16, 8)
-    assert made["blocks.1.fc1.weight"].spec.sub_vectors == 4
+    assert made["blocks.1.fc1.weight"].spec.num_subvectors == 4
     assert made["blocks.1.fc2.weight"].spec is None or made["blocks.1.fc2.weight"].spec.scale
     assert rpqfx.report(small).after <= 0.5 * rpqfx.report(small).before
 
@@ -133,8 +137,10 @@ def test_a_larger_ratio_never_fits_worse():
     policies = [Policy.budget(ratio=r, min_size=256) for r in (0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)]
     rates = []
     for policy in policies:
-        held = [d for d in policy.decide(sites).values() if isinstance(d, Hold)]
-        rates.append(sum(d.spec.num_vectors * d.spec.dim * 4.0 ** -(d.spec.bits / d.spec.codebook_dim) for d in held))
+        held = [d for d in policy.decide(sites).values() if isinstance(d, Quantize)]
+        rates.append(
+            sum(d.spec.num_vectors * d.spec.dim * 4.0 ** -(d.spec.codebook_bits / d.spec.codebook_dim) for d in held)
+        )
     assert rates == sorted(rates, reverse=True) and rates[-1] < rates[0]
 
 
@@ -166,4 +172,4 @@ def test_a_budget_for_a_model_of_another_dtype_counts_that_dtype():
 
 def test_what_the_policy_leaves_alone_stays_whatever_the_budget():
     decisions = Policy.budget(bytes=10**9).decide(find_sites(capture(MLP())))
-    assert all(isinstance(d, Skip) and "fewer than min_size" in d.reason for d in decisions.values())
+    assert all(isinstance(d, KeepDense) and "fewer than min_size" in d.reason for d in decisions.values())

@@ -17,7 +17,7 @@ from rpqfx.errors import RPQError
 from rpqfx.nn import RPQConv2d, RPQLinear, RPQWeight
 from rpqfx.reporting.report import dense_bytes
 from rpqfx.reporting.tables import size
-from tests.models import CASES, GPT, MLP, SMALL, Case, held_weights
+from tests.models import CASES, GPT, MLP, SMALL, Case, quantized_weights
 
 
 def real_bytes(model: nn.Module) -> int:
@@ -28,8 +28,8 @@ def real_bytes(model: nn.Module) -> int:
 
 def mixed() -> nn.Module:
     torch.manual_seed(0)
-    rules = (Rule("blocks.0.fc1", skip="left dense <b>on purpose</b> & said so"), Rule("nobody", bits=2))
-    policy = Policy(codebook_dim=4, bits=2, min_size=64, rules=rules, sharing="role")
+    rules = (Rule("blocks.0.fc1", skip="left dense <b>on purpose</b> & said so"), Rule("nobody", codebook_bits=2))
+    policy = Policy(codebook_dim=4, codebook_bits=2, min_size=64, rules=rules, sharing="role")
     return rpqfx.rpqify(GPT(), policy)
 
 
@@ -41,7 +41,7 @@ def test_bytes_are_those_of_the_real_tensors(case: Case):
     assert made.before == real_bytes(model) == dense_bytes(model)
     assert made.after == real_bytes(small)
     assert made.codebooks + made.codes + made.other == made.after < made.before
-    weights = {id(w): w for w in held_weights(small).values()}.values()
+    weights = {id(w): w for w in quantized_weights(small).values()}.values()
     assert made.codebooks == sum(w.codebooks.nbytes for w in weights)
     assert made.codes == sum(w.codes.nbytes for w in weights)
     dense = {id(p) for n, p in model.named_parameters() if n in case.rewritten}
@@ -53,15 +53,17 @@ def test_bytes_are_those_of_the_real_tensors(case: Case):
 @pytest.mark.parametrize("sharing", ["own", "layer", "shape", "role"])
 def test_shared_codebooks_count_once(sharing: str):
     torch.manual_seed(0)
-    policy = Policy(codebook_dim=4, bits=2, min_size=64, sharing=sharing, scale=True, signs=True, allow_growth=True)
-    policy = dataclasses.replace(policy, dim_scale=True)
+    policy = Policy(
+        codebook_dim=4, codebook_bits=2, min_size=64, sharing=sharing, scale=True, signs=True, allow_growth=True
+    )
+    policy = dataclasses.replace(policy, column_scale=True)
     small = rpqfx.rpqify(GPT(depth=3), policy)
     made = rpqfx.report(small)
     assert made.after == real_bytes(small)
     shared = sum(record.shared for record in made.sites)
     assert sum(r.after for r in made.rewritten) == made.codebooks + made.codes
     assert (shared > 0) == (sharing in ("shape", "role"))
-    apart = sum(w.codebooks.nbytes for w in {id(w): w for w in held_weights(small).values()}.values())
+    apart = sum(w.codebooks.nbytes for w in {id(w): w for w in quantized_weights(small).values()}.values())
     assert made.codebooks + shared == apart + sum((r.spec.num_vectors + r.spec.dim) * 4 for r in made.rewritten)
     assert ("shared with earlier sites" in str(made)) == (shared > 0)
 
@@ -70,21 +72,23 @@ def test_shared_codebooks_count_once(sharing: str):
 def test_bits_a_weight_are_those_of_the_stored_tensors(sharing: str):
     """Codes at their true width, floats as they would be stored, codebooks that are shared with the first site."""
     torch.manual_seed(0)
-    policy = Policy(codebook_dim=4, bits=3, min_size=64, sharing=sharing, scale=True, signs=True, allow_growth=True)
+    policy = Policy(
+        codebook_dim=4, codebook_bits=3, min_size=64, sharing=sharing, scale=True, signs=True, allow_growth=True
+    )
     small = rpqfx.rpqify(GPT(depth=3), policy)
-    held, seen = held_weights(small), set()
+    held, seen = quantized_weights(small), set()
     with torch.no_grad():
         held["tok.weight"].scale.fill_(0.5)  # exact in two bytes
     made = rpqfx.report(small)
     for record in made.rewritten:
         weight, spec = held[record.name], record.spec
-        uses = spec.num_vectors * spec.sub_vectors
-        signs = 8 * spec.sub_vectors * -(-spec.num_vectors // 8)
-        assert record.code_bits == 8 * -(-uses * 3 // 8) + signs
+        uses = spec.num_vectors * spec.num_subvectors
+        signs = 8 * spec.num_subvectors * -(-spec.num_vectors // 8)
+        assert record.stored_code_bits == 8 * -(-uses * 3 // 8) + signs
         first = id(weight.codebooks) not in seen
-        assert record.codebook_bits == 32 * weight.codebooks.numel() * first
-        assert record.scale_bits == spec.num_vectors * (16 if record.name == "tok.weight" else 32)
-        assert record.stored_bits == record.code_bits + record.codebook_bits + record.scale_bits
+        assert record.stored_codebook_bits == 32 * weight.codebooks.numel() * first
+        assert record.stored_scale_bits == spec.num_vectors * (16 if record.name == "tok.weight" else 32)
+        assert record.stored_bits == record.stored_code_bits + record.stored_codebook_bits + record.stored_scale_bits
         assert record.bits_per_weight == pytest.approx(record.stored_bits / (spec.num_vectors * spec.dim))
         seen.add(id(weight.codebooks))
     assert (len(seen) < len(made.rewritten)) == (sharing == "role")
@@ -106,13 +110,13 @@ def test_every_floating_parameter_of_a_weight_counts_as_its_scales():
     before = rpqfx.report(small)
     small.tok.weight_rpq.register_parameter("more", nn.Parameter(torch.tensor([0.1, 0.2])))
     after = rpqfx.report(small)
-    assert after.stored_bits - before.stored_bits == 64 == sum(site.scale_bits for site in after.sites)
+    assert after.stored_bits - before.stored_bits == 64 == sum(site.stored_scale_bits for site in after.sites)
     assert after.codebooks - before.codebooks == 8 and after.other == before.other
 
 
 @pytest.mark.parametrize("form", ["text", "markdown", "html"])
 def test_each_form_shows_the_bits_a_weight_and_their_parts(form: str):
-    layer = RPQLinear(64, 1000, codebook_dim=4, bits=6, scale=True, bias=False)
+    layer = RPQLinear(64, 1000, codebook_dim=4, codebook_bits=6, scale=True, bias=False)
     with torch.no_grad():
         layer.weight_rpq.codebooks.copy_(layer.weight_rpq.codebooks.half())
         layer.weight_rpq.scale.fill_(0.1)
@@ -120,7 +124,7 @@ def test_each_form_shows_the_bits_a_weight_and_their_parts(form: str):
     # 6 bits for 4 weights; 16 x 64 x 4 entries of 16 bits; 1000 scales of 32 bits
     wanted = "3.02 bits a weight as saved: codes 1.50, codebooks 1.02, scales 0.50"
     assert wanted in FORMS[form](rpqfx.report(nn.Sequential(layer)))
-    plain = RPQLinear(64, 1000, codebook_dim=4, bits=6)
+    plain = RPQLinear(64, 1000, codebook_dim=4, codebook_bits=6)
     drawn = FORMS[form](rpqfx.report(nn.Sequential(plain)))
     assert "2.05 bits a weight as saved: codes 0.00, codebooks 2.05; random codes of 1 site as a seed" in drawn
     plain.weight_rpq.codes = plain.weight_rpq.codes.flip(-1)
@@ -156,16 +160,16 @@ def test_plans_are_shown_as_they_are_now_where_they_are_pinned():
     small = mixed()
     assert "plan" not in str(rpqfx.report(small))
     assert {record.plan for record in rpqfx.report(small).sites} == {"auto"}
-    small.blocks[1].fc1.weight_rpq.plan = "contract"
-    small.tok.weight_rpq.plan = "expand"
+    small.blocks[1].fc1.weight_rpq.plan = "lookup"
+    small.tok.weight_rpq.plan = "dequantize"
     made = rpqfx.report(small)
     pinned = {record.name: record.plan for record in made.sites if record.plan != "auto"}
-    assert pinned == {"blocks.1.fc1.weight": "contract", "tok.weight": "expand"}
+    assert pinned == {"blocks.1.fc1.weight": "lookup", "tok.weight": "dequantize"}
     for show in FORMS.values():
         lines = {name: line for line in re.split("\n|</tr>", show(made)) for name in pinned if name in line}
         assert all(f"plan {plan}" in lines[name] for name, plan in pinned.items())
         assert show(made).count("plan ") == 2
-    assert made.to_dict()["sites"][0]["plan"] in ("auto", "expand")
+    assert made.to_dict()["sites"][0]["plan"] in ("auto", "dequantize")
 
 
 FORMS = {"text": str, "markdown": Report.to_markdown, "html": Report.to_html}
@@ -183,7 +187,7 @@ def test_each_form_shows_every_site_number_and_reason(form: str):
             assert f"{record.spec.num_vectors} x {record.spec.dim}" in text
             assert f"fit error {record.error:.3f}" in text
     assert "tok.weight (= head.weight)" in text
-    assert f"8 of 10 sites in codebooks; {size(made.before)} before, {size(made.after)} after" in text
+    assert f"8 of 10 sites quantized; {size(made.before)} before, {size(made.after)} after" in text
     assert "rule 'nobody' matches no site" in text
 
 
@@ -273,7 +277,9 @@ def test_names_are_escaped():
 
 def test_layers_built_by_hand_are_reported():
     model = nn.Sequential(
-        RPQConv2d(8, 32, 3, codebook_dim=9, bits=4), nn.Flatten(), RPQLinear(32, 64, bits=4, split="column")
+        RPQConv2d(8, 32, 3, codebook_dim=9, codebook_bits=4),
+        nn.Flatten(),
+        RPQLinear(32, 64, codebook_bits=4, split="column"),
     )
     made = rpqfx.report(model)
     assert [record.name for record in made.sites] == ["0.weight", "2.weight"]
@@ -285,7 +291,7 @@ def test_layers_built_by_hand_are_reported():
 
 
 def test_layers_built_by_hand_that_share_codebooks_count_them_once():
-    first, second = (RPQLinear(16, 64, bits=4, codebook_dim=4) for _ in range(2))
+    first, second = (RPQLinear(16, 64, codebook_bits=4, codebook_dim=4) for _ in range(2))
     second.weight_rpq = first.weight_rpq
     made = rpqfx.report(nn.Sequential(first, second))
     assert [record.names for record in made.sites] == [("0.weight", "1.weight")]

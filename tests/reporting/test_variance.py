@@ -17,7 +17,7 @@ from tests.helpers import generator
 
 SPECS = (
     CodebookSpec(512, 32, 4, 16), CodebookSpec(512, 32, 2, 16), CodebookSpec(512, 64, 32, 128),
-    CodebookSpec(512, 32, 4, 16, books=1), CodebookSpec(64, 32, 8, 32), CodebookSpec(512, 32, 4, 16, stages=2),
+    CodebookSpec(512, 32, 4, 16, num_codebooks=1), CodebookSpec(64, 32, 8, 32), CodebookSpec(512, 32, 4, 16, stages=2),
 )  # fmt: skip
 
 
@@ -28,8 +28,8 @@ def gaussian(spec: CodebookSpec) -> Tensor:
 def explained_by_random_codes(spec: CodebookSpec) -> float:
     """By least squares: what each number of the codebooks adds to the matrix is a column."""
     codes = balanced_codes(spec.codes_shape, spec.entries, 4).long()
-    books, share = spec.books or 1, spec.sub_vectors // (spec.books or 1)
-    matrix, left = gaussian(spec).view(spec.num_vectors, spec.sub_vectors, spec.codebook_dim), 0.0
+    books, share = spec.num_codebooks or 1, spec.num_subvectors // (spec.num_codebooks or 1)
+    matrix, left = gaussian(spec).view(spec.num_vectors, spec.num_subvectors, spec.codebook_dim), 0.0
     for book in range(books):
         parts = range(book * share, (book + 1) * share)
         used = torch.cat([nn.functional.one_hot(codes[:, part].T, spec.entries).flatten(1) for part in parts]).double()
@@ -42,7 +42,7 @@ def explained_by_random_codes(spec: CodebookSpec) -> float:
 def test_random_codes_explain_their_share(spec: CodebookSpec) -> None:
     count, numbers = spec.num_vectors * spec.dim, math.prod(spec.codebooks_shape)
     spread = (2 * numbers) ** 0.5 / count  # of a sum of squares
-    numbers -= (spec.stages - 1) * (spec.books or 1) * spec.codebook_dim  # stages have the mean in common
+    numbers -= (spec.stages - 1) * (spec.num_codebooks or 1) * spec.codebook_dim  # stages have the mean in common
     assert abs(explained_by_random_codes(spec) - numbers / count) < 4 * spread
     assert shares_of([spec]).random == pytest.approx(numbers / count, rel=0.05)
 
@@ -58,7 +58,7 @@ def test_fitted_codes_explain_nearly_as_much_as_can_be(spec: CodebookSpec) -> No
 
 
 def test_for_small_codebooks_it_is_the_bound_of_rate_and_distortion() -> None:
-    spec = CodebookSpec(10**6, 1024, 4, 256, books=1)
+    spec = CodebookSpec(10**6, 1024, 4, 256, num_codebooks=1)
     assert shares_of([spec]).learned == pytest.approx(1 - 4.0**-2, abs=1e-4)
 
 
@@ -78,7 +78,7 @@ def test_shares_are_weighted_by_elements() -> None:
 def test_a_report_says_so_of_what_was_drawn_alone() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(64, 4096), nn.Linear(64, 4096))
-    text = str(rpqfx.report(rpqfx.rpqify(net, Policy.from_scratch(codebook_dim=64, bits=8))))
+    text = str(rpqfx.report(rpqfx.rpqify(net, Policy.from_scratch(codebook_dim=64, codebook_bits=8))))
     assert "of the variance of a weight random codes carry 6.2% at most, learned codes 29.8%" in text
-    fitted = rpqfx.rpqify(net, Policy(codebook_dim=64, bits=8, init="fit"))
+    fitted = rpqfx.rpqify(net, Policy(codebook_dim=64, codebook_bits=8, init="fit"))
     assert "variance" not in str(rpqfx.report(fitted))

@@ -17,7 +17,7 @@ from tests.deployed import DEPLOYED, assert_close, run_as
 from tests.fresh import run_without_rpqfx
 
 pytestmark = pytest.mark.slow
-PLANS = [*((name, "auto") for name in NAMES), ("vit", "expand"), ("vit", "contract"), ("lm", "contract")]
+PLANS = [*((name, "auto") for name in NAMES), ("vit", "dequantize"), ("vit", "lookup"), ("lm", "lookup")]
 
 
 @pytest.fixture(autouse=True)

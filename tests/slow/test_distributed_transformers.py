@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="gloo is not built in"),
 ]
-POLICY = rpqfx.Policy(codebook_dim=4, bits=4, min_size=64, allow_growth=True)
+POLICY = rpqfx.Policy(codebook_dim=4, codebook_bits=4, min_size=64, allow_growth=True)
 
 
 def llama() -> Any:
@@ -67,7 +67,7 @@ def a_folder_is_opened_whole_and_split() -> None:
 
 
 def a_cache_of_codes_is_split_with_the_heads() -> None:
-    policy = KVPolicy(bits=3, window=8, sinks=2, chunk=8, sub_vector=4, entries=16)
+    policy = KVPolicy(bits_per_value=3, window=8, sinks=2, chunk=8, codebook_dim=4, codebook_size=16)
     ids = torch.randint(64, (4, 40), generator=torch.Generator().manual_seed(0))
     model = quantize_kv(llama(), policy, calibration=[ids], progress=False)
     wanted, generated = logits(model, ids), from_a_cache(model, ids)

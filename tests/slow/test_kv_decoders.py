@@ -81,7 +81,7 @@ def ids(seed: int, batch: int = 2, length: int = 40) -> Tensor:
 
 
 def small_of(model: Any, **values: Any) -> Any:
-    policy = KVPolicy(sinks=2, entries=16, chunk=8, **values)
+    policy = KVPolicy(sinks=2, codebook_size=16, chunk=8, **values)
     return quantize_kv(model, policy, calibration=[ids(9, 4, 48)], fit=False, progress=False).eval()
 
 

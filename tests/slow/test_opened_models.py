@@ -11,7 +11,7 @@ import torch
 
 import rpqfx
 from rpqfx.errors import RewriteError
-from tests.models import held_weights
+from tests.models import quantized_weights
 from tests.slow.test_transformers import DECODING, Rows, adapted, inputs, logits, quiet, rewritten, trained
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
@@ -87,10 +87,10 @@ def test_adapters_train_on_it(name: str, options: dict[str, Any], tmp_path: Path
     small, base = opened(name, tmp_path / "base")
     targets = {"llama": ["q_proj", "v_proj", "down_proj"], "t5": ["q", "v", "wi"]}[name]
     model = adapted(base, target_modules=targets, **options)
-    before = {key: weight.codes.clone() for key, weight in held_weights(base).items()}
+    before = {key: weight.codes.clone() for key, weight in quantized_weights(base).items()}
     losses = trained(model, name)
     assert losses[-1] < losses[0]
-    assert all(torch.equal(weight.codes, before[key]) for key, weight in held_weights(base).items())
+    assert all(torch.equal(weight.codes, before[key]) for key, weight in quantized_weights(base).items())
     model.save_pretrained(tmp_path / "adapter")
     again = peft.PeftModel.from_pretrained(type(small).from_pretrained(tmp_path / "base"), tmp_path / "adapter")
     assert torch.equal(logits(again.eval(), name), logits(model.eval(), name))

@@ -44,7 +44,7 @@ def test_it_generates_in_less_than_seven_gigabytes() -> None:
 def test_bytes_for_a_token_are_those_of_the_linear_layers() -> None:
     """Codebooks and codes of every linear layer, the head's once though the embedding holds them too."""
     opt = example()
-    policy = opt.rpqfx.Policy.from_scratch(codebooks="heads")
+    policy = opt.rpqfx.Policy.from_scratch(num_subvectors="heads")
     found = [opt.read_bytes(opt.rpqfx.rpqify(opt.build(torch.float32, n), policy, inplace=True)) for n in (1, 2)]
     book, codes = 4 * 256 * 9216, 72
     linears = 6 * book + codes * (4 * 9216 + 2 * 36864)  # the wide layers' vectors are as short as the others'

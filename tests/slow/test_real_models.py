@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import rpqfx
 from rpqfx import Policy
 from rpqfx.reporting.report import dense_bytes
-from tests.models import filled, held_weights
+from tests.models import filled, quantized_weights
 
 pytestmark = pytest.mark.slow
 MATRICES = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
@@ -54,9 +54,9 @@ def loaded(load: Callable[[], Any]) -> Any:
 
 
 def assert_covered(model: nn.Module, small: nn.Module) -> None:
-    """Every weight of a torch.nn layer is in codebooks, or in the report with a reason."""
+    """Every weight of a torch.nn layer is quantized, or in the report with a reason."""
     records = {name: record for record in rpqfx.report(small).sites for name in record.names}
-    held = held_weights(small)
+    held = quantized_weights(small)
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, MATRICES) and module.weight.dim() > 1:
             record = records[f"{path}.weight"]
@@ -74,7 +74,7 @@ def assert_close(found: Tensor, wanted: Tensor, tolerance: float = 1e-4) -> None
 
 def test_resnet20_is_rewritten_saved_and_loaded(kit: Any, tmp_path: Path):
     model = loaded(lambda: kit.load_resnet_cifar(20))
-    small = rpqfx.rpqify(model, Policy(codebook_dim=9, bits=3, min_size=256))
+    small = rpqfx.rpqify(model, Policy(codebook_dim=9, codebook_bits=3, min_size=256))
     assert_covered(model, small)
     images, _ = kit.cifar("test", 64)
     dense = filled(model, small)
@@ -96,7 +96,7 @@ def test_resnet20_is_rewritten_saved_and_loaded(kit: Any, tmp_path: Path):
 
 def test_resnet20_with_generous_codebooks_still_classifies(kit: Any):
     model = loaded(lambda: kit.load_resnet_cifar(20))
-    small = rpqfx.rpqify(model, Policy(codebook_dim=3, bits=6, stages=2, min_size=256, allow_growth=True))
+    small = rpqfx.rpqify(model, Policy(codebook_dim=3, codebook_bits=6, stages=2, min_size=256, allow_growth=True))
     images, labels = kit.cifar("test", 500)
     with torch.no_grad():
         right = [float((m(images).argmax(1) == labels).float().mean()) for m in (model, small)]
@@ -111,7 +111,7 @@ def test_smollm2_is_rewritten_generates_and_comes_back(kit: Any, tmp_path: Path)
     model.config.num_hidden_layers = 4
     config = copy.deepcopy(model.config)
     original = dense_bytes(model)
-    small = rpqfx.rpqify(model, Policy(codebook_dim=8, bits=4))
+    small = rpqfx.rpqify(model, Policy(codebook_dim=8, codebook_bits=4))
     assert_covered(model, small)
     assert type(small) is type(model) and rpqfx.report(small).after < 0.4 * original
     assert small.lm_head.weight_rpq is small.model.embed_tokens.weight_rpq
@@ -135,7 +135,7 @@ LANGUAGE = {
     "GPT2": ({"vocab_size": 300, "n_layer": 2, "n_head": 4, "n_embd": 64, "n_positions": 64}, "GPT2LMHeadModel"),
     "Llama": ({**TINY, "intermediate_size": 128, "num_key_value_heads": 2}, "LlamaForCausalLM"),
 }
-POLICY = Policy(codebook_dim=8, bits=4, min_size=1024)
+POLICY = Policy(codebook_dim=8, codebook_bits=4, min_size=1024)
 
 
 def build(name: str, values: dict[str, Any], architecture: str) -> nn.Module:
@@ -229,6 +229,6 @@ def test_transformers_models_on_the_meta_device_are_materialised(name: str):
     values, architecture = (LANGUAGE.get(name) or ENCODERS[name])[:2]
     with torch.device("meta"):
         model = build(name, values, architecture)
-    small = rpqfx.materialize(rpqfx.rpqify(model, Policy.from_scratch(codebook_dim=16, bits=4, min_size=1024)))
+    small = rpqfx.materialize(rpqfx.rpqify(model, Policy.from_scratch(codebook_dim=16, codebook_bits=4, min_size=1024)))
     assert not any(t.is_meta for t in (*small.parameters(), *small.buffers()))
     assert all(bool(torch.isfinite(p).all()) for p in small.parameters())

@@ -22,7 +22,7 @@ from tests.zoo_bench import models
 transformers = pytest.importorskip("transformers", minversion="5.0")
 pytestmark = pytest.mark.slow
 
-POLICY = Policy.from_scratch(codebook_dim=4, bits=5, min_size=512, allow_growth=True)
+POLICY = Policy.from_scratch(codebook_dim=4, codebook_bits=5, min_size=512, allow_growth=True)
 NAMES = (
     "llama", "gemma3_text", "qwen3", "phi3", "olmo2", "gpt2", "gpt_neox", "bloom", "falcon", "opt", "ctrl", "mixtral",
     "qwen3_moe", "gpt_oss", "llama4_text", "deepseek_v3", "jamba", "mamba", "falcon_mamba", "rwkv", "reformer", "xlnet",

@@ -34,6 +34,6 @@ def test_one_codebook_per_head_is_no_larger_than_theirs(needs: str, build: str, 
         pytest.skip(f"{needs} is not installed (extra: examples)")
     with torch.device("meta"):
         dense = getattr(sizes(), build)()
-    small = rpqfx.rpqify(dense, rpqfx.Policy.from_scratch(codebooks="heads", split=split))
+    small = rpqfx.rpqify(dense, rpqfx.Policy.from_scratch(num_subvectors="heads", split=split))
     assert rpqfx.report(small).after / 2**20 <= theirs
     assert all(tensor.is_meta for tensor in (*small.parameters(), *small.buffers()))

@@ -22,7 +22,7 @@ import rpqfx
 from rpqfx import Policy
 from rpqfx.errors import RewriteError
 from rpqfx.nn.weight_slice import Part
-from tests.models import filled, held_weights
+from tests.models import filled, quantized_weights
 from tests.test_docs import ROOT, run
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
@@ -92,8 +92,8 @@ TEXT = [name for name in MODELS if name not in IMAGES]
 TIED = [name for name in TEXT if MODELS[name][3]]
 GENERATING = [name for name in TEXT if "bert" not in name]
 POLICIES = {
-    "random": Policy.from_scratch(codebook_dim=8, bits=4, min_size=1024),
-    "fit": Policy(codebook_dim=8, bits=4, min_size=1024),
+    "random": Policy.from_scratch(codebook_dim=8, codebook_bits=4, min_size=1024),
+    "fit": Policy(codebook_dim=8, codebook_bits=4, min_size=1024),
 }
 
 
@@ -107,7 +107,7 @@ def rewritten(name: str, init: str = "random", **changes: Any) -> tuple[Any, Any
     """A rewritten model, and the dense one that holds its expanded weights."""
     model = build(name, **changes)
     small = rpqfx.rpqify(model, POLICIES[init])
-    assert type(small) is type(model) and len(held_weights(small)) > 3
+    assert type(small) is type(model) and len(quantized_weights(small)) > 3
     return small, filled(model, small)
 
 
@@ -210,7 +210,7 @@ def test_no_experts_weight_is_ever_made(name: str, way: str, experts: str, monke
     """Forward and backward run on the codebooks of the experts in use, whichever way the library runs them."""
     model = build(name)
     model.set_experts_implementation(way)
-    small = rpqfx.rpqify(model, Policy.from_scratch(codebook_dim=8, bits=4, min_size=1024, experts=experts))
+    small = rpqfx.rpqify(model, Policy.from_scratch(codebook_dim=8, codebook_bits=4, min_size=1024, experts=experts))
     dense = filled(model, small)
     assert [site for site in rpqfx.report(small).rewritten if "experts" in site.name]
     wanted = dense(**inputs(name)).loss
@@ -343,7 +343,7 @@ def test_save_pretrained_writes_the_state_dict_under_its_own_names(name: str, in
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "vit"])
 def test_codebooks_that_layers_share_are_written_once(name: str, sharing: str, tmp_path: Path):
     load_file = pytest.importorskip("safetensors.torch").load_file
-    policy = Policy.from_scratch(codebook_dim=8, bits=4, min_size=1024, sharing=sharing)
+    policy = Policy.from_scratch(codebook_dim=8, codebook_bits=4, min_size=1024, sharing=sharing)
     small = rpqfx.rpqify(build(name), policy)
     small.save_pretrained(tmp_path)
     written = load_file(tmp_path / "model.safetensors")
@@ -363,7 +363,7 @@ def test_codebooks_that_layers_share_are_written_once(name: str, sharing: str, t
 
 def converted(name: str) -> Any:
     """A model whose codebooks, which layers share, were trained on what calibration showed."""
-    policy = Policy(codebook_dim=8, bits=4, min_size=1024, sharing="shape")
+    policy = Policy(codebook_dim=8, codebook_bits=4, min_size=1024, sharing="shape")
     return rpqfx.convert(build(name), policy, [inputs(name)], progress=False)
 
 
@@ -373,7 +373,7 @@ def test_converted_models_are_saved_by_every_standard_call(name: str, tmp_path: 
     from safetensors.torch import load_file, load_model, save_model
 
     small = converted(name)
-    shared = [weight.codebooks for weight in held_weights(small).values()]
+    shared = [weight.codebooks for weight in quantized_weights(small).values()]
     assert len({id(books) for books in shared}) < len(shared)
     wanted = logits(small, name)
     rpqfx.save(small, tmp_path / "m.rpq")
@@ -434,7 +434,7 @@ def test_distributed_checkpoints_hold_what_a_converted_model_has(tmp_path: Path)
 
 
 def test_every_option_of_a_spec_is_written_tied_and_resized(tmp_path: Path):
-    policy = Policy.from_scratch(codebook_dim=8, bits=4, min_size=1024, scale=True, signs=True, stages=2)
+    policy = Policy.from_scratch(codebook_dim=8, codebook_bits=4, min_size=1024, scale=True, signs=True, stages=2)
     small = rpqfx.rpqify(build("gpt2").bfloat16(), policy)
     small.tie_weights()
     before = logits(small, "gpt2")
@@ -447,7 +447,7 @@ def test_every_option_of_a_spec_is_written_tied_and_resized(tmp_path: Path):
 def test_a_model_with_a_quantised_cache_is_saved_by_the_standard_call(tmp_path: Path):
     load_file = pytest.importorskip("safetensors.torch").load_file
     dense = build("llama")
-    policy = rpqfx.KVPolicy(bits=4, window=8, sinks=2, entries=16, chunk=8)
+    policy = rpqfx.KVPolicy(bits_per_value=4, window=8, sinks=2, codebook_size=16, chunk=8)
     batches = [{"input_ids": inputs("llama")["input_ids"].repeat(1, 4)} for _ in range(2)]
     for model in (dense, rpqfx.rpqify(dense, POLICIES["random"])):
         small = rpqfx.quantize_kv(model, policy, calibration=batches)
@@ -614,7 +614,9 @@ def test_resized_models_are_saved_generate_and_train(name: str, tmp_path: Path):
 
 
 def test_a_head_that_cannot_be_resized_is_refused_before_anything_changes():
-    policy = Policy.from_scratch(codebook_dim=10, bits=4, rules=(rpqfx.Rule("lm_head.weight", split="column"),))
+    policy = Policy.from_scratch(
+        codebook_dim=10, codebook_bits=4, rules=(rpqfx.Rule("lm_head.weight", split="column"),)
+    )
     small = rpqfx.rpqify(build("llama", hidden_size=80, head_dim=20), policy)
     before = values(small)
     with pytest.raises(RewriteError, match='split="row"'):
@@ -701,7 +703,9 @@ def test_merging_an_adapter_into_codebooks_is_refused(name: str):
 def test_what_a_refused_merge_had_merged_still_computes_the_same():
     """Some targets are dense: those before the first that is held may be merged already."""
     rules = (rpqfx.Rule("*.q_proj.weight", skip="stays dense"),)
-    small = rpqfx.rpqify(build("llama"), Policy.from_scratch(codebook_dim=8, bits=4, min_size=1024, rules=rules))
+    small = rpqfx.rpqify(
+        build("llama"), Policy.from_scratch(codebook_dim=8, codebook_bits=4, min_size=1024, rules=rules)
+    )
     model = adapted(small, target_modules=["q_proj", "v_proj"])
     trained(model, "llama")
     before = logits(model, "llama")

@@ -15,19 +15,20 @@ import torch
 from torch import Tensor, nn
 
 import rpqfx
-from rpqfx import CodebookSpec, Hold, Policy, Recoding
+from rpqfx import CodebookSpec, Policy, Quantize, Recoding
 from rpqfx.codebook.drawn_codes import VERSION
 from rpqfx.errors import FormatError
 from rpqfx.nn import RPQWeight, resize
 from rpqfx.storage.container import open_container, writer_for
 from rpqfx.storage.manifest_report import report_of
 from rpqfx.storage.sealed_manifest import checksum, seal_of
-from tests.models import held_weights
+from tests.models import quantized_weights
 
 both_formats = pytest.mark.parametrize("suffix", [".rpq", ".safetensors"])
 POLICIES = {
     "one stage": {}, "two stages": {"stages": 2}, "shared": {"sharing": "shape"}, "layer": {"sharing": "layer"},
-    "factors": {"scale": True, "dim_scale": True, "signs": True}, "wide": {"bits": 9}, "few": {"bits": 1},
+    "factors": {"scale": True, "column_scale": True, "signs": True}, "wide": {"codebook_bits": 9},
+    "few": {"codebook_bits": 1},
 }  # fmt: skip
 
 
@@ -48,7 +49,7 @@ class Net(nn.Module):
 
 def drawn(seed: int = 0, **options: Any) -> nn.Module:
     torch.manual_seed(seed)
-    options = {"codebook_dim": 4, "bits": 4, "min_size": 256, "allow_growth": True, **options}
+    options = {"codebook_dim": 4, "codebook_bits": 4, "min_size": 256, "allow_growth": True, **options}
     return rpqfx.rpqify(Net(), Policy.from_scratch(**options))
 
 
@@ -87,7 +88,7 @@ def test_a_model_is_saved_without_codes_and_comes_back(options: dict[str, Any], 
     small = drawn(**options)
     content = saved(small, suffix)
     manifest, tensors = opened(content)
-    weights = {f"{name}_rpq.codes": weight for name, weight in held_weights(small).items()}
+    weights = {f"{name}_rpq.codes": weight for name, weight in quantized_weights(small).items()}
     names = {name for entry in manifest["tensors"] if "drawn" in entry for name in entry["names"]}
     assert names == set(weights) and len(names) == 4
     for name, stages in seeds_in(content).items():
@@ -105,10 +106,10 @@ def test_a_model_is_saved_without_codes_and_comes_back(options: dict[str, Any], 
 @pytest.mark.parametrize("tiled", [False, True])
 def test_tiles_come_back(tiled: bool) -> None:
     def held(site: Any) -> Any:
-        answer = Policy.from_scratch(codebook_dim=4, bits=4, stages=2, sharing="layer", min_size=256)(site)
-        if not isinstance(answer, Hold):
+        answer = Policy.from_scratch(codebook_dim=4, codebook_bits=4, stages=2, sharing="layer", min_size=256)(site)
+        if not isinstance(answer, Quantize):
             return answer
-        return Hold(CodebookSpec(**{**answer.spec.to_dict(), "tiled": tiled}), answer.split, "random")
+        return Quantize(CodebookSpec(**{**answer.spec.to_dict(), "tiled": tiled}), answer.split, "random")
 
     small = rpqfx.rpqify(Net(), held)
     content = saved(small)
@@ -117,11 +118,11 @@ def test_tiles_come_back(tiled: bool) -> None:
 
 
 def test_the_file_is_smaller_by_the_codes() -> None:
-    small = drawn(bits=4, codebook_dim=2)
+    small = drawn(codebook_bits=4, codebook_dim=2)
     seed = len(saved(small))
-    for weight in set(held_weights(small).values()):
+    for weight in set(quantized_weights(small).values()):
         weight.codes = weight.codes.flip(-1)
-    codes = sum(weight.codes.numel() // 2 for weight in set(held_weights(small).values()))
+    codes = sum(weight.codes.numel() // 2 for weight in set(quantized_weights(small).values()))
     assert codes - 400 < len(saved(small)) - seed < codes and codes > 2500  # seeds and what is said of them
 
 
@@ -171,14 +172,14 @@ def test_whatever_changes_codes_is_noticed(change: Callable[[nn.Module], None]) 
 
 def test_a_stage_that_was_learned_is_stored_and_the_other_is_a_seed() -> None:
     small = drawn(stages=2)
-    for weight in set(held_weights(small).values()):
+    for weight in set(quantized_weights(small).values()):
         weight.codes = torch.stack([weight.codes[0].flip(-1), weight.codes[1]])
     content = saved(small)
     assert set(map(tuple, seeds_in(content).values())) == {(1,)}
     again = loaded(content)
     assert_same(again, small)
     table = rpqfx.report(small).sites[0]
-    assert table.drawn_stages == 1 and table.code_bits == 8 * 14 + 600 * 4 * 4
+    assert table.drawn_stages == 1 and table.stored_code_bits == 8 * 14 + 600 * 4 * 4
     assert "; random codes of 3 sites as a seed\n" in str(rpqfx.report(small))
     assert saved(again) == content
 
@@ -201,7 +202,9 @@ def test_codes_that_recoding_learned_are_stored(recipe: str) -> None:
 
 def test_weights_that_share_a_codebook_have_second_stages_of_their_own() -> None:
     net = nn.Sequential(nn.Linear(32, 64), nn.Linear(32, 64))
-    small = rpqfx.rpqify(net, Policy.from_scratch(codebook_dim=4, bits=4, stages=2, sharing="shape", min_size=256))
+    small = rpqfx.rpqify(
+        net, Policy.from_scratch(codebook_dim=4, codebook_bits=4, stages=2, sharing="shape", min_size=256)
+    )
     assert small[0].weight_rpq.codebooks is small[1].weight_rpq.codebooks
     Recoding(small, torch.optim.SGD(small.parameters(), 0.1), steps=10, recipe="sketch")
     assert not torch.equal(small[0].weight_rpq.codes[1], small[1].weight_rpq.codes[1])
@@ -250,7 +253,7 @@ def test_a_part_of_a_state_dict_leaves_the_rest() -> None:
 
 
 def through_parameters(small: nn.Module) -> nn.Module:
-    for weight in set(held_weights(small).values()):
+    for weight in set(quantized_weights(small).values()):
         weight.hold_codes_as_parameters()
         assert weight.drawn_stages() == (0,)
         weight.hold_codes_as_buffers()
@@ -273,8 +276,10 @@ def test_seeds_go_where_the_model_goes(way: Callable[[nn.Module], nn.Module]) ->
 
 def test_a_model_that_is_materialized_draws_a_seed() -> None:
     with torch.device("meta"):
-        small = rpqfx.rpqify(Net(), Policy.from_scratch(codebook_dim=4, bits=4, min_size=256, allow_growth=True))
-    assert not any(weight.drawn_stages() for weight in held_weights(small).values())
+        small = rpqfx.rpqify(
+            Net(), Policy.from_scratch(codebook_dim=4, codebook_bits=4, min_size=256, allow_growth=True)
+        )
+    assert not any(weight.drawn_stages() for weight in quantized_weights(small).values())
     torch.manual_seed(0)
     rpqfx.materialize(small)
     content = saved(small)
@@ -291,7 +296,7 @@ def test_a_table_that_was_resized_is_stored() -> None:
 
 def test_a_pickle_from_before_there_were_seeds_is_stored() -> None:
     small = drawn()
-    for weight in set(held_weights(small).values()):
+    for weight in set(quantized_weights(small).values()):
         del weight.__dict__["code_seed"]
     content = saved(small)
     assert seeds_in(content) == {}

@@ -15,11 +15,11 @@ from rpqfx.errors import FormatError, InputError, RewriteError
 from rpqfx.kv import CodebookCache, attentions
 from tests.kv.kv_models import LM, tokens
 
-WEIGHTS = rpqfx.Policy(codebook_dim=4, bits=4, min_size=64, sharing="layer")
+WEIGHTS = rpqfx.Policy(codebook_dim=4, codebook_bits=4, min_size=64, sharing="layer")
 
 
 def small_of(model: nn.Module, **options: Any) -> nn.Module:
-    policy = KVPolicy(bits=3, window=4, sinks=2, entries=16, chunk=8, sub_vector=4, **options)
+    policy = KVPolicy(bits_per_value=3, window=4, sinks=2, codebook_size=16, chunk=8, codebook_dim=4, **options)
     return rpqfx.quantize_kv(model, policy, calibration=[tokens(1, 4)])
 
 
@@ -66,7 +66,7 @@ def test_a_module_that_is_attention_itself(tmp_path: Path) -> None:
     attention = nn.MultiheadAttention(32, 4, batch_first=True).eval()
     x = torch.randn(2, 24, 32, generator=torch.Generator().manual_seed(0))
     call = {"query": x, "key": x, "value": x, "need_weights": False}
-    policy = KVPolicy(bits=3, window=4, sinks=2, entries=16, chunk=8, sub_vector=4)
+    policy = KVPolicy(bits_per_value=3, window=4, sinks=2, codebook_size=16, chunk=8, codebook_dim=4)
     small = rpqfx.quantize_kv(attention, policy, calibration=[call])
     rpqfx.save_calibration(small, tmp_path / "c.rpq")
     again = rpqfx.quantize_kv(attention, tmp_path / "c.rpq")

@@ -14,8 +14,8 @@ from rpqfx import Policy
 from rpqfx.errors import FormatError
 from rpqfx.storage.sealed_manifest import checksum, seal_of
 
-POLICY = Policy(codebook_dim=4, bits=2, min_size=1, scale=True, dim_scale=True, allow_growth=True)
-FACTORS = ("codebooks", "scale", "dim_scale")
+POLICY = Policy(codebook_dim=4, codebook_bits=2, min_size=1, scale=True, column_scale=True, allow_growth=True)
+FACTORS = ("codebooks", "scale", "column_scale")
 DTYPES = (torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -28,7 +28,7 @@ def small() -> nn.Module:
     torch.manual_seed(0)
     model = rpqfx.rpqify(build(), POLICY)
     with torch.no_grad():
-        model[0].weight_rpq.dim_scale.mul_(1.001)
+        model[0].weight_rpq.column_scale.mul_(1.001)
     return model
 
 

@@ -16,7 +16,7 @@ from rpqfx.storage.manifest_report import report_of
 from rpqfx.storage.sealed_manifest import prepared
 from tests.models import CASES, SMALL, Case
 
-WIDE = Policy.from_scratch(codebook_dim=4, bits=9, min_size=64, allow_growth=True, scale=True, signs=True)
+WIDE = Policy.from_scratch(codebook_dim=4, codebook_bits=9, min_size=64, allow_growth=True, scale=True, signs=True)
 
 
 def manifest_of(model: nn.Module) -> dict[str, object]:
@@ -40,11 +40,11 @@ def test_shared_codebooks_and_tiles_count_as_in_the_model() -> None:
 
 
 def test_layers_that_were_built_by_hand_count_too() -> None:
-    model = nn.Sequential(RPQLinear(64, 32, codebook_dim=8, bits=4), nn.LayerNorm(32))
+    model = nn.Sequential(RPQLinear(64, 32, codebook_dim=8, codebook_bits=4), nn.LayerNorm(32))
     found, wanted = report_of(manifest_of(model)), rpqfx.report(model)
     assert (found.before, found.after, found.stored_bits) == (wanted.before, wanted.after, wanted.stored_bits)
 
 
-def test_what_holds_no_weights_in_codebooks_has_none() -> None:
-    with pytest.raises(RPQError, match="holds no weights in codebooks"):
+def test_what_holds_no_quantized_weights_has_none() -> None:
+    with pytest.raises(RPQError, match="holds no quantized weights"):
         report_of({"sites": [], "tensors": [], "records": [], "notes": []})

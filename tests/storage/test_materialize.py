@@ -15,9 +15,9 @@ import rpqfx
 from rpqfx import Policy, Rule
 from rpqfx.errors import RewriteError
 from rpqfx.nn import RPQWeight
-from tests.models import BY_NAME, CNN, GPT, MLP, SMALL, Encoder, Recommender, held_weights
+from tests.models import BY_NAME, CNN, GPT, MLP, SMALL, Encoder, Recommender, quantized_weights
 
-SCRATCH = Policy.from_scratch(codebook_dim=4, bits=2, min_bits=1, min_size=64)
+SCRATCH = Policy.from_scratch(codebook_dim=4, codebook_bits=2, min_codebook_bits=1, min_size=64)
 
 
 def on_meta(build: Any, policy: Policy = SCRATCH, **options: Any) -> nn.Module:
@@ -46,7 +46,7 @@ def test_rewriting_on_the_meta_device_allocates_nothing(init: str):
     with torch.device("meta"):
         model = nn.Sequential(nn.Embedding(50_000, 512), nn.Linear(512, 512))
     with Allocated() as seen:
-        small = rpqfx.rpqify(model, Policy(codebook_dim=64, bits=4, init=init))
+        small = rpqfx.rpqify(model, Policy(codebook_dim=64, codebook_bits=4, init=init))
     assert seen.most <= 1
     assert all(t.is_meta for t in (*small.parameters(), *small.buffers()))
     with Allocated() as seen:
@@ -126,8 +126,8 @@ def test_weights_have_the_standard_deviation_of_the_dense_layers_own_initialisat
 
     torch.manual_seed(0)
     dense = build()
-    small = rpqfx.materialize(on_meta(build, Policy.from_scratch(codebook_dim=8, bits=7, stages=2)))
-    held = held_weights(small)
+    small = rpqfx.materialize(on_meta(build, Policy.from_scratch(codebook_dim=8, codebook_bits=7, stages=2)))
+    held = quantized_weights(small)
     assert set(held) == {n for n, p in dense.named_parameters() if p.dim() > 1}
     for name, weight in held.items():
         assert float(weight().std()) == pytest.approx(float(dense.get_parameter(name).std()), rel=0.05), name
@@ -144,7 +144,7 @@ def test_codebooks_follow_a_configurations_scale_and_no_rule_in_code(name: str):
             for parameter in module.parameters(recurse=False):
                 nn.init.normal_(parameter, std=0.5)
 
-    policy = Policy.from_scratch(codebook_dim=8, bits=7)
+    policy = Policy.from_scratch(codebook_dim=8, codebook_bits=7)
     plain = rpqfx.materialize(on_meta(Model, policy))
     assert float(plain.table.weight_rpq().detach().std()) == pytest.approx(1.0, rel=0.05)
     assert float(plain.fc.weight_rpq().detach().std()) == pytest.approx((3 * 64) ** -0.5, rel=0.05)
@@ -168,7 +168,9 @@ def test_codes_are_balanced_and_the_padding_row_is_zero():
 
 
 def test_other_modules_are_initialised_by_their_own_reset_parameters():
-    small = rpqfx.materialize(on_meta(CNN, Policy.from_scratch(codebook_dim=9, bits=1, min_bits=1, min_size=64)))
+    small = rpqfx.materialize(
+        on_meta(CNN, Policy.from_scratch(codebook_dim=9, codebook_bits=1, min_codebook_bits=1, min_size=64))
+    )
     assert small.bn.weight.tolist() == [1.0] * 16 and small.bn.bias.tolist() == [0.0] * 16
     assert small.bn.running_var.tolist() == [1.0] * 16 and int(small.bn.num_batches_tracked) == 0
     bound = 1 / 16**0.5
@@ -188,8 +190,8 @@ def test_a_seed_gives_the_same_model_again():
 
 
 def test_ties_and_shared_codebooks_stay():
-    rules = (Rule("blocks.1.*", plan="contract"),)
-    policy = Policy.from_scratch(codebook_dim=4, bits=2, min_size=64, sharing="role", rules=rules)
+    rules = (Rule("blocks.1.*", plan="lookup"),)
+    policy = Policy.from_scratch(codebook_dim=4, codebook_bits=2, min_size=64, sharing="role", rules=rules)
     small = on_meta(GPT, policy)
     names = [name for name, _ in small.named_parameters()]
     rpqfx.materialize(small, init=fallback(small))
@@ -197,7 +199,7 @@ def test_ties_and_shared_codebooks_stay():
     assert small.tok.weight_rpq is small.head.weight_rpq
     assert small.blocks[0].qkv.weight_rpq.codebooks is small.blocks[1].qkv.weight_rpq.codebooks
     assert small.blocks[0].qkv.weight_rpq.codes is not small.blocks[1].qkv.weight_rpq.codes
-    assert [block.qkv.weight_rpq.plan for block in small.blocks] == ["auto", "contract"]
+    assert [block.qkv.weight_rpq.plan for block in small.blocks] == ["auto", "lookup"]
 
 
 def test_a_dense_tie_stays_a_tie():
@@ -206,7 +208,7 @@ def test_a_dense_tie_stays_a_tie():
         model["b"].weight = model["a"].weight
         return model
 
-    small = rpqfx.materialize(on_meta(build, Policy.from_scratch(codebook_dim=8, bits=2, min_size=1000)))
+    small = rpqfx.materialize(on_meta(build, Policy.from_scratch(codebook_dim=8, codebook_bits=2, min_size=1000)))
     assert small["a"].weight is small["b"].weight and not small["a"].weight.is_meta
 
 
@@ -303,4 +305,4 @@ def test_a_copy_made_on_the_meta_device_is_materialised_by_itself():
     small = on_meta(MLP, SMALL)
     other = rpqfx.materialize(copy.deepcopy(small))
     assert all(p.is_meta for p in small.parameters()) and not any(p.is_meta for p in other.parameters())
-    assert all(isinstance(w, RPQWeight) for w in held_weights(other).values())
+    assert all(isinstance(w, RPQWeight) for w in quantized_weights(other).values())

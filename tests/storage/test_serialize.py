@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 
 import rpqfx
-from rpqfx import CodebookSpec, Hold, Policy, Rule
+from rpqfx import CodebookSpec, Policy, Quantize, Rule
 from rpqfx.errors import CodeError, FormatError, InputError, RPQError
 from rpqfx.nn import RPQLinear
 from rpqfx.storage import serialize
 from rpqfx.storage.container import open_container
 from rpqfx.storage.sealed_manifest import FORMAT_VERSION, checksum, seal_of
 from tests import forks
-from tests.models import BY_NAME, CASES, GPT, MLP, SMALL, Case, assert_outputs, held_weights
+from tests.models import BY_NAME, CASES, GPT, MLP, SMALL, Case, assert_outputs, quantized_weights
 
 SUFFIXES = [".rpq", ".safetensors"]
 both_formats = pytest.mark.parametrize("suffix", SUFFIXES, ids=["torch", "safetensors"])
@@ -87,16 +87,17 @@ def test_dtypes_return_as_they_were(dtype: torch.dtype, suffix: str, tmp_path: P
 @both_formats
 def test_every_option_of_a_spec_returns(suffix: str, tmp_path: Path):
     policy = Policy(
-        codebook_dim=4, bits=2, min_size=64, stages=2, scale=True, signs=True, grad_scale="sqrt", sharing="role",
-        dim_scale=True, allow_growth=True, rules=(Rule("tok", sharing="layer"), Rule("*.fc2", split="column")),
+        codebook_dim=4, codebook_bits=2, min_size=64, stages=2, scale=True, signs=True, grad_scale="sqrt",
+        sharing="role", column_scale=True, allow_growth=True,
+        rules=(Rule("tok", sharing="layer"), Rule("*.fc2", split="column")),
     )  # fmt: skip
     small = rpqfx.rpqify(GPT(), policy)
-    for weight in held_weights(small).values():
-        weight.dim_scale.data.uniform_(0.5, 2)
+    for weight in quantized_weights(small).values():
+        weight.column_scale.data.uniform_(0.5, 2)
     rpqfx.save(small, tmp_path / f"m{suffix}")
     again = rpqfx.load(tmp_path / f"m{suffix}", GPT)
     assert_identical(again, small)
-    held, wanted = held_weights(again), held_weights(small)
+    held, wanted = quantized_weights(again), quantized_weights(small)
     for name, weight in wanted.items():
         assert (held[name].spec, held[name].layout, held[name].std) == (weight.spec, weight.layout, weight.std)
     books = [held[f"blocks.{i}.qkv.weight"].codebooks for i in range(2)]
@@ -105,14 +106,14 @@ def test_every_option_of_a_spec_returns(suffix: str, tmp_path: Path):
 
 @both_formats
 def test_plans_return_with_tied_layers_and_shared_codebooks(suffix: str, tmp_path: Path):
-    rules = (Rule("tok", plan="contract"), Rule("blocks.1.*", plan="expand"))
-    small = rpqfx.rpqify(GPT(), Policy(codebook_dim=4, bits=2, min_size=64, sharing="role", rules=rules))
-    small.blocks[0].qkv.weight_rpq.plan = "contract"  # since the rewrite
+    rules = (Rule("tok", plan="lookup"), Rule("blocks.1.*", plan="dequantize"))
+    small = rpqfx.rpqify(GPT(), Policy(codebook_dim=4, codebook_bits=2, min_size=64, sharing="role", rules=rules))
+    small.blocks[0].qkv.weight_rpq.plan = "lookup"  # since the rewrite
     rpqfx.save(small, tmp_path / f"m{suffix}")
     again = rpqfx.load(tmp_path / f"m{suffix}", GPT)
-    plans = {name: weight.plan for name, weight in held_weights(again).items()}
-    assert plans == {name: weight.plan for name, weight in held_weights(small).items()}
-    assert set(plans.values()) == {"auto", "expand", "contract"}
+    plans = {name: weight.plan for name, weight in quantized_weights(again).items()}
+    assert plans == {name: weight.plan for name, weight in quantized_weights(small).items()}
+    assert set(plans.values()) == {"auto", "dequantize", "lookup"}
     assert again.tok.weight_rpq is again.head.weight_rpq
     assert str(rpqfx.report(again)) == str(rpqfx.report(small))
 
@@ -124,10 +125,10 @@ def test_a_file_from_before_there_were_factors_of_columns_loads(tmp_path: Path):
     held = [values["spec"] for values in (*manifest["sites"], *manifest["records"]) if values["spec"] is not None]
     assert held
     for spec in held:
-        del spec["dim_scale"]
+        del spec["column_scale_group"]
     rewrite_manifest(tmp_path / "m.rpq", sites=manifest["sites"], records=manifest["records"])
     again = rpqfx.load(tmp_path / "m.rpq", MLP).eval()
-    assert {weight.spec.dim_scale for weight in held_weights(again).values()} == {0}
+    assert {weight.spec.column_scale_group for weight in quantized_weights(again).values()} == {0}
     assert_identical(again, small)
 
 
@@ -136,7 +137,7 @@ def test_sixteen_bit_codes_return(suffix: str, tmp_path: Path):
     def build() -> nn.Module:
         return nn.Sequential(nn.Embedding(70_000, 4))
 
-    policy = Policy(codebook_dim=4, bits=16, init="random", allow_growth=True)
+    policy = Policy(codebook_dim=4, codebook_bits=16, init="random", allow_growth=True)
     small = rpqfx.rpqify(build(), policy)
     assert small[0].weight_rpq.codes.dtype == torch.uint16
     rpqfx.save(small, tmp_path / f"m{suffix}")
@@ -197,7 +198,7 @@ def test_a_loaded_model_trains_and_is_saved_again(suffix: str, tmp_path: Path):
 
 
 def test_layers_built_by_hand_are_saved_and_loaded_into_the_dense_model(tmp_path: Path):
-    small = nn.Sequential(RPQLinear(16, 64, bits=4, codebook_dim=4))
+    small = nn.Sequential(RPQLinear(16, 64, codebook_bits=4, codebook_dim=4))
     rpqfx.save(small, tmp_path / "m.rpq")
     assert_identical(rpqfx.load(tmp_path / "m.rpq", lambda: nn.Sequential(nn.Linear(16, 64))), small)
 
@@ -226,7 +227,7 @@ def test_a_torch_file_is_plain_tensors_under_their_names(tmp_path: Path):
     sites = {tuple(site["names"]): site for site in manifest["sites"]}
     assert ("tok.weight", "head.weight") in sites
     spec = CodebookSpec.from_dict(sites["blocks.0.qkv.weight",]["spec"])
-    assert spec == held_weights(small)["blocks.0.qkv.weight"].spec
+    assert spec == quantized_weights(small)["blocks.0.qkv.weight"].spec
 
 
 def test_a_safetensors_file_is_read_by_safetensors(tmp_path: Path):
@@ -240,8 +241,8 @@ def test_a_safetensors_file_is_read_by_safetensors(tmp_path: Path):
 @both_formats
 def test_a_file_is_as_small_as_the_report_says(suffix: str, tmp_path: Path):
     torch.manual_seed(0)
-    rules = (Rule("0", bits=5, scale=True, signs=True), Rule("1", bits=11))
-    policy = Policy(codebook_dim=4, bits=9, sharing="shape", init="random", rules=rules, allow_growth=True)
+    rules = (Rule("0", codebook_bits=5, scale=True, signs=True), Rule("1", codebook_bits=11))
+    policy = Policy(codebook_dim=4, codebook_bits=9, sharing="shape", init="random", rules=rules, allow_growth=True)
     shapes = ((252, 1001), (256, 2048), (1000, 900), (1000, 900))
     small = rpqfx.rpqify(nn.Sequential(*(nn.Linear(*shape, bias=False) for shape in shapes)), policy)
     with torch.no_grad():
@@ -260,7 +261,7 @@ def test_codes_take_the_bits_that_they_need(bits: int, suffix: str, tmp_path: Pa
     def build() -> nn.Module:
         return nn.Sequential(nn.Embedding(70_001, 4))
 
-    small = rpqfx.rpqify(build(), Policy(codebook_dim=4, bits=bits, init="random", allow_growth=True))
+    small = rpqfx.rpqify(build(), Policy(codebook_dim=4, codebook_bits=bits, init="random", allow_growth=True))
     small[0].weight_rpq.codes = small[0].weight_rpq.codes.int().flip(-1)  # not as they were drawn
     rpqfx.save(small, tmp_path / f"m{suffix}")
     text, _, tensors = contents(tmp_path / f"m{suffix}")
@@ -274,7 +275,7 @@ def test_codes_take_the_bits_that_they_need(bits: int, suffix: str, tmp_path: Pa
 
 @both_formats
 def test_floats_that_lose_nothing_are_stored_in_two_bytes(suffix: str, tmp_path: Path):
-    small = rpqfx.rpqify(MLP(), Policy(codebook_dim=4, bits=2, min_size=64, scale=True, allow_growth=True))
+    small = rpqfx.rpqify(MLP(), Policy(codebook_dim=4, codebook_bits=2, min_size=64, scale=True, allow_growth=True))
     first, second = small.fc1.weight_rpq, small.fc2.weight_rpq
     with torch.no_grad():
         first.codebooks.copy_(first.codebooks.half())
@@ -290,7 +291,7 @@ def test_floats_that_lose_nothing_are_stored_in_two_bytes(suffix: str, tmp_path:
         "fc1.weight_rpq.codebooks": "float16", "fc1.weight_rpq.scale": "float16", "fc1.weight_rpq.more": "float16",
         "fc2.weight_rpq.codebooks": "bfloat16",
     }  # fmt: skip
-    assert tensors["fc1.bias"].dtype == torch.float32  # of the model, not of a weight in codebooks
+    assert tensors["fc1.bias"].dtype == torch.float32  # of the model, not of a quantized weight
     del first.more
     rpqfx.save(small, tmp_path / f"m{suffix}")
     again = rpqfx.load(tmp_path / f"m{suffix}", MLP)
@@ -338,7 +339,7 @@ def test_no_tensor_of_a_weights_size_is_allocated(tmp_path: Path):
     def build() -> nn.Module:
         return nn.Sequential(nn.Linear(512, 1024))
 
-    rpqfx.save(rpqfx.rpqify(build(), Policy.from_scratch(codebook_dim=32, bits=4)), tmp_path / "m.rpq")
+    rpqfx.save(rpqfx.rpqify(build(), Policy.from_scratch(codebook_dim=32, codebook_bits=4)), tmp_path / "m.rpq")
     with Largest():
         rpqfx.load(tmp_path / "m.rpq", build)
     assert 1024 <= Largest.elements <= 16 * 1024
@@ -435,7 +436,7 @@ def test_a_newer_file_is_refused_as_newer(tmp_path: Path):
 
 def test_codes_out_of_range_do_not_come_out_of_a_file(tmp_path: Path):
     """Three entries take two bits, which have room for a fourth."""
-    small = nn.Sequential(RPQLinear(16, 64, bits=2, codebook_dim=4))
+    small = nn.Sequential(RPQLinear(16, 64, codebook_bits=2, codebook_dim=4))
     small[0].weight_rpq.codes = small[0].weight_rpq.codes.flip(-1)  # not as they were drawn
     rpqfx.save(small, tmp_path / "m.rpq")
     held = torch.load(tmp_path / "m.rpq", weights_only=True)
@@ -461,8 +462,8 @@ def test_packed_codes_of_another_length_are_refused(tmp_path: Path):
     [
         ({"tiled": True}, "tiles hold codes of at most 16 entries, of two stages or more"),
         ({"codebook_dim": 5}, "codebook_dim 5 does not divide"),
-        ({"books": 5}, "5 codebooks cannot be shared evenly"),
-        ({"dim_scale": 5}, "dim_scale is 0 or how many"),
+        ({"num_codebooks": 5}, "5 codebooks cannot be shared evenly"),
+        ({"column_scale_group": 5}, "column_scale_group is 0 or how many"),
     ],
 )
 def test_codebooks_that_cannot_be_are_refused(of: str, changes: dict[str, Any], message: str, tmp_path: Path):
@@ -477,7 +478,7 @@ def test_codebooks_that_cannot_be_are_refused(of: str, changes: dict[str, Any], 
 def test_codebooks_whose_entries_are_no_power_of_two_return(tmp_path: Path):
     torch.manual_seed(0)
     layer = nn.Linear(16, 64, bias=False)
-    policy = lambda site: Hold(CodebookSpec(64, 16, 4, entries=5))  # noqa: E731
+    policy = lambda site: Quantize(CodebookSpec(64, 16, 4, entries=5))  # noqa: E731
     small = rpqfx.rpqify(nn.Sequential(layer), policy)
     rpqfx.save(small, tmp_path / "m.rpq")
     assert contents(tmp_path / "m.rpq")[2]["0.weight_rpq.codes"].nbytes == 4 * 64 * 3 // 8

@@ -94,7 +94,7 @@ def test_products_are_noted_with_what_their_time_depends_on() -> None:
     class Both(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.fc = RPQLinear(8, 16, codebook_dim=4, bits=2)
+            self.fc = RPQLinear(8, 16, codebook_dim=4, codebook_bits=2)
 
         def forward(self, x: Tensor) -> Tensor:
             self.fc(x)
@@ -176,7 +176,7 @@ def test_noting_and_trials_leave_no_trace(gradients: bool) -> None:
     states = torch.get_rng_state(), random.getstate()
     found = observe(small, (torch.randn(7, 12, generator=torch.Generator().manual_seed(0)),), {}, gradients)
     (use,) = found["fc.weight_rpq"]
-    for plan in ("expand", "contract"):
+    for plan in ("dequantize", "lookup"):
         Trial(weight, use, plan)()
     after = snapshot(small)
     assert before.keys() == after.keys() and all(same(before[name], after[name]) for name in before)
@@ -252,17 +252,17 @@ def test_an_input_that_repeats_itself_is_asked_for_in_full() -> None:
     assert float(use.input().std()) > 0.5 and torch.equal(use.input(), use.input())
 
 
-@pytest.mark.parametrize("plan", ["expand", "contract"])
+@pytest.mark.parametrize("plan", ["dequantize", "lookup"])
 @pytest.mark.parametrize("gradients", [False, True])
 def test_a_trial_runs_its_plan_with_gradients_where_there_were_some(plan: str, gradients: bool) -> None:
-    layer = RPQLinear(12, 40, codebook_dim=4, bits=2, plan="contract" if plan == "expand" else "expand")
+    layer = RPQLinear(12, 40, codebook_dim=4, codebook_bits=2, plan="lookup" if plan == "dequantize" else "dequantize")
     (use,) = observe(layer, (torch.randn(3, 12),), {}, gradients)["weight_rpq"]
     backward = []
     with forms_run() as ran, pytest.MonkeyPatch.context() as patch:
         run = torch.autograd.grad
         patch.setattr(torch.autograd, "grad", lambda *args: backward.append(args[1]) or run(*args))
         Trial(layer.weight_rpq, use, plan)()
-    assert ran == {"contract": {"Contract"}, "expand": {"Matmul"}}[plan]
+    assert ran == {"lookup": {"Contract"}, "dequantize": {"Matmul"}}[plan]
     assert [len(wanted) for wanted in backward] == ([1] if gradients else [])
     assert layer.weight_rpq.codebooks.grad is None and layer.weight_rpq.plan != plan
 
@@ -270,31 +270,31 @@ def test_a_trial_runs_its_plan_with_gradients_where_there_were_some(plan: str, g
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("input_gradient", [False, True])
 def test_a_trial_takes_the_gradients_that_training_takes(frozen: bool, input_gradient: bool) -> None:
-    layer = RPQLinear(12, 40, codebook_dim=4, bits=2, scale=True).requires_grad_(not frozen)
+    layer = RPQLinear(12, 40, codebook_dim=4, codebook_bits=2, scale=True).requires_grad_(not frozen)
     (use,) = observe(layer, (torch.randn(3, 12, requires_grad=input_gradient),), {}, gradients=True)["weight_rpq"]
-    shapes = [tuple(t.shape) for t in Trial(layer.weight_rpq, use, "expand")._wanted]
+    shapes = [tuple(t.shape) for t in Trial(layer.weight_rpq, use, "dequantize")._wanted]
     assert shapes == [(3, 12)] * input_gradient + [(1, 3, 4, 4), (40,)] * (not frozen)
 
 
 def test_a_trial_runs_under_the_autocast_of_its_use(monkeypatch: pytest.MonkeyPatch) -> None:
     """And under none where there was none."""
-    layer = RPQLinear(12, 40, codebook_dim=4, bits=2)
+    layer = RPQLinear(12, 40, codebook_dim=4, codebook_bits=2)
     with torch.autocast("cpu", torch.bfloat16):
         (halved,) = observe(layer, (torch.randn(3, 12),), {}, gradients=True)["weight_rpq"]
     (full,) = observe(layer, (torch.randn(3, 12),), {}, gradients=True)["weight_rpq"]
     calls = asked(monkeypatch)
-    Trial(layer.weight_rpq, halved, "contract")()
+    Trial(layer.weight_rpq, halved, "lookup")()
     with torch.autocast("cpu", torch.bfloat16):
-        Trial(layer.weight_rpq, full, "contract")()
+        Trial(layer.weight_rpq, full, "lookup")()
     assert [y.dtype for *_, y in calls] == [torch.bfloat16] * 2 + [torch.float32] * 2
 
 
 def test_a_stand_in_shares_its_numbers_with_the_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     """No second copy of codebooks and codes is made to time them."""
-    layer = RPQLinear(12, 40, codebook_dim=4, bits=2, scale=True, signs=True)
+    layer = RPQLinear(12, 40, codebook_dim=4, codebook_bits=2, scale=True, signs=True)
     (use,) = observe(layer, (torch.randn(3, 12),), {}, gradients=True)["weight_rpq"]
     calls = asked(monkeypatch)
-    Trial(layer.weight_rpq, use, "contract")
+    Trial(layer.weight_rpq, use, "lookup")
     twin = calls[0][0].tensors._asdict()
     for name, tensor in layer.weight_rpq.state_dict().items():
         assert twin[name].data_ptr() == tensor.data_ptr()
@@ -330,7 +330,7 @@ def test_compiled_parts_are_noted_as_they_were_written(how: str) -> None:
 
 
 def test_attention_with_three_inputs_asks_for_rows() -> None:
-    layer = RPQMultiheadAttention(16, 2, codebook_dim=4, bits=2)
+    layer = RPQMultiheadAttention(16, 2, codebook_dim=4, codebook_bits=2)
     x = [torch.randn(5, 2, 16) for _ in range(3)]
     uses = observe(layer, tuple(x), {}, gradients=False)["in_proj_weight_rpq"]
     assert [use.path[-1] for use in uses] == [("narrow", 0, 16 * i, 16) for i in range(3)]

@@ -19,7 +19,7 @@ from rpqfx.nn import RPQConv2d, RPQEmbedding, RPQLinear, RPQWeight
 from rpqfx.timing import clock
 from rpqfx.timing.record import Trial
 from tests.helpers import forms_run
-from tests.models import CASES, CNN, GPT, MLP, SMALL, Case, assert_outputs, held_weights
+from tests.models import CASES, CNN, GPT, MLP, SMALL, Case, assert_outputs, quantized_weights
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "_"))
 
@@ -32,7 +32,7 @@ class Timer:
         self.asked: list[tuple[Trial, ...]] = []
 
     def __call__(self, trials: list[Trial], device: torch.device, repeats: int) -> list[float]:
-        assert [trial.plan for trial in trials] in (["expand", "contract"], ["expand"])
+        assert [trial.plan for trial in trials] in (["dequantize", "lookup"], ["dequantize"])
         self.asked.append(tuple(trials))
         for trial in trials:
             trial()
@@ -51,7 +51,7 @@ def timer(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Trial], float]
 
 def contract_if(condition: Callable[[Trial], bool]) -> Callable[[Trial], float]:
     """Contracting takes 1 ms where the condition holds and 4 ms elsewhere; expanding takes 2 ms."""
-    return lambda trial: 2.0 if trial.plan == "expand" else 1.0 if condition(trial) else 4.0
+    return lambda trial: 2.0 if trial.plan == "dequantize" else 1.0 if condition(trial) else 4.0
 
 
 def mlp(**options: Any) -> nn.Module:
@@ -60,7 +60,7 @@ def mlp(**options: Any) -> nn.Module:
 
 
 def plans(model: nn.Module) -> dict[str, str]:
-    return {name: weight.plan for name, weight in held_weights(model).items()}
+    return {name: weight.plan for name, weight in quantized_weights(model).items()}
 
 
 # ------------------------------------------------------------------------------------------------------ pinning
@@ -70,23 +70,23 @@ def test_each_weight_gets_what_is_faster_for_it(timer: Any) -> None:
     small = mlp()
     timer(contract_if(lambda trial: trial.use.shape == (5, 12)))
     made = rpqfx.tune(small, torch.randn(5, 12))
-    assert plans(small) == {"fc1.weight": "contract", "fc2.weight": "expand"}
-    assert [(w.name, w.before, w.plan, w.expand, w.contract) for w in made.weights] == [
-        ("fc1.weight", "auto", "contract", 2.0, 1.0),
-        ("fc2.weight", "auto", "expand", 2.0, 4.0),
+    assert plans(small) == {"fc1.weight": "lookup", "fc2.weight": "dequantize"}
+    assert [(w.name, w.before, w.plan, w.dequantize, w.lookup) for w in made.weights] == [
+        ("fc1.weight", "auto", "lookup", 2.0, 1.0),
+        ("fc2.weight", "auto", "dequantize", 2.0, 4.0),
     ]
     timer(contract_if(lambda trial: trial.use.shape != (5, 12)))
     again = rpqfx.tune(small, (torch.randn(5, 12),))
-    assert plans(small) == {"fc1.weight": "expand", "fc2.weight": "contract"}
-    assert [w.before for w in again.weights] == ["contract", "expand"]
+    assert plans(small) == {"fc1.weight": "dequantize", "fc2.weight": "lookup"}
+    assert [w.before for w in again.weights] == ["lookup", "dequantize"]
 
 
 def test_what_is_pinned_is_what_runs_afterwards_and_gives_the_same(timer: Any) -> None:
     small = mlp().eval()
     x = torch.randn(5, 12)
     before = small(x)
-    for plan, form in (("contract", "Contract"), ("expand", "Matmul")):
-        timer(contract_if(lambda trial, plan=plan: plan == "contract"))
+    for plan, form in (("lookup", "Contract"), ("dequantize", "Matmul")):
+        timer(contract_if(lambda trial, plan=plan: plan == "lookup"))
         rpqfx.tune(small, x)
         with forms_run() as ran:
             torch.testing.assert_close(small(x), before)
@@ -94,10 +94,10 @@ def test_what_is_pinned_is_what_runs_afterwards_and_gives_the_same(timer: Any) -
 
 
 def test_a_tie_expands(timer: Any) -> None:
-    small = mlp(plan="contract")
+    small = mlp(plan="lookup")
     timer(lambda trial: 1.0)
     rpqfx.tune(small, torch.randn(5, 12))
-    assert set(plans(small).values()) == {"expand"}
+    assert set(plans(small).values()) == {"dequantize"}
 
 
 class Twice(nn.Module):
@@ -105,7 +105,7 @@ class Twice(nn.Module):
 
     def __init__(self, times: int) -> None:
         super().__init__()
-        self.fc = RPQLinear(16, 16, codebook_dim=4, bits=2)
+        self.fc = RPQLinear(16, 16, codebook_dim=4, codebook_bits=2)
         self.times = times
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,14 +114,14 @@ class Twice(nn.Module):
         return self.fc(x)
 
 
-@pytest.mark.parametrize(("times", "plan"), [(1, "expand"), (2, "expand"), (3, "contract")])
+@pytest.mark.parametrize(("times", "plan"), [(1, "dequantize"), (2, "dequantize"), (3, "lookup")])
 def test_all_uses_of_a_weight_count_as_often_as_they_occur(timer: Any, times: int, plan: str) -> None:
     """Contracting saves 1 ms at each use with one row and loses 2 ms with many."""
     model = Twice(times)
     seen = timer(contract_if(lambda trial: trial.use.rows == 1))
     (found,) = rpqfx.tune(model, torch.randn(8, 16)).weights
     assert model.fc.weight_rpq.plan == found.plan == plan
-    assert (found.expand, found.contract) == (2.0 * times + 2, 1.0 * times + 4)
+    assert (found.dequantize, found.lookup) == (2.0 * times + 2, 1.0 * times + 4)
     assert [(timed.use.rows, timed.count) for timed in found.uses] == [(1, times), (8, 1)]
     assert len(seen.asked) == 2
 
@@ -132,14 +132,14 @@ def test_tied_layers_are_one_weight(timer: Any) -> None:
     small = rpqfx.rpqify(GPT(), SMALL)
     timer(contract_if(lambda trial: True))
     made = rpqfx.tune(small, torch.zeros(1, 6, dtype=torch.long))
-    assert made.weights[0].names == ("tok.weight", "head.weight") and made.weights[0].plan == "contract"
-    assert small.tok.weight_rpq.plan == small.head.weight_rpq.plan == "contract"
+    assert made.weights[0].names == ("tok.weight", "head.weight") and made.weights[0].plan == "lookup"
+    assert small.tok.weight_rpq.plan == small.head.weight_rpq.plan == "lookup"
     assert len(made.weights) == 9
 
 
 def test_weights_of_equal_shape_and_use_are_timed_once(timer: Any) -> None:
     def layer(**options: Any) -> RPQLinear:
-        return RPQLinear(16, 16, codebook_dim=4, bits=2, **options)
+        return RPQLinear(16, 16, codebook_dim=4, codebook_bits=2, **options)
 
     frozen = layer().requires_grad_(False)
     model = nn.Sequential(layer(), layer(), layer(split="column"), layer(signs=True), layer(), frozen)
@@ -151,7 +151,7 @@ def test_weights_of_equal_shape_and_use_are_timed_once(timer: Any) -> None:
     seen.asked.clear()
     rpqfx.tune(model, torch.randn(3, 16))
     assert len(seen.asked) == 4
-    assert set(plans(model).values()) == {"contract"}
+    assert set(plans(model).values()) == {"lookup"}
 
 
 @every_case
@@ -167,15 +167,15 @@ def test_any_model_is_tuned_and_computes_what_it_did(case: Case, backward: bool,
     assert {w.name for w in made.weights} == set(case.rewritten)
     assert {*made.reached, *made.unreached} == set(made.weights)
     for weight in made.weights:
-        faster = "contract" if weight.contract < weight.expand else "expand"
+        faster = "lookup" if weight.lookup < weight.dequantize else "dequantize"
         assert {plans(small)[name] for name in weight.names} == {faster if weight.uses else "auto"}
-    assert any(weight.plan == "contract" for weight in made.weights) == any(len(pair) == 2 for pair in seen.asked)
+    assert any(weight.plan == "lookup" for weight in made.weights) == any(len(pair) == 2 for pair in seen.asked)
     assert all(trial.use.gradients == backward for pair in seen.asked for trial in pair)
 
 
 def test_a_convolution_that_cannot_contract_is_timed_one_way(timer: Any) -> None:
     """Sub-vectors of whole channels and one group can; half a filter, or groups, cannot."""
-    options: dict[str, Any] = {"padding": 1, "bits": 2}
+    options: dict[str, Any] = {"padding": 1, "codebook_bits": 2}
     model = nn.Sequential(
         RPQConv2d(8, 8, 3, codebook_dim=9, **options),
         RPQConv2d(8, 8, 3, codebook_dim=3, **options),
@@ -184,10 +184,10 @@ def test_a_convolution_that_cannot_contract_is_timed_one_way(timer: Any) -> None
     seen = timer(contract_if(lambda trial: True))
     made = rpqfx.tune(model, torch.randn(1, 8, 5, 5))
     assert [len(pair) for pair in seen.asked] == [2, 1, 1]
-    assert [(w.plan, w.expand, w.contract) for w in made.weights] == [
-        ("contract", 2.0, 1.0),
-        ("expand", 2.0, 2.0),
-        ("expand", 2.0, 2.0),
+    assert [(w.plan, w.dequantize, w.lookup) for w in made.weights] == [
+        ("lookup", 2.0, 1.0),
+        ("dequantize", 2.0, 2.0),
+        ("dequantize", 2.0, 2.0),
     ]
 
 
@@ -197,7 +197,7 @@ class Idle(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.table, self.used = RPQEmbedding(16, 8), RPQLinear(8, 16)
-        self.idle = RPQLinear(8, 16, plan="contract")
+        self.idle = RPQLinear(8, 16, plan="lookup")
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.used(self.table(ids))
@@ -207,11 +207,11 @@ def test_what_is_not_reached_keeps_its_plan_and_is_listed(timer: Any) -> None:
     model = Idle()
     timer(contract_if(lambda trial: False))
     made = rpqfx.tune(model, torch.arange(3))
-    assert plans(model) == {"table.weight": "auto", "used.weight": "expand", "idle.weight": "contract"}
-    assert [(w.name, w.before, w.plan) for w in made.reached] == [("used.weight", "auto", "expand")]
+    assert plans(model) == {"table.weight": "auto", "used.weight": "dequantize", "idle.weight": "lookup"}
+    assert [(w.name, w.before, w.plan) for w in made.reached] == [("used.weight", "auto", "dequantize")]
     assert [(w.name, w.before, w.plan) for w in made.unreached] == [
         ("table.weight", "auto", "auto"),
-        ("idle.weight", "contract", "contract"),
+        ("idle.weight", "lookup", "lookup"),
     ]
 
 
@@ -220,18 +220,20 @@ def test_a_pinned_plan_is_saved_and_reported(timer: Any, tmp_path: Path) -> None
     timer(contract_if(lambda trial: trial.use.shape == (5, 12)))
     rpqfx.tune(small, torch.randn(5, 12))
     rpqfx.save(small, tmp_path / "m.rpq")
-    assert plans(rpqfx.load(tmp_path / "m.rpq", MLP)) == {"fc1.weight": "contract", "fc2.weight": "expand"}
-    assert [record.plan for record in rpqfx.report(small).sites] == ["contract", "expand"]
+    assert plans(rpqfx.load(tmp_path / "m.rpq", MLP)) == {"fc1.weight": "lookup", "fc2.weight": "dequantize"}
+    assert [record.plan for record in rpqfx.report(small).sites] == ["lookup", "dequantize"]
 
 
 def test_on_a_real_clock_a_large_layer_contracts_and_short_sub_vectors_expand() -> None:
     """A tenth of the work against ten times of it: far enough apart for any machine."""
     torch.manual_seed(0)
     model = nn.Sequential(
-        RPQLinear(1024, 8192, codebook_dim=128, bits=4), nn.Flatten(), RPQLinear(8192, 64, codebook_dim=1, bits=4)
+        RPQLinear(1024, 8192, codebook_dim=128, codebook_bits=4),
+        nn.Flatten(),
+        RPQLinear(8192, 64, codebook_dim=1, codebook_bits=4),
     )
     made = rpqfx.tune(model, torch.randn(256, 1024), repeats=3)
-    assert [weight.plan for weight in made.weights] == ["contract", "expand"], made
+    assert [weight.plan for weight in made.weights] == ["lookup", "dequantize"], made
 
 
 # --------------------------------------------------------------------------------------------- nothing else changes
@@ -247,7 +249,7 @@ def state(model: nn.Module) -> dict[str, Any]:
 def test_statistics_gradients_modes_and_random_states_stay(backward: bool) -> None:
     """With the real clock, in train mode; the claim about runs and trials themselves is in test_uses."""
     torch.manual_seed(0)
-    small = rpqfx.rpqify(CNN(), Policy(codebook_dim=9, bits=1, min_size=64)).train()
+    small = rpqfx.rpqify(CNN(), Policy(codebook_dim=9, codebook_bits=1, min_size=64)).train()
     small.norm.eval()
     small(torch.randn(2, 3, 10, 10)).sum().backward()
     before, states, x = state(small), (torch.get_rng_state(), random.getstate()), torch.ones(2, 3, 10, 10)
@@ -264,7 +266,7 @@ def test_statistics_gradients_modes_and_random_states_stay(backward: bool) -> No
 class Fails(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = RPQLinear(8, 16, plan="contract"), RPQLinear(16, 8)
+        self.first, self.second = RPQLinear(8, 16, plan="lookup"), RPQLinear(16, 8)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.second(self.first(x))
@@ -279,7 +281,7 @@ def test_no_plan_changes_where_the_model_fails(timer: Any) -> None:
     with pytest.raises(OverflowError, match="mine"):
         rpqfx.tune(model, -torch.ones(2, 8))
     assert seen.asked == []
-    assert plans(model) == {"first.weight": "contract", "second.weight": "auto"}
+    assert plans(model) == {"first.weight": "lookup", "second.weight": "auto"}
 
 
 @pytest.mark.parametrize("last", [1, 2])
@@ -294,10 +296,10 @@ def test_no_plan_changes_where_a_measurement_fails(timer: Any, last: int) -> Non
     seen = timer(rule)
     with pytest.raises(KeyboardInterrupt):
         rpqfx.tune(model, torch.ones(2, 8))
-    assert plans(model) == {"first.weight": "contract", "second.weight": "auto"}
+    assert plans(model) == {"first.weight": "lookup", "second.weight": "auto"}
     timer(contract_if(lambda trial: False))
     rpqfx.tune(model, torch.ones(2, 8))
-    assert plans(model) == {"first.weight": "expand", "second.weight": "expand"}
+    assert plans(model) == {"first.weight": "dequantize", "second.weight": "dequantize"}
 
 
 # ------------------------------------------------------------------------------------------------ how it is called
@@ -325,7 +327,7 @@ def test_inputs_are_passed_on(timer: Any) -> None:
 
 @pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
 def test_gradients_are_timed_wherever_it_is_called(around: Any, timer: Any) -> None:
-    small = rpqfx.rpqify(CNN(), Policy(codebook_dim=9, bits=1, min_size=64)).train()
+    small = rpqfx.rpqify(CNN(), Policy(codebook_dim=9, codebook_bits=1, min_size=64)).train()
     seen = timer(contract_if(lambda trial: True))
     x = torch.randn(2, 3, 10, 10)
     for backward in (True, False):
@@ -389,11 +391,11 @@ def test_mistakes_are_refused(name: str) -> None:
 
 
 def test_a_model_that_cannot_be_copied_is_refused_with_its_plans_unchanged() -> None:
-    model = RPQLinear(8, 16, plan="contract")
+    model = RPQLinear(8, 16, plan="lookup")
     model.stream = (x for x in "ab")
     with pytest.raises(RewriteError, match="tune runs a copy of the model"):
         rpqfx.tune(model, torch.zeros(1, 8))
-    assert model.weight_rpq.plan == "contract"
+    assert model.weight_rpq.plan == "lookup"
 
 
 # ------------------------------------------------------------------------------------------------------ compiled
@@ -420,7 +422,7 @@ def test_a_compiled_model_is_compiled_once_more_where_plans_changed(timer: Any) 
     timer(contract_if(lambda trial: trial.use.shape == (5, 12)))
     made = rpqfx.tune(compiled, x)
     assert [weight.name for weight in made.reached] == ["fc1.weight", "fc2.weight"]
-    assert plans(small) == {"fc1.weight": "contract", "fc2.weight": "expand"}
+    assert plans(small) == {"fc1.weight": "lookup", "fc2.weight": "dequantize"}
     assert run() == 2
     rpqfx.tune(compiled, x)  # the same plans
     assert run() == 2
@@ -451,17 +453,18 @@ def test_the_table_has_a_line_for_each_weight(timer: Any) -> None:
     made = rpqfx.tune(Net(), torch.arange(5), backward=True)
     *lines, pinned, total = str(made).splitlines()
     assert lines == [
-        "weight                        shape           rows              expand ms  contract ms  plan",
+        "weight                        shape           rows              dequantize ms  lookup ms  plan",
         "-" * len(lines[2]),
-        "table.weight                  16 x 8          -                 -          -            auto (not reached)",
-        "conv.weight                   16 x 1 x 3 x 3  40                2.000      1.000        contract",
-        "many.weight (= again.weight)  16 x 8          3 x 1, 2, 3, ...  12.000     24.000       expand",
-        "bare                          8 x 16          1                 2.000      4.000        expand",
+        "table.weight                  16 x 8          -                 -              -          auto (not reached)",
+        "conv.weight                   16 x 1 x 3 x 3  40                2.000          1.000      lookup",
+        "many.weight (= again.weight)  16 x 8          3 x 1, 2, 3, ...  12.000         24.000     dequantize",
+        "bare                          8 x 16          1                 2.000          4.000      dequantize",
         "-" * len(lines[2]),
     ]
     assert pinned == "3 of 4 weights pinned"
     assert total == (
-        "all products of one call, forward and backward: 16.000 ms expanded, 29.000 ms contracted, 15.000 ms as pinned"
+        "all products of one call, forward and backward: 16.000 ms dequantized, 29.000 ms by lookup, 15.000 ms as "
+        "pinned"
     )
     with pytest.raises(dataclasses.FrozenInstanceError):
         made.backward = False
@@ -479,5 +482,5 @@ def test_a_weight_can_be_the_model(timer: Any) -> None:
     weight = Projection(rpqfx.CodebookSpec(8, 16, 4, 2))
     timer(contract_if(lambda trial: True))
     (found,) = rpqfx.tune(weight, torch.randn(3, 8)).weights
-    assert (found.name, found.plan, weight.plan) == ("Projection", "contract", "contract")
+    assert (found.name, found.plan, weight.plan) == ("Projection", "lookup", "lookup")
     assert [timed.use.product for timed in found.uses] == ["linear_t"] and type(weight) is Projection

@@ -50,7 +50,7 @@ def mixed(seed: int = 0, **options: Any) -> tuple[nn.Module, nn.Module]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         teacher = Mixed().eval()
-    policy = {"codebook_dim": 4, "bits": 3, "sharing": "layer", "scale": True, "min_size": 200, **options}
+    policy = {"codebook_dim": 4, "codebook_bits": 3, "sharing": "layer", "scale": True, "min_size": 200, **options}
     return teacher, rpqfx.rpqify(teacher, Policy(**policy))
 
 
@@ -70,7 +70,7 @@ def is_plain(model: nn.Module) -> bool:
 
 
 @pytest.mark.parametrize("recode", [False, True])
-@pytest.mark.parametrize("options", [{}, {"stages": 2}, {"signs": True}, {"sharing": "own", "dim_scale": True}])
+@pytest.mark.parametrize("options", [{}, {"stages": 2}, {"signs": True}, {"sharing": "own", "column_scale": True}])
 def test_the_loss_falls(options: dict[str, Any], recode: bool) -> None:
     teacher, small = mixed(**options)
     data = batches()
@@ -157,7 +157,7 @@ def test_stored_bits_stay() -> None:
     assert str(rpqfx.report(small)) == str(report)
 
 
-@pytest.mark.parametrize("options", [{}, {"stages": 2, "signs": True, "grad_scale": "sqrt"}, {"dim_scale": True}])
+@pytest.mark.parametrize("options", [{}, {"stages": 2, "signs": True, "grad_scale": "sqrt"}, {"column_scale": True}])
 def test_gradients_are_those_of_the_weight_itself(options: dict[str, Any]) -> None:
     _, small = mixed(**options)
     small, data = small.double(), batches(2)

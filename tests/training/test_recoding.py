@@ -20,10 +20,10 @@ from rpqfx.nn import RPQLinear, RPQWeight
 from rpqfx.training import recoding
 from rpqfx.training.latent_weight import LatentWeight
 from tests.helpers import generator, seeds
-from tests.models import GPT, held_weights
+from tests.models import GPT, quantized_weights
 
-LATENT = Policy.from_scratch(codebook_dim=4, bits=4, sharing="layer", min_size=256)
-SKETCH = Policy.from_scratch(codebook_dim=4, bits=4, sharing="layer", stages=2, min_size=256)
+LATENT = Policy.from_scratch(codebook_dim=4, codebook_bits=4, sharing="layer", min_size=256)
+SKETCH = Policy.from_scratch(codebook_dim=4, codebook_bits=4, sharing="layer", stages=2, min_size=256)
 POLICIES = {"latent": LATENT, "sketch": SKETCH}
 STEPS = 10
 
@@ -50,7 +50,13 @@ def small_of(recipe: str, seed: int = 0, **options: Any) -> nn.Module:
 
 
 def _options(recipe: str) -> dict[str, Any]:
-    return {"codebook_dim": 4, "bits": 4, "sharing": "layer", "min_size": 256, "stages": 1 + (recipe == "sketch")}
+    return {
+        "codebook_dim": 4,
+        "codebook_bits": 4,
+        "sharing": "layer",
+        "min_size": 256,
+        "stages": 1 + (recipe == "sketch"),
+    }
 
 
 def batches(count: int = STEPS) -> list[Tensor]:
@@ -80,7 +86,7 @@ def started(recipe: str, steps: int = STEPS, **options: Any) -> tuple[nn.Module,
 def last_loss(recipe: str, seed: int, learned: bool) -> float:
     """The loss after 60 steps, with two bits a code for the sketch: with four on so small a model both learn it all."""
     data = batches(60)
-    model = small_of(recipe, seed, **({"bits": 2, "min_bits": 2} if recipe == "sketch" else {}))
+    model = small_of(recipe, seed, **({"codebook_bits": 2, "min_codebook_bits": 2} if recipe == "sketch" else {}))
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     if learned:
         return train(model, Recoding(model, optimizer, steps=60, recipe=recipe, seed=seed), optimizer, data)[-1]
@@ -103,7 +109,7 @@ def test_the_loss_falls_further_than_with_codes_that_stay(recipe: str) -> None:
 @given(seed=seeds, stages=st.sampled_from([1, 2]), books=st.sampled_from(["own", "layer"]))
 def test_weights_compute_with_the_nearest_entries_of_their_dense_matrices(seed: int, stages: int, books: Any) -> None:
     torch.manual_seed(seed)
-    model = nn.Sequential(RPQLinear(8, 24, codebook_dim=4, bits=3, stages=stages, sharing=books))
+    model = nn.Sequential(RPQLinear(8, 24, codebook_dim=4, codebook_bits=3, stages=stages, sharing=books))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     recode = Recoding(model, optimizer, steps=5, seed=seed)
     weight = model[0].weight_rpq
@@ -133,7 +139,7 @@ def test_memory_of_the_sketch_is_that_of_codebooks(monkeypatch: pytest.MonkeyPat
     """Counted: nothing of a weight's size is there between steps, and within learning one weight's at a time."""
     model, optimizer, recode = started("sketch", schedule=(0.2, 0.5))
     train(model, recode, optimizer, batches())
-    sizes = [weight.spec.num_vectors * weight.spec.dim for weight in set(held_weights(model).values())]
+    sizes = [weight.spec.num_vectors * weight.spec.dim for weight in set(quantized_weights(model).values())]
     state = [value for held in optimizer.state.values() for value in held.values() if isinstance(value, Tensor)]
     floats = [t.numel() for t in (*model.parameters(), *state) if t.is_floating_point()]
     assert max(floats) < min(sizes) and not any(isinstance(m, LatentWeight) for m in model.modules())
@@ -142,7 +148,7 @@ def test_memory_of_the_sketch_is_that_of_codebooks(monkeypatch: pytest.MonkeyPat
 def test_memory_of_the_latent_recipe_is_that_of_dense_training_until_it_is_finished() -> None:
     model, optimizer, recode = started("latent")
     train(model, recode, optimizer, batches())
-    weights = list(dict.fromkeys(held_weights(model).values()))
+    weights = list(dict.fromkeys(quantized_weights(model).values()))
     dense = sum(weight.spec.num_vectors * weight.spec.dim for weight in weights)
     latents = [p for name, p in model.named_parameters() if name.endswith("latent")]
     assert sum(p.numel() for p in latents) == dense and all(len(optimizer.state[p]) == 3 for p in latents)
@@ -165,7 +171,7 @@ def test_a_finished_model_is_saved_loaded_and_trained_on(recipe: str, tmp_path: 
     torch.testing.assert_close(model(ids), before)
     rpqfx.save(model, tmp_path / "m.rpq")
     assert torch.equal(rpqfx.load(tmp_path / "m.rpq", Net)(ids), model(ids))
-    assert all(weight.codes.dtype == torch.uint8 for weight in held_weights(model).values())
+    assert all(weight.codes.dtype == torch.uint8 for weight in quantized_weights(model).values())
     model(ids).square().mean().backward()
     optimizer.step()
     assert not torch.equal(model(ids), before)
@@ -214,8 +220,8 @@ _NONE: Any = _None()
 
 def test_shared_codebooks_and_tied_tables_are_learned_together() -> None:
     torch.manual_seed(0)
-    model = rpqfx.rpqify(GPT(), Policy.from_scratch(codebook_dim=4, bits=4, sharing="layer", min_size=128))
-    weights = held_weights(model)
+    model = rpqfx.rpqify(GPT(), Policy.from_scratch(codebook_dim=4, codebook_bits=4, sharing="layer", min_size=128))
+    weights = quantized_weights(model)
     first = weights["blocks.0.fc1.weight"]
     weights["blocks.1.fc1.weight"].codebooks = first.codebooks
     weights["blocks.1.fc1.weight"].shares_codebooks = True

@@ -41,7 +41,7 @@ def pair(**options: Any) -> tuple[nn.Module, nn.Module]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         dense = Net().eval()
-    policy = {"codebook_dim": 4, "bits": 3, "sharing": "shape", "scale": True, "min_size": 64, **options}
+    policy = {"codebook_dim": 4, "codebook_bits": 3, "sharing": "shape", "scale": True, "min_size": 64, **options}
     return dense, rpqfx.rpqify(dense, Policy(**policy))
 
 
@@ -92,7 +92,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "codes now and then": {"recode_every": 3},
     "two stages": {"policy": {"stages": 2}},
     "signs": {"policy": {"signs": True}},
-    "own codebooks": {"policy": {"sharing": "own", "dim_scale": True}},
+    "own codebooks": {"policy": {"sharing": "own", "column_scale": True}},
     "norms": {"norms": "update"},
     "autocast": {"autocast": torch.bfloat16},
     "accumulate": {"accumulate": 2},

@@ -67,6 +67,6 @@ def test_the_closest_name() -> None:
 
 @pytest.mark.parametrize("wrong", [1.0, "8", None, torch.tensor(8)])
 def test_numbers_of_a_spec(wrong: Any) -> None:
-    for name in ("num_vectors", "dim", "codebook_dim", "entries", "stages", "dim_scale"):
+    for name in ("num_vectors", "dim", "codebook_dim", "entries", "stages", "column_scale_group"):
         with pytest.raises(SpecError, match=f"^{name} is a whole number, got "):
             CodebookSpec(**{"num_vectors": 64, "dim": 8, "codebook_dim": 4, "entries": 4, name: wrong})

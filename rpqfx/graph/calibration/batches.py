@@ -14,7 +14,7 @@ from rpqfx.validation.values import shown
 
 
 class Batches:
-    """What is run to see a model's inputs.
+    """The batches that are run to see a model's inputs.
 
     Args:
         model: The model.

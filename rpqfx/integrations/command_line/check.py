@@ -35,13 +35,13 @@ def run(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
                 raise FormatError(f"{source.name} {error}") from error
         found = {
             "path": source.name, "format": source.manifest["version"], "files": source.files, "bytes": source.nbytes,
-            "tensors": len(source.manifest["tensors"]), "weights_in_codebooks": len(source.manifest["sites"]),
+            "tensors": len(source.manifest["tensors"]), "quantized_weights": len(source.manifest["sites"]),
             "quantized_caches": len(source.manifest.get("kv", ())), "ranges_checked": len(codes),
         }  # fmt: skip
     files = f"{source.files} file{'s' if source.files > 1 else ''}"
     text = (
         f"{source.name} is whole: {size(source.nbytes)} in {files}, format {found['format']}, "
-        f"{found['tensors']} tensors, {found['weights_in_codebooks']} weights in codebooks; "
+        f"{found['tensors']} tensors, {found['quantized_weights']} quantized weights; "
         "seal, ranges and checksum are right"
     )
     return found, text

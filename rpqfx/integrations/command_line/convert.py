@@ -1,4 +1,4 @@
-"""``rpqfx convert`` puts the weights of a folder of transformers into codebooks, and says what that cost."""
+"""``rpqfx convert`` quantizes the weights of a folder of transformers, and says what that cost."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _BATCHES, _LENGTH, _EVALUATE = 16, 1024, 8192
 
 @dataclass(frozen=True)
 class _Data:
-    """What a conversion goes by.
+    """The inputs and settings of a conversion.
 
     Args:
         batches: Of calibration; None where there is none.
@@ -60,7 +60,7 @@ def run(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
         raise InputError(f"{out} is there already; name a new folder with --out, or remove it")
     _check_options(given)
     class_of(given.folder)
-    policy = Policy.pretrained(given.bits, embedding_bits=given.embedding_bits)
+    policy = Policy.pretrained(given.bits_per_weight, embedding_bits=given.embedding_bits)
     if given.calibration is None:
         small, quality, data = _while_loading(given, policy)
     else:

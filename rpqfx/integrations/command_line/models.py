@@ -28,7 +28,7 @@ def class_of(folder: str | Path) -> Any:
     """Returns the class of the model in a folder.
 
     Args:
-        folder: Of a model of transformers, dense or in codebooks.
+        folder: Of a model of transformers, dense or quantized.
 
     Raises:
         OSError: If there is no such folder, or no config in it.
@@ -58,7 +58,7 @@ def open_model(folder: str | Path, *, dtype: Any = None, quantization_config: An
     """Returns the model of a folder, in eval mode.
 
     Args:
-        folder: Dense or in codebooks.
+        folder: Dense or quantized.
         dtype: Of the weights; left out, that of the folder.
         quantization_config: Says how weights are quantized while they are loaded; None for as they are.
 
@@ -72,7 +72,7 @@ def open_model(folder: str | Path, *, dtype: Any = None, quantization_config: An
 
 
 def is_language_model(model: Any) -> bool:
-    """Whether a model gives each token of a text a probability, given those before.
+    """Returns whether a model gives each token of a text a probability, given those before.
 
     Args:
         model: Of transformers.

@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("--json", action="store_true", help="print one JSON object instead of text")
         return added
 
-    _add_convert(add("convert", "put the weights of a folder of transformers into codebooks"))
+    _add_convert(add("convert", "quantize the weights of a folder of transformers"))
     shows = add("report", "show what is quantized in a file or folder, and what was left alone and why")
     shows.add_argument("path", metavar="PATH", help="file of rpqfx.save, or folder of save_pretrained")
     shows.add_argument("--html", type=Path, metavar="FILE", help="write the report to a page, too")
@@ -121,7 +121,9 @@ def _parser() -> argparse.ArgumentParser:
 def _add_convert(convert: argparse.ArgumentParser) -> None:
     convert.add_argument("folder", metavar="FOLDER", help="dense model, as save_pretrained writes it")
     convert.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the result goes")
-    convert.add_argument("--bits", type=_bits, required=True, help="bits a weight, all that is stored counted")
+    convert.add_argument(
+        "--bits-per-weight", type=_bits, required=True, help="bits a weight, all that is stored counted"
+    )
     convert.add_argument(
         "--embedding-bits", type=_bits, default=8.5, help="bits a weight of embeddings and heads (%(default)s)"
     )

@@ -21,7 +21,7 @@ def run(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
         The report, as values and as text.
 
     Raises:
-        RPQError: If the file is damaged or holds nothing in codebooks.
+        RPQError: If the file is damaged or has no quantized weight.
     """
     page = None if given.html is None else place(given.html)
     with opened(given.path) as source:

@@ -1,4 +1,4 @@
-"""What a path leads to: a file that ``rpqfx.save`` wrote, or a folder of ``save_pretrained``."""
+"""Opens the source at a path: a file that ``rpqfx.save`` wrote, or a folder of ``save_pretrained``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model is calibrated on and measured with: texts and images from files."""
+"""Reads texts and images from files, for calibration and measurement."""
 
 from __future__ import annotations
 

@@ -9,8 +9,8 @@ key, and so does the sum of values instead of every value. Between them stand th
 
     table[s] = books[s] @ (basis @ q)[group of s],    bins[s, k] = sum of scale[t] p[t] where code[s, t] = k
 
-Both are exact. Keys that were coded before their rotary embedding are made in tiles, turned and used up; so are
-vectors that meet many queries, since each of them then costs less than its terms in the table.
+Both are exact. Keys that were coded before their rotary embedding are made in tiles, rotated and used up; so are
+vectors that are multiplied with many queries, since each of them then costs less than its terms in the table.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PLAIN_BIN_ROWS = 4
 def scores(
     q: Tensor, coder: Coder, codes: Tensor | Stream, scale: Tensor | None = None, rope: Rope | None = None
 ) -> Tensor:
-    """Dot products of queries with the keys of a cache.
+    """Returns dot products of queries with the keys of a cache.
 
     Args:
         q: ``[B, H, n, D]``, floating: the queries of each head of keys.
@@ -44,7 +44,7 @@ def scores(
         scale: ``[B, H, T]`` or None.
         rope: Where keys are coded before their rotary embedding, ``cos`` and ``sin`` of their positions, ``[T, R]`` or
             ``[B, T, R]``, of which the first half is read (the second repeats it): the first ``R <= D`` elements of a
-            key are turned, ``x * cos + rotate_half(x) * sin``.
+            key are rotated, ``x * cos + rotate_half(x) * sin``.
 
     Returns:
         ``[B, H, n, T]``, in float32 at least.
@@ -56,18 +56,18 @@ def scores(
     q = q.to(held.books.dtype)
     if rope is not None:
         cos, sin = (part[..., : part.shape[-1] // 2].contiguous() for part in rope)
-        return turned_scores(q, held, *((cos[None], sin[None]) if cos.dim() == 2 else (cos, sin)))
+        return scores_of_rotated(q, held, *((cos[None], sin[None]) if cos.dim() == 2 else (cos, sin)))
     return straight_scores(q, held)
 
 
 def straight_scores(q: Tensor, held: Held, out: Tensor | None = None) -> Tensor:
-    """``scores`` of vectors as they are, in ``out [B, H, n, T]`` if that is given."""
+    """Returns ``scores`` of vectors as they are, in ``out [B, H, n, T]`` if that is given."""
     batch, heads, rows, _ = q.shape
-    met = rows * (heads // held.parts)  # rows that meet a part's codes
-    if met > KERNEL_ROWS:
+    queries = rows * (heads // held.parts)  # rows that are multiplied with a part's codes
+    if queries > KERNEL_ROWS:
         y = q.new_empty(*q.shape[:3], held.codes.length) if out is None else out
         step = KERNEL_ROWS // (heads // held.parts)
-        if step and met <= TABLE_ROWS and compiled(q, held.codes, held.scale, KERNEL_ROWS):
+        if step and queries <= TABLE_ROWS and compiled(q, held.codes, held.scale, KERNEL_ROWS):
             for start in range(0, rows, step):
                 some = slice(start, start + step)
                 straight_scores(q[:, :, some], held, y[:, :, some])
@@ -87,8 +87,8 @@ def straight_scores(q: Tensor, held: Held, out: Tensor | None = None) -> Tensor:
     return found if out is None else out.copy_(found)
 
 
-def turned_scores(q: Tensor, held: Held, cos: Tensor, sin: Tensor) -> Tensor:
-    """``scores`` of vectors that are turned first; see ``rpqfx.kv.attention.vectors.rotated_scores``."""
+def scores_of_rotated(q: Tensor, held: Held, cos: Tensor, sin: Tensor) -> Tensor:
+    """Returns ``scores`` of vectors that are rotated first; see ``rpqfx.kv.attention.vectors.rotated_scores``."""
     if cos.shape[1] != held.codes.length or cos.shape != sin.shape or cos.shape[0] not in (1, q.shape[0]):
         shapes = f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)}"
         raise InputError(f"{shapes} do not go with {held.codes.length} tokens of {q.shape[0]} samples")
@@ -96,7 +96,7 @@ def turned_scores(q: Tensor, held: Held, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def weighted(p: Tensor, coder: Coder, codes: Tensor | Stream, scale: Tensor | None = None) -> Tensor:
-    """Sums of the values of a cache by their weights.
+    """Returns sums of the values of a cache by their weights.
 
     Args:
         p: ``[B, H, n, T]``, floating: the weights of each head of values.
@@ -115,7 +115,7 @@ def weighted(p: Tensor, coder: Coder, codes: Tensor | Stream, scale: Tensor | No
 
 
 def weighted_sum(p: Tensor, held: Held) -> Tensor:
-    """``weighted`` of vectors that are held."""
+    """Returns ``weighted`` of ``Held`` vectors."""
     batch, heads, rows, _ = p.shape
     share = heads // held.parts
     by_kernel = compiled(p, held.codes, held.scale, KERNEL_ROWS) and share <= KERNEL_ROWS
@@ -139,19 +139,19 @@ def weighted_sum(p: Tensor, held: Held) -> Tensor:
 
 
 def hold(coder: Coder, codes: Stream, scale: Tensor | None, dtype: torch.dtype) -> Held:
-    """A coder's tensors and codes together, in the dtype that is computed in."""
-    basis, mean = coder.basis, coder.mean  # each is made anew when it is asked for
+    """Returns a coder's tensors and codes together, in the dtype of the computation."""
+    basis, mean = coder.basis, coder.mean  # each read computes it
     basis, mean = (None if x is None else x.to(dtype) for x in (basis, mean))
     return Held(coder.books.to(dtype), slots_of(coder), codes, scale, basis, mean, coder.dim)
 
 
 def compute_dtype(x: Tensor, coder: Coder) -> torch.dtype:
-    """What attention of queries, or weights, with a coder's vectors is computed in."""
+    """Returns the dtype in which attention of queries, or weights, with a coder's vectors is computed."""
     return sum_dtype(torch.promote_types(x.dtype, coder.books.dtype))
 
 
 def _held(x: Tensor, coder: Coder, codes: Tensor | Stream, scale: Tensor | None) -> Held:
-    stream = codes if isinstance(codes, Stream) else Stream.of(codes, coder.entries)
+    stream = codes if isinstance(codes, Stream) else Stream.of(codes, coder.codebook_size)
     batch, slots = stream.data.shape[:2]
     if x.dim() != 4 or x.shape[:2] != (batch, coder.heads) or slots != coder.head_slots[-1]:
         raise InputError(
@@ -164,14 +164,14 @@ def _held(x: Tensor, coder: Coder, codes: Tensor | Stream, scale: Tensor | None)
 
 
 def _cells(held: Held) -> Tensor:
-    """``[S]``: which sub-vector of all heads' each slot belongs to."""
+    """Returns ``[S]``: which sub-vector of all heads' each slot belongs to."""
     groups = held.length // held.books.shape[2]
     cells = [h * groups + g for h, g in zip(heads_of(held.slots.heads), held.slots.groups, strict=True)]
     return torch.tensor(cells, dtype=torch.int64, device=held.books.device)
 
 
 def _parts(q: Tensor, held: Held) -> Tensor:
-    """``[B, S, n, d]``: the part of its head's queries that each slot meets."""
+    """Returns ``[B, S, n, d]``: the part of its head's queries that each slot is multiplied with."""
     batch, _, rows, _ = q.shape
     parts = q.unflatten(-1, (-1, held.books.shape[2])).transpose(2, 3).reshape(batch, -1, rows, held.books.shape[2])
     return parts[:, _cells(held)]

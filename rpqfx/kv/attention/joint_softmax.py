@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rpqfx.kv.attention.attend import straight_scores, turned_scores, weighted_sum
+from rpqfx.kv.attention.attend import scores_of_rotated, straight_scores, weighted_sum
 from rpqfx.kv.attention.score_options import Changes
 from rpqfx.kv.attention.vectors import Held
 
@@ -24,7 +24,7 @@ class Parts(NamedTuple):
         sinks: How many of these come before those in codes.
         held_keys: Those in codes, or None.
         held_values: The same.
-        turns: ``cos, sin``, each ``[1 or B, T, R / 2]``, of keys coded before their rotary embedding, or None.
+        angles: ``cos, sin``, each ``[1 or B, T, R / 2]``, of keys coded before their rotary embedding, or None.
         twice: How many of the last in codes are in front of the window as well, as they are.
     """
 
@@ -33,12 +33,12 @@ class Parts(NamedTuple):
     sinks: int
     held_keys: Held | None
     held_values: Held | None
-    turns: tuple[Tensor, Tensor] | None
+    angles: tuple[Tensor, Tensor] | None
     twice: int = 0
 
     @property
     def columns(self) -> int:
-        """Tokens, those that are there twice counted so."""
+        """The number of columns of the scores; a token that is kept both exactly and as codes has two."""
         return self.keys.shape[2] + (0 if self.held_keys is None else self.held_keys.codes.length)
 
     @property
@@ -54,20 +54,20 @@ class Parts(NamedTuple):
         return torch.cat([x[..., :last], x[..., last - self.twice :]], -1)
 
     def scores(self, q: Tensor) -> Tensor:
-        """``[B, H, n, columns]`` of queries ``[B, H, n, D]``."""
+        """Returns ``[B, H, n, columns]`` of queries ``[B, H, n, D]``."""
         near = q @ self.keys.to(q.dtype).transpose(-1, -2)
         if self.held_keys is None:
             return near
         scores, last = q.new_empty(*q.shape[:3], self.columns), self.sinks + self.held_keys.codes.length
         scores[..., : self.sinks], scores[..., last:] = near[..., : self.sinks], near[..., self.sinks :]
-        if self.turns is None:
+        if self.angles is None:
             straight_scores(q, self.held_keys, scores[..., self.sinks : last])
         else:
-            scores[..., self.sinks : last] = turned_scores(q, self.held_keys, *self.turns)
+            scores[..., self.sinks : last] = scores_of_rotated(q, self.held_keys, *self.angles)
         return scores
 
     def sums(self, p: Tensor) -> Tensor:
-        """``[B, H, n, D_v]`` of weights ``[B, H, n, columns]``."""
+        """Returns ``[B, H, n, D_v]`` of weights ``[B, H, n, columns]``."""
         values = self.values.to(p.dtype)
         if self.held_values is None:
             return p @ values
@@ -79,7 +79,7 @@ class Parts(NamedTuple):
 def attention(
     q: Tensor, parts: Parts, mask: Tensor | None, changes: Changes | None = None, coded: Tensor | None = None
 ) -> Tensor:
-    """Attention of the newest tokens, each to those before it and to itself.
+    """Returns attention of the newest tokens, each to those before it and to itself.
 
     Args:
         q: ``[B, H_q, n, D]``, scaled, of the dtype that is computed in.
@@ -104,7 +104,7 @@ def attention(
 
 
 def _hidden(parts: Parts, some: slice, queries: int, coded: Tensor | None, device: torch.device) -> Tensor | None:
-    """``[n, columns]`` bool: what some of the queries do not see, be it later or found in the other form; or None."""
+    """Returns ``[n, columns]`` bool, the tokens that some queries do not see: later ones, and second forms; or None."""
     if queries - some.start <= 1 and coded is None:
         return None
     last = parts.total - queries + torch.arange(some.start, some.stop, device=device)
@@ -119,7 +119,7 @@ def _hidden(parts: Parts, some: slice, queries: int, coded: Tensor | None, devic
 
 
 def _some(q: Tensor, parts: Parts, mask: Tensor | None, hidden: Tensor | None, changes: Changes | None) -> Tensor:
-    """Of some queries."""
+    """Returns attention of some queries."""
     (batch, heads, queries, dim), kv_heads, columns = q.shape, parts.keys.shape[1], parts.columns
     scores = parts.scores(q.reshape(batch, kv_heads, -1, dim)).view(batch, kv_heads, -1, queries, columns)
     scores = scores if changes is None else changes.capped(scores)

@@ -1,6 +1,6 @@
 """The rotary embedding, there and back (Su et al., "RoFormer", 2104.09864).
 
-It is computed in the half-rotation convention; ``Turning`` says how the others become that one.
+It is computed in the half-rotation convention; ``RotaryConvention`` says how the others become that one.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ class Rotary(NamedTuple):
     """Cosines and sines of tokens' angles.
 
     Args:
-        cos: ``[B or 1, T, D']``, whose second half repeats the first; ``D'`` is the number of channels that turn, the
-            first of a head.
+        cos: ``[B or 1, T, D']``, whose second half repeats the first; ``D'`` is the number of channels that are
+            rotated, the first of a head.
         sin: The same shape.
     """
 
@@ -27,7 +27,7 @@ class Rotary(NamedTuple):
     sin: Tensor
 
 
-class Turning(NamedTuple):
+class RotaryConvention(NamedTuple):
     """The convention of a rotary embedding.
 
     Args:
@@ -57,18 +57,18 @@ class Turning(NamedTuple):
 
         Args:
             x: ``[B, H, T, D]``.
-            width: How many channels turn, the first of a head.
+            width: How many channels are rotated, the first of a head.
         """
         if self.pairs == "halves":
             return x
         return torch.cat([x[..., :width:2], x[..., 1:width:2], x[..., width:]], -1)
 
 
-HALVES = Turning("halves", "halves")
+HALVES = RotaryConvention("halves", "halves")
 
 
-def turn(x: Tensor, rotary: Rotary) -> Tensor:
-    """``x`` after the embedding.
+def apply_rotary(x: Tensor, rotary: Rotary) -> Tensor:
+    """Returns ``x`` after the embedding.
 
     Args:
         x: ``[B, H, T, D]``.
@@ -77,18 +77,18 @@ def turn(x: Tensor, rotary: Rotary) -> Tensor:
     return rotate(x, *_halves(rotary))
 
 
-def turn_back(x: Tensor, rotary: Rotary) -> Tensor:
-    """``x`` before the embedding, in its own dtype; see ``turned_back``.
+def undo_rotary(x: Tensor, rotary: Rotary) -> Tensor:
+    """Returns ``x`` before the embedding, in its own dtype; see ``unrotated``.
 
     Args:
         x: ``[B, H, T, D]``.
         rotary: Of its tokens.
     """
-    return turned_back(x, *_halves(rotary)).to(x.dtype)
+    return unrotated(x, *_halves(rotary)).to(x.dtype)
 
 
-def turned_back(k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Keys before their rotary embedding, whose pairs it may have stretched (YaRN) as well as turned.
+def unrotated(k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Returns keys before their rotary embedding, whose pairs it may have stretched (YaRN) as well as rotated.
 
     Args:
         k: ``[B, H, T, D]``, floating; a pair is one channel of each half.

@@ -1,4 +1,4 @@
-"""Which convention of the rotary embedding a model's own code follows, learned by calling it."""
+"""Finds the convention of the rotary embedding that a model's own code follows, by calling it."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rpqfx.kv.attention.rotary import Turning, turn
+from rpqfx.kv.attention.rotary import RotaryConvention, apply_rotary
 from rpqfx.nn.hosting.host import READ_AS
 
 _CONVENTIONS = (
-    Turning("halves", "halves"), Turning("interleaved", "interleaved"), Turning("halves", "interleaved"),
-    Turning("single", "halves"), Turning("single", "interleaved"),
+    RotaryConvention("halves", "halves"), RotaryConvention("interleaved", "interleaved"),
+    RotaryConvention("halves", "interleaved"), RotaryConvention("single", "halves"),
+    RotaryConvention("single", "interleaved"),
 )  # fmt: skip
 _DIM = 8
 
 
-def turning_of(module: nn.Module) -> Turning | None:
-    """Returns the convention by which an attention module turns its keys.
+def rotary_convention_of(module: nn.Module) -> RotaryConvention | None:
+    """Returns the convention by which an attention module rotates its keys.
 
     Functions of its own code whose name speaks of a rotary embedding are called with keys and angles that are known.
 
@@ -36,7 +37,7 @@ def turning_of(module: nn.Module) -> Turning | None:
 
 
 @functools.lru_cache(maxsize=256)
-def _of_class(kind: Any) -> Turning | None:
+def _of_class(kind: Any) -> RotaryConvention | None:
     for function in _functions(kind):
         for convention in _CONVENTIONS:
             if _follows(function, convention):
@@ -54,14 +55,14 @@ def _functions(kind: type[nn.Module]) -> Iterator[Callable[..., Any]]:
 
 
 @torch.no_grad()
-def _follows(function: Callable[..., Any], convention: Turning) -> bool:
-    """Whether a function turns keys by angles that come in a convention, as this convention says."""
+def _follows(function: Callable[..., Any], convention: RotaryConvention) -> bool:
+    """Returns whether a function rotates keys by angles that come in a convention, as this convention says."""
     angles = (torch.arange(3.0)[:, None] + 1) * torch.linspace(0.3, 1.1, _DIM // 2)
     if convention.angles != "single":
         angles = angles.repeat(1, 2) if convention.angles == "halves" else angles.repeat_interleave(2, -1)
     cos, sin = angles.cos()[None], angles.sin()[None]
     key = torch.linspace(-1, 2, 2 * 3 * _DIM).sin().view(1, 2, 3, _DIM)
-    wanted = turn(convention.in_halves(key, _DIM), convention.read(cos, sin))
+    wanted = apply_rotary(convention.in_halves(key, _DIM), convention.read(cos, sin))
     for args in ((key, key, cos, sin), (key, cos, sin)):
         try:
             out = function(*args)

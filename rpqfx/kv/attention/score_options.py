@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Changes(NamedTuple):
-    """What a model does to its scores besides scaling and masking them.
+    """The changes that a model makes to its scores besides scaling and masking them.
 
     Args:
         softcap: Scores become ``softcap * tanh(score / softcap)`` before they are masked (Gemma 2, 2408.00118).
@@ -22,7 +22,7 @@ class Changes(NamedTuple):
     sinks: Tensor | None = None
 
     def __bool__(self) -> bool:
-        """Whether there is any."""
+        """Returns whether there is any."""
         return self.softcap is not None or self.sinks is not None
 
     def capped(self, scores: Tensor) -> Tensor:

@@ -2,12 +2,12 @@ r"""Sums over the slots of a cache: codes of tokens, packed along them, and what
 
 A cache has ``H`` heads and ``S`` slots; a head's slots follow each other, and there may be more of them, fewer or none.
 A token has a code for each slot, an index into the slot's codebook, whose entries belong to one of the head's
-sub-vectors (a group). Axes besides: ``b`` of the batch, ``t`` of the tokens, ``n`` rows that meet a head (its queries).
+sub-vectors (a group). Axes besides: ``b`` of the batch, ``t`` of the tokens, ``n`` rows of a head (its queries).
 
     pick:           y[b,h,n,t] = scale[b,h,t] * sum of table[b,s,code[b,s,t],n] over the slots s of h, + shift[b,h,n]
     bin_masses:     bins[b,s,k,n] = sum of scale[b,h,t] * p[b,h,n,t] over the tokens t with code[b,s,t] = k
     expand:         y[b,h,t, group of s] = sum of books[book of s, code[b,s,t]] over the slots s of h
-    rotated_scores: the keys that ``expand`` gives, turned by a rotary embedding, times queries
+    rotated_scores: the keys that ``expand`` gives, rotated by a rotary embedding, times queries
 
 The first two are adjoint to each other. All run in blocks of tokens, so that nothing of the cache's size is made.
 """
@@ -35,7 +35,7 @@ UNIT = 8
 
 
 class Slots(NamedTuple):
-    """Where the codes of a cache belong.
+    """The places of the codes of a cache.
 
     Args:
         books: ``[S]``, the codebook of each slot.
@@ -65,27 +65,27 @@ class Stream(NamedTuple):
 
     @staticmethod
     def of(codes: Tensor, entries: int) -> Stream:
-        """Codes ``[B, S, T]`` of any integer dtype: uint8 as it lies, others packed."""
+        """Returns codes ``[B, S, T]`` of any integer dtype: uint8 as it lies, others packed."""
         if codes.dtype is torch.uint8 and codes.stride(-1) == 1:
             return Stream(codes, 8, entries, codes.shape[-1])
         return Stream(packed(codes, entries), code_bits(entries), entries, codes.shape[-1])
 
     def block(self, start: int, stop: int) -> Tensor:
-        """``[B, S, stop - start]`` int32 (bytes as they lie)."""
+        """Returns ``[B, S, stop - start]`` int32 (bytes as they lie)."""
         if self.width == 8:
             return self.data[:, :, start:stop]
         bits = torch.arange(start, stop, device=self.data.device) * self.width
         return bits_at(self.data, bits, self.width)
 
     def blocks(self, per_token: int) -> Iterator[tuple[int, int]]:
-        """Ranges of tokens that make so many elements each, few enough at a time."""
+        """Yields ranges of tokens that make so many elements each, few enough at a time."""
         size = max(UNIT, BLOCK_ELEMENTS // max(1, per_token) // UNIT * UNIT)
         for start in range(0, self.length, size):
             yield start, min(start + size, self.length)
 
 
 def bits_at(data: Tensor, bits: Tensor, width: int) -> Tensor:
-    """Codes that begin at some bits.
+    """Returns codes that begin at some bits.
 
     Args:
         data: ``[B, S, bytes]`` uint8.
@@ -100,7 +100,7 @@ def bits_at(data: Tensor, bits: Tensor, width: int) -> Tensor:
 
 
 def packed(codes: Tensor, entries: int) -> Tensor:
-    """Codes at their true width, slot by slot.
+    """Returns codes at their true width, slot by slot.
 
     Args:
         codes: ``[B, S, T]``, an integer dtype.
@@ -115,7 +115,7 @@ def packed(codes: Tensor, entries: int) -> Tensor:
 
 
 def tables(parts: Tensor, books: Tensor, which: Sequence[int]) -> Tensor:
-    """Dot products of queries with the entries of each slot.
+    """Returns dot products of queries with the entries of each slot.
 
     Args:
         parts: ``[B, S, n, d]``, floating.
@@ -191,7 +191,7 @@ def bin_masses(p: Tensor, codes: Stream, heads: Sequence[int], scale: Tensor | N
 
 
 def sums(bins: Tensor, books: Tensor, which: Sequence[int]) -> Tensor:
-    """Sums of the entries of each slot, by their bins: the adjoint of ``tables``.
+    """Returns sums of the entries of each slot, by their bins: the adjoint of ``tables``.
 
     Args:
         bins: ``[B, S, K, n]``, floating, see ``bin_masses``.
@@ -207,7 +207,7 @@ def sums(bins: Tensor, books: Tensor, which: Sequence[int]) -> Tensor:
 
 
 def expand(books: Tensor, slots: Slots, codes: Stream, start: int, stop: int, length: int) -> Tensor:
-    """The vectors of some tokens.
+    """Returns the vectors of some tokens.
 
     Args:
         books: ``[P, K, d]``, floating.
@@ -236,14 +236,14 @@ def expand(books: Tensor, slots: Slots, codes: Stream, start: int, stop: int, le
 
 
 def compiled(x: Tensor, codes: Stream, scale: Tensor | None, rows: int) -> bool:
-    """Whether the compiled kernels take it: a few rows of float32 on a CPU, scales of float16 that lie in order."""
+    """Returns whether compiled kernels take it: few rows of float32 on a CPU, scales of float16 that lie in order."""
     if scale is not None and (scale.dtype is not torch.float16 or scale.stride(-1) != 1):
         return False
     return _compiled((x, codes.data) if scale is None else (x, codes.data, scale), rows)
 
 
 def heads_of(heads: Sequence[int]) -> list[int]:
-    """``[S]``, the head of each slot."""
+    """Returns ``[S]``, the head of each slot."""
     return [head for head in range(len(heads) - 1) for _ in range(heads[head], heads[head + 1])]
 
 
@@ -269,7 +269,7 @@ def _compiled(tensors: Sequence[Tensor], rows: int) -> bool:
 
 
 def _lines(table: Tensor) -> Tensor:
-    """A table in lines as wide as the kernels take: what ``tables`` made already lies so."""
+    """Returns a table in lines as wide as the kernels take: what ``tables`` made already lies so."""
     rows = table.shape[-1]
     wide = 4 if rows <= 4 else 8 if rows <= 8 else 16
     shape = (*table.shape[:-1], wide)
@@ -280,7 +280,7 @@ def _lines(table: Tensor) -> Tensor:
 
 
 def _bags(lines: Tensor, codes: Tensor, first: Tensor, bounds: Sequence[int]) -> Tensor:
-    """``[B, T, bags, width]``: sums of ``lines[first[b,s] + codes[b,s,t]]`` over the slots between two bounds."""
+    """Sums ``lines[first[b,s] + codes[b,s,t]]`` over the slots between two bounds: ``[B, T, bags, width]``."""
     batch, slots, tokens = codes.shape
     if not slots:
         return lines.new_zeros(batch, tokens, len(bounds) - 1, lines.shape[1])

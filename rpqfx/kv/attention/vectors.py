@@ -1,4 +1,4 @@
-"""The vectors that a cache's codes stand for, some tokens at a time, and scores of those that are turned first."""
+"""The vectors that a cache's codes stand for, some tokens at a time, and scores of those that are rotated first."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Held(NamedTuple):
         return self.basis is not None and self.basis.shape[0] != self.parts
 
     def vectors(self, start: int, stop: int) -> Tensor:
-        """``[B, H, stop - start, D]`` of the codebooks' dtype."""
+        """Returns ``[B, H, stop - start, D]`` of the codebooks' dtype."""
         x = expand(self.books, self.slots, self.codes, start, stop, self.length)
         if self.basis is not None:
             wide = rearrange(self.basis, "(p h) k d -> p k (h d)", p=self.parts)
@@ -60,7 +60,7 @@ class Held(NamedTuple):
 
 
 def rotated_scores(q: Tensor, held: Held, cos: Tensor, sin: Tensor) -> Tensor:
-    """Vectors, turned by a rotary embedding, times queries.
+    """Returns products of queries with vectors that a rotary embedding has rotated.
 
     Args:
         q: ``[B, H, n, D]``, of the codebooks' dtype.
@@ -86,7 +86,7 @@ def rotated_scores(q: Tensor, held: Held, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """A rotary embedding whose pairs lie half its width apart (Su et al., "RoFormer", 2021).
+    """Applies a rotary embedding whose pairs lie half its width apart (Su et al., "RoFormer", 2021).
 
     Args:
         x: ``[B, H, T, D]``.

@@ -31,13 +31,13 @@ class Side:
         check(slots_of(coder), coder.books, coder.dim if coder.basis is None else coder.basis.shape[1], name)
         if coder.heads % (len(coder.head_slots) - 1):
             raise InputError(f"{name}: {len(coder.head_slots) - 1} parts have slots, the coder has {coder.heads} heads")
-        self.width = code_bits(coder.entries)
+        self.width = code_bits(coder.codebook_size)
         self.length = 0
         self._data: Tensor | None = None  # [B, S, bytes]
         self._scale: Tensor | None = None  # [B, H, capacity]
 
     def encode(self, x: Tensor) -> list[tuple[Tensor, Tensor | None]]:
-        """Codes and scales of tokens, block by block, for ``add``.
+        """Returns codes and scales of tokens, block by block, for ``add``.
 
         Raises:
             InputError: If the coder gives something else than it says.
@@ -45,56 +45,56 @@ class Side:
         return [self._encode(block) for block in x.split(BLOCK, 2)]
 
     def add(self, encoded: list[tuple[Tensor, Tensor | None]]) -> None:
-        """Takes what ``encode`` gave, of a multiple of ``UNIT`` tokens."""
+        """Appends the result of ``encode``, of a multiple of ``UNIT`` tokens."""
         length = self.length + sum(codes.shape[2] for codes, _ in encoded)
         self._make_room(length, *encoded[0])
         for codes, scale in encoded:
             stop = self.length + codes.shape[2]
             assert self._data is not None
-            self._data[:, :, self._bytes(self.length) : self._bytes(stop)] = packed(codes, self.coder.entries)
+            self._data[:, :, self._bytes(self.length) : self._bytes(stop)] = packed(codes, self.coder.codebook_size)
             if self._scale is not None:
                 assert scale is not None
                 self._scale[:, :, self.length : stop] = scale
             self.length = stop
 
     def codes(self) -> Stream:
-        """All codes; there are some."""
+        """Returns all codes; there are some."""
         assert self._data is not None
-        return Stream(self._data, self.width, self.coder.entries, self.length)
+        return Stream(self._data, self.width, self.coder.codebook_size, self.length)
 
     def scale(self) -> Tensor | None:
-        """``[B, H, T]`` float16 or None."""
+        """Returns ``[B, H, T]`` float16 or None."""
         return None if self._scale is None else self._scale[:, :, : self.length]
 
     def nbytes(self) -> tuple[int, int]:
-        """Bytes of codes and of scales."""
+        """Returns the bytes of codes and of scales."""
         used = self._used()
         return used["codes"].numel() if "codes" in used else 0, used["scale"].numel() * 2 if "scale" in used else 0
 
     def allocated(self) -> int:
-        """Bytes that the tensors take, with room for more tokens."""
+        """Returns the bytes that the tensors take, with room for more tokens."""
         return sum(x.numel() * x.element_size() for x in (self._data, self._scale) if x is not None)
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Rows of the batch in another order or number."""
+        """Puts rows of the batch into another order, or repeats or drops some."""
         used = {name: change(part) for name, part in self._used().items()}
         self._data, self._scale = used.get("codes"), used.get("scale")
 
     def crop(self, length: int) -> None:
-        """Forgets the newest codes; a multiple of ``UNIT`` tokens stays."""
+        """Drops the newest codes; a multiple of ``UNIT`` tokens stays."""
         self.length = length
 
     def reset(self) -> None:
-        """Forgets all codes."""
+        """Drops all codes."""
         self.length, self._data, self._scale = 0, None, None
 
     def state(self) -> dict[str, Tensor]:
-        """What ``restore`` takes."""
+        """Returns the tensors that ``restore`` takes."""
         state = {"codes": torch.empty(0), "scale": torch.empty(0), **self._used()}
         return {**{name: part.clone() for name, part in state.items()}, "coder": fingerprint(self.coder)}
 
     def restore(self, state: dict[str, Tensor], length: int, batch: int) -> None:
-        """Takes what ``state`` gave, of so many tokens.
+        """Takes on the result of ``state``, of so many tokens.
 
         Raises:
             FormatError: If it is of another coder or of other shapes.
@@ -111,8 +111,8 @@ class Side:
         self.length = length
         for start, stop in self.codes().blocks(shape[0] * shape[1]) if length else ():
             some = self.codes().block(start, stop)
-            if some.numel() and int(some.max()) >= self.coder.entries:
-                raise FormatError(f"{self.name}: codes saved are above the {self.coder.entries} entries")
+            if some.numel() and int(some.max()) >= self.coder.codebook_size:
+                raise FormatError(f"{self.name}: codes saved are above the {self.coder.codebook_size} entries")
 
     def _encode(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         codes, scale = self.coder.encode(x)
@@ -149,14 +149,14 @@ class Side:
 
 
 def fingerprint(coder: Coder) -> Tensor:
-    """``[4]`` int64 that nearly always differ between coders; the same on every device."""
+    """Returns ``[4]`` int64 that nearly always differ between coders; the same on every device."""
     numbers = [_mixed(x) if x is not None else 0 for x in (coder.books, coder.basis, coder.mean)]
     layout = torch.tensor([*coder.slot_books, *coder.slot_groups, *coder.head_slots, coder.dim], dtype=torch.int64)
     return torch.tensor([*numbers, _mixed(layout)], dtype=torch.int64)
 
 
 def _mixed(x: Tensor) -> int:
-    """Bits of a tensor in one number, by sums that wrap around and so come out the same in every order."""
+    """Returns bits of a tensor in one number, by sums that wrap around and so come out the same in every order."""
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     words = x.detach().contiguous().view(bits).reshape(-1).long() + 1
     return int((words * (torch.arange(1, len(words) + 1, device=x.device) * _ODD | 1)).sum())

@@ -11,7 +11,7 @@ from rpqfx.errors import InputError
 from rpqfx.kv.attention import attend
 from rpqfx.kv.attention.attend import Rope
 from rpqfx.kv.attention.joint_softmax import Parts, attention
-from rpqfx.kv.attention.rotary import turned_back
+from rpqfx.kv.attention.rotary import unrotated
 from rpqfx.kv.attention.score_options import Changes
 from rpqfx.kv.attention.slots import UNIT
 from rpqfx.kv.attention.vectors import rotate
@@ -28,7 +28,7 @@ DRAFT = 64
 
 
 class Arrival(NamedTuple):
-    """What an append took in, for its own queries: each finds the last ``window`` tokens before it as they are.
+    """The tokens of an append, for its own queries: each sees the last ``window`` tokens before it exactly.
 
     Args:
         start: Tokens that were there before.
@@ -97,7 +97,7 @@ class LayerStore(LayerTensors):
 
     @torch.no_grad()
     def append(self, k: Tensor, v: Tensor, rope: Rope | None = None) -> Arrival:
-        """Takes the next tokens.
+        """Appends the next tokens.
 
         Args:
             k: ``[B, H, T, D]``, floating; after the rotary embedding if there is one.
@@ -110,7 +110,7 @@ class LayerStore(LayerTensors):
         Raises:
             InputError: If shapes, or rotary embeddings, are others than before, or if something is not finite.
         """
-        check_tokens(self.keys, self.values, self.name, k, v, rope, self.batch, self._turned)
+        check_tokens(self.keys, self.values, self.name, k, v, rope, self.batch, self._rotated)
         before = self.total, self.encoded
         left: tuple[Tensor, ...] = ()
         if rope is not None:
@@ -118,7 +118,7 @@ class LayerStore(LayerTensors):
         if not self._plain:
             room = self.sinks + self.recent
             self._plain = [x.new_empty(*x.shape[:2], room, x.shape[3], dtype=self.dtype or x.dtype) for x in (k, v)]
-        self._turned = rope is not None
+        self._rotated = rope is not None
         total = self.total + k.shape[2]
         due = self._due(total) - self.encoded
         if not due:
@@ -139,7 +139,7 @@ class LayerStore(LayerTensors):
         arrival: Arrival | None = None,
         changes: Changes | None = None,
     ) -> Tensor:
-        """Attention of the newest tokens to all: each sees those before it, and itself.
+        """Returns attention of the newest tokens to all: each sees those before it, and itself.
 
         Args:
             q: ``[B, H_q, n, D]``, floating, of the ``n`` newest tokens; ``H_q`` is a multiple of ``H``.
@@ -183,7 +183,7 @@ class LayerStore(LayerTensors):
         held = (self.keys, self.values)[number]
         dtype = attend.compute_dtype(plain, held.coder)
         coded = attend.hold(held.coder, held.codes(), held.scale(), dtype).vectors(0, self.encoded)
-        if self._turned and side == "keys":
+        if self._rotated and side == "keys":
             coded = rotate(coded, *self.positions.get(self.sinks, self.sinks + self.encoded))
         coded = coded.to(plain.dtype)
         first, last = plain[:, :, : self.sinks], plain[:, :, self.sinks :]
@@ -208,7 +208,7 @@ class LayerStore(LayerTensors):
         return (token < self.sinks) | (token >= self.sinks + coded[:, None])
 
     def crop(self, length: int) -> None:
-        """Forgets the newest tokens.
+        """Drops the newest tokens.
 
         Args:
             length: Tokens that stay; if negative, tokens that go.
@@ -242,9 +242,9 @@ class LayerStore(LayerTensors):
         ]
         going = tuple(x[:, :, self.sinks : self.sinks + due] for x in joined)
         keys, values = going
-        if self._turned:
+        if self._rotated:
             start = self.sinks + self.encoded
-            keys = turned_back(keys, *self.positions.get(start, start + due))
+            keys = unrotated(keys, *self.positions.get(start, start + due))
         encoded = self.keys.encode(keys), self.values.encode(values)
         for side, codes in zip((self.keys, self.values), encoded, strict=True):
             side.add(codes)
@@ -255,7 +255,7 @@ class LayerStore(LayerTensors):
         return going
 
     def _due(self, total: int) -> int:
-        """How many of so many tokens are in codes."""
+        """Returns how many of so many tokens are in codes."""
         return max(0, (total - self.sinks - self.window) // self.chunk * self.chunk)
 
     def _take_back(self, back: int) -> None:
@@ -271,7 +271,7 @@ class LayerStore(LayerTensors):
             side.crop(side.length - back)
 
     def _coded(self, queries: int, arrival: Arrival | None, device: torch.device) -> Tensor | None:
-        """``[n]``: of the tokens in codes, how many were so when each query's token came; None where all were."""
+        """Returns ``[n]``, how many tokens were in codes when each query's token came; None where all were."""
         if arrival is None or not arrival.left:
             return None
         seen = torch.arange(self.total - queries + 1, self.total + 1, device=device)
@@ -290,5 +290,5 @@ class LayerStore(LayerTensors):
             )
         held_keys = attend.hold(self.keys.coder, self.keys.codes(), self.keys.scale(), dtype)
         held_values = attend.hold(self.values.coder, self.values.codes(), self.values.scale(), dtype)
-        turns = self.positions.get(self.sinks, self.sinks + self.encoded) if self._turned else None
-        return Parts(keys, values, self.sinks, held_keys, held_values, turns, twice)
+        angles = self.positions.get(self.sinks, self.sinks + self.encoded) if self._rotated else None
+        return Parts(keys, values, self.sinks, held_keys, held_values, angles, twice)

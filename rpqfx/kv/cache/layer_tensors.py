@@ -37,7 +37,7 @@ class LayerTensors:
         self.total = 0
         self._left: tuple[Tensor, ...] = ()  # keys and values that the last append sent into codes, as they were
         self._plain: list[Tensor] = []  # keys and values [B, H, sinks + recent, D]: sinks, then the newest
-        self._turned: bool | None = None  # whether keys come with a rotary embedding
+        self._rotated: bool | None = None  # whether keys come with a rotary embedding
 
     @property
     def encoded(self) -> int:
@@ -50,16 +50,16 @@ class LayerTensors:
         return self._plain[0].shape[0] if self._plain else 0
 
     @property
-    def turned(self) -> bool:
+    def rotated(self) -> bool:
         """Whether keys came with a rotary embedding, before which they are coded."""
-        return bool(self._turned)
+        return bool(self._rotated)
 
     @property
     def _filled(self) -> int:
         return self.total - self.encoded
 
     def nbytes(self) -> dict[str, int]:
-        """Bytes that tokens take: ``codes``, ``scales``, ``window`` (with the sinks), ``positions`` (of its own)."""
+        """Counts bytes of tokens: ``codes``, ``scales``, ``window`` (with the sinks), ``positions`` (of its own)."""
         sides = [side.nbytes() for side in (self.keys, self.values)]
         as_they_are = (*(plain[:, :, : self._filled] for plain in self._plain), *self._left)
         window = sum(x.numel() * x.element_size() for x in as_they_are)
@@ -68,34 +68,34 @@ class LayerTensors:
         return {"codes": codes, "scales": scales, "window": window, "positions": own}
 
     def allocated(self) -> int:
-        """Bytes of all tensors, with the room for tokens to come, but for positions that are shared."""
+        """Returns the bytes of all tensors, with the room for tokens to come, but for positions that are shared."""
         plain = sum(x.numel() * x.element_size() for x in (*self._plain, *self._left))
         own = 0 if self._own is None else self._own.nbytes()
         return self.keys.allocated() + self.values.allocated() + plain + own
 
     def reset(self) -> None:
-        """Forgets all tokens."""
-        self.total, self._plain, self._turned, self._left = 0, [], None, ()
+        """Drops all tokens."""
+        self.total, self._plain, self._rotated, self._left = 0, [], None, ()
         for side in (self.keys, self.values):
             side.reset()
         if self._own is not None:
             self._own.reset()
 
     def reorder(self, beams: Tensor) -> None:
-        """Rows of the batch in another order, some more than once: ``beams`` ``[B]``, an integer, on any device."""
+        """Reorders rows of the batch, some more than once: ``beams`` ``[B]``, an integer, on any device."""
         self.select(beams)
 
     def select(self, indices: Tensor) -> None:
-        """Some rows of the batch: ``indices`` ``[B']``, an integer, on any device."""
+        """Keeps some rows of the batch: ``indices`` ``[B']``, an integer, on any device."""
         self._map_rows(lambda x: x.index_select(0, indices.to(x.device)))
 
     def repeat(self, times: int) -> None:
-        """Each row of the batch so many times, beside each other."""
+        """Repeats each row of the batch, the copies beside each other."""
         self._map_rows(lambda x: x.repeat_interleave(times, 0))
 
     def state(self) -> dict[str, Tensor]:
-        """All that ``restore`` needs but the coders, as tensors of their own."""
-        state = {"tokens": torch.tensor([self.total, self.encoded, int(bool(self._turned)), self.sinks])}
+        """Returns all that ``restore`` needs but the coders, as tensors of their own."""
+        state = {"tokens": torch.tensor([self.total, self.encoded, int(bool(self._rotated)), self.sinks])}
         for name, plain in zip(("k", "v"), self._plain, strict=False):
             state[f"window.{name}"] = plain[:, :, : self._filled].clone()
         parts = {"keys": self.keys.state(), "values": self.values.state()}
@@ -103,7 +103,7 @@ class LayerTensors:
         return {**state, **{f"{name}.{key}": x for name, part in parts.items() for key, x in part.items()}}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Takes what ``state`` gave.
+        """Takes on the result of ``state``.
 
         Raises:
             FormatError: If it is not complete, or of other codebooks; the store is empty then.
@@ -127,7 +127,7 @@ class LayerTensors:
             self._own.map_rows(change)
 
     def _restore(self, state: dict[str, Tensor]) -> None:
-        total, encoded, turned, sinks = state["tokens"].tolist()
+        total, encoded, rotated, sinks = state["tokens"].tolist()
         if sinks != self.sinks:
             raise FormatError(f"{self.name}: the cache was saved with {sinks} sinks, this one has {self.sinks}")
         parts: dict[str, dict[str, Tensor]] = {"keys": {}, "values": {}, "positions": {}, "window": {}}
@@ -145,6 +145,6 @@ class LayerTensors:
             side.restore(parts[name], encoded, batch)
         if self._own is not None:
             self._own.restore(parts["positions"], self.name)
-            if turned and self._own.length != total:
+            if rotated and self._own.length != total:
                 raise FormatError(f"{self.name}: the positions saved are not of {total} tokens")
-        self.total, self._turned = total, bool(turned) if total else None
+        self.total, self._rotated = total, bool(rotated) if total else None

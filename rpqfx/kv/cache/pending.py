@@ -1,4 +1,4 @@
-"""What a cache of codes gives a model in the place of keys and values."""
+"""The placeholders that a cache of codes gives a model in place of keys and values."""
 
 from __future__ import annotations
 
@@ -81,12 +81,12 @@ class Pending(Tensor):
         return x
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        """What ``print`` shows."""
+        """Returns the text that ``print`` shows."""
         return f"Pending({list(self.shape)})"
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Answers what is asked of the shape, remembers views, and refuses what would need the elements."""
+        """Answers questions about the shape, records views, and refuses what would need the elements."""
         name = getattr(func, "__name__", "")
         if name in _OF_THE_SHAPE:
             return super().__torch_function__(func, types, args, kwargs)
@@ -100,7 +100,7 @@ class Pending(Tensor):
         )
 
     def _after(self, step: Step, casts: bool) -> Pending:
-        """What stands for the same tokens after one more step."""
+        """Returns a placeholder of the same tokens after one more step."""
         device: Any = self.device if casts else "meta"  # a cast of one without elements cannot name another device
         shape = (0,) if casts else self.shape
         like: Tensor = step.func(torch.empty(shape, dtype=self.dtype, device=device), *step.args, **step.kwargs)

@@ -56,12 +56,12 @@ class Positions:
         self.length = max(self.length, stop)
 
     def get(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """``cos, sin``, each ``[1 or B, stop - start, R / 2]``."""
+        """Returns ``cos, sin``, each ``[1 or B, stop - start, R / 2]``."""
         cos, sin = (part[:, start:stop] for part in self._tensors)
         return cos, sin
 
     def holds(self, start: int, cos: Tensor, sin: Tensor) -> bool:
-        """Whether these are kept already from a place on, as ``put`` would keep them."""
+        """Returns whether these are kept already from a place on, as ``put`` would keep them."""
         for kept, part in zip(self._tensors, (cos, sin), strict=False):
             part = part if part.dim() == 3 else part[None]
             part = _agreed(part[..., : part.shape[-1] // 2]).to(kept.dtype)
@@ -73,7 +73,7 @@ class Positions:
         return bool(self._tensors)
 
     def agrees(self, other: Positions, length: int) -> bool:
-        """Whether another one keeps the same of the first so many tokens."""
+        """Returns whether another one keeps the same of the first so many tokens."""
         pairs = zip(self._tensors, other._tensors, strict=True)
         return all(torch.equal(own[:, :length], part[:, :length]) for own, part in pairs)
 
@@ -84,27 +84,27 @@ class Positions:
         return twin
 
     def nbytes(self) -> int:
-        """Bytes of what is kept."""
+        """Returns the bytes of what is kept."""
         return sum(part[:, : self.length].numel() * part.element_size() for part in self._tensors)
 
     def crop(self, length: int) -> None:
-        """Forgets tokens past a length."""
+        """Drops tokens past a length."""
         self.length = min(self.length, length)
 
     def reset(self) -> None:
-        """Forgets all tokens."""
+        """Drops all tokens."""
         self.length, self._tensors = 0, []
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Rows of the batch in another order or number; rows that agree still do."""
+        """Puts rows of the batch into another order, or repeats or drops some; rows that agree still do."""
         self._tensors = [part if part.shape[0] == 1 else change(part) for part in self._tensors]
 
     def state(self) -> dict[str, Tensor]:
-        """What ``restore`` takes."""
+        """Returns the tensors that ``restore`` takes."""
         return {name: part[:, : self.length].clone() for name, part in zip(("cos", "sin"), self._tensors, strict=False)}
 
     def restore(self, state: dict[str, Tensor], name: str) -> None:
-        """Takes what ``state`` gave.
+        """Takes on the result of ``state``.
 
         Args:
             state: Cosines and sines, or nothing.
@@ -132,7 +132,7 @@ class Positions:
 
 
 def _agreed(part: Tensor) -> Tensor:
-    """``[1, ...]`` where all rows of the batch are the same."""
+    """Returns ``[1, ...]`` where all rows of the batch are the same."""
     return part[:1] if bool((part == part[:1]).all()) else part
 
 

@@ -57,25 +57,25 @@ class SharedPositions:
         return self._of[name].get(start, stop)
 
     def nbytes(self) -> int:
-        """Bytes of what is kept."""
+        """Returns the bytes of what is kept."""
         return sum(kept.nbytes() for kept in self._kept)
 
     def crop(self, length: int) -> None:
-        """Forgets tokens past a length."""
+        """Drops tokens past a length."""
         for kept in self._kept:
             kept.crop(length)
 
     def reset(self) -> None:
-        """Forgets all tokens."""
+        """Drops all tokens."""
         self._kept, self._of = [], {}
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Rows of the batch in another order or number; rows that agree still do."""
+        """Puts rows of the batch into another order, or repeats or drops some; rows that agree still do."""
         for kept in self._kept:
             kept.map_rows(change)
 
     def state(self) -> dict[str, Tensor]:
-        """What ``restore`` takes: ``cos`` and ``sin`` of the first embedding, and of others by number and layer."""
+        """Returns tensors for ``restore``: ``cos`` and ``sin`` of the first embedding, and of others by layer."""
         found: dict[str, Tensor] = {}
         for number, kept in enumerate(self._kept):
             end = f".{number}" if number else ""
@@ -86,7 +86,7 @@ class SharedPositions:
         return found
 
     def restore(self, state: dict[str, Tensor], names: Iterable[str]) -> None:
-        """Takes what ``state`` gave.
+        """Takes on the result of ``state``.
 
         Args:
             state: Cosines and sines.

@@ -12,7 +12,7 @@ from rpqfx.kv.coder.protocol import Coder
 
 
 def check_tokens(
-    keys: Side, values: Side, name: str, k: Tensor, v: Tensor, rope: Rope | None, batch: int, turned: bool | None
+    keys: Side, values: Side, name: str, k: Tensor, v: Tensor, rope: Rope | None, batch: int, rotated: bool | None
 ) -> None:
     """Raises unless tokens go with those that are there.
 
@@ -24,7 +24,7 @@ def check_tokens(
         v: ``[B, H, T, D_v]``.
         rope: ``cos`` and ``sin`` of these tokens, or None.
         batch: Rows that are there, 0 where there are no tokens.
-        turned: Whether tokens came with a rotary embedding so far, None where there are none.
+        rotated: Whether tokens came with a rotary embedding so far, None where there are none.
 
     Raises:
         InputError: If they do not.
@@ -39,8 +39,8 @@ def check_tokens(
     if k.shape[:3] != v.shape[:3] or k.shape[0] != batch or not k.shape[2]:
         shapes = f"keys are {tuple(k.shape)} and values {tuple(v.shape)}"
         raise InputError(f"{name}: {shapes}, expected tokens of {batch} samples")
-    if turned is not None and turned != (rope is not None):
-        raise InputError(f"{name}: tokens come with a rotary embedding, or without, but not in turns")
+    if rotated is not None and rotated != (rope is not None):
+        raise InputError(f"{name}: all tokens come with a rotary embedding or all without one, got some of each")
     if rope is not None and any(part.shape[-2] != k.shape[2] or part.shape[-1] > k.shape[3] for part in rope):
         raise InputError(f"{name}: cos is {tuple(rope[0].shape)}, the keys are {tuple(k.shape)}")
 

@@ -1,4 +1,4 @@
-"""Coders fitted to what calibration saw: maps, numbers of stages, codebooks.
+"""Fits coders to the moments of a calibration: maps, numbers of stages, codebooks.
 
 An error ``e`` of a head's keys costs the model ``e F e'`` to second order, where ``F`` is the mean outer product of
 gradients (the Fisher information; Kim et al., "SqueezeLLM", 2306.07629, and Zhang et al., "CQ", 2405.03917, use its
@@ -57,20 +57,20 @@ class Space:
 
 @torch.no_grad()
 def find_space(coder: HeadCoder, moments: Moments) -> Space:
-    """Coordinates in which errors count alike and what is coded is uncorrelated.
+    """Returns coordinates in which errors count alike and what is coded is uncorrelated.
 
     Args:
         coder: With a transform.
         moments: Of what it is to code, of all channels of a part together.
     """
-    parts, width, d = coder.parts, coder.width, coder.sub_vector
+    parts, width, d = coder.parts, coder.width, coder.codebook_dim
     covariance, fisher = moments.covariance, moments.fisher
     eye = torch.eye(width, dtype=torch.float64, device=fisher.device)
     fisher = fisher + (_RIDGE * fisher.diagonal(dim1=1, dim2=2).mean(1) + 1e-30)[:, None, None] * eye
     root = torch.linalg.cholesky(fisher)
-    energy, turn = torch.linalg.eigh(root.mT @ covariance @ root)
-    energy, turn = energy.flip(1).clamp_min(0), turn.flip(2)
-    analysis = root @ turn
+    energy, rotation = torch.linalg.eigh(root.mT @ covariance @ root)
+    energy, rotation = energy.flip(1).clamp_min(0), rotation.flip(2)
+    analysis = root @ rotation
     groups = energy.view(parts, -1, d).sum(2)
     size = (groups / d).sqrt()
     size = torch.where(size > _SILENT * size.max(), size, torch.ones_like(size)).repeat_interleave(d, 1)
@@ -99,9 +99,9 @@ def fit_coders(
     Raises:
         PolicyError: If scales take all the bits.
     """
-    d, entries = coders[0].sub_vector, coders[0].entries
+    d, entries = coders[0].codebook_dim, coders[0].codebook_size
     numbers = sum(coder.heads * coder.dim for coder in coders)
-    scales = sum(16 * coder.heads for coder in coders if coder.scaled)
+    scales = sum(16 * coder.heads for coder in coders if coder.normalize)
     budget = int((bits * numbers - scales) // (entries - 1).bit_length())
     if budget < 1:
         raise PolicyError(
@@ -148,7 +148,7 @@ def share_codebooks(coders: Sequence[HeadCoder], stages: int) -> None:
 
 
 def allocate(left: Tensor, budget: int) -> Tensor:
-    """Stages for sub-vectors, each next one where it saves most.
+    """Returns stages for sub-vectors, each next one where it saves most.
 
     Args:
         left: ``[n, R + 1]``, what an error costs with 0 to ``R`` stages.
@@ -173,13 +173,13 @@ def allocate(left: Tensor, budget: int) -> Tensor:
 
 
 def _best_step(row: list[float], at: int) -> tuple[float, int]:
-    """How many stages more save most for each of them, and how much; the lower convex hull of the row, step by step."""
+    """Finds how many more stages save most for each of them: the lower convex hull of the row, step by step."""
     gains = [((row[at] - row[r]) / (r - at), r - at) for r in range(at + 1, len(row))]
     return max(gains, default=(0.0, 0))
 
 
 def _points(spaces: Sequence[Space], counts: Tensor, most: int, seed: int) -> Tensor:
-    """Sub-vectors that have codes, drawn evenly."""
+    """Returns sub-vectors that have codes, drawn evenly."""
     kept, start = [], 0
     for space in spaces:
         size = space.energy.numel()
@@ -193,14 +193,14 @@ def _points(spaces: Sequence[Space], counts: Tensor, most: int, seed: int) -> Te
 
 
 def _used(points: Tensor, books: Tensor) -> Tensor:
-    """``[R, 1, K]``: how many points chose each entry, at least one."""
+    """Returns ``[R, 1, K]``: how many points chose each entry, at least one."""
     codes = encode(points, books, beam=_BEAM, passes=0)
     counts = [torch.bincount(code, minlength=books.shape[1]) for code in codes.t()]
     return torch.stack(counts).clamp_min(1).float()[:, None]
 
 
 def _measure(spaces: Sequence[Space], books: Tensor, energy: Tensor) -> Tensor:
-    """What is left of each sub-vector's energy after 0 to ``R`` stages, ``[n, R + 1]``."""
+    """Returns the energy left of each sub-vector after 0 to ``R`` stages, ``[n, R + 1]``."""
     shares = []
     for space in spaces:
         points = space.samples[:, :, :_MEASURED].flatten(0, 1)

@@ -26,7 +26,7 @@ class HeadCoder(nn.Module):
 
     ``p`` is the part that the head belongs to: all heads are one part and share codes (``joint``), or each is its own.
     ``y`` is what a [`VectorQuantizer`][rpqfx.kv.quantizer.quantizer.VectorQuantizer] makes of
-    ``((x - mean) / scale) @ analysis``. A query meets the basis once, so tokens never do
+    ``((x - mean) / scale) @ analysis``. A query is multiplied with the basis once, so tokens never are
     (``rpqfx.kv.attention.attend``). Coding where coordinates are uncorrelated, with more bits where there is more
     energy and none where there is little, is transform coding (Huang and Schultheiss, "Block Quantization of Correlated
     Gaussian Random Variables", 1963; Goyal, "Theoretical Foundations of Transform Coding", 2001).
@@ -34,16 +34,16 @@ class HeadCoder(nn.Module):
     Args:
         heads: ``H``.
         dim: ``D``.
-        sub_vector: ``d``.
-        entries: ``K``.
+        codebook_dim: ``d``.
+        codebook_size: ``K``.
         stages: Residual stages of each sub-vector: one number for all, or ``P * G`` of them, ``G`` for each part.
         transform: Whether there are maps and a mean; without them ``y`` is ``x`` in its own channels.
         joint: Whether heads share codes; takes a transform, and no scale, which each head has its own of.
         strided: Sub-vector ``g`` of a head has its channels ``g, g + D/d, ...`` instead of neighbours.
-        scaled: Whether each token and head has a scale, its standard deviation (0 counts as 1).
+        normalize: Whether each token and head has a scale, its standard deviation (0 counts as 1).
         device: Of the tensors.
         dtype: Of the tensors.
-        **options: Of the quantiser: ``cosine``, ``beam``, ``decay``, ...
+        **options: Of the quantiser: ``use_cosine_sim``, ``beam``, ``decay``, ...
 
     Raises:
         SpecError: If the numbers do not go together.
@@ -54,35 +54,35 @@ class HeadCoder(nn.Module):
         heads: int,
         dim: int,
         *,
-        sub_vector: int = 8,
-        entries: int = 256,
+        codebook_dim: int = 8,
+        codebook_size: int = 256,
         stages: int | Sequence[int] = 2,
         transform: bool = True,
         joint: bool = True,
         strided: bool = False,
-        scaled: bool = False,
+        normalize: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **options: Unpack[QuantizerOptions],
     ) -> None:
         super().__init__()
-        joint = joint and transform and not scaled
+        joint = joint and transform and not normalize
         self.parts = 1 if joint else heads
         width = heads * dim // self.parts
-        if width % sub_vector:
-            raise SpecError(f"sub-vectors of {sub_vector} do not divide {width} channels")
+        if width % codebook_dim:
+            raise SpecError(f"sub-vectors of {codebook_dim} do not divide {width} channels")
         if transform and strided:
             raise SpecError("channels are strided only where there is no transform, which mixes them anyway")
-        self.heads, self.dim, self.sub_vector, self.width = heads, dim, sub_vector, width
-        self.strided, self.scaled = strided, scaled
+        self.heads, self.dim, self.codebook_dim, self.width = heads, dim, codebook_dim, width
+        self.strided, self.normalize = strided, normalize
         self._options: dict[str, Any] = {
-            "sub_vector": sub_vector,
-            "entries": entries,
+            "codebook_dim": codebook_dim,
+            "codebook_size": codebook_size,
             "device": device,
             "dtype": dtype,
             **options,
         }
-        groups = self.parts * width // sub_vector
+        groups = self.parts * width // codebook_dim
         each = (stages,) * groups if isinstance(stages, int) else tuple(stages)
         self.analysis: Map | None = None
         self.synthesis: Map | None = None
@@ -92,18 +92,18 @@ class HeadCoder(nn.Module):
             self.mean = nn.Parameter(torch.zeros(heads, dim, device=device, dtype=dtype))
             self._size_maps(len(each), 0)
             assert self.analysis is not None and self.synthesis is not None
-            eye = torch.eye(width, len(each) * sub_vector // self.parts).expand(self.parts, -1, -1)
+            eye = torch.eye(width, len(each) * codebook_dim // self.parts).expand(self.parts, -1, -1)
             self.analysis.set(eye.mT)
             self.synthesis.set(eye.mT)
         self._size_quantizer(each)
 
     def _size_maps(self, groups: int, fine: int) -> None:
-        inner = groups // self.parts * self.sub_vector
+        inner = groups // self.parts * self.codebook_dim
         self.analysis = Map(self.parts, inner, self.width, fine, device=self._device)
         self.synthesis = Map(self.parts, inner, self.width, fine, device=self._device)
 
     def _size_quantizer(self, stages: Sequence[int]) -> None:
-        self.quantizer = VectorQuantizer(len(stages) * self.sub_vector, stages=tuple(stages), **self._options)
+        self.quantizer = VectorQuantizer(len(stages) * self.codebook_dim, stages=tuple(stages), **self._options)
         self.quantizer.train(self.training)
         groups, numbers = self.quantizer.slots
         books = self.quantizer.codebooks.shape[1]
@@ -116,7 +116,7 @@ class HeadCoder(nn.Module):
         self.head_slots = tuple(itertools.accumulate(counts, initial=0))
 
     @property
-    def entries(self) -> int:
+    def codebook_size(self) -> int:
         """``K``."""
         return self.quantizer.codebooks.shape[2]
 
@@ -137,12 +137,12 @@ class HeadCoder(nn.Module):
             return rearrange(self.synthesis(torch.float32), "p k (h d) -> (p h) k d", d=self.dim)
         if not self.strided:
             return None
-        eye = torch.eye(self.dim, device=self.books.device).view(-1, self.dim // self.sub_vector, self.dim)
+        eye = torch.eye(self.dim, device=self.books.device).view(-1, self.dim // self.codebook_dim, self.dim)
         return eye.transpose(0, 1).reshape(1, self.dim, self.dim).expand(self.heads, -1, -1)
 
     def extra_repr(self) -> str:
-        """What ``print`` shows."""
-        return f"heads={self.heads}, dim={self.dim}, codes={self.code_count}, entries={self.entries}"
+        """Returns the text that ``print`` shows."""
+        return f"heads={self.heads}, dim={self.dim}, codes={self.code_count}, codebook_size={self.codebook_size}"
 
     @torch.no_grad()
     def set_transform(
@@ -155,7 +155,7 @@ class HeadCoder(nn.Module):
         fine: int = 0,
         counts: Tensor | None = None,
     ) -> None:
-        """Takes on what calibration found.
+        """Takes on the maps that calibration found.
 
         Args:
             analysis: ``[P, H * D / P, G * d]``.
@@ -186,7 +186,7 @@ class HeadCoder(nn.Module):
         self.quantizer.fit(y.flatten(0, 1), seed=seed)
 
     def to_code_space(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """``y`` before it is coded.
+        """Returns ``y``, the coordinates that are coded.
 
         Args:
             x: ``[B, H, T, D]``.
@@ -197,21 +197,21 @@ class HeadCoder(nn.Module):
         scale = None
         if self.mean is not None:
             x = x - self.mean[:, None].to(x.dtype)
-        if self.scaled:
+        if self.normalize:
             scale = x.detach().float().std(-1, correction=0).to(torch.float16)
             scale = torch.where(scale > 0, scale, torch.ones_like(scale))
             x = x / scale[..., None].to(x.dtype)
         if self.analysis is None:
             order = "b h t (d g) -> b t (h g d)" if self.strided else "b h t (g d) -> b t (h g d)"
-            return rearrange(x, order, d=self.sub_vector), scale
+            return rearrange(x, order, d=self.codebook_dim), scale
         y = rearrange(x, "b (p h) t d -> b p t (h d)", p=self.parts) @ self.analysis(x.dtype).mT
         return rearrange(y, "b p t k -> b t (p k)"), scale
 
     def from_code_space(self, y: Tensor, scale: Tensor | None) -> Tensor:
-        """The way back from ``to_code_space``, ``[B, H, T, D]``."""
+        """Returns vectors ``[B, H, T, D]`` of coordinates: the inverse of ``to_code_space``."""
         if self.synthesis is None:
             order = "b t (h g d) -> b h t (d g)" if self.strided else "b t (h g d) -> b h t (g d)"
-            x = rearrange(y, order, h=self.heads, d=self.sub_vector)
+            x = rearrange(y, order, h=self.heads, d=self.codebook_dim)
         else:
             x = rearrange(y, "b t (p k) -> b p t k", p=self.parts) @ self.synthesis(y.dtype)
             x = rearrange(x, "b p t (h d) -> b (p h) t d", d=self.dim)
@@ -220,7 +220,7 @@ class HeadCoder(nn.Module):
         return x if self.mean is None else x + self.mean[:, None].to(x.dtype)
 
     def encode(self, x: Tensor) -> Coded:
-        """Codes of vectors.
+        """Returns the codes of vectors.
 
         Args:
             x: ``[B, H, T, D]``.
@@ -229,7 +229,7 @@ class HeadCoder(nn.Module):
         return Coded(self.quantizer.encode(y).codes.transpose(1, 2), scale)
 
     def decode(self, codes: Tensor, scale: Tensor | None = None) -> Tensor:
-        """What codes stand for, ``[B, H, T, D]``.
+        """Returns the vectors of codes, ``[B, H, T, D]``.
 
         Args:
             codes: ``[B, S, T]``.
@@ -240,7 +240,7 @@ class HeadCoder(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor | None = None, batches: list[Batch] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Vectors after coding, straight through for gradients, and the quantiser's loss.
+        """Returns vectors after coding, straight through for gradients, and the quantiser's loss.
 
         What coding loses reaches the gradient of ``x`` as if nothing were lost (Bengio et al., 1308.3432).
 

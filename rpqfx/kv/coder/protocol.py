@@ -1,4 +1,4 @@
-"""What turns the keys, or the values, of one attention layer into codes."""
+"""The interface of a coder, which encodes the keys or the values of one attention layer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Coder(Protocol):
     Attributes:
         heads: ``H``, of keys and values.
         dim: ``D``, of a head.
-        entries: ``K``, 2 to 65,536.
+        codebook_size: ``K``, 2 to 65,536.
         books: ``[P, K, d]``, floating.
         slot_books: ``[S]``, the codebook of each slot; slots of a head follow each other.
         slot_groups: ``[S]``, its sub-vector.
@@ -35,7 +35,7 @@ class Coder(Protocol):
     @property
     def dim(self) -> int: ...  # noqa: D102
     @property
-    def entries(self) -> int: ...  # noqa: D102
+    def codebook_size(self) -> int: ...  # noqa: D102
     @property
     def books(self) -> Tensor: ...  # noqa: D102
     @property
@@ -50,7 +50,7 @@ class Coder(Protocol):
     def mean(self) -> Tensor | None: ...  # noqa: D102
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Codes of vectors.
+        """Returns the codes of vectors.
 
         Args:
             x: ``[B, H, T, D]``, floating.
@@ -62,5 +62,5 @@ class Coder(Protocol):
 
 
 def slots_of(coder: Coder) -> Slots:
-    """Where a coder's codes belong."""
+    """Returns the places of a coder's codes."""
     return Slots(coder.slot_books, coder.slot_groups, coder.head_slots)

@@ -1,4 +1,4 @@
-"""What calibration keeps of one layer's keys and values."""
+"""The statistics that calibration collects of one layer's keys and values."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from rpqfx.kv.attention.rotary import Rotary, turn_back
+from rpqfx.kv.attention.rotary import Rotary, undo_rotary
 
 
 @dataclass
 class Moments:
-    """Of one layer's keys, or values: each of ``P`` parts has ``n = H * D / P`` channels.
+    """Moments of one layer's keys, or values: each of ``P`` parts has ``n = H * D / P`` channels.
 
     Args:
         joint: Whether all heads are one part, or each its own.
@@ -62,7 +62,7 @@ class Moments:
         return 1 if self.joint else self.heads
 
     def all_samples(self) -> Tensor:
-        """The samples as the coder takes them, ``[1, H, N, D]``."""
+        """Returns the samples as the coder takes them, ``[1, H, N, D]``."""
         samples = torch.cat(self.samples, 1)
         return rearrange(samples, "p n (h d) -> 1 (p h) n d", d=self.dim)
 
@@ -91,7 +91,7 @@ class Moments:
 
 
 class Watch:
-    """Hears the keys and values of one attention layer, and the gradients of them.
+    """Collects the keys and values of one attention layer, and their gradients.
 
     Args:
         joint: Whether all heads of a layer share codes.
@@ -100,30 +100,30 @@ class Watch:
 
     def __init__(self, joint: bool, step: int) -> None:
         self.keys, self.values = Moments(joint), Moments(joint)
-        self.turned = False
+        self.rotated = False
         self._step = step
 
     def see(self, key: Tensor, value: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
-        """Keys and values to go on with.
+        """Adds keys and values, and returns those to go on with.
 
         Args:
             key: ``[B, H, T, D]``.
             value: ``[B, H, T, D]``.
-            rotary: Angles that keys are turned back by, or None.
+            rotary: Angles that keys are rotated back by, or None.
         """
         return self.see_keys(key, rotary), self.see_values(value)
 
     def see_keys(self, key: Tensor, rotary: Rotary | None) -> Tensor:
-        """Keys to go on with; as in ``see``."""
-        self.turned = rotary is not None
+        """Adds keys, and returns those to go on with; as in ``see``."""
+        self.rotated = rotary is not None
         return self._hear(self.keys, key, rotary)
 
     def see_values(self, value: Tensor) -> Tensor:
-        """Values to go on with; as in ``see``."""
+        """Adds values, and returns those to go on with; as in ``see``."""
         return self._hear(self.values, value, None)
 
     def _hear(self, moments: Moments, x: Tensor, rotary: Rotary | None) -> Tensor:
-        seen = x.detach() if rotary is None else turn_back(x.detach(), rotary)
+        seen = x.detach() if rotary is None else undo_rotary(x.detach(), rotary)
         moments.add(seen, self._step)
         if not torch.is_grad_enabled():
             return x
@@ -133,7 +133,7 @@ class Watch:
         def hook(grad: Tensor) -> None:
             # x = R y, so the gradient in y is that in x times the transpose of R, which is its inverse times its
             # stretch squared; the stretch is one but for embeddings that stretch.
-            moments.add_gradient(grad if rotary is None else turn_back(grad, rotary))
+            moments.add_gradient(grad if rotary is None else undo_rotary(grad, rotary))
 
         x.register_hook(hook)
         return x

@@ -63,12 +63,12 @@ class Map(nn.Module):
         self.rest.copy_(((whole - whole.round())[:, : self.fine] * (2 * _LARGEST)).round())
 
     def forward(self, dtype: torch.dtype) -> Tensor:
-        """The matrices in a dtype, ``[P, k, n]``."""
+        """Returns the matrices in a dtype, ``[P, k, n]``."""
         whole = self.values.to(dtype)
         if self.fine:
             whole[:, : self.fine] += self.rest.to(dtype) / (2 * _LARGEST)
         return whole.mul_(self.scale[..., None].to(dtype))
 
     def extra_repr(self) -> str:
-        """What ``print`` shows."""
+        """Returns the text that ``print`` shows."""
         return "x".join(str(size) for size in self.values.shape)

@@ -1,4 +1,4 @@
-"""What quantisers refuse."""
+"""Checks of the inputs of quantisers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def check_points(points: Tensor, weights: Tensor | None, dim: int, groups: int) 
 
 
 def counted_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Which of the vectors ``[..., dim]`` count, ``[T]`` bool: all, or what a mask says that expands to ``[...]``."""
+    """Returns which vectors ``[..., dim]`` count, ``[T]`` bool: all, or those of a mask that expands to ``[...]``."""
     tokens = x.shape[:-1]
     if mask is None:
         return torch.ones(tokens.numel(), dtype=torch.bool, device=x.device)

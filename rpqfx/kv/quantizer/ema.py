@@ -1,4 +1,4 @@
-"""Codebooks as moving averages of what they quantise, the same on all ranks."""
+"""Codebooks as moving averages of the vectors that they quantise, the same on all ranks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _GOLDEN = 2654435769
 
 
 class Sums(NamedTuple):
-    """How many points chose each entry, ``[R, G, K]``, and their sums, ``[R, G, K, d]``; float32."""
+    """The numbers of points that chose each entry, ``[R, G, K]``, and their sums, ``[R, G, K, d]``; float32."""
 
     counts: Tensor
     sums: Tensor
@@ -26,7 +26,7 @@ class Sums(NamedTuple):
 
 @torch.no_grad()
 def batch_sums(steps: list[Step], mask: Tensor, slots: Groups, copies: int = 1) -> Sums:
-    """What the entries were chosen for in a batch, added up over all ranks.
+    """Returns the counts and sums of the points that chose each entry in a batch, added up over all ranks.
 
     Args:
         steps: All stages (``rpqfx.kv.quantizer.encode.walk``).
@@ -53,7 +53,7 @@ def batch_sums(steps: list[Step], mask: Tensor, slots: Groups, copies: int = 1) 
 
 @torch.no_grad()
 def draw(steps: list[Step], mask: Tensor, slots: Groups, number: Tensor) -> Tensor:
-    """A point of the batch for each entry, ``[R, G, K, d]`` float32: rank 0's for all ranks.
+    """Returns a point of the batch for each entry, ``[R, G, K, d]`` float32: rank 0's for all ranks.
 
     Which points is a matter of ``number`` alone, and they are different ones while there are enough. NaN where no
     token counts, or no group uses a codebook.
@@ -87,9 +87,15 @@ def draw(steps: list[Step], mask: Tensor, slots: Groups, number: Tensor) -> Tens
 
 @torch.no_grad()
 def update(
-    codebooks: Tensor, held: Sums, batch: Sums, *, decay: float, revive: float = 0.0, drawn: Tensor | None = None
+    codebooks: Tensor,
+    held: Sums,
+    batch: Sums,
+    *,
+    decay: float,
+    threshold_ema_dead_code: float = 0.0,
+    drawn: Tensor | None = None,
 ) -> None:
-    """Moves averages, and codebooks with them, in place.
+    """Updates averages, and codebooks with them, in place.
 
     Counts and sums decay toward those of the batch; an entry is its sum over its count, where counts are smoothed as
     Laplace did (van den Oord et al., "Neural Discrete Representation Learning", 2017, arXiv 1711.00937, appendix A.1;
@@ -101,8 +107,8 @@ def update(
         held: The averages.
         batch: Of the batch.
         decay: How much of the averages stays, 0 to 1.
-        revive: Entries whose average count falls below this become a point of the batch, with this count and the sum
-            that goes with it.
+        threshold_ema_dead_code: Entries whose average count falls below this become a point of the batch, with this
+            count and the sum that goes with it.
         drawn: ``[R, G, K, d]``, these points (``draw``).
     """
     seen = batch.counts.sum(-1, keepdim=True) > 0
@@ -110,10 +116,10 @@ def update(
     counts = held.counts * keep + batch.counts * (1 - keep)
     sums = held.sums * keep[..., None] + batch.sums * (1 - keep[..., None])
     dead = torch.zeros_like(counts, dtype=torch.bool)
-    if revive > 0 and drawn is not None:
-        dead = seen & (counts < revive) & drawn.isfinite().all(-1)
-        counts = torch.where(dead, revive, counts)
-        sums = torch.where(dead[..., None], drawn * revive, sums)
+    if threshold_ema_dead_code > 0 and drawn is not None:
+        dead = seen & (counts < threshold_ema_dead_code) & drawn.isfinite().all(-1)
+        counts = torch.where(dead, threshold_ema_dead_code, counts)
+        sums = torch.where(dead[..., None], drawn * threshold_ema_dead_code, sums)
         drawn = torch.where(dead[..., None], drawn, 0)
     held.counts.copy_(counts)
     held.sums.copy_(sums)

@@ -51,7 +51,7 @@ _TASKS: weakref.WeakValueDictionary[int, _Task] = weakref.WeakValueDictionary()
 
 
 def _task() -> _Task:
-    """Of the backward pass that this is called in."""
+    """Returns the task of the backward pass in which this is called."""
     number = torch._C._current_graph_task_id()
     task = _TASKS.get(number)
     if task is None:
@@ -63,12 +63,12 @@ def _task() -> _Task:
 class _Noted(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, out: Tensor, anchor: Tensor, batches: tuple[Batch, ...], task: _Task | None) -> Tensor:
-        """The tensor as it is."""
+        """Returns the tensor as it is."""
         ctx.batches, ctx.task = batches, task  # the pass around a reentrant one has to be known beforehand
         return out.view_as(out)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        """The gradient as it is."""
+        """Returns the gradient as it is."""
         (ctx.task or _task()).batches.extend(ctx.batches)
         return grads[0], None, None, None

@@ -15,7 +15,7 @@ from rpqfx.ops.search import residual_search
 
 
 class Step(NamedTuple):
-    """A stage of some groups: what the stages before left, and what this one takes off it."""
+    """A stage of some groups: the remainder of the stages before, and the entries that this one subtracts."""
 
     run: Run
     stage: int
@@ -28,15 +28,15 @@ class Step(NamedTuple):
 
 
 @torch.no_grad()
-def assign(parts: Tensor, books: Tensor, slots: Groups, beam: int, cosine: bool) -> Tensor:
-    """Codes of sub-vectors.
+def assign(parts: Tensor, books: Tensor, slots: Groups, beam: int, use_cosine_sim: bool) -> Tensor:
+    """Returns the codes of sub-vectors.
 
     Args:
         parts: ``[T, M, d]``, floating.
         books: ``[R, G, K, d]``, of the same dtype.
         slots: Which groups have which stages.
         beam: As in ``rpqfx.ops.search.residual_search``.
-        cosine: Likewise.
+        use_cosine_sim: Likewise.
 
     Returns:
         ``[T, S]`` int64.
@@ -46,11 +46,13 @@ def assign(parts: Tensor, books: Tensor, slots: Groups, beam: int, cosine: bool)
         for run in slots.runs:
             points = slots.parts_of(parts, run)
             if slots.shared:
-                codes = residual_search(points.flatten(0, 1), books[: run.stages, 0], beam=beam, cosine=cosine)[0]
+                codes = residual_search(points.flatten(0, 1), books[: run.stages, 0], beam=beam, cosine=use_cosine_sim)[
+                    0
+                ]
                 found.append(codes.view(len(parts), len(run.groups), run.stages))
                 continue
             each = (
-                residual_search(points[:, i], books[: run.stages, group], beam=beam, cosine=cosine)[0]
+                residual_search(points[:, i], books[: run.stages, group], beam=beam, cosine=use_cosine_sim)[0]
                 for i, group in enumerate(run.groups)
             )
             found.append(torch.stack(list(each), 1))
@@ -60,7 +62,7 @@ def assign(parts: Tensor, books: Tensor, slots: Groups, beam: int, cosine: bool)
 
 
 def decode(codes: Tensor, books: Tensor, slots: Groups) -> Tensor:
-    """The sums of entries that codes stand for.
+    """Returns the sums of entries that codes stand for.
 
     Args:
         codes: ``[T, S]``, an integer.
@@ -77,11 +79,11 @@ def decode(codes: Tensor, books: Tensor, slots: Groups) -> Tensor:
         for stage in range(1, run.stages):
             total = total + _entries(of_run[..., stage].long(), slots.books_of(books[stage], run))
         found.append(total)
-    return _whole(found, slots, books.new_zeros(len(codes), slots.sub_vector))
+    return _whole(found, slots, books.new_zeros(len(codes), slots.codebook_dim))
 
 
 def walk(parts: Tensor, codes: Tensor, books: Tensor, slots: Groups) -> Iterator[Step]:
-    """The stages one by one.
+    """Yields the stages one by one.
 
     Args:
         parts: ``[T, M, d]``.
@@ -99,13 +101,13 @@ def walk(parts: Tensor, codes: Tensor, books: Tensor, slots: Groups) -> Iterator
 
 
 def exact(x: Tensor) -> AbstractContextManager[Any]:
-    """Where autocast must not round distances: with codes there is no second chance."""
+    """Keeps autocast from rounding distances: with codes there is no second chance."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _entries(index: Tensor, books: Tensor) -> Tensor:
-    """``[T, n, d]``: entry ``index[t, i]`` of book ``i``, or of the only one."""
+    """Returns ``[T, n, d]``: entry ``index[t, i]`` of book ``i``, or of the only one."""
     if len(books) > 1:
         index = index + books.shape[1] * torch.arange(len(books), device=index.device)
     return F.embedding(index, books.flatten(0, 1))

@@ -1,4 +1,4 @@
-"""Where codebooks of keys and values start: k-means of a sample."""
+"""The k-means start of codebooks of keys and values."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def start(
     weights: Tensor | None,
     slots: Groups,
     *,
-    repeat: int = 1,
+    shared_stages: int = 1,
     beam: int,
-    cosine: bool,
+    use_cosine_sim: bool,
     seed: int,
     steps: int,
 ) -> tuple[Tensor, Tensor]:
-    """Codebooks by k-means, stage after stage, on at most 100,000 sub-vectors each.
+    """Returns codebooks by k-means, stage after stage, on at most 100,000 sub-vectors each.
 
     Stage ``r`` is trained on what is left of the groups that have more than ``r`` stages. By the cosine, a stage
     clusters directions, and gives each entry the length that leaves the least error. Codebooks of several stages are
@@ -38,9 +38,9 @@ def start(
         parts: ``[N, M, d]``, finite.
         weights: ``[N, M]``, not negative, or None for ones.
         slots: Which groups have which stages.
-        repeat: Stages in a row that share a codebook.
+        shared_stages: Stages in a row that share a codebook.
         beam: As in ``rpqfx.fit.train``.
-        cosine: Whether entries will be chosen by direction.
+        use_cosine_sim: Whether entries will be chosen by direction.
         seed: Of the samples and of k-means.
         steps: As in ``rpqfx.fit.train``.
 
@@ -65,9 +65,11 @@ def start(
             live = stages_of >= end
             rests, stages_of = rests[live], stages_of[live]
             share = None if share is None else share[live]
-            if repeat > 1:
-                new, codes = _train_repeated(rests, end - done, entries, share, steps, own + done, repeat, cosine)
-            elif cosine:
+            if shared_stages > 1:
+                new, codes = _train_repeated(
+                    rests, end - done, entries, share, steps, own + done, shared_stages, use_cosine_sim
+                )
+            elif use_cosine_sim:
                 new, codes = _train_directions(rests, end - done, entries, share, steps, own + done)
             else:
                 new, codes = train(
@@ -83,7 +85,7 @@ def start(
 def _sample(
     parts: Tensor, weights: Tensor | None, used: list[int], slots: Groups, seed: int
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Sub-vectors ``[P, d]`` of some groups, their weights, and how many stages their groups have."""
+    """Returns sub-vectors ``[P, d]`` of some groups, their weights, and how many stages their groups have."""
     count = len(parts) * len(used)
     if count > SAMPLES:
         generator = torch.Generator(parts.device).manual_seed(seed)
@@ -98,7 +100,7 @@ def _sample(
 def _train_directions(
     points: Tensor, stages: int, entries: int, weights: Tensor | None, steps: int, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Codebooks ``[stages, K, d]`` whose entries are chosen by direction, and codes ``[P, stages]``."""
+    """Returns codebooks ``[stages, K, d]`` whose entries are chosen by direction, and codes ``[P, stages]``."""
     books, codes = [], []
     rests = points
     for stage in range(stages):
@@ -120,22 +122,29 @@ def _train_directions(
 
 
 def _train_repeated(
-    points: Tensor, stages: int, entries: int, weights: Tensor | None, steps: int, seed: int, repeat: int, cosine: bool
+    points: Tensor,
+    stages: int,
+    entries: int,
+    weights: Tensor | None,
+    steps: int,
+    seed: int,
+    shared_stages: int,
+    use_cosine_sim: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Codebooks ``[stages, K, d]``, ``repeat`` in a row the same, and codes ``[P, stages]``."""
+    """Returns codebooks ``[stages, K, d]``, ``shared_stages`` in a row the same, and codes ``[P, stages]``."""
     books, codes = [], []
-    for first in range(0, stages, repeat):
+    for first in range(0, stages, shared_stages):
         start, seen = None, [points]
-        for _ in range(repeat):  # what later stages see depends on the codebook, and it on what they see
+        for _ in range(shared_stages):  # what later stages see depends on the codebook, and it on what they see
             share = None if weights is None else weights.repeat(len(seen))
             book = kmeans(torch.cat(seen), entries, weights=share, steps=steps, seed=seed + first, start=start)[0]
             start, own, seen = book, [], []
             rest = points
-            for _ in range(repeat):
+            for _ in range(shared_stages):
                 seen.append(rest)
-                own.append(residual_search(rest, book[None], cosine=cosine)[0][:, 0])
+                own.append(residual_search(rest, book[None], cosine=use_cosine_sim)[0][:, 0])
                 rest = rest - book[own[-1]]
         points = rest
-        books += [book] * repeat
+        books += [book] * shared_stages
         codes += own
     return torch.stack(books), torch.stack(codes, 1)

@@ -1,4 +1,4 @@
-"""What a quantiser adds to the loss of a model."""
+"""The terms that a quantiser adds to the loss of a model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rpqfx.kv.quantizer.groups import Groups
 
 
 def stage_losses(steps: list[Step], mask: Tensor, slots: Groups, commitment: float, *, by_gradient: bool) -> Tensor:
-    """The commitment of all stages (van den Oord et al., 2017, arXiv 1711.00937), and the codebooks' part.
+    """Returns the commitment loss of all stages (van den Oord et al., 2017, arXiv 1711.00937), and the codebooks' part.
 
     Args:
         steps: All stages.
@@ -34,5 +34,5 @@ def stage_losses(steps: list[Step], mask: Tensor, slots: Groups, commitment: flo
 
 
 def _squares(gaps: Tensor, mask: Tensor) -> Tensor:
-    """Their sum. Filling before squaring keeps NaN in padding out of the gradients."""
+    """Returns the sum of squares. Filling before squaring keeps NaN in padding out of the gradients."""
     return gaps.masked_fill(~mask[:, None, None], 0).square().sum()

@@ -17,7 +17,7 @@ _FLOAT32 = ("ema_counts", "ema_sums")
 
 
 class Batch(NamedTuple):
-    """What a call used the codebooks of a quantiser for.
+    """The uses of a quantiser's codebooks in one call.
 
     Args:
         quantizer: Whose they are.
@@ -35,9 +35,9 @@ class Averaged(nn.Module):
 
     layout: Groups
     codebooks: nn.Parameter
-    repeat: int
+    shared_stages: int
     decay: float | None
-    revive: float
+    threshold_ema_dead_code: float
     seed: int
     copies: int = 1  # processes that see each token, where heads are split over them
     ema_counts: Tensor
@@ -53,18 +53,18 @@ class Averaged(nn.Module):
 
     @torch.no_grad()
     def _batch(self, steps: list[Step], counted: Tensor) -> Batch:
-        """What the codebooks were used for in a call."""
+        """Returns the uses of the codebooks in a call."""
         drawn = None
-        if self.revive:
-            drawn = ema.draw(steps, counted, self.layout, self.ema_steps + self.seed)[:: self.repeat]
+        if self.threshold_ema_dead_code:
+            drawn = ema.draw(steps, counted, self.layout, self.ema_steps + self.seed)[:: self.shared_stages]
         found = ema.batch_sums(steps, counted, self.layout, self.copies)
         sums = ema.Sums(*(self._each_book(sums) for sums in found))
         return Batch(self, sums, drawn)
 
     def _each_book(self, sums: Tensor) -> Tensor:
-        """Sums of stages ``[R, ...]``, added up where they have the same codebook, and zero for books without any."""
-        own = self.layout.codebooks_shape[0] // self.repeat
-        sums = sums if self.repeat == 1 else sums.unflatten(0, (own, self.repeat)).sum(1)
+        """Adds up sums of stages ``[R, ...]`` that have the same codebook; codebooks without any get zero."""
+        own = self.layout.codebooks_shape[0] // self.shared_stages
+        sums = sums if self.shared_stages == 1 else sums.unflatten(0, (own, self.shared_stages)).sum(1)
         return sums if len(self.codebooks) == own else torch.cat([sums, sums.new_zeros(self._more(own, sums))])
 
     def _more(self, own: int, sums: Tensor) -> tuple[int, ...]:
@@ -86,7 +86,7 @@ class Averaged(nn.Module):
 
     @torch.no_grad()
     def _average_from(self, counts: Tensor | None) -> None:
-        """Averages that give the codebooks as they are, of one point an entry if not said otherwise."""
+        """Sets averages that give the codebooks as they are, of one point an entry if not said otherwise."""
         if self.decay is not None:
             self.ema_counts.copy_(torch.ones_like(self.ema_counts) if counts is None else counts)
             self.ema_sums.copy_(self.codebooks.float() * self.ema_counts[..., None])
@@ -105,7 +105,7 @@ class Averaged(nn.Module):
 
 @torch.no_grad()
 def take_step(batches: Sequence[Batch]) -> None:
-    """Moves averages by what a step of training saw, and codebooks with them; those that several share once.
+    """Updates averages with the batches of a training step, and codebooks with them; shared ones once.
 
     Args:
         batches: Of all calls of the step.
@@ -121,7 +121,14 @@ def take_step(batches: Sequence[Batch]) -> None:
         assert first.decay is not None
         total = ema.Sums(*(torch.stack(parts).sum(0) for parts in zip(*(batch.sums for batch in shared), strict=True)))
         held = ema.Sums(first.ema_counts, first.ema_sums)
-        ema.update(first.codebooks, held, total, decay=first.decay, revive=first.revive, drawn=shared[0].drawn)
+        ema.update(
+            first.codebooks,
+            held,
+            total,
+            decay=first.decay,
+            threshold_ema_dead_code=first.threshold_ema_dead_code,
+            drawn=shared[0].drawn,
+        )
         first.ema_steps += 1
         for other in quantizers:
             for name in (*_FLOAT32, "ema_steps"):

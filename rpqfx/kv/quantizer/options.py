@@ -8,11 +8,11 @@ from typing import TypedDict
 class QuantizerOptions(TypedDict, total=False):
     """Further arguments of ``VectorQuantizer``, as a ``HeadCoder`` takes them."""
 
-    repeat: int
+    shared_stages: int
     shared: bool
-    cosine: bool
+    use_cosine_sim: bool
     beam: int
     decay: float | None
-    revive: float
+    threshold_ema_dead_code: float
     commitment: float
     seed: int

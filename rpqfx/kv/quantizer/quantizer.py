@@ -20,7 +20,7 @@ from rpqfx.kv.quantizer.moving_averages import Averaged, Batch, take_step
 
 
 class Codes(NamedTuple):
-    """What vectors are held as."""
+    """The quantized form of vectors."""
 
     codes: Tensor
     """``[..., S]``, the narrowest integer."""
@@ -29,7 +29,7 @@ class Codes(NamedTuple):
 
 
 class Quantized(NamedTuple):
-    """What a training step sees."""
+    """The result of a training step."""
 
     values: Tensor
     """``[..., dim]``: what the codes stand for; gradients go to the input as if nothing had been done to it."""
@@ -42,7 +42,7 @@ class Quantized(NamedTuple):
 class VectorQuantizer(Averaged):
     """Residual vector quantisation of the last axis of a tensor, as of keys or values of attention heads.
 
-    A vector is cut into ``M = dim / sub_vector`` groups of channels, and each group is the sum of an entry of each of
+    A vector is cut into ``M = dim / codebook_dim`` groups of channels, and each group is the sum of an entry of each of
     its stages (vqllm, "Residual vector quantization for KV cache compression in large language model", 2024, arXiv
     2410.15704). Codebooks start at random; ``fit`` gives them a k-means start. Afterwards they train by the gradient
     of the loss, or with ``decay`` as moving averages (van den Oord et al., 2017, arXiv 1711.00937; Razavi et al.,
@@ -52,19 +52,20 @@ class VectorQuantizer(Averaged):
 
     Args:
         dim: Channels of a vector.
-        sub_vector: ``d``, channels of a group. Divides ``dim``.
-        entries: ``K``, entries of a codebook, 2 to 65,536.
+        codebook_dim: ``d``, channels of a group. Divides ``dim``.
+        codebook_size: ``K``, entries of a codebook, 2 to 65,536.
         stages: Residual stages: one number, or one for each group. A group without any is always zero.
-        repeat: Stages in a row that share a codebook. Divides all numbers of stages.
+        shared_stages: Stages in a row that share a codebook. Divides all numbers of stages.
         shared: Whether all groups use the same codebooks.
         strided: Whether channel ``c`` belongs to group ``c % M``; else groups are runs of channels.
-        scaled: Whether each vector is divided by its standard deviation first (the population's; by 1 where it is 0).
-            To gradients it is a constant.
-        cosine: Whether a stage takes the entry of the largest cosine with what is left (of several, the first), not
-            the nearest. What it takes off is the entry itself, whatever its length.
+        normalize: Whether each vector is divided by its standard deviation first (the population's; by 1 where it is
+            0). To gradients it is a constant.
+        use_cosine_sim: Whether a stage takes the entry of the largest cosine with what is left (of several, the first),
+            not the nearest. What it takes off is the entry itself, whatever its length.
         beam: Sums that go on from stage to stage. By cosine there is one.
         decay: How much of the moving averages stays from step to step; None trains codebooks by gradient.
-        revive: Entries whose average count falls below this become random inputs of the batch; 0 for never.
+        threshold_ema_dead_code: Entries whose average count falls below this become random inputs of the batch; 0 for
+            never.
         commitment: Weight of the part of the loss that draws inputs to their entries.
         seed: Of the inputs that entries are revived by.
         device: Where the codebooks go.
@@ -76,47 +77,49 @@ class VectorQuantizer(Averaged):
     """
 
     codebooks: nn.Parameter
-    """``[R / repeat, G, K, d]``: ``R`` the most stages of a group, ``G`` 1 if shared, else ``M``. See ``books``."""
+    """``[R / shared_stages, G, K, d]``: ``R`` the most stages of a group, ``G`` 1 if shared or ``M``. See ``books``."""
 
     def __init__(
         self,
         dim: int,
         *,
-        sub_vector: int = 8,
-        entries: int = 256,
+        codebook_dim: int = 8,
+        codebook_size: int = 256,
         stages: int | Sequence[int] = 2,
-        repeat: int = 1,
+        shared_stages: int = 1,
         shared: bool = True,
         strided: bool = False,
-        scaled: bool = False,
-        cosine: bool = False,
+        normalize: bool = False,
+        use_cosine_sim: bool = False,
         beam: int = 8,
         decay: float | None = None,
-        revive: float = 0.0,
+        threshold_ema_dead_code: float = 0.0,
         commitment: float = 0.25,
         seed: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.layout = Groups.make(dim, sub_vector, stages, entries, shared, strided)
-        self.repeat, self.scaled, self.cosine, self.beam = repeat, scaled, cosine, beam
-        self.decay, self.revive, self.commitment, self.seed = decay, revive, commitment, seed
-        if repeat < 1 or any(own % repeat for own in self.layout.stages):
-            raise SpecError(f"repeat {repeat} does not divide the stages {sorted(set(self.layout.stages))}")
+        self.layout = Groups.make(dim, codebook_dim, stages, codebook_size, shared, strided)
+        self.shared_stages, self.normalize, self.use_cosine_sim = shared_stages, normalize, use_cosine_sim
+        self.beam, self.decay, self.commitment, self.seed = beam, decay, commitment, seed
+        self.threshold_ema_dead_code = threshold_ema_dead_code
+        if shared_stages < 1 or any(own % shared_stages for own in self.layout.stages):
+            raise SpecError(f"shared_stages {shared_stages} does not divide {sorted(set(self.layout.stages))} stages")
         if beam < 1:
             raise SpecError(f"beam is at least 1, got {beam}")
         if decay is not None and not 0 <= decay < 1:
             raise SpecError(f"decay is from 0 to less than 1, got {decay}")
-        if revive and decay is None:
-            raise SpecError(f"entries are revived by their average counts: revive {revive} needs a decay")
-        if not (revive >= 0 and commitment >= 0):
-            raise SpecError(f"revive and commitment are not negative, got {revive} and {commitment}")
+        if threshold_ema_dead_code and decay is None:
+            raise SpecError("threshold_ema_dead_code is an average count of an entry's uses, and needs a decay")
+        for name, value in (("threshold_ema_dead_code", threshold_ema_dead_code), ("commitment", commitment)):
+            if not value >= 0:
+                raise SpecError(f"{name} is not negative, got {value}")
         dtype = dtype or torch.get_default_dtype()
         if not dtype.is_floating_point:
             raise InputError(f"codebooks are floating point, got {dtype}")
         used = self.layout.codebooks_shape
-        shape = (used[0] // repeat, *used[1:])
+        shape = (used[0] // shared_stages, *used[1:])
         self.codebooks = nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=decay is None)
         self._register_averages(shape, device)
         self.reset_parameters()
@@ -134,15 +137,15 @@ class VectorQuantizer(Averaged):
     @property
     def books(self) -> Tensor:
         """``[R, G, K, d]``: the codebooks of each stage. These are ``codebooks``, if none is repeated."""
-        return self.codebooks if self.repeat == 1 else self.codebooks.repeat_interleave(self.repeat, 0)
+        return self.codebooks if self.shared_stages == 1 else self.codebooks.repeat_interleave(self.shared_stages, 0)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws normal entries: of variance 1, less at each later stage as far as ``K`` entries can lessen it."""
         self.codebooks.normal_()
         for i, books in enumerate(self.codebooks):
-            stage = i * self.repeat
-            books *= self.layout.entries ** (-stage / self.layout.sub_vector)
+            stage = i * self.shared_stages
+            books *= self.layout.codebook_size ** (-stage / self.layout.codebook_dim)
             for group, own in enumerate(self.layout.stages if len(books) > 1 else ()):
                 if own <= stage:
                     books[group] = 0
@@ -151,14 +154,14 @@ class VectorQuantizer(Averaged):
     def fit(self, points: Tensor, weights: Tensor | None = None, *, seed: int = 0, steps: int = 10) -> VectorQuantizer:
         """Starts the codebooks by k-means, each on at most 100,000 of the sub-vectors.
 
-        What is made small is the weighted squared error of the points themselves, so with ``scaled`` those of a large
-        scale count for more.
+        What is made small is the weighted squared error of the points themselves, so with ``normalize`` those of a
+        large scale count for more.
 
         Args:
             points: ``[N, dim]``, floating and finite, ``N >= 1``.
             weights: ``[N]`` or ``[N, M]``, finite and not negative: how much squared errors count.
             seed: Of the sample and of k-means.
-            steps: Of k-means at most, and turns over the stages at most.
+            steps: Steps of k-means at most, and rounds over the stages at most.
 
         Returns:
             Itself.
@@ -176,37 +179,37 @@ class VectorQuantizer(Averaged):
                 square = scale.square()[:, None].expand(shape)
                 weights = square if weights is None else weights * square
             books, counts = start(
-                parts, weights, self.layout, repeat=self.repeat, beam=self.beam, cosine=self.cosine, seed=seed,
-                steps=steps,
+                parts, weights, self.layout, shared_stages=self.shared_stages, beam=self.beam,
+                use_cosine_sim=self.use_cosine_sim, seed=seed, steps=steps,
             )  # fmt: skip
-            self.codebooks.copy_(books[:: self.repeat])
+            self.codebooks.copy_(books[:: self.shared_stages])
             self._average_from(self._each_book(counts).clamp_min(1))
         return self
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Codes:
-        """Codes of vectors.
+        """Returns the codes of vectors.
 
         Args:
             x: ``[..., dim]``, floating.
 
         Returns:
-            Codes ``[..., S]``, ordered as ``slots``, and with ``scaled`` the scale ``[...]`` (float32, or float64).
+            Codes ``[..., S]``, ordered as ``slots``, and with ``normalize`` the scale ``[...]`` (float32, or float64).
 
         Raises:
             InputError: If x is not floating or not ``dim`` wide.
         """
         check_vectors(x, self.dim)
         parts, scale = self._parts(x)
-        codes = assign(parts, self.books.to(parts.dtype), self.layout, self.beam, self.cosine)
+        codes = assign(parts, self.books.to(parts.dtype), self.layout, self.beam, self.use_cosine_sim)
         return Codes(self._narrow(codes, x), None if scale is None else scale.view(x.shape[:-1]))
 
     def decode(self, codes: Tensor, scale: Tensor | None = None) -> Tensor:
-        """What codes stand for.
+        """Returns the vectors that codes stand for.
 
         Args:
             codes: ``[..., S]``, an integer.
-            scale: ``[...]``, with ``scaled``.
+            scale: ``[...]``, with ``normalize``.
 
         Returns:
             ``[..., dim]`` of the codebooks' dtype.
@@ -216,8 +219,8 @@ class VectorQuantizer(Averaged):
             CodeError: If a code is out of range (on a CPU; elsewhere looking would wait for the device).
         """
         self.layout.check_codes(codes)
-        if (scale is not None) != self.scaled:
-            raise InputError("this quantizer has a scale, give it" if self.scaled else "this quantizer has no scale")
+        if (scale is not None) != self.normalize:
+            raise InputError("this quantizer has a scale, give it" if self.normalize else "this quantizer has no scale")
         if scale is not None and scale.shape != codes.shape[:-1]:
             raise InputError(f"scale is {list(scale.shape)}, expected {list(codes.shape[:-1])}")
         parts = decode(_rows(codes), self.books, self.layout)
@@ -225,7 +228,7 @@ class VectorQuantizer(Averaged):
         return values if scale is None else (values * scale[..., None]).to(values.dtype)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, batches: list[Batch] | None = None) -> Quantized:
-        """Vectors as their codes say, with gradients as if they were the vectors themselves.
+        """Returns the decoded vectors, with straight-through gradients.
 
         The loss adds up all stages. Of each it is the squared distance of what is left to the entry, averaged over
         tokens and groups: ``commitment`` times that, with gradients to the input alone, and where codebooks train by
@@ -246,7 +249,7 @@ class VectorQuantizer(Averaged):
         with exact(x):
             parts, scale = self._parts(x)
             books = self.books.to(parts.dtype)
-            codes = assign(parts.detach(), books.detach(), self.layout, self.beam, self.cosine)
+            codes = assign(parts.detach(), books.detach(), self.layout, self.beam, self.use_cosine_sim)
             counted = counted_tokens(x, mask)
             steps = list(walk(parts, codes, books, self.layout))
             loss = stage_losses(steps, counted, self.layout, self.commitment, by_gradient=self.decay is None)
@@ -261,9 +264,9 @@ class VectorQuantizer(Averaged):
         return Quantized(values + (x - x.detach()), self._narrow(codes, x), loss)
 
     def _parts(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Sub-vectors ``[T, M, d]`` as they are quantised, and the scales ``[T]``."""
+        """Returns sub-vectors ``[T, M, d]`` as they are quantised, and the scales ``[T]``."""
         rows = _rows(x).to(torch.promote_types(x.dtype, torch.float32))
-        if not self.scaled:
+        if not self.normalize:
             return self.layout.split(rows), None
         given = rows.detach()
         scale = (given - given.mean(1, keepdim=True)).square().mean(1).sqrt()
@@ -271,24 +274,25 @@ class VectorQuantizer(Averaged):
         return self.layout.split(rows / scale[:, None]), scale
 
     def _narrow(self, codes: Tensor, x: Tensor) -> Tensor:
-        return codes.to(code_dtype(self.layout.entries)).view(*x.shape[:-1], self.layout.count)
+        return codes.to(code_dtype(self.layout.codebook_size)).view(*x.shape[:-1], self.layout.count)
 
     def extra_repr(self) -> str:
-        """What printing shows of it."""
+        """Returns the text that printing shows."""
         layout = self.layout
         even = len(set(layout.stages)) == 1
         shown = [
-            f"{layout.dim}, sub_vector={layout.sub_vector}, entries={layout.entries}",
+            f"{layout.dim}, codebook_dim={layout.codebook_dim}, codebook_size={layout.codebook_size}",
             f"stages={layout.stages[0] if even else list(layout.stages)}",
-            f"repeat={self.repeat}" if self.repeat > 1 else "",
-            *(name for name in ("strided", "scaled", "cosine") if getattr(self, name, getattr(layout, name, False))),
+            f"shared_stages={self.shared_stages}" if self.shared_stages > 1 else "",
+            "strided" if layout.strided else "",
+            *(name for name in ("normalize", "use_cosine_sim") if getattr(self, name)),
             "shared" if layout.shared else "own codebooks",
-            f"beam={self.beam}" if not self.cosine else "",
+            f"beam={self.beam}" if not self.use_cosine_sim else "",
             f"decay={self.decay}" if self.decay is not None else "",
         ]
         return ", ".join(part for part in shown if part)
 
 
 def _rows(x: Tensor) -> Tensor:
-    """``[T, width]``, of widths of zero, too."""
+    """Returns ``[T, width]``, of widths of zero, too."""
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])

@@ -35,7 +35,7 @@ class Backed(nn.Module):
             return
         if param is not None and is_shard(param) and backed_weights(self):
             raise DistributedError(
-                f"{type(self).__name__} holds {', '.join(backed_weights(self))} in codebooks, which torch's styles of "
+                f"{type(self).__name__} holds {', '.join(backed_weights(self))} quantized, which torch's styles of "
                 "tensor parallelism cannot split; use those of the same names in rpqfx.distributed (ColwiseParallel, "
                 "RowwiseParallel) in the plan of parallelize_module, which take dense modules as well"
             )
@@ -82,7 +82,7 @@ def held(name: str, plain_when_compiled: bool = False) -> property:
         plain_when_compiled: Whether compiled code is to read a plain tensor.
 
     Returns:
-        The property. What it gives, made anew at each read, is as ``RPQWeight.read_as`` says.
+        The property. Each read computes its value, of the kind that ``RPQWeight.read_as`` names.
     """
 
     def read(self: nn.Module) -> Any:
@@ -103,7 +103,7 @@ def held(name: str, plain_when_compiled: bool = False) -> property:
 
 
 def _tie(name: str) -> Callable[[nn.Module, Any], None]:
-    """Ties another module's tensor in codebooks where one is assigned to such a property, and refuses anything else."""
+    """Ties another module's quantized tensor where one is assigned to such a property, and refuses anything else."""
 
     def write(self: nn.Module, value: Any) -> None:
         read = value._virtual if type(value) in (ExpandedWeight, FixedWeight) else value

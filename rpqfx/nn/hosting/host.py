@@ -75,7 +75,7 @@ def backed_as(module: nn.Module, names: Iterable[str]) -> type[nn.Module]:
     """
     for name in names:
         if module._parameters.get(name) is None:
-            raise RewriteError(f"{type(module).__name__} has no Parameter {name!r} of its own to hold in codebooks")
+            raise RewriteError(f"{type(module).__name__} has no Parameter {name!r} of its own to quantize")
         if _has(module, name + SUFFIX):
             raise RewriteError(f"{type(module).__name__} already has an attribute {name + SUFFIX!r}")
     before = type(module)
@@ -91,7 +91,7 @@ def backed_as(module: nn.Module, names: Iterable[str]) -> type[nn.Module]:
 
 
 def obstacle_to(module: nn.Module, name: str) -> str | None:
-    """Returns why a module cannot hold a Parameter of its own in codebooks, or None; the module stays as it is.
+    """Returns why a module cannot hold a Parameter of its own quantized, or None; the module stays as it is.
 
     Args:
         module: Any module.

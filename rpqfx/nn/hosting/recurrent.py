@@ -21,7 +21,7 @@ _OWN_RESETS = (nn.RNNBase.reset_parameters, nn.RNNCellBase.reset_parameters)
 
 
 class BackedCell(Backed):
-    """A recurrent cell with weights in codebooks, which draws itself anew in its own way."""
+    """A recurrent cell with quantized weights, which draws itself anew in its own way."""
 
     _rpq_base: Any
     hidden_size: int
@@ -45,7 +45,7 @@ class BackedCell(Backed):
 
 
 class BackedRecurrent(BackedCell):
-    """``LSTM``, ``GRU`` and ``RNN`` with weights in codebooks."""
+    """``LSTM``, ``GRU`` and ``RNN`` with quantized weights."""
 
     _flat_weights_names: list[str]
     _flat_weight_refs: list[Any]

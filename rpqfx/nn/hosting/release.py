@@ -21,7 +21,7 @@ def unbacked(kind: type[nn.Module]) -> type[nn.Module] | None:
         kind: A class of modules.
 
     Returns:
-        ``kind`` itself where it holds nothing in codebooks; None where it is derived from an RPQ layer, so that no
+        ``kind`` itself where it has no quantized weight; None where it is derived from an RPQ layer, so that no
         dense class stands for it.
     """
     base: type[nn.Module] | None = getattr(kind, "_rpq_base", None)

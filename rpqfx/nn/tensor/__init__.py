@@ -1,1 +1,1 @@
-"""The tensors that a module's own code reads in place of a weight in codebooks."""
+"""The tensors that a module's own code reads in place of a quantized weight."""

@@ -17,17 +17,17 @@ class Facts(Views):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the codebooks."""
+        """The dtype of the codebooks."""
         return self.part.tensors.codebooks.dtype
 
     @property
     def device(self) -> torch.device:
-        """Of the codebooks."""
+        """The device of the codebooks."""
         return self.part.tensors.codebooks.device
 
     @property
     def requires_grad(self) -> bool:
-        """Of the codebooks, which setting it freezes or frees."""
+        """Whether the codebooks get a gradient; setting it freezes or frees them."""
         return self.part.tensors.codebooks.requires_grad
 
     @requires_grad.setter

@@ -24,7 +24,7 @@ _FOR_GOOD = {
 
 
 def refused(what: str) -> RewriteError:
-    """Returns the error for a change of what is made anew at each read.
+    """Returns the error for a change of a tensor that is computed at each read.
 
     Args:
         what: Name of the function.
@@ -37,7 +37,7 @@ def refused(what: str) -> RewriteError:
 
 
 def check_for_good(func: Callable[..., Any], args: Sequence[Any]) -> None:
-    """Refuses what would be set on a tensor that is made anew at each read.
+    """Refuses what would be set on a tensor that is computed at each read.
 
     Args:
         func: A function of torch, called on such a tensor.

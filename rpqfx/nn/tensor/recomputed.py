@@ -1,4 +1,4 @@
-"""Calls that need the tensor itself: it is made for the call, and made again for the call's backward.
+"""Calls that need the tensor itself: it is computed for the call, and again for the call's backward.
 
 Whatever such a call asks autograd to keep is kept, but for the tensor and views of it: of those a recipe is kept.
 """
@@ -17,7 +17,7 @@ from rpqfx.errors import InputError
 
 
 class Remade:
-    """A tensor that can be made again from what it was made of.
+    """A tensor that can be computed again from its operands.
 
     Args:
         tensor: The tensor, as long as the call takes.
@@ -47,7 +47,7 @@ class Remade:
                 )
             with torch.no_grad():
                 self._again = self._make()
-            assert self._again.stride() == self._stride, "what is made again lies otherwise in memory"
+            assert self._again.stride() == self._stride, "the tensor computed again has other strides"
         return self._again
 
 

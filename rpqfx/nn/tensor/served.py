@@ -90,7 +90,7 @@ def _baddbmm(input: Any, batch1: Any, batch2: Any, *, beta: float = 1, alpha: fl
 
 
 def _einsum(equation: Any, *operands: Any) -> Any:
-    """Returns two operands, of which one is in codebooks and is contracted along all axes of its rows or columns."""
+    """Returns two operands, of which one is quantized and is contracted along all axes of its rows or columns."""
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = tuple(operands[0])
     if not isinstance(equation, str) or len(operands) != 2 or "->" not in equation or "." in equation:

@@ -78,7 +78,7 @@ class Views:
 
     @property
     def shape(self) -> torch.Size:
-        """Of the tensor."""
+        """The shape of the tensor."""
         shape = self.part.layout.shape
         shape = torch.Size([shape[axis] for axis in self.order])
         if not self.views:

@@ -115,7 +115,7 @@ class VirtualWeight(Facts):
         return dense
 
     def remade(self, tensor: Tensor) -> Remade:
-        """Returns how its plain tensor, as ``expand_dense`` gave it, is made again."""
+        """Returns how its plain tensor, as ``expand_dense`` gave it, is computed again."""
         part = self.part
         fixed = part.tensors.detach()
         again = VirtualWeight(self.held, Part(fixed, part.layout), self.order, self.views)
@@ -189,7 +189,7 @@ class VirtualWeight(Facts):
         return self
 
     def refuse(self, name: str) -> VirtualWeight:
-        """Refuses to change in place what is made anew at each read, and would be lost."""
+        """Refuses to change in place a tensor that is computed at each read, where the change would be lost."""
         if not torch.compiler.is_compiling() and INITIALISING.get():
             return self
         raise refused(name)
@@ -221,7 +221,7 @@ VirtualWeight.__hash__ = object.__hash__  # type: ignore[method-assign]
 
 
 def check_values(values: Sequence[Any]) -> None:
-    """Raises InputError where a virtual weight on the meta device is about to meet tensors that are not there."""
+    """Raises InputError where a virtual weight on the meta device is used with tensors that have no values."""
     for value in values:
         if isinstance(value, (list, tuple)) and any([isinstance(item, VirtualWeight) for item in value]):
             check_values([*value, *[other for other in values if other is not value]])
@@ -234,7 +234,7 @@ def as_dense(value: Any, made: list[Remade], plain: list[Tensor]) -> Any:
 
     Args:
         value: Any argument of a function; of lists, items are looked at.
-        made: Takes how the tensor is made again.
+        made: Receives the recipe by which the tensor is computed again.
         plain: Takes the tensor.
     """
     if isinstance(value, VirtualWeight):

@@ -42,12 +42,12 @@ if hasattr(os, "register_at_fork"):
 
 
 class _NotMeant(RPQError):
-    """Kernels are not used as was asked for, or as is known of the system: nothing to warn of."""
+    """Raised where kernels are left unused on purpose, or because the system cannot have them: nothing to warn of."""
 
 
 @functools.cache
 def ready() -> bool:
-    """Whether the kernels are compiled, loaded and checked; the first call does all that."""
+    """Returns whether the kernels are compiled, loaded and checked; the first call does all that."""
     with _first_use:
         return reason() is None
 
@@ -134,7 +134,7 @@ def _check(library: Path) -> None:
 
 
 def _key(tools: compiler.Compiler) -> str:
-    """A name for all that the library depends on."""
+    """Returns a name for all that the library depends on."""
     folder = Path(__file__).parent
     parts = [path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix in (".h", ".cpp")]
     parts.append("\0".join([torch.__version__, tools.name, *tools.flags, *tools.libraries]).encode())

@@ -1,4 +1,4 @@
-"""Where compiled kernels are kept: which folder, what in it can be trusted, and whose turn it is to write to it."""
+"""The folder of compiled kernels: where it is, what in it can be trusted, and a lock for writing to it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def folders() -> list[Path]:
 
 
 def trusted(path: Path) -> bool:
-    """Whether code may be loaded from a folder, or a file: it is this user's, or root's, and not open to everybody.
+    """Returns whether code may be loaded from a path: it is this user's, or root's, and not open to everybody.
 
     A folder that ``RPQFX_CACHE`` names is trusted as it is: several users may share it.
 
@@ -68,7 +68,7 @@ def made(folder: Path) -> Path:
 
 
 def intact(library: Path) -> bool:
-    """Whether a library is there, to be trusted and as it was written: loading half a library ends the process.
+    """Returns whether a library is there, to be trusted and as it was written: loading half a library ends the process.
 
     Args:
         library: Beside which ``seal`` has left the sum of its bytes.
@@ -96,7 +96,7 @@ def seal(built: Path, library: Path) -> None:
 
 @contextlib.contextmanager
 def turn(lock: Path, patience: float) -> Iterator[None]:
-    """Waits until no other process holds a lock, and holds it. One that has died holds none.
+    """Waits for a lock between processes, and holds it. A process that has died holds none.
 
     Args:
         lock: A file, which stays.

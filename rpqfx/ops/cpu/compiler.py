@@ -31,12 +31,12 @@ _TELLING = ("error", "multiple definition", "undefined reference", "cannot find"
 
 @dataclasses.dataclass(frozen=True)
 class Compiler:
-    """A C++ compiler, and what it is told besides the names of files.
+    """A C++ compiler and its flags.
 
     Attributes:
         name: The program.
-        flags: What it is told of a translation unit.
-        libraries: What it is told of the library.
+        flags: Flags for each translation unit.
+        libraries: Flags for linking.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Compiler:
 
 
 def found() -> Compiler:
-    """Returns the compiler of this machine, told of the installed torch and the vector instructions that torch uses.
+    """Returns the compiler of this machine, with flags for the installed torch and its vector instructions.
 
     Raises:
         RPQError: If torch's tools for that cannot be imported.
@@ -114,7 +114,7 @@ def build(compiler: Compiler, library: Path) -> None:
 
 
 def run(commands: Sequence[Sequence[str]], folder: Path) -> None:
-    """Runs commands side by side, each on a core of its own; where cores are fewer, the others wait for their turn.
+    """Runs commands in parallel, each on a core of its own; where there are fewer cores, some wait.
 
     None of them runs any more when this returns or raises.
 

@@ -16,11 +16,11 @@ _FLOATS = (torch.float32, torch.bfloat16)
 _CODES = (torch.uint8, torch.int16, torch.uint16, torch.int32)
 
 # Rows up to which tables are used: as many as the kernel finds them faster for, or what a plan says.
-_MOST_ROWS = {"auto": -1, "contract": 2**62, "expand": 0}
+_MOST_ROWS = {"auto": -1, "lookup": 2**62, "dequantize": 0}
 
 
 def take(dtype: torch.dtype, code_dtype: torch.dtype) -> bool:
-    """Whether there are kernels for these dtypes."""
+    """Returns whether there are kernels for these dtypes."""
     return dtype in _FLOATS and code_dtype in _CODES
 
 
@@ -34,20 +34,20 @@ def contract(
 def matmul(
     x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
-    """As ``contract``, through the expanded matrix."""
+    """Returns what ``contract`` does, through the dequantized matrix."""
     return torch.ops.rpqfx_cpu.matmul(x, codebooks, codes, signs, bias)
 
 
 def conv(
-    x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None, dim_scale: Tensor | None, scale: Tensor | None,
-    bias: Tensor | None, *geometry: Any,
+    x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None, column_scale: Tensor | None,
+    scale: Tensor | None, bias: Tensor | None, *geometry: Any,
 ) -> Tensor:  # fmt: skip
-    """A convolution whose filters are expanded, with ``dim_scale [D / share]``, ``scale [N]`` and bias; contiguous.
+    """Runs a convolution with dequantized filters, ``column_scale [D / share]``, ``scale [N]`` and bias; contiguous.
 
     ``geometry`` is ``weight_shape``, ``stride``, ``padding``, ``dilation``, ``transposed``, ``output_padding`` and
     ``groups``, as ``rpqfx.ops.library.conv`` takes them.
     """
-    return torch.ops.rpqfx_cpu.conv(x, codebooks, codes, signs, dim_scale, scale, bias, *geometry)
+    return torch.ops.rpqfx_cpu.conv(x, codebooks, codes, signs, column_scale, scale, bias, *geometry)
 
 
 def contract_t(y: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None = None) -> Tensor:

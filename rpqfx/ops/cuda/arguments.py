@@ -1,4 +1,4 @@
-"""Checks of what the CUDA kernels are given: they read where they are told to, and could not tell."""
+"""Checks of the arguments of the CUDA kernels, which would read out of bounds where those were wrong."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def rows_of(name: str, x: Tensor, width: int) -> Tensor:
-    """``x [..., width]`` as contiguous rows."""
+    """Returns ``x [..., width]`` as contiguous rows."""
     check_dtype(name, x)
     if x.shape[-1] != width:
         raise InputError(f"{name} is {x.shape[-1]} wide, the codes and codebooks say {width}")
@@ -19,7 +19,7 @@ def rows_of(name: str, x: Tensor, width: int) -> Tensor:
 
 
 def check_codes(codes: Tensor, signs: Tensor | None, shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
-    """Codes and signs, contiguous, once they fit codebooks of a shape: kernels read where they are told to."""
+    """Returns codes and signs, contiguous, after checking that they fit codebooks of a shape."""
     if codes.dtype not in (torch.uint8, torch.int16, torch.uint16, torch.int32, torch.int64):
         raise InputError(f"codes are integers, got {codes.dtype}")
     stages, sub_vectors, num_vectors = codes.shape

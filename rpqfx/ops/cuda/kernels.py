@@ -59,7 +59,7 @@ TABLE_ROWS = {torch.float32: 32, torch.float16: 8, torch.bfloat16: 8}
 
 
 def usable(x: Tensor) -> bool:
-    """Whether the functions here can take a tensor.
+    """Returns whether the functions here can take a tensor.
 
     Args:
         x: Any tensor.
@@ -76,7 +76,7 @@ def usable(x: Tensor) -> bool:
 
 
 def expand(codebooks: Tensor, codes: Tensor, scale: Tensor | None = None, signs: Tensor | None = None) -> Tensor:
-    """The matrix itself.
+    """Returns the matrix itself.
 
     Args:
         codebooks: ``[R, G, K, d]``, float32, float16 or bfloat16.
@@ -101,7 +101,7 @@ def expand(codebooks: Tensor, codes: Tensor, scale: Tensor | None = None, signs:
 def contract(
     x: Tensor, codebooks: Tensor, codes: Tensor, signs: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
-    """``x @ W.T + bias`` without ``W``: dot each sub-vector of ``x`` with every entry, then gather and sum.
+    """Returns ``x @ W.T + bias`` without ``W``: dot each sub-vector of ``x`` with every entry, then gather and sum.
 
     Args:
         x: ``[..., D]``, float32, float16 or bfloat16.
@@ -163,7 +163,7 @@ def tiled(
     x: Tensor, codebooks: Tensor, tiles: Tensor, vectors: int, bias: Tensor | None = None, plan: str = "auto",
     dims: Tensor | None = None, scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """``(x * dims) @ W.T * scale + bias`` of codes in tiles (``rpqfx.codebook.tiles``).
+    """Returns ``(x * dims) @ W.T * scale + bias`` of codes in tiles (``rpqfx.codebook.tiles``).
 
     Args:
         x: ``[..., D]``, float32, float16 or bfloat16.
@@ -171,7 +171,7 @@ def tiled(
         tiles: ``[T, M, R * 32]`` uint8.
         vectors: ``N``.
         bias: ``[N]`` or None.
-        plan: ``"contract"`` goes through a table of dot products, ``"expand"`` makes the matrix for the length of the
+        plan: ``"lookup"`` goes through a table of dot products, ``"dequantize"`` makes the matrix for the length of the
             call, and ``"auto"`` chooses by the number of rows.
         dims: ``[D]`` or None.
         scale: ``[N]`` or None.
@@ -198,7 +198,7 @@ def tiled(
     dims, scale, bias = (t if t is None else t.contiguous() for t in (dims, scale, bias))
     from rpqfx.ops.cuda import triton_tiles
 
-    if plan == "contract" or (plan == "auto" and len(rows) <= TABLE_ROWS[x.dtype]):
+    if plan == "lookup" or (plan == "auto" and len(rows) <= TABLE_ROWS[x.dtype]):
         slices = _slices(rows, stages * tiles.shape[1] * MOST_ENTRIES)
         y = _join([triton_tiles.by_table(rows[s], codebooks, tiles, vectors, dims, scale, bias) for s in slices])
     else:
@@ -209,7 +209,7 @@ def tiled(
 
 
 def residual_search(points: Tensor, books: Tensor, cosine: bool = False) -> tuple[Tensor, Tensor]:
-    """Codes of residual stages, each the best for what the stages before leave; distances are never in memory.
+    """Returns codes of residual stages, each the best for what the stages before leave; distances are never in memory.
 
     Args:
         points: ``[N, d]``, float32, float16 or bfloat16, ``d`` up to 128.
@@ -241,7 +241,7 @@ def residual_search(points: Tensor, books: Tensor, cosine: bool = False) -> tupl
 
 
 def _slices(rows: Tensor, elements: int) -> list[slice]:
-    """Slices of a batch whose tables (or bins), of so many elements a row, stay small; one, if empty, of no rows."""
+    """Returns slices of a batch whose tables (or bins) of so many elements a row stay small; one for no rows."""
     size = TABLE_ELEMENTS // elements
     size = max(BLOCK_ROWS, size // BLOCK_ROWS * BLOCK_ROWS)
     return [slice(first, first + size) for first in range(0, max(1, rows.shape[0]), size)]
@@ -258,7 +258,7 @@ def _installed() -> bool:
 
 @functools.cache
 def _right(device: torch.device) -> bool:
-    """Whether the kernels do on a device what the plain functions do; asked once a process."""
+    """Returns whether the kernels do on a device what the plain functions do; asked once a process."""
     try:
         check.against_reference(sys.modules[__name__], device)
     except Exception as reason:  # Triton's compiler and driver have errors of their own kinds
@@ -273,7 +273,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def _launch() -> ModuleType:
-    """What launches the kernels; importing it imports Triton."""
+    """Returns the module that launches the kernels; importing it imports Triton."""
     from rpqfx.ops.cuda import triton_launch
 
     return triton_launch

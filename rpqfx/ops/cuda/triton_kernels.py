@@ -22,7 +22,7 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 @triton.jit
 def sign_of(signs: tl.tensor, p: tl.tensor, n: tl.tensor, num_vectors: tl.tensor, mask: tl.tensor) -> tl.tensor:
-    """Plus or minus one for each (p, n), from one bit each."""
+    """Returns plus or minus one for each (p, n), from one bit each."""
     byte = tl.load(signs + p * tl.cdiv(num_vectors, 8) + n // 8, mask=mask, other=0).to(tl.int32)
     return 1.0 - 2.0 * ((byte >> (n % 8).to(tl.int32)) & 1)
 
@@ -33,7 +33,7 @@ def table(
     entries: tl.tensor, d: tl.constexpr,
     WIDEN: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
 ) -> None:  # fmt: skip
-    """``dots[p, k, b]``: sub-vector ``m`` of ``x[b]`` dotted with entry ``k`` of its codebook.
+    """Writes ``dots[p, k, b]``: sub-vector ``m`` of ``x[b]`` dotted with entry ``k`` of its codebook.
 
     Rows lie innermost, so that one gathered code serves a run of them. Few rows still take a whole tile of 16: the
     step then waits for the codebooks to arrive, not for the arithmetic.
@@ -65,7 +65,7 @@ def gather_sum(
     num_vectors: tl.tensor, entries: tl.tensor, share: tl.tensor,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr,
 ) -> None:  # fmt: skip
-    """``out[s, b, n]``: the sum of ``dots[p, codes[p, n], b]`` over the ``share`` uses of split ``s``.
+    """Writes ``out[s, b, n]``: the sum of ``dots[p, codes[p, n], b]`` over the ``share`` uses of split ``s``.
 
     The table stays in global memory. It does not fit a program's registers (M * K floats a row, 74 KB at 72 x 256),
     Triton has no shared memory to put it in by hand, and ``tl.gather`` would pass each row of it through registers
@@ -96,7 +96,7 @@ def expand(
     sub_vectors: tl.tensor, books: tl.tensor, num_vectors: tl.tensor, entries: tl.tensor, d: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ) -> None:  # fmt: skip
-    """``out[n, m * d + j]``: the matrix itself, rounded once, at the end."""
+    """Writes ``out[n, m * d + j]``: the matrix itself, rounded once, at the end."""
     d_blocks, m_blocks = tl.cdiv(d, BLOCK_D), tl.cdiv(sub_vectors, BLOCK_M)
     block = tl.program_id(0)
     j = block % d_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -128,7 +128,7 @@ def bin_sum(
     num_vectors: tl.tensor, entries: tl.tensor,
     BLOCK_K: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_B: tl.constexpr,
 ) -> None:  # fmt: skip
-    """``bins[p, k, b]``: the sum of ``y[n, b]`` over the vectors ``n`` whose code is ``k``.
+    """Writes ``bins[p, k, b]``: the sum of ``y[n, b]`` over the vectors ``n`` whose code is ``k``.
 
     The vectors come sorted by their code: ``order[p]`` lists them and those of entry ``k`` end before ``ends[p, k]``.
     Adding up runs costs ``B * R * M * N`` additions whatever ``K``. The other deterministic way, a product with

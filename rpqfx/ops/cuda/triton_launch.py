@@ -19,7 +19,7 @@ OPTIONS = {"enable_fp_fusion": True}
 
 
 def expand(codebooks: Tensor, codes: Tensor, scale: Tensor | None, signs: Tensor | None) -> Tensor:
-    """``[N, D]``: the matrix itself."""
+    """Returns ``[N, D]``: the matrix itself."""
     stages, books, entries, d = codebooks.shape
     _, sub_vectors, num_vectors = codes.shape
     out = codebooks.new_empty(num_vectors, sub_vectors * d)
@@ -36,7 +36,7 @@ def expand(codebooks: Tensor, codes: Tensor, scale: Tensor | None, signs: Tensor
 
 
 def table(x: Tensor, codebooks: Tensor, sub_vectors: int) -> Tensor:
-    """``[p, k, b]`` float32: every sub-vector of ``x [b, D]`` dotted with every entry it could meet."""
+    """Returns ``[p, k, b]`` float32: every sub-vector of ``x [b, D]`` dotted with every entry of its codebook."""
     stages, books, entries, d = codebooks.shape
     rows = x.shape[0]
     dots = x.new_empty(stages * sub_vectors, entries, rows, dtype=torch.float32)
@@ -53,7 +53,7 @@ def table(x: Tensor, codebooks: Tensor, sub_vectors: int) -> Tensor:
 
 
 def gather_sum(dots: Tensor, codes: Tensor, signs: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """``[b, n]``: the sum of the elements of a table that the codes pick.
+    """Returns ``[b, n]``: the sum of the elements of a table that the codes pick.
 
     Few rows make few programs, so the uses are split among several and their sums are added up in a second step.
     """
@@ -98,7 +98,7 @@ class Bins:
         self.ends = torch.searchsorted(ordered.int(), entry, right=True, out_int32=True)
 
     def __call__(self, y: Tensor) -> Tensor:
-        """``[r, g, s, k, b]`` float32, from ``y [b, N]``."""
+        """Returns ``[r, g, s, k, b]`` float32, from ``y [b, N]``."""
         (uses, num_vectors), entries, rows = self.order.shape, self.shape[3], y.shape[0]
         bins = y.new_empty(*self.shape, rows, dtype=torch.float32)
         block_b = _power(rows, 1, 64)
@@ -113,7 +113,7 @@ class Bins:
 
 
 def _power(number: int, low: int, high: int) -> int:
-    """The least power of two from ``number`` up, between two others (``low`` where they leave nothing)."""
+    """Returns the least power of two from ``number`` up, between two others (``low`` where they leave nothing)."""
     return max(low, min(high, 1 << max(0, number - 1).bit_length()))
 
 

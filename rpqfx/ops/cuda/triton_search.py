@@ -30,7 +30,7 @@ def residual_search(
     shifts: tl.tensor, rows: tl.tensor, stages: tl.tensor, entries: tl.tensor, d: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ) -> None:  # fmt: skip
-    """``codes[n, r]`` and the squared ``distances[n]`` that are left at last. Codes are in range whatever comes in."""
+    """Writes ``codes[n, r]`` and the squared ``distances[n]`` that are left. Codes are in range whatever comes in."""
     n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     j = tl.arange(0, BLOCK_D)
     inside = (n < rows)[:, None] & (j < d)[None, :]
@@ -58,7 +58,7 @@ def residual_search(
 
 
 def launch(points: Tensor, books: Tensor, cosine: bool) -> tuple[Tensor, Tensor]:
-    """Codes ``[N, R]`` int64 and squared distances ``[N]``, of arguments that have been checked: contiguous."""
+    """Returns codes ``[N, R]`` int64 and squared distances ``[N]``, of arguments that have been checked: contiguous."""
     rows, d = points.shape
     stages, entries, _ = books.shape
     wide = books.float()

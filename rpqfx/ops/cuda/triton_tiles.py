@@ -37,7 +37,7 @@ def table(
     books: tl.tensor, entries: tl.tensor, padded: tl.tensor, stages: tl.constexpr, d: tl.constexpr,
     ENTRIES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_B: tl.constexpr,
 ) -> None:  # fmt: skip
-    """``dots[block, p, k, b]`` for uses ``p = m * R + r``: sub-vector ``m`` of ``x[b] * dims`` dotted with entry ``k``.
+    """Writes ``dots[block, p, k, b]``, ``p = m * R + r``: sub-vector ``m`` of ``x[b] * dims`` times entry ``k``.
 
     Entries that are not there are NaN, so that a code that points to one is. Uses that are not there are zero.
     """
@@ -73,7 +73,7 @@ def pick_sum(
     padded: tl.tensor, share: tl.tensor, ENTRIES: tl.constexpr, HALF: tl.constexpr, UNDER_WAY: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ) -> None:  # fmt: skip
-    """``parts[s, b, n]``: the sum of a table's elements that the codes of a tile pick, over the uses of split ``s``.
+    """Writes ``parts[s, b, n]``: the sum of a table's elements that a tile's codes pick, over uses of split ``s``.
 
     A program is one warp, and its lanes look one use up at a time: all they read is then in one line of the cache.
     """
@@ -101,7 +101,7 @@ def made(
     books: tl.tensor, stages: tl.constexpr, ENTRIES: tl.constexpr, HALF: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
-    """Sub-vectors ``m`` of a tile's first and second half: ``[m, i, j]`` each, float32.
+    """Returns sub-vectors ``m`` of a tile's first and second half: ``[m, i, j]`` each, float32.
 
     The codebooks are ``padded [R, G, 16, BLOCK_D]``: whole entries are read at once.
     """
@@ -122,7 +122,7 @@ def add_up(
     y: tl.tensor, parts: tl.tensor, scale: tl.tensor, bias: tl.tensor, splits: tl.tensor, rows: tl.tensor,
     num_vectors: tl.tensor, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
 ) -> None:  # fmt: skip
-    """``y[b, n]``: the sum over splits, times ``scale[n]``, plus ``bias[n]``."""
+    """Writes ``y[b, n]``: the sum over splits, times ``scale[n]``, plus ``bias[n]``."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     s = tl.arange(0, BLOCK_S)
     b, mask = tl.program_id(1), n < num_vectors
@@ -141,7 +141,7 @@ def expand(
     num_vectors: tl.tensor, stages: tl.constexpr, d: tl.constexpr, ENTRIES: tl.constexpr, HALF: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ) -> None:  # fmt: skip
-    """``out[n, m * d + j]``: the matrix, rounded once, at the end."""
+    """Writes ``out[n, m * d + j]``: the matrix, rounded once, at the end."""
     tile = tl.program_id(0)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     i, j = tl.arange(0, HALF), tl.arange(0, BLOCK_D)
@@ -163,7 +163,7 @@ def by_table(
     x: Tensor, codebooks: Tensor, tiles: Tensor, num_vectors: int, dims: Tensor | None, scale: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """``(x * dims) @ W.T * scale + bias`` through a table: ``[b, N]``, of checked and contiguous tensors."""
+    """Returns ``(x * dims) @ W.T * scale + bias`` through a table: ``[b, N]``, of checked and contiguous tensors."""
     stages, books, entries, d = codebooks.shape
     (count, sub_vectors, _), rows = tiles.shape, x.shape[0]
     uses, block_b = sub_vectors * stages, _power(rows, 1, TABLE_ROWS)
@@ -186,7 +186,7 @@ def by_table(
 
 
 def expanded(codebooks: Tensor, tiles: Tensor, num_vectors: int) -> Tensor:
-    """The matrix ``[N, D]``."""
+    """Returns the matrix ``[N, D]``."""
     stages, books, _, d = codebooks.shape
     count, sub_vectors, _ = tiles.shape
     padded = _padded(codebooks)
@@ -201,14 +201,14 @@ def expanded(codebooks: Tensor, tiles: Tensor, num_vectors: int) -> Tensor:
 
 
 def _padded(codebooks: Tensor) -> Tensor:
-    """``[R, G, 16, a power of two]``: NaN where there is no entry, and zeros at the end of each."""
+    """Returns ``[R, G, 16, a power of two]``: NaN where there is no entry, and zeros at the end of each."""
     _, _, entries, d = codebooks.shape
     whole = F.pad(codebooks, (0, 0, 0, MOST_ENTRIES - entries), value=float("nan"))
     return F.pad(whole, (0, _power(d, 1, d * 2) - d)).contiguous()
 
 
 def _splits(programs: int, uses: int) -> tuple[int, int]:
-    """How many programs share the sum for one result, and the uses that each of them adds up."""
+    """Returns how many programs share the sum for one result, and the uses that each of them adds up."""
     splits = max(1, WARPS // max(1, programs))
     share = _blocks(_blocks(uses, splits), UNDER_WAY) * UNDER_WAY
     return _blocks(uses, share), share

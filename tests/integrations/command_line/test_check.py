@@ -19,7 +19,7 @@ from rpqfx.storage.sealed_manifest import checksum, seal_of
 def file(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     path = tmp_path / "small.rpq"
-    small = rpqfx.rpqify(nn.Sequential(nn.Linear(64, 96)), rpqfx.Policy.from_scratch(codebook_dim=8, bits=5))
+    small = rpqfx.rpqify(nn.Sequential(nn.Linear(64, 96)), rpqfx.Policy.from_scratch(codebook_dim=8, codebook_bits=5))
     small[0].weight_rpq.codes.clamp_(max=10)
     rpqfx.save(small, path)
     return path
@@ -29,7 +29,7 @@ def test_a_whole_file(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(file)]) == 0 and "seal, ranges and checksum are right" in capsys.readouterr().out
     assert main(["check", str(file), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["weights_in_codebooks"] == found["ranges_checked"] == 1 and found["bytes"] == file.stat().st_size
+    assert found["quantized_weights"] == found["ranges_checked"] == 1 and found["bytes"] == file.stat().st_size
 
 
 def test_a_byte_that_was_changed(file: Path, capsys: pytest.CaptureFixture[str]) -> None:

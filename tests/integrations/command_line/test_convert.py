@@ -66,7 +66,17 @@ def text(dense: Path) -> Path:
 def small(dense: Path, text: Path) -> Path:
     """Converted by a process of its own, as a person does."""
     out = dense.parent / "small"
-    command = [sys.executable, "-m", "rpqfx", "convert", str(dense), "--bits", "5", "--calibration", str(text)]
+    command = [
+        sys.executable,
+        "-m",
+        "rpqfx",
+        "convert",
+        str(dense),
+        "--bits-per-weight",
+        "5",
+        "--calibration",
+        str(text),
+    ]
     done = subprocess.run([*command, "--out", str(out), *OPTIONS], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not done.stderr and "tokens that were held back" in done.stdout
@@ -109,7 +119,7 @@ def test_speed_and_memory_are_measured_beside_the_dense_model(
 def test_weights_alone_and_json_lines(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = tmp_path / "text.jsonl"
     lines.write_text("\n".join(json.dumps({"text": " ".join(WORDS[i:])}) for i in range(4)), encoding="utf-8")
-    out = ["--bits", "5", "--out", str(tmp_path / "out"), "--quiet", "--json"]
+    out = ["--bits-per-weight", "5", "--out", str(tmp_path / "out"), "--quiet", "--json"]
     assert main(["convert", str(dense), *out, "--held-back", str(lines)]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["perplexity"] > 1 and found["bytes"] < found["bytes_before"]
@@ -129,7 +139,7 @@ def test_what_was_interrupted_goes_on(
         return save(self, name, *args, **kwargs)
 
     out = tmp_path / "out"
-    typed = ["convert", str(dense), "--bits", "5", "--calibration", str(text), "--out", str(out), *OPTIONS]
+    typed = ["convert", str(dense), "--bits-per-weight", "5", "--calibration", str(text), "--out", str(out), *OPTIONS]
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoint, "save", counted)
         assert main(typed) == 130
@@ -172,13 +182,13 @@ def test_what_cannot_be_done_is_refused_before(
 
     monkeypatch.setattr("rpqfx.integrations.command_line.convert.convert", stopped)
     typed = [paths.get(option, option) for option in options]
-    assert main(["convert", str(dense), "--bits", "5", "--out", str(tmp_path / "out"), *typed]) == FAILED
+    assert main(["convert", str(dense), "--bits-per-weight", "5", "--out", str(tmp_path / "out"), *typed]) == FAILED
     assert (said or "the work began") in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 def test_nothing_is_written_over(dense: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["convert", str(dense), "--bits", "5", "--out", str(dense)]) == FAILED
+    assert main(["convert", str(dense), "--bits-per-weight", "5", "--out", str(dense)]) == FAILED
     assert "is there already" in capsys.readouterr().err
 
 
@@ -186,5 +196,8 @@ def test_folders_that_hold_no_model(dense: Path, tmp_path: Path, capsys: pytest.
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "config.json").write_text('{"architectures": ["Unheard"]}')
     for folder, said in (("none", "does not exist"), ("odd", "names the class Unheard, which transformers")):
-        assert main(["convert", str(tmp_path / folder), "--bits", "5", "--out", str(tmp_path / "out")]) == FAILED
+        assert (
+            main(["convert", str(tmp_path / folder), "--bits-per-weight", "5", "--out", str(tmp_path / "out")])
+            == FAILED
+        )
         assert said in capsys.readouterr().err

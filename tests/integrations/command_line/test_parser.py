@@ -20,7 +20,7 @@ def file(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 16))
     path = tmp_path / "small.rpq"
-    rpqfx.save(rpqfx.rpqify(model, rpqfx.Policy(codebook_dim=8, bits=4, min_size=64)), path)
+    rpqfx.save(rpqfx.rpqify(model, rpqfx.Policy(codebook_dim=8, codebook_bits=4, min_size=64)), path)
     return path
 
 
@@ -49,9 +49,15 @@ def test_an_error_is_one_line_and_a_status(tmp_path: Path) -> None:
         ([], "required: COMMAND"),
         (["melt"], "invalid choice: 'melt'"),
         (["report"], "required: PATH"),
-        (["convert", "a", "--out", "b"], "required: --bits"),
-        (["convert", "a", "--out", "b", "--bits", "17"], "a number of bits above 0 and at most 16, got '17'"),
-        (["convert", "a", "--out", "b", "--bits", "nan"], "a number of bits above 0 and at most 16, got 'nan'"),
+        (["convert", "a", "--out", "b"], "required: --bits-per-weight"),
+        (
+            ["convert", "a", "--out", "b", "--bits-per-weight", "17"],
+            "a number of bits above 0 and at most 16, got '17'",
+        ),
+        (
+            ["convert", "a", "--out", "b", "--bits-per-weight", "nan"],
+            "a number of bits above 0 and at most 16, got 'nan'",
+        ),
         (["bench", "a", "--tokens", "0"], "a whole number from 1 on, got '0'"),
     ],
 )

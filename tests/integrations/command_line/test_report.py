@@ -16,7 +16,7 @@ from rpqfx.integrations.command_line.parser import FAILED, main
 def test_all_its_forms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 4))
-    small = rpqfx.rpqify(model, rpqfx.Policy(codebook_dim=8, bits=4, min_size=1024))
+    small = rpqfx.rpqify(model, rpqfx.Policy(codebook_dim=8, codebook_bits=4, min_size=1024))
     path, page = str(tmp_path / "small.rpq"), tmp_path / "page.html"
     rpqfx.save(small, path)
     assert main(["report", path, "--html", str(page)]) == 0

@@ -56,7 +56,10 @@ def test_scores_and_sums_are_those_of_the_vectors(dtype: torch.dtype, data: st.D
     codes, scale = draw_codes(seed, coder, batch, tokens)
     x = decode(widened(coder), codes, scale)
     q, p = randn(seed, batch, coder.heads, n, coder.dim, dtype=dtype), randn(seed, batch, coder.heads, n, tokens)
-    for held in (codes, Stream(packed(codes, coder.entries), code_bits(coder.entries), coder.entries, tokens)):
+    for held in (
+        codes,
+        Stream(packed(codes, coder.codebook_size), code_bits(coder.codebook_size), coder.codebook_size, tokens),
+    ):
         close(scores(q, coder, held, scale), q.double() @ x.transpose(-1, -2), dtype)
         close(weighted(p.to(dtype), coder, held, scale), p.to(dtype).double() @ x, dtype)
 
@@ -76,8 +79,8 @@ def test_scores_of_keys_turned_after_they_were_coded(dtype: torch.dtype, data: s
     angles = angles[: angles.shape[0] // 2]
     cos, sin = torch.cat([angles.cos()] * 2, -1), torch.cat([angles.sin()] * 2, -1)
     x = decode(widened(coder), codes, scale)
-    turned, rest = x[..., : 2 * half], x[..., 2 * half :]
+    rotated, rest = x[..., : 2 * half], x[..., 2 * half :]
     wide = (cos.double(), sin.double()) if cos.dim() == 2 else (cos.double()[:, None], sin.double()[:, None])
-    keys = torch.cat([turned * wide[0] + half_turn(turned) * wide[1], rest], -1)
+    keys = torch.cat([rotated * wide[0] + half_turn(rotated) * wide[1], rest], -1)
     q = randn(seed, batch, coder.heads, n, coder.dim, dtype=dtype)
     close(scores(q, coder, codes, scale, (cos, sin)), q.double() @ keys.transpose(-1, -2), dtype)

@@ -32,12 +32,12 @@ def make(seed: int = 0, name: str = "layer 3", dtype: torch.dtype = torch.float6
 
 
 def angles(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Rope:
-    """Of pairs that are turned, and stretched by a tenth as some models do."""
-    turns = randn(seed, *shape, dtype=dtype)
-    return torch.cat([turns.cos()] * 2, -1) * 1.1, torch.cat([turns.sin()] * 2, -1) * 1.1
+    """Of pairs that are rotated, and stretched by a tenth as some models do."""
+    angle = randn(seed, *shape, dtype=dtype)
+    return torch.cat([angle.cos()] * 2, -1) * 1.1, torch.cat([angle.sin()] * 2, -1) * 1.1
 
 
-def turn(x: Tensor, rope: Rope) -> Tensor:
+def rotate(x: Tensor, rope: Rope) -> Tensor:
     """transformers' ``x * cos + rotate_half(x) * sin``, on the first elements."""
     cos, sin = (part if part.dim() == 2 else part[:, None] for part in rope)
     some, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
@@ -60,7 +60,7 @@ def held(store: LayerStore, k: Tensor, v: Tensor, rope: Rope | None, before: Ten
         assert isinstance(coder, PlainCoder)
         far = decode(coder, *coder.encode((plain if x is None else x)[:, :, some]))
         if rope is not None and plain is k:
-            far = turn(far, tokens(rope, some))
+            far = rotate(far, tokens(rope, some))
         both.append(torch.cat([plain[:, :, : store.sinks], far, plain[:, :, store.sinks + encoded :]], 2))
     return both[0], both[1]
 
@@ -90,11 +90,11 @@ def spread(seed: int, total: int) -> list[int]:
 
 
 @settings(max_examples=20)
-@given(seed=seeds, total=st.integers(1, 60), turned=st.booleans())
-def test_vectors_of_either_form_give_what_attention_on_codes_gives(seed: int, total: int, turned: bool) -> None:
+@given(seed=seeds, total=st.integers(1, 60), rotated=st.booleans())
+def test_vectors_of_either_form_give_what_attention_on_codes_gives(seed: int, total: int, rotated: bool) -> None:
     store = make(seed)
     k, v, q = (randn(seed + i, 2, heads, total, 8, dtype=torch.float64) for i, heads in enumerate((2, 2, 4)))
-    rope = angles(seed + 3, total, 3) if turned else None
+    rope = angles(seed + 3, total, 3) if rotated else None
     start = 0
     for length in spread(seed, total):
         part = slice(start, start + length)
@@ -127,10 +127,10 @@ def test_attention_is_that_of_what_is_held(data: st.DataObject) -> None:
     store = LayerStore(keys, values, **numbers)
     total = data.draw(st.integers(1, 60))
     queries, repeat = data.draw(st.integers(1, min(total, 9))), data.draw(st.integers(1, 3))
-    half, turned = data.draw(st.integers(1, max(1, keys.dim // 2))), keys.dim > 1 and data.draw(st.booleans())
-    rope = angles(seed, *([batch] if data.draw(st.booleans()) else []), total, half) if turned else None
+    half, rotated = data.draw(st.integers(1, max(1, keys.dim // 2))), keys.dim > 1 and data.draw(st.booleans())
+    rope = angles(seed, *([batch] if data.draw(st.booleans()) else []), total, half) if rotated else None
     before = randn(seed, batch, keys.heads, total, keys.dim)
-    k = before if rope is None else turn(before, rope)
+    k = before if rope is None else rotate(before, rope)
     v = randn(seed + 1, batch, keys.heads, total, values.dim)
     done = 0
     for length in spread(seed, total):
@@ -150,13 +150,13 @@ def test_attention_is_that_of_what_is_held(data: st.DataObject) -> None:
 
 @given(seeds, st.integers(30, 90), st.booleans())
 @settings(max_examples=30)
-def test_token_by_token_is_as_all_at_once(seed: int, total: int, turned: bool) -> None:
+def test_token_by_token_is_as_all_at_once(seed: int, total: int, rotated: bool) -> None:
     """What is in codes depends on the number of tokens only, and so does every result."""
     once, each, parts = make(seed), make(seed), make(seed)
     k, v, rope = (
         randn(seed, 1, 2, total, 8),
         randn(seed + 1, 1, 2, total, 8),
-        angles(seed, total, 4) if turned else None,
+        angles(seed, total, 4) if rotated else None,
     )
     once.append(k, v, rope)
     for t in range(total):
@@ -186,12 +186,12 @@ def test_blocks_of_queries_and_of_tokens_change_nothing(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("turned", [False, True])
-def test_half_types_are_computed_in_float32(dtype: torch.dtype, turned: bool) -> None:
-    """Results are rounded to the queries' dtype once; codes of keys turned back may differ where two are as near."""
+@pytest.mark.parametrize("rotated", [False, True])
+def test_half_types_are_computed_in_float32(dtype: torch.dtype, rotated: bool) -> None:
+    """Results are rounded to the queries' dtype once; codes of keys rotated back may differ where two are as near."""
     store = make(dtype=torch.float32)
     k, v, q = (randn(seed, 1, 2, 60, 8, dtype=dtype) for seed in range(3))
-    rope = angles(3, 60, 4, dtype=dtype) if turned else None
+    rope = angles(3, 60, 4, dtype=dtype) if rotated else None
     store.append(k, v, rope)
     assert store._plain[0].dtype is dtype
     ours = store.attend(q[:, :, :1])
@@ -230,19 +230,19 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_decode_step_makes_nothing_of_the_size_of_the_cache(dtype: torch.dtype, turned: bool) -> None:
+def test_a_decode_step_makes_nothing_of_the_size_of_the_cache(dtype: torch.dtype, rotated: bool) -> None:
     """With compiled kernels (float32) and with torch's operators, whose blocks are of a fixed size."""
     keys, values = (plain_coder(seed, [16, 16], 8, 8, 16, books=4, dtype=dtype) for seed in (0, 1))
     store = LayerStore(keys, values, window=64, chunk=64)
     for start in range(0, 2**15, 2**13):
-        rope = angles(start, 2**13, 32, dtype=dtype) if turned else None
+        rope = angles(start, 2**13, 32, dtype=dtype) if rotated else None
         store.append(randn(start, 1, 2, 2**13, 64, dtype=dtype), randn(start + 1, 1, 2, 2**13, 64, dtype=dtype), rope)
     full = 2 * 2**15 * 64 * dtype.itemsize
     new = [randn(seed, 1, 2, 1, 64, dtype=dtype) for seed in (2, 3)]
     with Largest() as largest:
-        store.append(*new, angles(9, 1, 32, dtype=dtype) if turned else None)
+        store.append(*new, angles(9, 1, 32, dtype=dtype) if rotated else None)
         store.attend(randn(4, 1, 4, 1, 64, dtype=dtype))
     assert largest.bytes <= full / 4
 
@@ -267,11 +267,11 @@ def test_bytes_are_those_of_true_widths(seed: int, entries: int, total: int) -> 
 # ---------------------------------------------------------------------------------------------- rows and states
 
 
-@pytest.mark.parametrize("turned", [False, True])
-def test_rows_follow_beams(turned: bool) -> None:
+@pytest.mark.parametrize("rotated", [False, True])
+def test_rows_follow_beams(rotated: bool) -> None:
     rows = torch.tensor([2, 0, 0])
     k, v, q = randn(0, 3, 2, 50, 8), randn(1, 3, 2, 50, 8), randn(2, 3, 4, 1, 8)
-    rope = angles(3, 3, 50, 4) if turned else None
+    rope = angles(3, 3, 50, 4) if rotated else None
     store, other = make(), make()
     store.append(k, v, rope)
     other.append(k[rows], v[rows], None if rope is None else (rope[0][rows], rope[1][rows]))
@@ -283,7 +283,7 @@ def test_rows_follow_beams(turned: bool) -> None:
         store.attend(q[:1].expand(3, -1, -1, -1)), other.attend(q[:1].expand(3, -1, -1, -1))[1:2].expand(3, -1, -1, -1)
     )
     next_k, next_v = randn(4, 3, 2, 9, 8), randn(5, 3, 2, 9, 8)
-    store.append(next_k, next_v, angles(6, 3, 9, 4) if turned else None)
+    store.append(next_k, next_v, angles(6, 3, 9, 4) if rotated else None)
     assert store.total == 59
 
 
@@ -307,11 +307,11 @@ def test_the_newest_tokens_can_go_as_far_as_the_window() -> None:
     assert store.total == least
 
 
-@pytest.mark.parametrize("turned", [False, True])
-def test_a_state_restores(turned: bool) -> None:
+@pytest.mark.parametrize("rotated", [False, True])
+def test_a_state_restores(rotated: bool) -> None:
     """The next steps are the same to the last bit; the state shares no memory with the store."""
     k, v, q = randn(0, 2, 2, 50, 8), randn(1, 2, 2, 50, 8), randn(2, 2, 4, 1, 8)
-    rope = angles(3, 2, 50, 4) if turned else None
+    rope = angles(3, 2, 50, 4) if rotated else None
     store, other = make(), make()
     store.append(k[:, :, :40], v[:, :, :40], None if rope is None else tokens(rope, slice(0, 40)))
     state = store.state()
@@ -370,7 +370,7 @@ def test_bad_input_is_refused_and_the_layer_named() -> None:
     ):
         with pytest.raises(InputError, match=message):
             store.append(k, v)
-    with pytest.raises(InputError, match="not in turns"):
+    with pytest.raises(InputError, match="or all without one, got some of each"):
         store.append(good, good, angles(0, 4, 4))
     for q in (good[:, :1], good[..., :4], good.expand(2, -1, -1, -1), randn(0, 1, 2, 5, 8)):
         with pytest.raises(InputError, match=r"layer 3: .*quer"):

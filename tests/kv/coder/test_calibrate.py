@@ -32,7 +32,7 @@ def correlated(seed: int, count: int = 2000) -> tuple[Tensor, Tensor]:
 @settings(max_examples=10)
 def test_in_code_space_errors_count_alike_and_coordinates_are_uncorrelated(seed: int, joint: bool) -> None:
     x, grads = correlated(seed)
-    coder = HeadCoder(2, 8, sub_vector=4, joint=joint)
+    coder = HeadCoder(2, 8, codebook_dim=4, joint=joint)
     space = find_space(coder, moments_of(x, grads, joint))
     parts = coder.parts
     flat = (x - space.mean[:, None]).view(parts, -1, x.shape[2], 8).transpose(1, 2).flatten(2)
@@ -69,7 +69,7 @@ def test_bits_are_kept_and_more_of_them_cost_less() -> None:
     x, grads = correlated(0, 600)
     costs = []
     for bits in (0.5, 1.0, 3.0):
-        coders = [HeadCoder(2, 8, sub_vector=4, entries=16) for _ in range(2)]
+        coders = [HeadCoder(2, 8, codebook_dim=4, codebook_size=16) for _ in range(2)]
         share_codebooks(coders, 5)
         spaces = [find_space(coder, moments_of(x, grads)) for coder in coders]
         fit_coders(coders, spaces, bits, 5)
@@ -91,17 +91,17 @@ def test_it_beats_coding_channels_as_they_are() -> None:
         error = (coder(x)[0].detach() - x).transpose(1, 2).flatten(2)[0]
         return float(((error @ fisher) * error).sum())
 
-    coder = HeadCoder(2, 8, sub_vector=4, entries=16)
+    coder = HeadCoder(2, 8, codebook_dim=4, codebook_size=16)
     share_codebooks([coder], 4)
     fit_coders([coder], [find_space(coder, moments_of(x, grads))], 2.0, 4)
-    plain = HeadCoder(2, 8, sub_vector=4, entries=16, stages=2, transform=False)
+    plain = HeadCoder(2, 8, codebook_dim=4, codebook_size=16, stages=2, transform=False)
     plain.fit(x)
     assert cost(coder) < 0.5 * cost(plain)
 
 
 def test_heads_that_never_change_and_gradients_that_never_come() -> None:
     x = torch.ones(1, 2, 50, 8)
-    coder = HeadCoder(2, 8, sub_vector=4, entries=4)
+    coder = HeadCoder(2, 8, codebook_dim=4, codebook_size=4)
     share_codebooks([coder], 2)
     fit_coders([coder], [find_space(coder, moments_of(x, torch.zeros_like(x)))], 1.0, 2)
     torch.testing.assert_close(coder(x)[0], x, rtol=1e-3, atol=1e-3)

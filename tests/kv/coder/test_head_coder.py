@@ -20,7 +20,7 @@ def random_coder(seed: int, joint: bool = True, scaled: bool = False) -> HeadCod
     """Of three heads of 8, with fewer coordinates than channels and different numbers of stages."""
     generator = torch.Generator().manual_seed(seed)
     joint = joint and not scaled  # heads with scales have codes of their own
-    coder = HeadCoder(3, 8, sub_vector=4, entries=6, joint=joint, scaled=scaled)
+    coder = HeadCoder(3, 8, codebook_dim=4, codebook_size=6, joint=joint, normalize=scaled)
     parts, width = (1, 24) if joint else (3, 8)
     kept = 5 if joint else 1
     stages = torch.randint(3, (parts * kept,), generator=generator).tolist()
@@ -71,7 +71,7 @@ def test_the_result_is_what_codes_stand_for_and_gradients_pass_straight(seed: in
 @pytest.mark.few(25)
 @given(st.integers(0, 2**31))
 def test_a_state_makes_any_coder_the_same(seed: int) -> None:
-    coder, other, x = random_coder(seed), HeadCoder(3, 8, sub_vector=4, entries=6, stages=2), vectors(seed)
+    coder, other, x = random_coder(seed), HeadCoder(3, 8, codebook_dim=4, codebook_size=6, stages=2), vectors(seed)
     other.load_state_dict(coder.state_dict())
     for twin in (other, copy.deepcopy(coder), pickle.loads(pickle.dumps(coder))):
         assert torch.equal(twin.encode(x).codes, coder.encode(x).codes)
@@ -80,7 +80,7 @@ def test_a_state_makes_any_coder_the_same(seed: int) -> None:
 
 @pytest.mark.parametrize("strided", [False, True])
 def test_without_transform_sub_vectors_are_channels(strided: bool) -> None:
-    coder = HeadCoder(2, 6, sub_vector=3, entries=4, stages=1, transform=False, strided=strided)
+    coder = HeadCoder(2, 6, codebook_dim=3, codebook_size=4, stages=1, transform=False, strided=strided)
     x = torch.arange(12.0).view(1, 2, 1, 6)
     y, scale = coder.to_code_space(x)
     first = [0, 2, 4] if strided else [0, 1, 2]
@@ -90,12 +90,12 @@ def test_without_transform_sub_vectors_are_channels(strided: bool) -> None:
 
 
 def test_with_as_many_entries_as_vectors_nothing_is_lost() -> None:
-    coder, x = HeadCoder(2, 4, sub_vector=4, entries=16, stages=1, transform=False), torch.randn(1, 2, 8, 4)
+    coder, x = HeadCoder(2, 4, codebook_dim=4, codebook_size=16, stages=1, transform=False), torch.randn(1, 2, 8, 4)
     coder.fit(x)
     torch.testing.assert_close(coder(x)[0], x)
 
 
-@pytest.mark.parametrize("values", [{"sub_vector": 5}, {"sub_vector": 4, "strided": True}])
+@pytest.mark.parametrize("values", [{"codebook_dim": 5}, {"codebook_dim": 4, "strided": True}])
 def test_numbers_that_do_not_go_together(values: dict[str, int]) -> None:
     with pytest.raises(SpecError):
         HeadCoder(3, 8, **values)

@@ -21,7 +21,7 @@ from tests.kv.helpers import arguments, made, naive_rests
 
 
 def scaled(quantizer: VectorQuantizer, x: Tensor) -> Tensor:
-    scale = x.std(1, correction=0, keepdim=True) if quantizer.scaled else torch.ones(len(x), 1)
+    scale = x.std(1, correction=0, keepdim=True) if quantizer.normalize else torch.ones(len(x), 1)
     return x / torch.where(scale == 0, 1, scale).to(x)
 
 
@@ -39,7 +39,7 @@ def naive_step(quantizer: VectorQuantizer, x: Tensor, mask: Tensor) -> tuple[Ten
         for rest, k, group, stage in zip(
             naive_rests(quantizer, vector, code), code.tolist(), *quantizer.slots, strict=True
         ):
-            where = (stage // quantizer.repeat, 0 if shared else group, k)
+            where = (stage // quantizer.shared_stages, 0 if shared else group, k)
             counts[where] += counted
             sums[where] += rest * counted
     books = quantizer.codebooks.detach().double().clone()
@@ -61,7 +61,7 @@ def test_a_step_is_the_smoothed_average(given: dict[str, Any], seed: int, decay:
     mask = torch.rand(6, generator=generator(seed)) < 0.6
     expected = naive_step(quantizer, x, mask)
     spoilt = x.clone()
-    if not given["scaled"]:
+    if not given["normalize"]:
         spoilt[~mask] = float("nan")  # padding may hold anything
     quantizer(spoilt, mask)
     for ours, exact in zip((quantizer.codebooks, quantizer.ema_counts, quantizer.ema_sums), expected, strict=True):
@@ -81,7 +81,7 @@ def test_counts_are_smoothed() -> None:
 
 
 def test_evaluation_and_padding_alone_change_nothing() -> None:
-    quantizer = made(0, 8, dtype=torch.float32, entries=4, decay=0.9, revive=2.0)
+    quantizer = made(0, 8, dtype=torch.float32, codebook_size=4, decay=0.9, threshold_ema_dead_code=2.0)
     before = {name: tensor.clone() for name, tensor in quantizer.state_dict().items()}
     x = randn(1, 5, 8, dtype=torch.float32)
     quantizer.eval()(x)
@@ -94,7 +94,7 @@ def test_evaluation_and_padding_alone_change_nothing() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_averages_are_float32_whatever_the_dtype(dtype: torch.dtype) -> None:
     """Rounded codebooks, but averages that small steps add up in, and counts past what float16 can hold."""
-    quantizer = made(0, 8, dtype=torch.float32, entries=4, decay=0.9999)
+    quantizer = made(0, 8, dtype=torch.float32, codebook_size=4, decay=0.9999)
     quantizer.ema_counts.fill_(1e6)
     quantizer.ema_sums.copy_(quantizer.codebooks * 1e6)
     quantizer.to(dtype)
@@ -109,7 +109,13 @@ def test_averages_are_float32_whatever_the_dtype(dtype: torch.dtype) -> None:
 
 def test_averages_come_to_what_k_means_finds() -> None:
     x = randn(0, 4000, 8, dtype=torch.float32)
-    given: dict[str, Any] = {"dtype": torch.float32, "entries": 16, "stages": 2, "decay": 0.5, "revive": 1.0}
+    given: dict[str, Any] = {
+        "dtype": torch.float32,
+        "codebook_size": 16,
+        "stages": 2,
+        "decay": 0.5,
+        "threshold_ema_dead_code": 1.0,
+    }
     quantizer, fitted = made(1, 8, **given), made(1, 8, **given).fit(x)
     start = error(quantizer, x)
     for _ in range(30):
@@ -121,13 +127,13 @@ def test_averages_come_to_what_k_means_finds() -> None:
 # ---------------------------------------------------------------------------------------------- dead entries
 
 
-@given(arguments(dtype=torch.float32, scaled=False, cosine=False), seeds)
+@given(arguments(dtype=torch.float32, normalize=False, use_cosine_sim=False), seeds)
 def test_dead_entries_become_inputs_with_count_and_sum(given: dict[str, Any], seed: int) -> None:
-    quantizer = made(seed, **given, decay=0.5, revive=0.75)
+    quantizer = made(seed, **given, decay=0.5, threshold_ema_dead_code=0.75)
     x = randn(seed + 1, 5, given["dim"], dtype=torch.float32)
     mask = torch.tensor([True, False, True, True, False])
     plain = copy.deepcopy(quantizer)
-    plain.revive = 0.0
+    plain.threshold_ema_dead_code = 0.0
     codes = plain(x, mask).codes.long()
     shared = quantizer.layout.shared
     before = quantizer.codebooks.clone()
@@ -136,7 +142,7 @@ def test_dead_entries_become_inputs_with_count_and_sum(given: dict[str, Any], se
         rests = naive_rests(quantizer, vector, code)
         for rest, group, stage in zip(rests, *quantizer.slots, strict=True):
             if counted:
-                pools.setdefault((stage // quantizer.repeat, 0 if shared else group), []).append(rest)
+                pools.setdefault((stage // quantizer.shared_stages, 0 if shared else group), []).append(rest)
     quantizer(x, mask)
     for (stage, book), pool in pools.items():
         dead = plain.ema_counts[stage, book] < 0.75
@@ -153,7 +159,7 @@ def test_dead_entries_become_inputs_with_count_and_sum(given: dict[str, Any], se
 
 
 def test_the_points_drawn_are_different_and_not_the_same_at_each_step() -> None:
-    quantizer = made(0, 8, sub_vector=4, entries=32, stages=1, dtype=torch.float32, decay=0.9)
+    quantizer = made(0, 8, codebook_dim=4, codebook_size=32, stages=1, dtype=torch.float32, decay=0.9)
     x = randn(1, 300, 8, dtype=torch.float32)
     slots = quantizer.layout
     steps = list(walk(slots.split(x), quantizer.encode(x).codes, quantizer.codebooks.detach(), slots))
@@ -173,7 +179,7 @@ def test_a_seed_draws_others() -> None:
     x = randn(1, 50, 8, dtype=torch.float32)
     books = []
     for seed in (0, 0, 5):
-        quantizer = made(0, 8, dtype=torch.float32, entries=16, decay=0.9, revive=3.0, seed=seed)
+        quantizer = made(0, 8, dtype=torch.float32, codebook_size=16, decay=0.9, threshold_ema_dead_code=3.0, seed=seed)
         quantizer(x)
         books.append(quantizer.codebooks)
     assert torch.equal(books[0], books[1]) and not torch.equal(books[0], books[2])
@@ -184,7 +190,16 @@ def test_entries_that_are_never_chosen_come_back() -> None:
     x = randn(0, 500, 4, dtype=torch.float32)
     errors = []
     for revive in (0.0, 1.0):
-        quantizer = made(1, 4, sub_vector=4, stages=1, entries=16, dtype=torch.float32, decay=0.8, revive=revive)
+        quantizer = made(
+            1,
+            4,
+            codebook_dim=4,
+            stages=1,
+            codebook_size=16,
+            dtype=torch.float32,
+            decay=0.8,
+            threshold_ema_dead_code=revive,
+        )
         with torch.no_grad():
             quantizer.codebooks[0, 0, 2:] += 100
         quantizer._average_from(None)
@@ -204,13 +219,22 @@ def rank(index: int, store: str, results: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=index, world_size=2)
     x = randn(5, 40, 8, dtype=torch.float32)
     mask = torch.rand(40, generator=generator(6)) < 0.8
-    quantizer = made(0, 8, dtype=torch.float32, entries=16, decay=0.8, revive=1.0, stages=[2, 1], sub_vector=4)
+    quantizer = made(
+        0,
+        8,
+        dtype=torch.float32,
+        codebook_size=16,
+        decay=0.8,
+        threshold_ema_dead_code=1.0,
+        stages=[2, 1],
+        codebook_dim=4,
+    )
     for step in range(3):
         # The second time rank 0 has padding only.
         own = slice(0, 25) if index == 0 else slice(25, 40)
         quantizer(x[own] + step, mask[own] & (index == 1 or step != 1))
     torch.save(quantizer.state_dict(), f"{results}/{index}.pt")
-    plain = made(0, 8, dtype=torch.float32, entries=16, decay=0.8)
+    plain = made(0, 8, dtype=torch.float32, codebook_size=16, decay=0.8)
     plain(x[own], mask[own])
     torch.save(plain.state_dict(), f"{results}/plain{index}.pt")
     dist.destroy_process_group()
@@ -224,7 +248,7 @@ def test_two_ranks_are_one(tmp_path: Path) -> None:
     for name in ("", "plain"):
         ours, other = (torch.load(tmp_path / f"{name}{index}.pt") for index in range(2))
         assert all(torch.equal(ours[key], other[key]) for key in ours)
-    quantizer = made(0, 8, dtype=torch.float32, entries=16, decay=0.8)
+    quantizer = made(0, 8, dtype=torch.float32, codebook_size=16, decay=0.8)
     quantizer(randn(5, 40, 8, dtype=torch.float32), torch.rand(40, generator=generator(6)) < 0.8)
     for key, tensor in quantizer.state_dict().items():
         torch.testing.assert_close(ours[key], tensor, rtol=1e-5, atol=1e-6)

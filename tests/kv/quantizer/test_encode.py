@@ -15,12 +15,12 @@ from tests.helpers import generator, randn, seeds
 from tests.kv.helpers import arguments, book, channels, made, naive_decode, naive_rests
 
 
-@given(arguments(scaled=False), seeds, st.integers(0, 4))
+@given(arguments(normalize=False), seeds, st.integers(0, 4))
 def test_codes_are_those_of_a_search_for_each_group(given: dict[str, Any], seed: int, tokens: int) -> None:
     quantizer = made(seed, **given)
     x = randn(seed + 1, tokens, given["dim"])
     slots, books = quantizer.layout, quantizer.books.detach()
-    codes = assign(slots.split(x), books, slots, given["beam"], given["cosine"])
+    codes = assign(slots.split(x), books, slots, given["beam"], given["use_cosine_sim"])
     assert codes.shape == (tokens, slots.count) and codes.dtype == torch.int64
     at = 0
     for group, stages in enumerate(slots.stages):
@@ -28,7 +28,7 @@ def test_codes_are_those_of_a_search_for_each_group(given: dict[str, Any], seed:
             continue
         own = torch.stack([book(quantizer, stage, group) for stage in range(stages)])
         points = x[:, channels(quantizer, group)]
-        if given["cosine"]:
+        if given["use_cosine_sim"]:
             found = search.cosine_search(points, own)[0]
         else:
             found = search.beam_search(points, own, given["beam"])[0]
@@ -39,9 +39,9 @@ def test_codes_are_those_of_a_search_for_each_group(given: dict[str, Any], seed:
 @given(arguments(), seeds, st.integers(0, 4))
 def test_decoding_adds_up_entries(given: dict[str, Any], seed: int, tokens: int) -> None:
     quantizer = made(seed, **given)
-    codes = torch.randint(given["entries"], (tokens, quantizer.layout.count), generator=generator(seed))
+    codes = torch.randint(given["codebook_size"], (tokens, quantizer.layout.count), generator=generator(seed))
     parts = decode(codes, quantizer.books, quantizer.layout)
-    assert parts.shape == (tokens, quantizer.layout.groups, given["sub_vector"])
+    assert parts.shape == (tokens, quantizer.layout.groups, given["codebook_dim"])
     for row, code in zip(quantizer.layout.join(parts), codes, strict=True):
         torch.testing.assert_close(row, naive_decode(quantizer, code))
 
@@ -51,7 +51,7 @@ def test_stages_see_what_those_before_left(given: dict[str, Any], seed: int) -> 
     quantizer = made(seed, **given)
     slots = quantizer.layout
     x = randn(seed + 1, 3, given["dim"])
-    codes = torch.randint(given["entries"], (3, slots.count), generator=generator(seed))
+    codes = torch.randint(given["codebook_size"], (3, slots.count), generator=generator(seed))
     steps = list(walk(slots.split(x), codes, quantizer.books, slots))
     seen = {(group, step.stage): (step, i) for step in steps for i, group in enumerate(step.run.groups)}
     assert sorted(seen) == list(zip(*quantizer.slots, strict=True))
@@ -91,8 +91,8 @@ def test_no_matrix_of_all_tokens_by_all_entries(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(build, "ready", lambda: False)
     monkeypatch.setattr(search, "_BLOCK_ELEMENTS", 2**14)
     tokens, entries = 4096, 256
-    for way in ({"beam": 1}, {"beam": 4}, {"cosine": True}):
-        quantizer = made(0, 16, entries=entries, dtype=torch.float32, **way)
+    for way in ({"beam": 1}, {"beam": 4}, {"use_cosine_sim": True}):
+        quantizer = made(0, 16, codebook_size=entries, dtype=torch.float32, **way)
         with Largest() as largest:
             quantizer.encode(randn(1, tokens, 16, dtype=torch.float32))
         assert largest.elements < tokens * entries / 8

@@ -39,18 +39,18 @@ def test_slots_are_group_major() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sub_vector": 12}, "sub_vector 12 does not divide dim 64; the nearest that do: 8 or 16"),
-        ({"sub_vector": 100}, "does not divide dim 64; the nearest that do: 64$"),
-        ({"sub_vector": 0}, "at least 1"),
+        ({"codebook_dim": 12}, "codebook_dim 12 does not divide dim 64; the nearest that do: 8 or 16"),
+        ({"codebook_dim": 100}, "does not divide dim 64; the nearest that do: 64$"),
+        ({"codebook_dim": 0}, "at least 1"),
         ({"dim": 0}, "at least 1"),
         ({"stages": [1, 2]}, "one for each of the 8 groups .* got 2 numbers"),
         ({"stages": -1}, "0 stages or more, got -1"),
-        ({"entries": 1}, "2 to 65536 entries"),
-        ({"entries": 65_537}, "2 to 65536 entries"),
+        ({"codebook_size": 1}, "2 to 65536 entries"),
+        ({"codebook_size": 65_537}, "2 to 65536 entries"),
     ],
 )
 def test_numbers_that_cannot_be_are_refused(changes: dict[str, int], message: str) -> None:
-    given = {"dim": 64, "sub_vector": 8, "stages": 2, "entries": 256, "shared": True, "strided": False}
+    given = {"dim": 64, "codebook_dim": 8, "stages": 2, "codebook_size": 256, "shared": True, "strided": False}
     with pytest.raises(SpecError, match=message):
         Groups.make(**{**given, **changes})  # type: ignore[arg-type]
 

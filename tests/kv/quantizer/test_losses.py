@@ -30,7 +30,7 @@ def test_commitments_of_all_stages_add_up(given: dict[str, Any], seed: int) -> N
     x = randn(seed + 1, 4, given["dim"]).requires_grad_()
     mask = torch.rand(4, generator=generator(seed)) < 0.6
     out = quantizer(x, mask)
-    scale = x.detach().std(1, correction=0, keepdim=True) if given["scaled"] else torch.ones(4, 1)
+    scale = x.detach().std(1, correction=0, keepdim=True) if given["normalize"] else torch.ones(4, 1)
     scale[scale == 0] = 1
     leaf = x.detach().clone().requires_grad_()
     exact = naive_loss(quantizer, leaf / scale, out.codes.long(), mask)
@@ -47,13 +47,13 @@ def test_entries_are_drawn_to_what_chose_them(given: dict[str, Any], seed: int) 
     x = randn(seed + 1, 5, given["dim"])
     out = quantizer(x)
     exact = torch.zeros_like(quantizer.codebooks)
-    scale = x.std(1, correction=0, keepdim=True) if given["scaled"] else torch.ones(5, 1)
+    scale = x.std(1, correction=0, keepdim=True) if given["normalize"] else torch.ones(5, 1)
     scale[scale == 0] = 1
     for vector, codes in zip(x / scale, out.codes.long(), strict=True):
         rests = naive_rests(quantizer, vector, codes)
         for rest, code, group, stage in zip(rests, codes.tolist(), *quantizer.slots, strict=True):
             users = sum(own > stage for own in quantizer.layout.stages)
-            where = (stage // given["repeat"], 0 if given["shared"] else group, code)
+            where = (stage // given["shared_stages"], 0 if given["shared"] else group, code)
             exact[where] += 2 * (quantizer.codebooks.detach()[where] - rest) / (5 * users)
     if quantizer.layout.count:
         torch.testing.assert_close(torch.autograd.grad(out.loss, quantizer.codebooks)[0], exact)
@@ -62,7 +62,7 @@ def test_entries_are_drawn_to_what_chose_them(given: dict[str, Any], seed: int) 
 def test_averaged_codebooks_have_no_part_in_the_loss() -> None:
     x = randn(1, 6, 8, dtype=torch.float32)
     plain, averaged = (
-        made(0, 8, dtype=torch.float32, entries=4, commitment=0.5, **more) for more in ({}, {"decay": 0.9})
+        made(0, 8, dtype=torch.float32, codebook_size=4, commitment=0.5, **more) for more in ({}, {"decay": 0.9})
     )
     torch.testing.assert_close(plain(x).loss, averaged.eval()(x).loss * 3)
     assert not averaged(x).loss.requires_grad

@@ -23,7 +23,7 @@ batches = st.sampled_from([(), (1,), (5,), (2, 3), (0,), (2, 0, 3)])
 
 def naive_encode(quantizer: VectorQuantizer, x: Tensor) -> tuple[Tensor, float]:
     """Greedy codes of one vector by loops over groups, stages and entries; and its scale."""
-    scale = float(((x - x.mean()).square().mean()).sqrt()) if quantizer.scaled else 1.0
+    scale = float(((x - x.mean()).square().mean()).sqrt()) if quantizer.normalize else 1.0
     scale = scale or 1.0
     codes = []
     for group, stages in enumerate(quantizer.layout.stages):
@@ -31,7 +31,7 @@ def naive_encode(quantizer: VectorQuantizer, x: Tensor) -> tuple[Tensor, float]:
         for stage in range(stages):
             costs = []
             for entry in book(quantizer, stage, group):
-                if quantizer.cosine:
+                if quantizer.use_cosine_sim:
                     costs.append(-float(rest @ entry) / max(1e-12, float(rest.norm() * entry.norm())))
                 else:
                     costs.append(float((rest - entry).square().sum()))
@@ -47,12 +47,12 @@ def test_codes_are_those_of_a_loop(given: dict[str, Any], seed: int, batch: tupl
     x = randn(seed + 1, *batch, given["dim"])
     codes, scale = quantizer.encode(x)
     assert codes.shape == (*batch, quantizer.layout.count) and codes.dtype == torch.uint8
-    assert (scale is not None) == given["scaled"]
+    assert (scale is not None) == given["normalize"]
     rows = x.reshape(-1, given["dim"])
     for i, row in enumerate(rows):
         expected, factor = naive_encode(quantizer, row)
         ours = codes.reshape(len(rows), -1)[i].long()
-        if given["sub_vector"] > 1 or not given["cosine"]:  # in one dimension cosines are equal
+        if given["codebook_dim"] > 1 or not given["use_cosine_sim"]:  # in one dimension cosines are equal
             assert torch.equal(ours, expected)
         if scale is not None:
             assert float(scale.reshape(-1)[i]) == pytest.approx(factor)
@@ -89,10 +89,10 @@ def test_gradients_go_straight_through_once(given: dict[str, Any], seed: int) ->
     assert torch.equal(grad_x, weight) and grad_books is None
 
 
-@given(arguments(cosine=False), seeds)
+@given(arguments(use_cosine_sim=False), seeds)
 def test_a_wider_beam_as_wide_as_all_sums_finds_the_nearest(given: dict[str, Any], seed: int) -> None:
     stages = given["stages"] if isinstance(given["stages"], int) else max(given["stages"])
-    wide = made(seed, **{**given, "beam": given["entries"] ** max(0, stages - 1)})
+    wide = made(seed, **{**given, "beam": given["codebook_size"] ** max(0, stages - 1)})
     greedy = made(seed, **{**given, "beam": 1})
     x = randn(seed + 1, 6, given["dim"])
     errors = [(q.decode(*q.encode(x)).detach() - x).square().sum(1) for q in (wide, greedy)]
@@ -102,7 +102,8 @@ def test_a_wider_beam_as_wide_as_all_sums_finds_the_nearest(given: dict[str, Any
 def test_the_recipe_of_vqllm() -> None:
     """8 stages of 2,048 entries of length 32, shared, keys' channels strided, scaled: 11 bits a code, 2.75 a number."""
     quantizer = VectorQuantizer(
-        128, sub_vector=32, entries=2048, stages=8, strided=True, scaled=True, beam=1, decay=0.99, revive=1.0
+        128, codebook_dim=32, codebook_size=2048, stages=8, strided=True, normalize=True, beam=1, decay=0.99,
+        threshold_ema_dead_code=1.0
     )  # fmt: skip
     assert quantizer.codebooks.shape == (8, 1, 2048, 32) and not quantizer.codebooks.requires_grad
     x = randn(0, 2, 3, 20, 128, dtype=torch.float32)
@@ -116,7 +117,7 @@ def test_the_recipe_of_vqllm() -> None:
 
 def test_each_stage_takes_more_off() -> None:
     x = randn(0, 1000, 16, dtype=torch.float32)
-    given: dict[str, Any] = {"sub_vector": 4, "entries": 16, "strided": True, "scaled": True, "beam": 1}
+    given: dict[str, Any] = {"codebook_dim": 4, "codebook_size": 16, "strided": True, "normalize": True, "beam": 1}
     errors = []
     for stages in (1, 2, 4):
         quantizer = VectorQuantizer(16, stages=stages, **given).fit(x)
@@ -125,7 +126,7 @@ def test_each_stage_takes_more_off() -> None:
 
 
 def test_a_group_without_stages_is_zero() -> None:
-    quantizer = made(0, 8, sub_vector=2, stages=[1, 0, 2, 0])
+    quantizer = made(0, 8, codebook_dim=2, stages=[1, 0, 2, 0])
     values = quantizer(randn(1, 5, 8)).values
     assert not values[:, [2, 3, 6, 7]].any() and values[:, [0, 1, 4, 5]].all()
     nothing = VectorQuantizer(8, stages=0)
@@ -135,7 +136,7 @@ def test_a_group_without_stages_is_zero() -> None:
 
 
 def test_scales_are_standard_deviations_and_one_for_a_constant() -> None:
-    quantizer = made(0, 4, sub_vector=2, scaled=True)
+    quantizer = made(0, 4, codebook_dim=2, normalize=True)
     x = torch.tensor([[1.0, 3, 1, 3], [5, 5, 5, 5], [0, 0, 0, 0]])
     assert quantizer.encode(x).scale.tolist() == [1.0, 1.0, 1.0]
     assert quantizer.encode(x * 8).scale.tolist() == [8.0, 1.0, 1.0]
@@ -148,7 +149,7 @@ def test_scales_are_standard_deviations_and_one_for_a_constant() -> None:
     [(2, torch.uint8), (256, torch.uint8), (257, torch.int16), (32_768, torch.int16), (65_536, torch.uint16)],
 )
 def test_codes_are_the_narrowest_integers(entries: int, dtype: torch.dtype) -> None:
-    quantizer = made(0, 4, sub_vector=2, entries=entries, stages=1, beam=1)
+    quantizer = made(0, 4, codebook_dim=2, codebook_size=entries, stages=1, beam=1)
     x = quantizer.codebooks.detach()[0, 0, [[0, entries - 1], [1, entries // 2]]].view(2, 4)
     codes = quantizer.encode(x).codes
     assert codes.dtype == dtype
@@ -161,7 +162,7 @@ def test_codes_are_the_narrowest_integers(entries: int, dtype: torch.dtype) -> N
 
 def test_codebooks_train_by_gradient() -> None:
     x = randn(0, 500, 8, dtype=torch.float32)
-    fitted = VectorQuantizer(8, entries=16, sub_vector=4, beam=1).fit(x)
+    fitted = VectorQuantizer(8, codebook_size=16, codebook_dim=4, beam=1).fit(x)
     quantizer = copy.deepcopy(fitted)
     with torch.no_grad():
         quantizer.codebooks += 0.3 * randn(1, *quantizer.codebooks.shape, dtype=torch.float32)
@@ -198,7 +199,7 @@ def test_padding_counts_nowhere(given: dict[str, Any], seed: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_short_dtypes_are_quantised_in_float32(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The input may be short, the codebooks may, and autocast may be on: codes are as exact as what they come from."""
-    wide = made(0, 16, dtype=torch.float32, entries=64)
+    wide = made(0, 16, dtype=torch.float32, codebook_size=64)
     x = randn(1, 50, 16, dtype=dtype).requires_grad_()
     exact = wide(x.float())
     ours = wide(x)
@@ -222,12 +223,14 @@ def test_short_dtypes_are_quantised_in_float32(dtype: torch.dtype, monkeypatch: 
 # ------------------------------------------------------------------------------------------------ as a module
 
 
-@pytest.mark.parametrize("given", [{}, {"decay": 0.9, "revive": 1.0}, {"stages": [2, 0, 1, 3], "shared": False}])
+@pytest.mark.parametrize(
+    "given", [{}, {"decay": 0.9, "threshold_ema_dead_code": 1.0}, {"stages": [2, 0, 1, 3], "shared": False}]
+)
 def test_saved_copied_and_pickled_it_is_the_same(given: dict[str, Any]) -> None:
-    quantizer = VectorQuantizer(16, sub_vector=4, entries=9, **given)
+    quantizer = VectorQuantizer(16, codebook_dim=4, codebook_size=9, **given)
     x = randn(0, 7, 16, dtype=torch.float32)
     quantizer(x)
-    loaded = VectorQuantizer(16, sub_vector=4, entries=9, **given)
+    loaded = VectorQuantizer(16, codebook_dim=4, codebook_size=9, **given)
     loaded.load_state_dict(quantizer.state_dict())
     names = {"codebooks", "ema_counts", "ema_sums", "ema_steps"} if "decay" in given else {"codebooks"}
     assert set(quantizer.state_dict()) == names
@@ -254,26 +257,36 @@ def test_torch_seeds_the_entries() -> None:
 
 
 def test_printing_shows_what_it_is() -> None:
-    shown = repr(VectorQuantizer(16, stages=[1, 2], strided=True, scaled=True, decay=0.9, shared=False))
-    for part in ("16, sub_vector=8", "entries=256", "stages=[1, 2]", "strided", "scaled", "own codebooks", "decay=0.9"):
+    shown = repr(VectorQuantizer(16, stages=[1, 2], strided=True, normalize=True, decay=0.9, shared=False))
+    for part in (
+        "16, codebook_dim=8",
+        "codebook_size=256",
+        "stages=[1, 2]",
+        "strided",
+        "normalize",
+        "own codebooks",
+        "decay=0.9",
+    ):
         assert part in shown
-    assert repr(VectorQuantizer(16)) == "VectorQuantizer(16, sub_vector=8, entries=256, stages=2, shared, beam=8)"
+    assert (
+        repr(VectorQuantizer(16)) == "VectorQuantizer(16, codebook_dim=8, codebook_size=256, stages=2, shared, beam=8)"
+    )
 
 
 @pytest.mark.parametrize(
     ("given", "kind", "message"),
     [
-        ({"repeat": 0}, SpecError, "repeat 0 does not divide"),
-        ({"repeat": 2, "stages": [2, 3]}, SpecError, r"repeat 2 does not divide the stages \[2, 3\]"),
+        ({"shared_stages": 0}, SpecError, "shared_stages 0 does not divide"),
+        ({"shared_stages": 2, "stages": [2, 3]}, SpecError, r"shared_stages 2 does not divide \[2, 3\] stages"),
         ({"beam": 0}, SpecError, "beam is at least 1"),
         ({"decay": 1.0}, SpecError, "decay is from 0 to less than 1"),
-        ({"revive": 1.0}, SpecError, "needs a decay"),
-        ({"decay": 0.9, "revive": -1.0}, SpecError, "not negative"),
+        ({"threshold_ema_dead_code": 1.0}, SpecError, "needs a decay"),
+        ({"decay": 0.9, "threshold_ema_dead_code": -1.0}, SpecError, "not negative"),
         ({"commitment": float("nan")}, SpecError, "not negative"),
         ({"dtype": torch.int64}, InputError, "floating point"),
-        ({"sub_vector": 5}, SpecError, "the nearest that do: 4 or 8"),
+        ({"codebook_dim": 5}, SpecError, "the nearest that do: 4 or 8"),
         ({"stages": [1, 1, 1]}, SpecError, "2 groups"),
-        ({"entries": 70_000}, SpecError, "65536"),
+        ({"codebook_size": 70_000}, SpecError, "65536"),
     ],
 )
 def test_arguments_that_cannot_be_are_refused(given: dict[str, Any], kind: type[Exception], message: str) -> None:
@@ -282,7 +295,7 @@ def test_arguments_that_cannot_be_are_refused(given: dict[str, Any], kind: type[
 
 
 def test_tensors_that_do_not_fit_are_refused() -> None:
-    quantizer, scaled = VectorQuantizer(16, entries=9), VectorQuantizer(16, scaled=True)
+    quantizer, scaled = VectorQuantizer(16, codebook_size=9), VectorQuantizer(16, normalize=True)
     codes = torch.zeros(3, 4, dtype=torch.uint8)
     for run, kind, message in [
         (lambda: quantizer(torch.zeros(3, 15)), InputError, r"\[3, 15\], expected 16"),
@@ -300,7 +313,7 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("given", [{}, {"beam": 1}, {"cosine": True}, {"scaled": True}])
+@pytest.mark.parametrize("given", [{}, {"beam": 1}, {"use_cosine_sim": True}, {"normalize": True}])
 def test_what_is_not_finite_comes_out_as_such(bad: float, given: dict[str, Any]) -> None:
     """Codes are in range all the same, neighbours are as without it, and values are never quietly wrong."""
     quantizer = made(0, 16, dtype=torch.float32, **given)
@@ -321,16 +334,16 @@ def test_what_is_not_finite_comes_out_as_such(bad: float, given: dict[str, Any])
     "given",
     [
         pytest.param({}, marks=pytest.mark.slow),
-        pytest.param({"cosine": True, "shared": False}, marks=pytest.mark.slow),
-        {"stages": [1, 0, 0, 1], "scaled": True, "strided": True, "beam": 1},
-        pytest.param({"stages": [1, 0, 0, 2], "scaled": True, "strided": True, "beam": 1}, marks=pytest.mark.slow),
-        pytest.param({"decay": 0.9, "revive": 1.0, "repeat": 2}, marks=pytest.mark.slow),
+        pytest.param({"use_cosine_sim": True, "shared": False}, marks=pytest.mark.slow),
+        {"stages": [1, 0, 0, 1], "normalize": True, "strided": True, "beam": 1},
+        pytest.param({"stages": [1, 0, 0, 2], "normalize": True, "strided": True, "beam": 1}, marks=pytest.mark.slow),
+        pytest.param({"decay": 0.9, "threshold_ema_dead_code": 1.0, "shared_stages": 2}, marks=pytest.mark.slow),
     ],
 )
 def test_compiled_whole_it_is_the_same(given: dict[str, Any]) -> None:
     """In training and evaluation, forward, encode and decode, with batches of any size."""
-    quantizer = made(0, 16, dtype=torch.float32, sub_vector=4, entries=9, **given)
-    for mode in (True, False) if "cosine" in given else (True,) if "decay" in given else (False,):
+    quantizer = made(0, 16, dtype=torch.float32, codebook_dim=4, codebook_size=9, **given)
+    for mode in (True, False) if "use_cosine_sim" in given else (True,) if "decay" in given else (False,):
         torch.compiler.reset()
         plain, traced = copy.deepcopy(quantizer).train(mode), copy.deepcopy(quantizer).train(mode)
         run = torch.compile(traced, fullgraph=True, backend="aot_eager", dynamic=True)

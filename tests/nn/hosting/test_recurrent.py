@@ -17,7 +17,7 @@ import rpqfx
 from rpqfx import Policy
 from rpqfx.errors import RewriteError
 from rpqfx.nn import VirtualWeight
-from tests.models import SMALL, assert_equals_dense, held_weights
+from tests.models import SMALL, assert_equals_dense, quantized_weights
 
 LAYERS: dict[str, Any] = {
     "lstm": lambda: nn.LSTM(12, 16),
@@ -44,8 +44,8 @@ def made(name: str, policy: Policy = SMALL) -> tuple[nn.Module, nn.Module, Tenso
 @pytest.mark.parametrize("name", LAYERS)
 @either_mode
 def test_outputs_and_gradients_are_those_of_the_expanded_weights(name: str, training: bool, split: str):
-    model, small, x = made(name, Policy(codebook_dim=4, bits=2, min_size=64, split=split, allow_growth=True))
-    assert set(held_weights(small)) == {n for n, p in model.named_parameters() if p.dim() > 1}
+    model, small, x = made(name, Policy(codebook_dim=4, codebook_bits=2, min_size=64, split=split, allow_growth=True))
+    assert set(quantized_weights(small)) == {n for n, p in model.named_parameters() if p.dim() > 1}
     assert_equals_dense(model.train(training), small.train(training), (x,), {})
 
 
@@ -96,12 +96,12 @@ class Own(nn.LSTM):
 
 def test_parameters_are_drawn_anew_with_torchs_own_deviation():
     torch.manual_seed(0)
-    small = rpqfx.rpqify(nn.LSTM(256, 256), Policy(bits=6, init="random"))
+    small = rpqfx.rpqify(nn.LSTM(256, 256), Policy(codebook_bits=6, init="random"))
     with torch.no_grad():
         for parameter in small.parameters():
             parameter.zero_()
     small.reset_parameters()
-    for weight in held_weights(small).values():
+    for weight in quantized_weights(small).values():
         assert float(weight().detach().std()) == pytest.approx(1 / math.sqrt(3 * 256), rel=0.05)
     assert 0.9 / 16 < float(small.bias_hh_l0.detach().abs().max()) <= 1 / 16
     own = rpqfx.rpqify(Own(16, 16), SMALL)
@@ -114,9 +114,9 @@ def test_parameters_are_drawn_anew_with_torchs_own_deviation():
 def test_a_layer_on_the_meta_device_is_materialised(build: Any):
     with torch.device("meta"):
         model = nn.Sequential(build())
-    small = rpqfx.rpqify(model, Policy(bits=4))
+    small = rpqfx.rpqify(model, Policy(codebook_bits=4))
     rpqfx.materialize(small)
-    for weight in held_weights(small).values():
+    for weight in quantized_weights(small).values():
         assert float(weight().detach().std()) == pytest.approx(1 / math.sqrt(3 * 64), rel=0.2)
     bias = next(p for name, p in small.named_parameters() if "bias" in name).detach()
     assert 0 < float(bias.abs().max()) <= 1 / 8

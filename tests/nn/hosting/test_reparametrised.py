@@ -20,7 +20,7 @@ from rpqfx.errors import RewriteError
 from rpqfx.graph.copying import copy_model
 from rpqfx.nn import RPQLinear
 from rpqfx.nn.hosting.reparametrised import computed_from, hooked, parametrised_at
-from tests.models import SMALL, held_weights
+from tests.models import SMALL, quantized_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 either_mode = pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
@@ -72,7 +72,7 @@ def made(how: str, layer: str = "linear") -> tuple[nn.Module, nn.Module, Tensor]
 
 def twin(model: nn.Module, small: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
     """The dense model with the expanded tensors, and those tensors with a history that leads to the codebooks."""
-    dense, expanded = copy_model(model), {name: weight() for name, weight in held_weights(small).items()}
+    dense, expanded = copy_model(model), {name: weight() for name, weight in quantized_weights(small).items()}
     with torch.no_grad():
         for name, tensor in expanded.items():
             dense.get_parameter(name).copy_(tensor)
@@ -110,7 +110,7 @@ def assert_same_as_dense(model: nn.Module, small: nn.Module, x: Tensor, training
 def test_outputs_and_gradients_are_those_of_the_expanded_originals(how: str, layer: str, training: bool):
     model, small, x = made(how, layer)
     ending = ALL[how][1]
-    (name,) = held_weights(small)
+    (name,) = quantized_weights(small)
     assert name == (f"0.{ending}" if how in OLD else f"0.parametrizations.weight.{ending}")
     kinds = {record.name: record.kind for record in rpqfx.report(small).rewritten}
     assert kinds == {name: LAYERS[layer][1]}
@@ -122,7 +122,7 @@ def test_outputs_and_gradients_are_those_of_the_expanded_originals(how: str, lay
 def test_orthogonal_layers_stay_orthogonal(how: str, training: bool):
     model, small, x = made(how)
     with torch.no_grad():
-        for weight in held_weights(small).values():
+        for weight in quantized_weights(small).values():
             weight.codebooks.normal_()
     assert_same_as_dense(model, small, x, training)
     weight = small[0].weight.detach()
@@ -142,14 +142,14 @@ def test_recurrent_layers_may_be_parametrised(how: str, training: bool):
     torch.manual_seed(0)
     model = RECURRENT[how]().double()
     small = rpqfx.rpqify(model, SMALL)
-    assert len(held_weights(small)) == 2 and "weight_ih_l0" in held_weights(small)
+    assert len(quantized_weights(small)) == 2 and "weight_ih_l0" in quantized_weights(small)
     assert {record.kind for record in rpqfx.report(small).rewritten} == {"recurrent"}
     assert_same_as_dense(model, small, torch.randn(5, 2, 16, dtype=torch.float64), training)
 
 
 def test_a_recurrent_layer_that_is_only_parametrised_keeps_no_dense_tensor():
     model = parametrizations.spectral_norm(nn.GRU(16, 16), "weight_hh_l0").double()
-    policy = Policy(codebook_dim=4, bits=2, min_size=64, rules=(Rule("weight_ih_l0", skip="left dense"),))
+    policy = Policy(codebook_dim=4, codebook_bits=2, min_size=64, rules=(Rule("weight_ih_l0", skip="left dense"),))
     small = rpqfx.rpqify(model, policy)
     assert small._flat_weights == [None] * 4
     assert_same_as_dense(model, small, torch.randn(5, 2, 16, dtype=torch.float64), False)
@@ -180,7 +180,7 @@ def test_a_parametrised_parameter_is_what_its_modules_graph_does_with_it():
     site = sites["parametrizations.w.original"]
     assert (site.kind, site.flipped, site.blocked, site.module_type) == ("linear", True, None, Foreign)
     small = rpqfx.rpqify(model, SMALL)
-    assert set(held_weights(small)) == {"parametrizations.w.original", "rate"}
+    assert set(quantized_weights(small)) == {"parametrizations.w.original", "rate"}
     assert_same_as_dense(model, small, torch.randn(3, 16, dtype=torch.float64), True)
     torch.testing.assert_close(small.w, small.w.T)
 
@@ -188,8 +188,8 @@ def test_a_parametrised_parameter_is_what_its_modules_graph_does_with_it():
 def test_rules_by_class_reach_parametrised_layers():
     model = nn.Sequential(parametrizations.weight_norm(nn.Linear(16, 16)), nn.Conv1d(16, 16, 1))
     rules = (Rule(nn.Linear, skip="no linear layers"),)
-    small = rpqfx.rpqify(model, Policy(codebook_dim=4, bits=2, min_size=64, rules=rules))
-    assert set(held_weights(small)) == {"1.weight"}
+    small = rpqfx.rpqify(model, Policy(codebook_dim=4, codebook_bits=2, min_size=64, rules=rules))
+    assert set(quantized_weights(small)) == {"1.weight"}
 
 
 def test_reading_a_computed_weight_right_after_gives_that_of_the_codebooks():
@@ -266,7 +266,7 @@ def test_removing_parametrizations_leaves_a_dense_layer_of_the_same_value(how: s
     _, small, x = made(how)
     wanted = small.eval()(x)
     parametrize.remove_parametrizations(small[0], "weight")
-    assert type(small[0]) is nn.Linear and type(small[0].weight) is nn.Parameter and not held_weights(small)
+    assert type(small[0]) is nn.Linear and type(small[0].weight) is nn.Parameter and not quantized_weights(small)
     assert torch.equal(small(x), wanted)
 
 

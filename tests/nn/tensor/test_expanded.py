@@ -19,7 +19,7 @@ READ_AS = ["expanded", "tensor"]
 
 def layer(read_as: Any) -> RPQLinear:
     torch.manual_seed(0)
-    made = RPQLinear(8, 6, codebook_dim=4, bits=2)
+    made = RPQLinear(8, 6, codebook_dim=4, codebook_bits=2)
     made.weight_rpq.read_as = read_as
     return made
 
@@ -81,7 +81,7 @@ def test_it_may_be_multiplied_by_a_number(read_as: str):
 
 @pytest.mark.parametrize("read_as", READ_AS)
 def test_it_gets_rows_ties_and_freezes_as_a_parameter_does(read_as: str):
-    made, other = layer(read_as), RPQLinear(8, 6, codebook_dim=4, bits=2)
+    made, other = layer(read_as), RPQLinear(8, 6, codebook_dim=4, codebook_bits=2)
     values = made.weight.detach().clone()
     made.weight.data = torch.cat([values, values])
     assert made.weight.shape == (12, 8)
@@ -96,7 +96,7 @@ def test_it_gets_rows_ties_and_freezes_as_a_parameter_does(read_as: str):
 def test_weights_within_an_encoder_layer_are_as_safe():
     """They are read as plain tensors, by which torch takes its fast path; a change would be lost all the same."""
     encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
-    small: Any = rpqify(encoder, Policy(codebook_dim=4, bits=2, min_size=64))
+    small: Any = rpqify(encoder, Policy(codebook_dim=4, codebook_bits=2, min_size=64))
     assert not torch.overrides.has_torch_function((small.linear1.weight, small.self_attn.in_proj_weight))
     for read in (lambda: small.linear1.weight, lambda: small.self_attn.in_proj_weight):
         with pytest.raises(RewriteError, match="would change"):

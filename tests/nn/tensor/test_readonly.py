@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize, prune
 import rpqfx
 from rpqfx.errors import RewriteError
 
-POLICY = rpqfx.Policy.from_scratch(codebook_dim=8, bits=4)
+POLICY = rpqfx.Policy.from_scratch(codebook_dim=8, codebook_bits=4)
 
 
 class Foreign(nn.Linear):

@@ -37,7 +37,11 @@ CALLS: dict[str, Callable[[Any], Tensor]] = {
 
 
 def make(transposed: bool) -> RPQWeight:
-    spec = CodebookSpec(8, 6, 3, 4, scale=True, dim_scale=1) if transposed else CodebookSpec(6, 8, 4, 4, signs=True)
+    spec = (
+        CodebookSpec(8, 6, 3, 4, scale=True, column_scale_group=1)
+        if transposed
+        else CodebookSpec(6, 8, 4, 4, signs=True)
+    )
     return randomise(RPQWeight(spec, Layout((6, 8), transposed=transposed), dtype=torch.float64), 0)
 
 

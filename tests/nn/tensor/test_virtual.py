@@ -118,7 +118,11 @@ EXPANDED: dict[str, Callable[[Any], Tensor]] = {
 
 def make(transposed: bool) -> RPQWeight:
     """[6, 8] with its vectors along rows or columns."""
-    spec = CodebookSpec(8, 6, 3, 4, 2, scale=True, dim_scale=2) if transposed else CodebookSpec(6, 8, 4, 4, signs=True)
+    spec = (
+        CodebookSpec(8, 6, 3, 4, 2, scale=True, column_scale_group=2)
+        if transposed
+        else CodebookSpec(6, 8, 4, 4, signs=True)
+    )
     return randomise(RPQWeight(spec, Layout((6, 8), transposed=transposed), dtype=torch.float64), 0)
 
 
@@ -164,7 +168,7 @@ def test_convolutions_are_served(name: str, bias: bool, expansions: list[int]) -
     function, shape, size, settings = CONVS[name]
     layout = Layout(shape)
     taps = math.prod(shape[2:])
-    spec = CodebookSpec(layout.num_vectors, layout.dim, 2, 3, signs=True, scale=True, dim_scale=taps)
+    spec = CodebookSpec(layout.num_vectors, layout.dim, 2, 3, signs=True, scale=True, column_scale_group=taps)
     weight = randomise(RPQWeight(spec, layout, dtype=torch.float64), 0)
     channels = shape[1] * settings.get("groups", 1) if "transpose" in name else shape[0]
     offset = randn(1, channels) if bias else None
@@ -175,7 +179,9 @@ def test_convolutions_are_served(name: str, bias: bool, expansions: list[int]) -
 
 def test_a_convolution_whose_taps_have_factors_each_gets_the_tensor(expansions: list[int]) -> None:
     """Nothing says of a Parameter of unknown use that a convolution reads it."""
-    weight = randomise(RPQWeight(CodebookSpec(4, 18, 2, 3, dim_scale=1), Layout((4, 2, 3, 3)), dtype=torch.float64), 0)
+    weight = randomise(
+        RPQWeight(CodebookSpec(4, 18, 2, 3, column_scale_group=1), Layout((4, 2, 3, 3)), dtype=torch.float64), 0
+    )
     assert_as_dense(weight, lambda w: F.conv2d(randn(2, 1, 2, 5, 5), w))
     assert expansions
 
@@ -266,7 +272,7 @@ def test_all_of_a_weight_may_be_multiplied_by_a_number(name: str, transposed: bo
 
 
 def test_a_weight_with_factors_of_its_columns_may_be_multiplied_though_it_shares_codebooks() -> None:
-    weight = RPQWeight(CodebookSpec(6, 8, 4, 4, dim_scale=1), Layout((6, 8)))
+    weight = RPQWeight(CodebookSpec(6, 8, 4, 4, column_scale_group=1), Layout((6, 8)))
     weight.shares_codebooks = True
     before, books = weight().detach(), weight.codebooks.detach().clone()
     with torch.no_grad():

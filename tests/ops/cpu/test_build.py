@@ -30,7 +30,7 @@ TRY = (
     "import torch\n"
     "from rpqfx.nn import RPQLinear\n"
     "from rpqfx.ops.cpu import build\n"
-    "layer = RPQLinear(32, 64, codebook_dim=16, bits=4)\n"
+    "layer = RPQLinear(32, 64, codebook_dim=16, codebook_bits=4)\n"
     "for _ in range(3): y = layer(torch.ones(2, 32))\n"
     "assert torch.allclose(y, torch.nn.functional.linear(torch.ones(2, 32), layer.weight, layer.bias), atol=1e-5)\n"
     "print('ready', build.ready())\n"
@@ -259,7 +259,7 @@ from rpqfx.ops.cpu import build
 calls, load = [], torch.ops.load_library
 torch.ops.load_library = lambda path: calls.append(path) or load(path)
 torch.set_num_threads(1)
-layer, x = RPQLinear(64, 256, codebook_dim=16, bits=4), torch.randn(8, 3, 64)
+layer, x = RPQLinear(64, 256, codebook_dim=16, codebook_bits=4), torch.randn(8, 3, 64)
 start, found = threading.Barrier(8), [None] * 8
 def run(i):
     start.wait()
@@ -281,7 +281,7 @@ FORKED = """
 import multiprocessing, torch
 from rpqfx.nn import RPQLinear
 torch.set_num_threads(2)
-layer, x = RPQLinear(256, 1024, codebook_dim=64, bits=6), torch.randn(40, 256)
+layer, x = RPQLinear(256, 1024, codebook_dim=64, codebook_bits=6), torch.randn(40, 256)
 layer(x).sum().backward()
 with torch.no_grad():
     want = layer(x)
@@ -403,7 +403,7 @@ def test_layers_run_through_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None
     for name in ("contract", "contract_grads", "expand", "collect"):
         run = getattr(kernels, name)
         monkeypatch.setattr(kernels, name, lambda *a, n=name, run=run, **k: called.add(n) or run(*a, **k))
-    layer = nn.RPQLinear(64, 512, codebook_dim=32, bits=4)
+    layer = nn.RPQLinear(64, 512, codebook_dim=32, codebook_bits=4)
     x = torch.ones(8, 64, requires_grad=True)
     layer(x).sum().backward()
     assert called == {"contract", "contract_grads"}

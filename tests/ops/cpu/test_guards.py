@@ -23,7 +23,7 @@ from rpqfx.ops.cpu import build, kernels
 from tests.helpers import generator, randn, seeds, stored
 
 needs_kernels = pytest.mark.skipif(not build.ready(), reason="no compiled kernels on this machine")
-SPEC = CodebookSpec(21, 12, 4, entries=5, stages=2, books=3, signs=True, scale=True)
+SPEC = CodebookSpec(21, 12, 4, entries=5, stages=2, num_codebooks=3, signs=True, scale=True)
 F32 = torch.float32
 
 

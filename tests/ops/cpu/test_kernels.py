@@ -32,7 +32,7 @@ def specs(draw: st.DrawFn) -> CodebookSpec:
     """Sub-vectors shorter and longer than a vector register, and numbers of vectors around a tile."""
     d, sub_vectors = draw(st.sampled_from([1, 2, 3, 4, 16, 20, 33])), draw(st.integers(1, 9))
     books = draw(st.sampled_from(divisors(sub_vectors)))
-    numbers = {"entries": draw(st.integers(2, 40)), "stages": draw(st.integers(1, 3)), "books": books}
+    numbers = {"entries": draw(st.integers(2, 40)), "stages": draw(st.integers(1, 3)), "num_codebooks": books}
     vectors = draw(st.sampled_from([1, 2, 7, 8, 9, 16, 23, 70]))
     signs, scale = draw(st.booleans()), draw(st.booleans())
     return CodebookSpec(vectors, d * sub_vectors, d, signs=signs, scale=scale, **numbers)
@@ -64,8 +64,8 @@ def test_products_are_those_of_the_dense_matrix(
     shift = 0 if bias is None else bias.double()
     close(kernels.contract(x, books, codes, signs, bias), x.double() @ exact.T + shift, dtype)
     close(kernels.contract_t(y, books, codes, signs), y.double() @ exact, dtype)
-    grad = codebook.collect(y.double().T @ x.double(), codes, spec.books, spec.entries, signs)
-    close(kernels.accumulate(x, y, codes, spec.books, spec.entries, signs), grad, dtype)
+    grad = codebook.collect(y.double().T @ x.double(), codes, spec.num_codebooks, spec.entries, signs)
+    close(kernels.accumulate(x, y, codes, spec.num_codebooks, spec.entries, signs), grad, dtype)
     both = kernels.contract_grads(x, y, books, codes, signs)
     close(both[0], y.double() @ exact, dtype)
     close(both[1], grad, dtype)
@@ -95,7 +95,7 @@ def test_products_with_expanded_tiles_are_those_of_the_dense_matrix(
     exact = x.double() @ (dense if dims is None else dense * dims.double()).T
     exact = exact if bias is None else exact + bias.double()
     with torch.inference_mode(inference):
-        y = kernels.tiled(x, books, to_tiles(codes), spec.num_vectors, bias, "expand", dims, scale)
+        y = kernels.tiled(x, books, to_tiles(codes), spec.num_vectors, bias, "dequantize", dims, scale)
     close(y, exact, dtype)
 
 
@@ -112,8 +112,8 @@ def test_rows_and_their_adjoint(spec: CodebookSpec, seed: int, dtype: torch.dtyp
         close(kernels.expand(books, codes, scale, signs, dims), exact * wide, dtype)
         close(kernels.lookup(ids, books, codes, scale, signs, dims), exact[ids] * wide, dtype)
     grad = randn(seed + 1, spec.num_vectors, spec.dim, dtype=dtype)
-    adjoint = codebook.collect(grad.double(), codes, spec.books, spec.entries, signs)
-    close(kernels.collect(grad, codes, spec.books, spec.entries, signs), adjoint, dtype)
+    adjoint = codebook.collect(grad.double(), codes, spec.num_codebooks, spec.entries, signs)
+    close(kernels.collect(grad, codes, spec.num_codebooks, spec.entries, signs), adjoint, dtype)
 
 
 @given(

@@ -101,7 +101,7 @@ def for_gpus(*cases: tuple[Any, ...]) -> list[Any]:
     ("spec", "rows", "dtype", "capability"),
     for_gpus(
         (CodebookSpec(9216, 9216, 128), 1, torch.bfloat16),
-        (CodebookSpec(100, 48, 6, entries=40_000, stages=2, books=1, scale=True, signs=True), 3, torch.float32),
+        (CodebookSpec(100, 48, 6, entries=40_000, stages=2, num_codebooks=1, scale=True, signs=True), 3, torch.float32),
         (CodebookSpec(1, 1, 1, entries=2, scale=True, signs=True), 1, torch.float16),
     ),
 )
@@ -159,7 +159,7 @@ def test_every_kernel_of_tiles_compiles_for_a_gpu(
     tiles = torch.zeros(tiles_shape(stages, sub_vectors, vectors), dtype=torch.uint8)
     dims, scale = torch.ones(sub_vectors * d, dtype=dtype), torch.ones(vectors, dtype=dtype)
     x = torch.zeros(rows, sub_vectors * d, dtype=dtype)
-    for plan in ("contract", "expand"):
+    for plan in ("lookup", "dequantize"):
         cuda.tiled(x, codebooks, tiles, vectors, scale, plan, dims, scale)
     for name, kernel in kernels.items():
         assert {binary[:4] for binary in kernel.binaries} == {b"\x7fELF"}, name
@@ -267,12 +267,12 @@ def test_usable_asks_for_a_gpu_that_triton_serves(monkeypatch: pytest.MonkeyPatc
 def test_sizes_of_layers_with_tiles(d: int, stages: int, rows: int, dtype: torch.dtype) -> None:
     """At the sizes of a model's layers every way agrees with float64, and twice the same call gives the same bits."""
     tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
-    spec = CodebookSpec(3000, 192 * 16, d, entries=16, stages=stages, books=1)
+    spec = CodebookSpec(3000, 192 * 16, d, entries=16, stages=stages, num_codebooks=1)
     codebooks, codes = (t.cuda() for t in stored(spec, 0, dtype)[:2])
     matrix, tiles = codebook.expand(codebooks.double(), codes), to_tiles(codes.byte())
     x = randn(1, rows, spec.dim, dtype=dtype).cuda()
     exact = x.double() @ matrix.t()
-    for plan in ("auto", "contract", "expand"):
+    for plan in ("auto", "lookup", "dequantize"):
         ours = cuda.tiled(x, codebooks, tiles, spec.num_vectors, None, plan)
         torch.testing.assert_close(ours.double(), exact, rtol=0, atol=tolerance * float(exact.abs().max()))
         assert cuda.tiled(x, codebooks, tiles, spec.num_vectors, None, plan).equal(ours)
@@ -287,7 +287,7 @@ def test_sizes_of_layers_with_tiles(d: int, stages: int, rows: int, dtype: torch
     "spec",
     [
         CodebookSpec(9216, 9216, 128),
-        CodebookSpec(9216, 9216, 128, stages=2, books=1, signs=True),
+        CodebookSpec(9216, 9216, 128, stages=2, num_codebooks=1, signs=True),
         CodebookSpec(9216, 1024, 128, entries=65_536, signs=True),
         CodebookSpec(9216, 9216, 4),
     ],
@@ -299,14 +299,14 @@ def test_sizes_of_layers(spec: CodebookSpec, rows: int, dtype: torch.dtype) -> N
     codebooks, codes, _, signs = (None if t is None else t.cuda() for t in stored(spec, 0, dtype))
     x, y = randn(1, rows, spec.dim, dtype=dtype).cuda(), randn(2, rows, spec.num_vectors, dtype=dtype).cuda()
     matrix = codebook.expand(codebooks.double(), codes, None, signs)
-    folded = codebook.collect(y.double().t() @ x.double(), codes, spec.books, spec.entries, signs)
+    folded = codebook.collect(y.double().t() @ x.double(), codes, spec.num_codebooks, spec.entries, signs)
     for run, exact in [
         (lambda: cuda.expand(codebooks, codes, None, signs), matrix),
         (lambda: cuda.contract(x, codebooks, codes, signs), x.double() @ matrix.t()),
         (lambda: cuda.contract_t(y, codebooks, codes, signs), y.double() @ matrix),
         (lambda: cuda.contract_grads(x, y, codebooks, codes, signs)[0], y.double() @ matrix),
         (lambda: cuda.contract_grads(x, y, codebooks, codes, signs)[1], folded),
-        (lambda: cuda.accumulate(x, y, codes, spec.books, spec.entries, signs), folded),
+        (lambda: cuda.accumulate(x, y, codes, spec.num_codebooks, spec.entries, signs), folded),
     ]:
         ours = run()
         assert ours.dtype == (torch.float32 if exact is folded else dtype)  # gradients come as they were summed

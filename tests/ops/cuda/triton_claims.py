@@ -109,7 +109,7 @@ def test_gradients_are_those_of_autograd_through_the_dense_matrix(
     x, y = x.to(DEVICE), y.to(DEVICE)
     with block_sizes(*sizes):
         close(cuda.contract_t(y, codebooks, codes, signs), grad_x, dtype)
-        close(cuda.accumulate(x, y, codes, spec.books, spec.entries, signs), grad_codebooks, torch.float32)
+        close(cuda.accumulate(x, y, codes, spec.num_codebooks, spec.entries, signs), grad_codebooks, torch.float32)
         both = cuda.contract_grads(x, y, codebooks, codes, signs)
     close(both[0], grad_x, dtype)
     close(both[1], grad_codebooks, torch.float32)
@@ -126,7 +126,7 @@ def test_products_with_tiles_are_the_dense_product(
     factors: bool, small: bool,
 ) -> None:  # fmt: skip
     """Both ways, with factors of rows and columns and a bias or without, whatever the blocks."""
-    spec = CodebookSpec(vectors, d * books * share, d, entries=entries, stages=stages, books=books)
+    spec = CodebookSpec(vectors, d * books * share, d, entries=entries, stages=stages, num_codebooks=books)
     codebooks, codes, _, _ = stored(spec, seed, dtype)
     tiles = to_tiles(codes.byte()).to(DEVICE)
     dims, scale, bias = (
@@ -140,7 +140,7 @@ def test_products_with_tiles_are_the_dense_product(
     sizes = {"WARPS": 3, "COLUMNS": d, "UNDER_WAY": 2} if small else {"UNDER_WAY": 16}
     elements = 16 if small else 2**23  # of a table: a slice of the batch, or all of it
     with patch.multiple(triton_tiles, **sizes), patch.multiple(cuda, TABLE_ELEMENTS=elements, BLOCK_ROWS=2):
-        for plan in ("contract", "expand"):
+        for plan in ("lookup", "dequantize"):
             ours = cuda.tiled(x_, books_, tiles, vectors, bias_, plan, dims_, scale_)
             assert ours.shape == exact.shape and ours.dtype == dtype
             # the matrix, the factors of the columns and the product are rounded in turn
@@ -153,7 +153,7 @@ def test_a_code_in_tiles_that_points_to_nothing_is_nan() -> None:
     codebooks, codes = randn(0, 2, 1, 10, 3, dtype=torch.float32), torch.zeros(2, 4, 70, dtype=torch.uint8)
     codes[1, 2, 69] = 12
     x = randn(1, 3, 12, dtype=torch.float32).to(DEVICE)
-    for plan in ("contract", "expand"):
+    for plan in ("lookup", "dequantize"):
         found = cuda.tiled(x, codebooks.to(DEVICE), to_tiles(codes).to(DEVICE), 70, None, plan)
         assert found[:, 69].isnan().all() and int(found.isnan().sum()) == 3
 
@@ -162,7 +162,7 @@ def test_no_rows_and_strided_rows_go_with_tiles() -> None:
     codebooks, codes = randn(0, 2, 1, 16, 3, dtype=torch.float32), torch.zeros(2, 4, 70, dtype=torch.uint8)
     held = codebooks.to(DEVICE), to_tiles(codes).to(DEVICE), 70
     x = randn(1, 2, 3, 12, dtype=torch.float32).to(DEVICE)
-    for plan in ("auto", "contract", "expand"):
+    for plan in ("auto", "lookup", "dequantize"):
         assert cuda.tiled(x[:0], *held, None, plan).shape == (0, 3, 70)
         turned = x.transpose(0, 2).contiguous().transpose(0, 2)
         assert cuda.tiled(turned, *held, None, plan).equal(cuda.tiled(x, *held, None, plan))
@@ -172,7 +172,11 @@ def test_no_rows_and_strided_rows_go_with_tiles() -> None:
     ("spec", "rows", "slices"),
     [
         (CodebookSpec(300, 140, 70, entries=90, signs=True), 70, 1),  # past every block, in every direction
-        (CodebookSpec(513, 8, 1, entries=2, stages=2, books=4), 1, 1),  # single numbers; runs of half the vectors
+        (
+            CodebookSpec(513, 8, 1, entries=2, stages=2, num_codebooks=4),
+            1,
+            1,
+        ),  # single numbers; runs of half the vectors
         (CodebookSpec(9, 6, 2, entries=4), 37, 3),  # the batch in slices
     ],
 )
@@ -181,7 +185,7 @@ def test_sizes_past_a_block(spec: CodebookSpec, rows: int, slices: int, monkeypa
     if slices > 1:
         monkeypatch.setattr(cuda, "TABLE_ELEMENTS", 64)
     codebooks, codes, _, signs = tensors(spec, 0, torch.float32, torch.uint8)
-    assert len(cuda._slices(torch.empty(rows, 1), spec.stages * spec.sub_vectors * spec.entries)) == slices
+    assert len(cuda._slices(torch.empty(rows, 1), spec.stages * spec.num_subvectors * spec.entries)) == slices
     x, y = randn(1, rows, spec.dim), randn(2, rows, spec.num_vectors)
     leaves = x.requires_grad_(), codebooks.double().cpu().requires_grad_()
     matrix = dense(leaves[1], codes, None, signs)

@@ -98,13 +98,13 @@ def test_views_are_read_right() -> None:
 
 @pytest.mark.parametrize(
     "given",
-    [{}, {"cosine": True}, {"stages": [2, 0, 1, 3], "shared": False}, {"scaled": True, "strided": True}],
+    [{}, {"use_cosine_sim": True}, {"stages": [2, 0, 1, 3], "shared": False}, {"normalize": True, "strided": True}],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_quantiser_runs_on_it(given: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values, codes, loss and gradients are those of the plain loop."""
     torch.manual_seed(0)
-    ours = VectorQuantizer(16, sub_vector=4, entries=9, beam=1, **given).to(DEVICE)
+    ours = VectorQuantizer(16, codebook_dim=4, codebook_size=9, beam=1, **given).to(DEVICE)
     plain = copy.deepcopy(ours)
     x = randn(1, 2, 7, 16, dtype=dtype).to(DEVICE)
     leaves = x.clone().requires_grad_(), x.clone().requires_grad_()

@@ -25,7 +25,7 @@ def test_feed_forward_blocks_are_found_however_written(name: str) -> None:
 
 
 def test_codebook_layers_are_linear_layers() -> None:
-    small = rpqify(Layer(), Policy(codebook_dim=4, bits=3, min_size=0))
+    small = rpqify(Layer(), Policy(codebook_dim=4, codebook_bits=3, min_size=0))
     assert [block.name for block in find_blocks(capture(small))] == ["block", "attention"]
 
 

@@ -36,7 +36,7 @@ from tests.routing.rewrite.models import (
 ALL = RoutePolicy(feed_forward=1.0, attention=1.0)
 SOME = RoutePolicy(feed_forward=5, attention=6)
 PAST = RoutePolicy(feed_forward=2, attention=3, window=6)
-CODES = Policy(codebook_dim=4, bits=4, min_size=0)
+CODES = Policy(codebook_dim=4, codebook_bits=4, min_size=0)
 MODELS: dict[str, Callable[[], nn.Module]] = {
     **FEED_FORWARD,
     "layer": Layer,

@@ -1,4 +1,4 @@
-"""Which attention modules of a model are to be held in codes, and how."""
+"""Chooses the attention modules of a model that will use codes, and their policies."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rpqfx.kv.policy import KVPolicy
 from rpqfx.policies.name_rules import check_rules
 
 
-def held_sites(model: nn.Module, policy: KVPolicy, batches: Batches) -> dict[AttentionSite, KVPolicy]:
+def chosen_sites(model: nn.Module, policy: KVPolicy, batches: Batches) -> dict[AttentionSite, KVPolicy]:
     """Returns the attention modules that a policy does not skip, each with its own policy.
 
     Args:
