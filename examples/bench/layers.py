@@ -149,7 +149,7 @@ def gather_and_multiply(layer: RPQLinear) -> tuple[str, Layer]:
     except ImportError:
         held = layer.weight_rpq
         return "gather + linear", lambda x: F.linear(x, codebook.expand(held.codebooks, held.codes), layer.bias)
-    theirs = Theirs(layer.in_features, layer.out_features, layer.weight_rpq.spec.sub_vectors)
+    theirs = Theirs(layer.in_features, layer.out_features, layer.weight_rpq.spec.num_subvectors)
     return "RPQ-pytorch", theirs.to(layer.bias.device, layer.bias.dtype)
 
 
