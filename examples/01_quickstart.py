@@ -3,8 +3,8 @@
 The text is English that every Python carries (``pydoc_data.topics``), read as bytes; nothing is downloaded. Two more
 rows keep the comparison honest: a smaller dense model of the same bytes, and the dense model converted after training.
 
-    python examples/01_quickstart.py            # under three minutes on two cores
-    python examples/01_quickstart.py --quick    # a minute less than that, for CI (or set RPQFX_QUICK=1)
+    python examples/01_quickstart.py            # three to five minutes on two cores
+    python examples/01_quickstart.py --quick    # a third of that, for CI (or set RPQFX_QUICK=1)
 """
 
 from __future__ import annotations
