@@ -25,6 +25,7 @@ from rpqfx.storage.serialize import load, save
 from rpqfx.timing.tune import tune
 from rpqfx.training.finetune import finetune
 from rpqfx.training.recoding import Recoding
+from rpqfx.training.routes import finetune_routes
 
 __version__ = "0.1.0"
 
@@ -50,6 +51,7 @@ __all__ = [
     "dequantize",
     "errors",
     "finetune",
+    "finetune_routes",
     "graph",
     "inductor_options",
     "kv",
