@@ -19,6 +19,7 @@ from rpqfx.policies.site import Site
 from rpqfx.reporting.report import Report, report
 from rpqfx.routing.rewrite.policy import RoutePolicy, RouteRule
 from rpqfx.routing.rewrite.rewrite import route
+from rpqfx.routing.rewrite.route_report import report_routes
 from rpqfx.storage.kv_calibration import save_calibration
 from rpqfx.storage.materialize import materialize
 from rpqfx.storage.serialize import load, save
@@ -61,6 +62,7 @@ __all__ = [
     "nn",
     "quantize_kv",
     "report",
+    "report_routes",
     "route",
     "routing",
     "rpqify",

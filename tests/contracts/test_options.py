@@ -434,7 +434,7 @@ CALLS = {
     call.__qualname__: call
     for call in (
         rpqfx.rpqify, rpqfx.convert, rpqfx.check_outputs, rpqfx.quantize_kv, rpqfx.route, rpqfx.finetune, rpqfx.tune,
-        rpqfx.finetune_routes,
+        rpqfx.finetune_routes, rpqfx.report_routes,
         rpqfx.save, rpqfx.load, rpqfx.materialize, rpqfx.Recoding, rpqfx.dequantize, rpqfx.report,
         Policy.from_scratch, Policy.budget, Policy.pretrained,
     )
@@ -589,6 +589,14 @@ def _route(folder: Path) -> None:
     assert light(policy=fit, calibration=[x_of(0)]) != light(policy=fit, calibration=[x_of(1)])
     with pytest.raises(InputError, match="calibration would do nothing"):
         light(calibration=[x_of(0)])
+
+
+@tried("report_routes", "model", "inputs", "words")
+def _report_routes(folder: Path) -> None:
+    def told(tokens: int = 4, length: int = 12, **options: Any) -> str:
+        return str(rpqfx.report_routes(rpqfx.route(Plain(), RoutePolicy(tokens)), x_of(0, 1, length), **options))
+
+    assert told() != told(5) and told() != told(length=13) and "'w'" in told(words=[["w"] * 12])
 
 
 def routes_tuned(**options: Any) -> Any:

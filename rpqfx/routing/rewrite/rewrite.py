@@ -125,10 +125,10 @@ def _route(small: nn.Module, policy: RoutePolicy, seed: int, batches: Sequence[A
     small.register_forward_hook(_Forget(padding), always_call=True)
     if any(block.kind == "attention" for block, _ in blocks):
         _without_cache(small)
+    placed = [(block, new) for block, new in made if isinstance(new, FeedForwardRoute)]
+    if policy.light_init == "fit" and not placed:
+        raise PolicyError("light_init='fit' would do nothing: no feed-forward block is routed; leave it out")
     if batches:
-        placed = [(block, new) for block, new in made if isinstance(new, FeedForwardRoute)]
-        if not placed:
-            raise PolicyError("light_init='fit' would do nothing: no feed-forward block is routed")
         fit_branches(small, placed, batches)
     small.__dict__[POLICY] = policy
     adapt_pretrained(small)

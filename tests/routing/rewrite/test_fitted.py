@@ -19,7 +19,18 @@ from rpqfx.fit.reduced_rank import PairSums, reduced_rank
 from rpqfx.routing.rewrite import routed
 from rpqfx.routing.rewrite.feedforward import FeedForwardRoute
 from tests.helpers import seeds
-from tests.routing.rewrite.models import FEED_FORWARD, LENGTH, WIDTH, Gated, Layer, Plain, encoder, jolted, x_of
+from tests.routing.rewrite.models import (
+    FEED_FORWARD,
+    LENGTH,
+    WIDTH,
+    Attention,
+    Gated,
+    Layer,
+    Plain,
+    encoder,
+    jolted,
+    x_of,
+)
 
 FIT = RoutePolicy(feed_forward=5, attention=6, light=1.0, light_init="fit")
 ALL = RoutePolicy(feed_forward=1.0, attention=1.0, light_init="fit")
@@ -205,6 +216,7 @@ class Two(nn.Module):
 
 NAN = torch.full((2, LENGTH, WIDTH), torch.inf)
 ONE = RoutePolicy(feed_forward=3, light_init="fit")
+ATTENTION = RoutePolicy(feed_forward=3, attention=4, light_init="fit")
 
 
 @pytest.mark.parametrize(
@@ -219,6 +231,7 @@ ONE = RoutePolicy(feed_forward=3, light_init="fit")
         (InputError, "not finite", lambda: route(Plain(), ONE, calibration=[NAN])),
         (PolicyError, "light=0", lambda: RoutePolicy(light=0, light_init="fit")),
         (PolicyError, "feed_forward=None", lambda: RoutePolicy(feed_forward=None, light_init="fit")),
+        (PolicyError, "no feed-forward block is routed", lambda: route(Attention(), ATTENTION, calibration=batches())),
         (PolicyError, "light_init is one of", lambda: RoutePolicy(light_init="fits")),  # type: ignore[arg-type]
         (
             RewriteError,
