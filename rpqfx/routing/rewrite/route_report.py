@@ -155,11 +155,10 @@ def report_routes(model: nn.Module, inputs: Any, *, words: Sequence[Sequence[str
 def _record(work: Work, calls: Sequence[tuple[Choice, Tensor]]) -> RouteRecord:
     tokens = sum(int(kept.sum()) for _, kept in calls)
     heavy = sum(int((_heavy(choice, kept) & kept).sum()) for choice, kept in calls)
-    before, now = (
-        sum(count(*kept.shape, kept.shape[1] if choice.indices is None else choice.indices.shape[-1])
-            for choice, kept in calls)
-        for count in (work.dense, work.routed)
-    )  # fmt: skip
+    shapes = [(kept.shape[0], kept.shape[1]) for _, kept in calls]
+    slots = [n if c.indices is None else c.indices.shape[-1] for (c, _), (_, n) in zip(calls, shapes, strict=True)]
+    before = sum(work.dense(*shape) for shape in shapes)
+    now = sum(work.routed(*shape, places) for shape, places in zip(shapes, slots, strict=True))
     return RouteRecord(work.route.name, work.kind, tokens, heavy, before, now)
 
 

@@ -32,15 +32,9 @@ class Work:
         """``"feed_forward"`` or ``"attention"``."""
         return "attention" if isinstance(self.route, AttentionRoute) else "feed_forward"
 
-    def dense(self, batch: int, n: int, slots: int = 0) -> int:
-        """Returns those of the block alone, with all tokens.
-
-        Args:
-            batch: Samples.
-            n: Tokens of each.
-            slots: Is not looked at.
-        """
-        return self._own(batch, n)
+    def dense(self, batch: int, n: int) -> int:
+        """Returns those of the block alone, with all ``n`` tokens of ``batch`` samples."""
+        return batch * (n * self.weights + 2 * n * n * self.width)
 
     def routed(self, batch: int, n: int, slots: int) -> int:
         """Returns those of both branches and the router.
@@ -59,10 +53,7 @@ class Work:
             whole = -(-n // light.block) * light.block  # the last block is filled up
             around += 2 * whole * light.block * (2 if light.causal else 3) * light.to_out.in_features
         router = 0 if everyone else n * self.route.chooser.router.dim
-        return self._own(batch, min(slots, n)) + batch * (around + router)
-
-    def _own(self, batch: int, n: int) -> int:
-        return batch * (n * self.weights + 2 * n * n * self.width)
+        return self.dense(batch, min(slots, n)) + batch * (around + router)
 
 
 def works_of(model: nn.Module) -> list[Work]:

@@ -193,6 +193,18 @@ def test_both_ways_with_codebooks_and_files(tmp_path: Any) -> None:
         assert all(p.grad is not None for p in small.parameters())
 
 
+def test_a_folder_of_transformers_opens_without_calibration(tmp_path: Any) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4
+    )
+    policy, ids = RoutePolicy(2, None, window=6, light_init="fit"), torch.arange(40).view(2, 20)
+    small = route(transformers.LlamaForCausalLM(config).eval(), policy, calibration=[ids])
+    small.save_pretrained(tmp_path)
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(back(ids).logits, small(ids).logits)
+
+
 def test_compiled() -> None:
     small, x = route(Plain(), FIT, calibration=batches()), x_of(0)
     torch.testing.assert_close(torch.compile(small, fullgraph=True, backend="aot_eager")(x), small(x))
