@@ -19,12 +19,14 @@ from rpqfx.policies.site import Site
 from rpqfx.reporting.report import Report, report
 from rpqfx.routing.rewrite.policy import RoutePolicy, RouteRule
 from rpqfx.routing.rewrite.rewrite import route
+from rpqfx.routing.rewrite.route_report import report_routes
 from rpqfx.storage.kv_calibration import save_calibration
 from rpqfx.storage.materialize import materialize
 from rpqfx.storage.serialize import load, save
 from rpqfx.timing.tune import tune
 from rpqfx.training.finetune import finetune
 from rpqfx.training.recoding import Recoding
+from rpqfx.training.routes import finetune_routes
 
 __version__ = "0.1.0"
 
@@ -50,6 +52,7 @@ __all__ = [
     "dequantize",
     "errors",
     "finetune",
+    "finetune_routes",
     "graph",
     "inductor_options",
     "kv",
@@ -59,6 +62,7 @@ __all__ = [
     "nn",
     "quantize_kv",
     "report",
+    "report_routes",
     "route",
     "routing",
     "rpqify",

@@ -48,12 +48,13 @@ def to_markdown(table: Table) -> str:
     return "\n".join([*rows, "", *(f"- {text}" for text in table.totals)])
 
 
-def to_html(table: Table, bars: Sequence[tuple[int, int, bool]]) -> str:
+def to_html(table: Table, bars: Sequence[tuple[int, int, bool]], below: str = "") -> str:
     """Returns a page that needs nothing else.
 
     Args:
         table: Rows and totals.
         bars: For each row, two lengths that are drawn on one scale, and whether the second stands for codebooks.
+        below: HTML behind the table.
     """
     most = max((max(before, after) for before, after, _ in bars), default=1) or 1
     rows = []
@@ -67,7 +68,7 @@ def to_html(table: Table, bars: Sequence[tuple[int, int, bool]]) -> str:
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>rpqfx report</title><style>{_STYLE}</style>"
         f"<h1>rpqfx report</h1><ul>{totals}</ul><table><thead><tr>{head}</tr></thead>"
-        f"<tbody>{''.join(rows)}</tbody></table></html>\n"
+        f"<tbody>{''.join(rows)}</tbody></table>{below}</html>\n"
     )
 
 

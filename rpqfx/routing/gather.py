@@ -54,6 +54,27 @@ def put(
     return rearrange(flat, "(b n) d -> b n d", b=out.shape[0])
 
 
+def put_instead(out: Tensor, choice: Choice, values: Tensor) -> Tensor:
+    """Gives each chosen token what was made of it, as far as it is chosen, in place of what it has.
+
+    Args:
+        out: ``[B, n, d]``.
+        choice: By one routing token, with indices.
+        values: ``[B, k, d]``; where the choice's mask is False they are left out.
+
+    Returns:
+        ``[B, n, d]``: ``(1 - score) * out + score * value`` for the chosen tokens, so those with a score of 1 have
+        exactly the value.
+    """
+    assert choice.indices is not None
+    scores = choice.scores[:, 0, :, None].to(values.dtype)
+    values = scores * values + (1 - scores) * take(out, choice)[:, 0]
+    taken = torch.ones_like(choice.indices[:, 0]) if choice.mask is None else choice.mask[:, 0].long()
+    counts = torch.zeros(out.shape[:2], dtype=torch.long, device=out.device)
+    chosen = counts.scatter_add(1, choice.indices[:, 0], taken) > 0
+    return put(out.masked_fill(chosen[..., None], 0.0), choice, values)
+
+
 def _flat(indices: Tensor, n: int) -> Tensor:
     """``[B, R, k]`` into ``[B, n]`` as indices into ``[B * n]``."""
     return (indices + n * torch.arange(indices.shape[0], device=indices.device)[:, None, None]).flatten()

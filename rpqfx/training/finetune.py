@@ -18,7 +18,7 @@ from rpqfx.training.checks import check_options
 from rpqfx.training.data import Data, feed
 from rpqfx.training.distillation import Distillation
 from rpqfx.training.loop import Loss, Run, Settings
-from rpqfx.training.parameters import Choose, Rates
+from rpqfx.training.parameters import Choose, Rates, held
 from rpqfx.training.resume import Resume, dependencies
 
 _EVERY = 50  # steps between two states on disk
@@ -26,7 +26,7 @@ _EVERY = 50  # steps between two states on disk
 
 @dataclass(frozen=True)
 class Finetuned:
-    """The result of `finetune`; ``str`` says it in words.
+    """The result of `finetune` and `finetune_routes`; ``str`` says it in words.
 
     Args:
         losses: Loss of each step.
@@ -62,9 +62,14 @@ class Finetuned:
         return sum(last) / len(last)
 
     def __str__(self) -> str:
-        return (
+        said = (
             f"{self.steps} steps in {self.seconds:.0f} s: loss {self.before:.4g} -> {self.after:.4g} (means of the "
-            f"first and last tenth); {self.weights} quantized weights, {self.trained:,} numbers trained, "
+            "first and last tenth); "
+        )
+        if not self.weights:
+            return f"{said}{self.trained:,} numbers trained"
+        return (
+            f"{said}{self.weights} quantized weights, {self.trained:,} numbers trained, "
             f"{self.recoded:,} changes among {self.codes:,} codes"
         )
 
@@ -149,22 +154,47 @@ def finetune(
         progress=progress, checkpoint=checkpoint, checkpoint_every=checkpoint_every,
     )  # fmt: skip
     refuse_distributed(small, "finetune")
-    order, every = seed or 0, checkpoint_every or _EVERY
-    batches = feed(data, order) if checkpoint is None else iter(())
     model, guide = unwrapped(small), None if teacher is None else unwrapped(teacher)
-    settings = Settings(steps, recode, recode_every or 1, rates or Rates(), norms, autocast, accumulate, clip, order)
-    compare = loss or Distillation(logits)
-    run, store, began = Run(model, guide, compare, settings), None, time.perf_counter()
-    if guide is model:
+    settings = Settings(
+        steps, recode, recode_every or 1, rates or Rates(), norms, autocast, accumulate, clip, seed or 0
+    )
+    run = Run(model, guide, loss or Distillation(logits), settings, held(model))
+    return carried_out(run, data, train=train, progress=progress, checkpoint=checkpoint, every=checkpoint_every)
+
+
+def carried_out(
+    run: Run, data: Data, *, train: Choose | None, progress: Progress | None,
+    checkpoint: str | os.PathLike[str] | None, every: int | None,
+) -> Finetuned:  # fmt: skip
+    """Trains a model in place, step by step; wherever this stops, the model is whole.
+
+    Args:
+        run: What is to be done.
+        data: Batches.
+        train: Chooses Parameters by name, as ``Trained`` takes it.
+        progress: Called after each step.
+        checkpoint: Folder for the state, or None.
+        every: Steps between two states.
+
+    Returns:
+        What was done.
+
+    Raises:
+        InputError: If teacher and student are one model, or as ``Run``.
+    """
+    steps, order, every = run.settings.steps, run.settings.seed, every or _EVERY
+    batches = feed(data, order) if checkpoint is None else iter(())
+    if run.teacher is run.model:
         raise InputError(
             "teacher is the dense model, got the model that is to be trained, which has nothing to teach it"
         )
+    store, began = None, time.perf_counter()
     ambient = Ambient(None)
     try:
         with torch.inference_mode(False), torch.enable_grad():
             run.start(train)
             if checkpoint is not None:
-                store = Resume(checkpoint, run, *dependencies(run, model, guide, compare, settings, data), data, order)
+                store = Resume(checkpoint, run, *dependencies(run, data), data, order)
                 batches = store.start()
                 began -= store.seconds
             while len(run.losses) < steps:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -16,8 +16,9 @@ from rpqfx.graph.calibration.batches import arguments
 from rpqfx.graph.snapshot import Flags
 from rpqfx.nn.weight import RPQWeight
 from rpqfx.training.decoded_weight import CutWeight
+from rpqfx.training.easing import Easing
 from rpqfx.training.latent import Latent
-from rpqfx.training.parameters import Choose, Good, Rates, Trained, held
+from rpqfx.training.parameters import Choose, Good, Rates, Trained
 
 Loss = Callable[[Any, Any, Any], Tensor]
 
@@ -68,12 +69,17 @@ class Run:
         teacher: The dense model, or None.
         loss: From the student's output, the teacher's and the batch.
         settings: How it is trained.
+        weights: The student's quantized weights.
+        easing: How many tokens a routed model has heavy in each step, or None.
     """
 
-    def __init__(self, model: nn.Module, teacher: nn.Module | None, loss: Loss, settings: Settings) -> None:
-        self._model, self._teacher, self._loss, self._settings = model, teacher, loss, settings
-        self.weights = held(model)
-        self._kind = self.weights[0].codebooks.device.type
+    def __init__(
+        self, model: nn.Module, teacher: nn.Module | None, loss: Loss, settings: Settings,
+        weights: Sequence[RPQWeight], easing: Easing | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.teacher, self.loss, self.settings = model, teacher, loss, settings
+        self.weights, self.easing = weights, easing
+        self._kind = next(model.parameters()).device.type
         self._flags = Flags(model, teacher)
         self._norms = [b for m in model.modules() if isinstance(m, _BatchNorm) for b in m.buffers()]
         self.losses: list[float] = []
@@ -91,14 +97,16 @@ class Run:
         Raises:
             InputError: If no Parameter is chosen.
         """
-        settings = self._settings
-        for module in (m for model in (self._model, self._teacher) if model is not None for m in model.modules()):
+        settings = self.settings
+        for module in (m for model in (self.model, self.teacher) if model is not None for m in model.modules()):
             module.training = False
-        for module in self._model.modules() if settings.norms == "update" else ():
+        for module in self.model.modules() if settings.norms == "update" else ():
             if isinstance(module, _BatchNorm):
                 module.training = True
-        self.trained = Trained(self._model, self.weights, train)
-        self._cut = [CutWeight.of(weight) for weight in self.weights]
+        self.trained = Trained(self.model, self.weights, train)
+        own = {id(parameter) for parameter in self.trained.all}
+        changing = [w for w in self.weights if settings.recode or any(id(p) in own for p in w.parameters())]
+        self._cut = [CutWeight.of(weight) for weight in changing]
         self._latents = {cut: Latent(cut) for cut in self._cut if settings.recode and Latent.fits(cut)}
         self.tensors = [*self.trained.all, *self._norms]
         groups = self.trained.groups(settings.rates, self._latents.values())
@@ -119,13 +127,15 @@ class Run:
         """
         assert self._good is not None
         number, total = len(self.losses), 0.0
-        for _ in range(self._settings.accumulate):
-            loss = self._forward(batches) / self._settings.accumulate
+        if self.easing is not None:
+            self.easing.at(number)
+        for _ in range(self.settings.accumulate):
+            loss = self._forward(batches) / self.settings.accumulate
             total += float(loss.detach())
             if not math.isfinite(total):
                 self._phase = "bad"
                 raise TrainingError(f"the loss of step {number} is {total}; {_REMEDY}")
-            loss.backward()
+            self._backward(loss, number)
         self._good.keep()
         for cut in self._cut:
             cut.collect()
@@ -133,11 +143,11 @@ class Run:
                 self._latents[cut].push(cut.vectors.grad)
         self._clip(number)
         for group, rate in zip(self._adam.param_groups, self._rates, strict=True):
-            group["lr"] = rate * _share(number, self._settings.steps)
+            group["lr"] = rate * _share(number, self.settings.steps)
         self._phase = "changing"
         self._adam.step()
         self._adam.zero_grad()
-        if (number + 1) % self._settings.recode_every == 0:
+        if (number + 1) % self.settings.recode_every == 0:
             apart: dict[tuple[int, int], Tensor] = {}
             self.recoded += sum(latent.recode(apart) for latent in self._latents.values())
         self._rest()
@@ -155,21 +165,35 @@ class Run:
             )
         args, kwargs = arguments(batch, f"batch {self.seen}")
         self.seen, self.last = self.seen + 1, batch
-        autocast = self._settings.autocast
+        autocast = self.settings.autocast
         with torch.autocast(self._kind, autocast, enabled=autocast is not None):
             wanted = None
-            if self._teacher is not None:
+            if self.teacher is not None:
                 with torch.no_grad():
-                    wanted = self._teacher(*args, **kwargs)
-            found = self._model(*args, **kwargs)
-        return self._loss(found, wanted, batch)
+                    wanted = self.teacher(*args, **kwargs)
+            found = self.model(*args, **kwargs)
+        return self.loss(found, wanted, batch)
+
+    def _backward(self, loss: Tensor, number: int) -> None:
+        if loss.requires_grad:
+            loss.backward()
+        elif self.easing is None or not self.easing.left(number):
+            why = ": every token is heavy; give longer sequences than the policy's window or number of tokens"
+            raise InputError(
+                f"the loss of step {number} depends on nothing that is trained{why if self.easing is not None else ''}"
+            )
 
     def _clip(self, number: int) -> None:
         tensors = self._stepped()
         norm = nn.utils.get_total_norm([tensor.grad for tensor in tensors if tensor.grad is not None])
         if not bool(torch.isfinite(norm)):
             raise TrainingError(f"the gradient of step {number} is not finite; {_REMEDY}")
-        nn.utils.clip_grads_with_norm_(tensors, self._settings.clip, norm)
+        nn.utils.clip_grads_with_norm_(tensors, self.settings.clip, norm)
+
+    @property
+    def devices(self) -> set[torch.device]:
+        """Where what is trained is."""
+        return {tensor.device for tensor in self.trained.all}
 
     def _stepped(self) -> list[Tensor]:
         """Returns all that the optimiser changes."""
@@ -197,6 +221,8 @@ class Run:
                 weight.uncut()
         if self._good is not None:
             self.trained.round()
+        if self.easing is not None:
+            self.easing.stop()
         self._flags.restore()
 
     def state(self) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from rpqfx.errors import FormatError
 from rpqfx.graph.calibration.batches import arguments
 from rpqfx.graph.generators import generator_states, set_generator_states
 from rpqfx.training.data import Data, feed, is_replayed
-from rpqfx.training.loop import Loss, Run, Settings
+from rpqfx.training.loop import Run
 
 FINE_TUNING = Work("fine-tuning", "model, teacher, loss, setting or data")
 
@@ -45,7 +45,7 @@ class Resume:
         data: Data, seed: int,
     ) -> None:  # fmt: skip
         self._folder, self._run, self._data, self._seed = folder, run, data, seed
-        self._devices = {weight.codebooks.device for weight in run.weights}
+        self._devices = run.devices
         self._store = Checkpoint(folder, fingerprint(words, tensors), FINE_TUNING)
         self._first = generator_states(self._devices)
         self.seconds = 0.0
@@ -116,24 +116,19 @@ class Resume:
         self._store.save(_STATE, {**self._run.result(), "seconds": torch.tensor(seconds, dtype=torch.float64)})
 
 
-def dependencies(
-    run: Run, model: nn.Module, teacher: nn.Module | None, loss: Loss, settings: Settings, data: Data
-) -> tuple[list[str], Iterator[Tensor]]:
+def dependencies(run: Run, data: Data) -> tuple[list[str], Iterator[Tensor]]:
     """Returns all that a run's result depends on, as far as it can be known: words and tensors.
 
     Code cannot: models and losses count by the names of their classes, and a loss by its plain attributes.
 
     Args:
         run: Has just started.
-        model: The student.
-        teacher: The dense model, or None.
-        loss: From outputs to a scalar.
-        settings: How the model is trained.
         data: Batches; those in a list or tuple count by value, other sequences by their length.
     """
-    words = [repr(settings), repr(run.trained.names), _described(loss)]
+    words = [repr(run.settings), repr(run.trained.names), _described(run.loss)]
+    words += [] if run.easing is None else [repr(run.easing)]
     words += [f"{w.spec} {w.layout} {w.shares_codebooks}" for w in run.weights]
-    models = [one for one in (model, teacher) if one is not None]
+    models = [one for one in (run.model, run.teacher) if one is not None]
     for one in models:
         words += [type(one).__qualname__, repr([name for name, _ in _tensors(one)])]
     inputs: list[Any] = []

@@ -387,6 +387,7 @@ ROUTE_VALUES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "feed_forward": (4, 8, {}),
     "attention": (4, 8, {}),
     "light": (0.5, 1.0, {}),
+    "light_init": ("zero", "fit", {}),
     "light_window": (2, 8, {}),
     "window": (None, 8, {"look_ahead": True}),
     "look_ahead": (True, False, {}),
@@ -395,6 +396,7 @@ ROUTE_VALUES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 }
 ROUTE_REFUSED = {
     "light_window": [{"light_window": 8, "light": 0}, {"light_window": 8, "attention": None}],
+    "light_init": [{"light_init": "fit", "light": 0}, {"light_init": "fit", "feed_forward": None}],
     "look_ahead": [{"look_ahead": True, "window": 8}],
     "cosine_scale": [{"router": {"cosine_scale": 4.0}}],
     "router": [{"router": {"metod": "exact"}}, {"router": {"eps": "soft"}}, {"router": {"dim": 3}}],
@@ -404,7 +406,8 @@ ROUTE_REFUSED = {
 def routed_made(**values: Any) -> Any:
     torch.manual_seed(0)
     try:
-        small = jolted(rpqfx.route(Layer(causal=True), RoutePolicy(**values)))
+        seen = [x_of(1)] if values.get("light_init") == "fit" else None
+        small = jolted(rpqfx.route(Layer(causal=True), RoutePolicy(**values), calibration=seen))
     except PolicyError as error:
         return str(error)
     return small(x_of(0)).tolist()
@@ -445,6 +448,7 @@ CALLS = {
     call.__qualname__: call
     for call in (
         rpqfx.rpqify, rpqfx.convert, rpqfx.check_outputs, rpqfx.quantize_kv, rpqfx.route, rpqfx.finetune, rpqfx.tune,
+        rpqfx.finetune_routes, rpqfx.report_routes,
         rpqfx.save, rpqfx.load, rpqfx.materialize, rpqfx.Recoding, rpqfx.dequantize, rpqfx.report,
         Policy.from_scratch, Policy.budget, Policy.pretrained,
     )
@@ -585,7 +589,7 @@ def _quantize_kv(folder: Path) -> None:
     assert attentions(rpqfx.quantize_kv(LM(0), calibration=[tokens(0)], progress=False))
 
 
-@tried("route", "model", "policy", "inplace", "seed")
+@tried("route", "model", "policy", "calibration", "inplace", "seed")
 def _route(folder: Path) -> None:
     def light(**options: Any) -> Any:
         return {n: p.tolist() for n, p in rpqfx.route(plain, **options).named_parameters() if "routed" in n}
@@ -595,6 +599,51 @@ def _route(folder: Path) -> None:
     assert rpqfx.route(model, inplace=True) is model and len(light()) < len(
         [n for n, _ in rpqfx.route(encoder()).named_parameters() if "routed" in n]
     )
+    fit = RoutePolicy(light_init="fit")
+    assert light(policy=fit, calibration=[x_of(0)]) != light(policy=fit, calibration=[x_of(1)])
+    with pytest.raises(InputError, match="calibration would do nothing"):
+        light(calibration=[x_of(0)])
+
+
+@tried("report_routes", "model", "inputs", "words")
+def _report_routes(folder: Path) -> None:
+    def told(tokens: int = 4, length: int = 12, **options: Any) -> str:
+        return str(rpqfx.report_routes(rpqfx.route(Plain(), RoutePolicy(tokens)), x_of(0, 1, length), **options))
+
+    assert told() != told(5) and told() != told(length=13) and "'w'" in told(words=[["w"] * 12])
+
+
+def routes_tuned(**options: Any) -> Any:
+    """What a routed student is after some steps."""
+    torch.manual_seed(0)
+    dense = Plain()
+    student = rpqfx.route(dense, RoutePolicy(4, light_init="fit"), calibration=[x_of(9)])
+    given: dict[str, Any] = {"teacher": dense, "data": [x_of(0), x_of(1), x_of(2)], "steps": 4, **options}
+    rpqfx.finetune_routes(student, **given)
+    return {name: value.tolist() for name, value in student.state_dict().items()}
+
+
+@tried("finetune_routes", "model", "teacher", "data", "steps", "seed", "anneal", "rates", "train", "loss", "logits")
+@tried("finetune_routes", "autocast", "accumulate", "clip", "progress", "checkpoint", "checkpoint_every")
+def _finetune_routes(folder: Path) -> None:
+    plain, told = routes_tuned(), list[int]()
+    assert plain == routes_tuned(seed=0) != routes_tuned(seed=1)
+    for other in ({"data": [x_of(0)]}, {"steps": 3}, {"anneal": 0.0}, {"rates": Rates(dense=0.1)}, {"teacher": Plain()},
+                  {"train": lambda name: "up" in name}, {"loss": lambda found, wanted, batch: found.square().mean()},
+                  {"logits": True}, {"autocast": torch.bfloat16}, {"accumulate": 2}, {"clip": 1e-6}):  # fmt: skip
+        assert plain != routes_tuned(**other), other
+    assert plain == routes_tuned(progress=lambda done, total, said: told.append(done)) and told == [1, 2, 3, 4]
+    for every, states in ((1, 3), (2, 1)):
+        with patch.object(Checkpoint, "save", autospec=True, side_effect=Checkpoint.save) as saved:
+            assert plain == routes_tuned(checkpoint=folder / f"routes {every}", checkpoint_every=every)
+        assert saved.call_count == states + 1
+    for why, refused in {
+        "logits=True would do nothing": {"logits": True, "loss": torch.add},
+        "seed=1": {"data": iter([x_of(0)]), "seed": 1},
+        "checkpoint_every is for a checkpoint": {"checkpoint_every": 2},
+    }.items():
+        with pytest.raises(InputError, match=why):
+            routes_tuned(**refused)
 
 
 def tuned(teacher: nn.Module | None = None, model: nn.Module | None = None, **options: Any) -> Any:

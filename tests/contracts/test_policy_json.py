@@ -38,6 +38,7 @@ POLICIES: tuple[Policy | KVPolicy | RoutePolicy, ...] = (
     RoutePolicy(
         feed_forward=8, router={"eps": 0.2, "method_kwargs": {"n_iters": 3}}, rules=(RouteRule("l", tokens=2),)
     ),
+    RoutePolicy(light_init="fit", attention=None),
     RoutePolicy(window=16, light=0.25, light_window=8, rules=(RouteRule("l", skip="why"),)),
 )
 ODD: tuple[Any, ...] = (

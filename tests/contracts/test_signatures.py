@@ -73,7 +73,10 @@ def test_an_argument_that_does_not_exist_is_refused_with_the_nearest() -> None:
 
 
 COPYING = (rpqfx.rpqify, rpqfx.convert, rpqfx.quantize_kv, rpqfx.route, rpqfx.dequantize)
-IN_PLACE = (rpqfx.finetune, rpqfx.tune, rpqfx.materialize, rpqfx.distributed.materialize, rpqfx.distributed.fully_shard)
+IN_PLACE = (
+    rpqfx.finetune, rpqfx.finetune_routes, rpqfx.tune, rpqfx.materialize, rpqfx.distributed.materialize,
+    rpqfx.distributed.fully_shard,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("call", [*COPYING, *IN_PLACE], ids=lambda call: call.__module__)

@@ -150,6 +150,12 @@ CALLS = {
     ),
     "route": Call(net, lambda model, _: rpqfx.route(model, RoutePolicy(0.5))),
     "route, in place": Call(rewritten, lambda model, _: rpqfx.route(model, RoutePolicy(0.5), inplace=True)),
+    "route, fitted, in place": Call(
+        rewritten,
+        lambda model, _: rpqfx.route(
+            model, RoutePolicy(0.5, None, light_init="fit"), calibration=batches(), inplace=True
+        ),
+    ),
     "materialize": Call(on_meta, lambda model, _: rpqfx.materialize(model, init=_drawn)),
     "load": _load(rewritten),
     "load, with a cache": _load(lambda: rpqfx.quantize_kv(rewritten(), KV, calibration=batches())),

@@ -30,6 +30,10 @@ class Chooser(nn.Module):
         device: Where the tensors go.
         dtype: Of the Parameters.
 
+    Attributes:
+        easing: Share of the tokens beyond the number that are chosen too: 0 but while a model is fitted or trained, 1
+            for all.
+
     Raises:
         SpecError: As ``Router``.
     """
@@ -46,6 +50,7 @@ class Chooser(nn.Module):
     ) -> None:
         super().__init__()
         self.number, self.window, self.padding = number, window, padding
+        self.easing = 0.0
         self.router = Router(dim, **router, device=device, dtype=dtype)
 
     def extra_repr(self) -> str:
@@ -67,7 +72,7 @@ class Chooser(nn.Module):
             return _everyone(x)
         mask = self.padding.of(x) if mask is None else mask
         if self.window is None:
-            return _in_order(self.router(x, self.number, mask=mask))
+            return _in_order(self.router(x, self._number(x.shape[1]), mask=mask))
         if mask is None:
             return self._by_window(x, None, self.window)
         at = places(padding_in_front(mask), x.shape[1])  # windows count from the first token
@@ -87,9 +92,18 @@ class Chooser(nn.Module):
             return True
         return self._slots(n) >= n
 
+    def _number(self, n: int) -> int | float:
+        """How many of ``n`` tokens are chosen, or what share of each sample's."""
+        if not self.easing:
+            return self.number
+        if isinstance(self.number, float):
+            return self.number + (1 - self.number) * self.easing
+        return self.number + math.ceil(max(0, n - self.number) * self.easing - 1e-4)
+
     def _slots(self, n: int) -> int:
         """Of so many tokens."""
-        return math.ceil(n * self.number - 1e-4) if isinstance(self.number, float) else self.number
+        number = self._number(n)
+        return math.ceil(n * number - 1e-4) if isinstance(number, float) else number
 
 
 def _everyone(x: Tensor) -> Choice:

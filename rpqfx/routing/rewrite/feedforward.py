@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rpqfx.errors import InputError
-from rpqfx.routing.gather import put, take
+from rpqfx.routing.gather import put, put_instead, take
 from rpqfx.routing.rewrite.call_state import Underway
 from rpqfx.routing.rewrite.chooser import Chooser
 
@@ -20,16 +20,23 @@ class FeedForwardRoute(nn.Module):
     (CoLT5, Ainslie et al., 2023, arXiv:2303.09752, section 3.1). Everything between works token by token, so the code
     that calls the layers stays as it was written.
 
+    A light branch that stands in for the heavy one gives way to it instead,
+    ``y_i = (1 - score_i) * light(x_i) + score_i * heavy(x_i)``: tokens whose score is 1 have what the block itself
+    makes of them.
+
     Args:
         chooser: Chooses tokens.
         light: From the block's input to its output, or None.
         name: Of the block, for messages.
         time_first: Whether tokens are ``[n, B, d]`` rather than ``[B, ..., d]``.
+        stands_in: Whether the light branch stands in for the heavy one, rather than being added to it.
     """
 
-    def __init__(self, chooser: Chooser, light: nn.Module | None, name: str, time_first: bool = False) -> None:
+    def __init__(
+        self, chooser: Chooser, light: nn.Module | None, name: str, time_first: bool = False, stands_in: bool = False
+    ) -> None:
         super().__init__()
-        self.time_first = time_first
+        self.time_first, self.stands_in = time_first, stands_in
         self.chooser, self.light, self.name = chooser, light, name
         self._call = Underway()
 
@@ -41,7 +48,7 @@ class FeedForwardRoute(nn.Module):
         """
         if not args or not isinstance(args[0], Tensor):
             raise InputError(f"{self.name}: its first layer was called without a positional tensor")
-        self._call.begin(args[0], self.chooser(self._line(args[0])))
+        self._call.begin(args[0], self.chooser(self.line(args[0])))
         return self.another(module, args)
 
     def another(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -51,7 +58,7 @@ class FeedForwardRoute(nn.Module):
             raise InputError(f"{self.name}: its layers ran without its first one; skip it with a RouteRule")
         if choice.indices is None:
             return None
-        return (take(self._line(args[0]), choice)[:, 0], *args[1:])
+        return (take(self.line(args[0]), choice)[:, 0], *args[1:])
 
     def last(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         """Hook behind the last layer: puts its results in the places of their tokens, with the light branch.
@@ -63,10 +70,13 @@ class FeedForwardRoute(nn.Module):
         if x is None or choice is None:
             raise InputError(f"{self.name}: its last layer ran without its first one; skip it with a RouteRule")
         if choice.indices is None:
-            return out if self.light is None else out + self.light(x)
-        line = self._line(x)
+            return out if self.light is None or self.stands_in else out + self.light(x)
+        line = self.line(x)
         light = out.new_zeros(*line.shape[:2], out.shape[-1]) if self.light is None else self.light(line)
-        out = put(light, choice, out * choice.scores[:, 0, :, None].to(out.dtype))
+        if self.stands_in:
+            out = put_instead(light.to(out.dtype), choice, out)
+        else:
+            out = put(light, choice, out * choice.scores[:, 0, :, None].to(out.dtype))
         if self._turned(x):
             return out.transpose(0, 1)
         return out.reshape(*x.shape[:-1], out.shape[-1])
@@ -74,8 +84,8 @@ class FeedForwardRoute(nn.Module):
     def _turned(self, x: Tensor) -> bool:
         return self.time_first and x.dim() == 3
 
-    def _line(self, x: Tensor) -> Tensor:
-        """``[B, n, d]``; ``[B, d]`` are samples of one token each."""
+    def line(self, x: Tensor) -> Tensor:
+        """Returns the block's input, or its output, as ``[B, n, d]``; ``[B, d]`` are samples of one token each."""
         if self._turned(x):
             return x.transpose(0, 1)
         if x.dim() < 3:

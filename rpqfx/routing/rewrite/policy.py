@@ -6,14 +6,14 @@ import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from rpqfx.errors import PolicyError, SpecError
 from rpqfx.policies.base import PolicyBase
 from rpqfx.policies.name_rules import NameRule
 from rpqfx.routing.router import Router
 from rpqfx.validation.spelling import spelled
-from rpqfx.validation.values import closest, flag, number, shown, whole
+from rpqfx.validation.values import closest, flag, number, one_of, shown, whole
 
 Number = int | float | None
 
@@ -56,6 +56,11 @@ class RoutePolicy(PolicyBase):
             None leaves these blocks as they are.
         attention: Heavy tokens of attention; these attend to each other. None leaves it as it is.
         light: Width of the light branches over that of tokens; 0 for none.
+        light_init: How the light branches of feed-forward blocks begin. ``"zero"``: their last layers are zero, and
+            they are added to the heavy branches. ``"fit"``: they are the affine maps of low rank that come nearest to
+            the blocks' own outputs on calibration data, which [`route`][rpqfx.route] is then given, and stand in for
+            the heavy branches: a chosen token has what the block makes of it, any other what the light branch does.
+            Routers are fitted then too, to choose the tokens on which light branches err most.
         light_window: Tokens in sight of the light branch of attention, even; 128 if left out.
         window: For causal models: tokens are chosen window by window, each by what was chosen of the one before, so
             that nothing depends on what comes later; the first window is heavy whole, and numbers of heavy tokens
@@ -75,6 +80,7 @@ class RoutePolicy(PolicyBase):
     feed_forward: int | float | None = 0.25
     attention: int | float | None = 0.25
     light: float = 0.5
+    light_init: Literal["zero", "fit"] = "zero"
     light_window: int | None = None
     window: int | None = None
     look_ahead: bool = False
@@ -87,12 +93,14 @@ class RoutePolicy(PolicyBase):
         if self.feed_forward is None and self.attention is None:
             raise PolicyError("feed_forward and attention are both None: nothing would be routed")
         number("light", self.light, "a width over that of tokens, 0 to 8", lambda value: 0 <= value <= 8)
+        one_of("light_init", self.light_init, ("zero", "fit"))
         if self.window is not None:
             whole("window", self.window, 1, _MOST, what="of tokens, or None,")
         flag("look_ahead", self.look_ahead)
         self._check_rules()
         object.__setattr__(self, "router", _router(self.router))
         self._check_light_window()
+        self._check_light_init()
         if self.window is not None and self.look_ahead:
             raise PolicyError("look_ahead=True would do nothing with a window, which looks at the past alone; give one")
         if self.window is not None and self.router.get("method", "exact") != "exact":
@@ -114,6 +122,17 @@ class RoutePolicy(PolicyBase):
             raise PolicyError(f"light_window={self.light_window} would do nothing: light=0 leaves out light branches")
         if self.attention is None and all(rule.tokens is None for rule in self.rules):
             raise PolicyError(f"light_window={self.light_window} would do nothing: attention=None leaves it unrouted")
+
+    def _check_light_init(self) -> None:
+        if self.light_init == "zero":
+            return
+        if not self.light:
+            raise PolicyError("light_init='fit' would do nothing: light=0 leaves out light branches; leave out one")
+        if self.feed_forward is None and all(rule.tokens is None for rule in self.rules):
+            raise PolicyError(
+                "light_init='fit' would do nothing: feed_forward=None leaves unrouted the blocks whose light branches "
+                "are fitted"
+            )
 
     def of(self, name: str, kind: str) -> int | float | str:
         """What holds for a block.

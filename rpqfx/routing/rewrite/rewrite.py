@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rpqfx.errors import InputError, PolicyError, RewriteError
+from rpqfx.graph.calibration.batches import calibration_of
 from rpqfx.graph.copying import copy_model
 from rpqfx.graph.module_graphs import capture
 from rpqfx.graph.nested_tensors import without_nested_tensors
@@ -22,6 +23,7 @@ from rpqfx.routing.rewrite.call_state import Padding
 from rpqfx.routing.rewrite.chooser import Chooser
 from rpqfx.routing.rewrite.feedforward import FeedForwardRoute
 from rpqfx.routing.rewrite.find import Block, find_blocks
+from rpqfx.routing.rewrite.fitted import fit_branches
 from rpqfx.routing.rewrite.policy import LIGHT_WINDOW, RoutePolicy
 from rpqfx.routing.rewrite.seeds import Drawing
 from rpqfx.routing.windows import LocalAttention
@@ -32,14 +34,23 @@ POLICY = "_rpqfx_route"  # the attribute of a routed model that says how it was 
 _HEAD = 64
 
 
-def route(model: nn.Module, policy: RoutePolicy | None = None, *, inplace: bool = False, seed: int = 0) -> nn.Module:
+def route(
+    model: nn.Module,
+    policy: RoutePolicy | None = None,
+    *,
+    calibration: Iterable[Any] | None = None,
+    inplace: bool = False,
+    seed: int = 0,
+) -> nn.Module:
     """Returns a copy of a model, or with ``inplace`` the model itself, with blocks and attention routed conditionally.
 
     Each block found becomes the heavy branch, with its own weights, for the tokens that a router chooses; a light
     branch for all tokens, whose last layer starts at zero, is added to it (CoLT5, Ainslie et al., 2023,
     arXiv:2303.09752). Where as many tokens are chosen as there are, the result equals the model exactly until it is
-    trained. Modules stay what and where they are: hooks of the block's own layers do the routing, and the new
-    Parameters lie under ``routed`` of its last layer, or of the attention module.
+    trained. With ``RoutePolicy(light_init="fit")`` the light branches of feed-forward blocks, and their routers, are
+    fitted to ``calibration`` instead, and stand in for the heavy branches; then it equals the model after training of
+    routers and light branches, too. Modules stay what and where they are: hooks of the block's own layers do the
+    routing, and the new Parameters lie under ``routed`` of its last layer, or of the attention module.
 
     Found are linear layers with something that is not linear between them, gated ones too, in any module's code; and
     attention as [`quantize_kv`][rpqfx.quantize_kv] finds it, if it is of a sequence to itself.
@@ -47,6 +58,9 @@ def route(model: nn.Module, policy: RoutePolicy | None = None, *, inplace: bool 
     Args:
         model: Any model, one that ``rpqify`` returned too.
         policy: ``RoutePolicy()`` if left out.
+        calibration: Batches of the model's inputs, each a tensor, a tuple of positional inputs or a mapping of keyword
+            inputs, where the policy has ``light_init="fit"``; all run twice, in eval mode. Not of a model on the meta
+            device, whose light branches are loaded like all else.
         inplace: Rewrite ``model`` itself. Otherwise it is left untouched, and the result shares no tensor with it.
         seed: Of the new Parameters.
 
@@ -56,7 +70,8 @@ def route(model: nn.Module, policy: RoutePolicy | None = None, *, inplace: bool 
         The rewritten model.
 
     Raises:
-        InputError: If it is no module.
+        InputError: If it is no module; or if calibration is missing or would do nothing, is rejected by the model, not
+            finite, or reaches a block not at all.
         RewriteError: If there is nothing to route, or the model is routed already, in DistributedDataParallel, sharded
             or split over processes.
         PolicyError: If a rule matches no block, or the model is causal and the policy has neither ``window`` nor
@@ -68,17 +83,36 @@ def route(model: nn.Module, policy: RoutePolicy | None = None, *, inplace: bool 
     flag("inplace", inplace, error=InputError)
     check_seed(seed)
     refuse_distributed(model, "route")
+    batches = _batches(model, policy, calibration)
     if routed(model):
         raise RewriteError("this model is routed already; start from the model before route")
     before = Snapshot(model, also=_configs(model))
     try:
-        return _route(model if inplace else copy_model(model), policy, seed)
+        return _route(model if inplace else copy_model(model), policy, seed, batches)
     except BaseException:
         before.restore()
         raise
 
 
-def _route(small: nn.Module, policy: RoutePolicy, seed: int) -> nn.Module:
+def _batches(model: nn.Module, policy: RoutePolicy, calibration: Iterable[Any] | None) -> list[Any]:
+    """Calibration batches, as many as are needed."""
+    fits, empty = policy.light_init == "fit", any(parameter.is_meta for parameter in model.parameters())
+    if calibration is not None and not fits:
+        raise InputError("calibration would do nothing with light_init='zero'; leave it out, or give light_init='fit'")
+    if calibration is not None and empty:
+        raise InputError(
+            "calibration would do nothing: the model is on the meta device, where nothing runs; route it where it has "
+            "values, or leave calibration out and load them"
+        )
+    if calibration is None and fits and not empty:
+        raise InputError(
+            "light_init='fit' fits light branches to calibration batches of the model's inputs, got none: "
+            "route(model, policy, calibration=batches)"
+        )
+    return [] if calibration is None else calibration_of(calibration)
+
+
+def _route(small: nn.Module, policy: RoutePolicy, seed: int, batches: Sequence[Any]) -> nn.Module:
     """Routes a model in place; where this raises, it may be anything."""
     blocks = _decide(find_blocks(capture(small)), policy)
     padding = Padding()
@@ -91,6 +125,11 @@ def _route(small: nn.Module, policy: RoutePolicy, seed: int) -> nn.Module:
     small.register_forward_hook(_Forget(padding), always_call=True)
     if any(block.kind == "attention" for block, _ in blocks):
         _without_cache(small)
+    placed = [(block, new) for block, new in made if isinstance(new, FeedForwardRoute)]
+    if policy.light_init == "fit" and not placed:
+        raise PolicyError("light_init='fit' would do nothing: no feed-forward block is routed; leave it out")
+    if batches:
+        fit_branches(small, placed, batches)
     small.__dict__[POLICY] = policy
     adapt_pretrained(small)
     return small
@@ -150,7 +189,7 @@ def _make(
         if hidden:
             last = _zero(nn.Linear(hidden, width_out, **made))
             light = nn.Sequential(nn.Linear(width_in, hidden, **made), nn.GELU(), last)
-        return FeedForwardRoute(chooser, light, block.name, block.time_first)
+        return FeedForwardRoute(chooser, light, block.name, block.time_first, policy.light_init == "fit")
     if policy.light:
         head = min(_HEAD, width_in)
         heads = max(1, round(width_in * policy.light / head))
