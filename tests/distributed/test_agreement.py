@@ -99,7 +99,7 @@ def other_models_are_noticed_before_anything_is_sent() -> None:
     model = net(4 if dist.get_rank() else 5)
     before = codes_of(model)
     for call in (check_same_codes, broadcast_codes):
-        with pytest.raises(DistributedError, match=r"rank 1 and of rank 0 hold other weights"):
+        with pytest.raises(DistributedError, match=r"rank 1 and of rank 0 hold other quantized weights"):
             call(model)
     assert all(torch.equal(a, b) for a, b in zip(codes_of(model), before, strict=True))
 
