@@ -92,7 +92,8 @@ def test_products_with_expanded_tiles_are_those_of_the_dense_matrix(
     bias = randn(seed + 2, spec.num_vectors, dtype=dtype) if biased else None
     dims = randn(seed + 3, spec.dim, dtype=dtype) if columns else None
     dense = codebook.expand(books.double(), codes, None if scale is None else scale.double())
-    exact = x.double() @ (dense if dims is None else dense * dims.double()).T
+    dense = (dense if dims is None else dense * dims.double()).to(dtype)  # as this way makes it: rounded once
+    exact = x.double() @ dense.double().T
     exact = exact if bias is None else exact + bias.double()
     with torch.inference_mode(inference):
         y = kernels.tiled(x, books, to_tiles(codes), spec.num_vectors, bias, "dequantize", dims, scale)
