@@ -111,7 +111,7 @@ def reduced_rank(sums: PairSums, rank: int, ridge: float = 1e-3) -> AffineFit:
     outputs in which it is largest.
 
     Args:
-        sums: Of inputs and outputs.
+        sums: Second moments of inputs and outputs.
         rank: The rank, at most; 0 for the mean of the outputs.
         ridge: ``c`` over the mean square of an input, times the number of pairs.
 

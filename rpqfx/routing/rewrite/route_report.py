@@ -1,4 +1,4 @@
-"""What routed blocks did with a batch: which tokens were heavy, and the multiply-adds that were saved."""
+"""Reports what routed blocks did with a batch: which tokens were heavy, and the multiply-adds that were saved."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class RouteRecord:
     """One line of a report: a block and the tokens of a batch that are no padding.
 
     Args:
-        name: Of the block, as rules match it.
+        name: Name of the block, as rules match it.
         kind: ``"feed_forward"`` or ``"attention"``.
         tokens: How many tokens there were.
         heavy: How many of them took the heavy branch.
@@ -53,7 +53,7 @@ class RouteRecord:
 
 @dataclass(frozen=True)
 class RouteReport:
-    """What routed blocks did with a batch; ``str``, ``to_markdown`` and ``to_html`` show the same data.
+    """Report of what routed blocks did with a batch; ``str``, ``to_markdown`` and ``to_html`` show the same data.
 
     Args:
         blocks: In the model's order.
